@@ -1,0 +1,48 @@
+"""Kernels for training sparse networks: soft and hard top-k, masked weights, masked products.
+
+This package computes. It has no autograd, no modules and no training: those are in the package `spartan`.
+"""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+from spartan_kernels.dispatch import backend, info
+from spartan_kernels.ops import (
+    block_costs,
+    block_grid,
+    block_scores,
+    checks,
+    expand_blocks,
+    hard_topk,
+    hard_topk_global,
+    masked_linear,
+    masked_weight,
+    masked_weight_correct_,
+    masked_weight_coupling,
+    new_solver_state,
+    soft_topk,
+    soft_topk_global,
+    solve_masks_,
+)
+
+__all__ = [
+    "__version__",
+    "backend",
+    "block_costs",
+    "block_grid",
+    "block_scores",
+    "checks",
+    "expand_blocks",
+    "hard_topk",
+    "hard_topk_global",
+    "info",
+    "masked_linear",
+    "masked_weight",
+    "masked_weight_correct_",
+    "masked_weight_coupling",
+    "new_solver_state",
+    "soft_topk",
+    "soft_topk_global",
+    "solve_masks_",
+]

@@ -1,0 +1,90 @@
+"""Argument checks shared by the operators and their backends. Imports nothing of this package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# How far above the sum of the costs a budget may lie and still mean "keep everything": the rounding of a float32 sum.
+BUDGET_SLACK = 1e-6
+
+_checks_enabled = False
+
+
+def checks(enabled: bool) -> None:
+    """Inspect values on the GPU too, at the price of a host synchronisation in each call.
+
+    On the CPU bad values always raise; on a GPU non-finite input comes out as NaN unless this is switched on.
+    """
+    global _checks_enabled
+    _checks_enabled = bool(enabled)
+
+
+def inspectable(tensor: torch.Tensor) -> bool:
+    """Whether the host may look at values of `tensor`: always on the CPU, elsewhere only after `checks(True)`."""
+    return tensor.device.type == "cpu" or _checks_enabled
+
+
+def require_float(name: str, tensor: Any) -> None:
+    """Raise TypeError unless `tensor` is a floating-point tensor."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a floating-point tensor; got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor; got dtype {tensor.dtype}")
+
+
+def require_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raise ValueError when `tensor` can be inspected and holds NaN or infinity."""
+    if inspectable(tensor) and not bool(torch.isfinite(tensor).all()):
+        count = int((~torch.isfinite(tensor)).sum())
+        raise ValueError(f"{name} must be finite; {count} of {tensor.numel()} entries are NaN or infinite")
+
+
+def require_beta(beta: torch.Tensor) -> None:
+    """Raise ValueError when `beta` can be inspected and is negative or not finite."""
+    if inspectable(beta) and not 0.0 <= float(beta) < float("inf"):
+        raise ValueError(f"beta must be finite and at least 0; got {float(beta)}")
+
+
+def require_costs(costs: torch.Tensor) -> None:
+    """Raise ValueError when `costs` can be inspected and has an entry that is not finite and positive."""
+    if inspectable(costs) and costs.numel() and not bool(((costs > 0) & torch.isfinite(costs)).all()):
+        raise ValueError(f"costs must be finite and positive; the smallest is {float(costs.min())}")
+
+
+def clamp_budget(budget: torch.Tensor, total: torch.Tensor | float) -> torch.Tensor:
+    """`budget` limited to [0, total]; more than rounding outside of that raises ValueError where it can be inspected."""
+    total = torch.as_tensor(total, dtype=torch.float64, device=budget.device)
+    if inspectable(budget):
+        outside = ~((budget >= 0) & (budget <= total * (1 + BUDGET_SLACK)))
+        if bool(outside.any()):
+            worst = outside.broadcast_to(torch.broadcast_shapes(outside.shape, budget.shape)).nonzero()[0]
+            limit = float(total.expand_as(outside)[tuple(worst)])
+            raise ValueError(
+                f"budget must be in [0, {limit:g}], the sum of the costs; got {float(budget[tuple(worst)]):g}"
+            )
+    return budget.clamp(min=0.0).minimum(total)
+
+
+def scalar(name: str, value: float | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`value` as a 0-dim float64 tensor on `device`; a tensor stays in its autograd graph."""
+    if isinstance(value, torch.Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"{name} must be a number or a 0-dim tensor; got shape {tuple(value.shape)}")
+        return value.to(device=device, dtype=torch.float64)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number or a 0-dim tensor; got {type(value).__name__}")
+    return torch.full((), float(value), dtype=torch.float64, device=device)
+
+
+def block_shape(block_size: int | tuple[int, int]) -> tuple[int, int]:
+    """`block_size` as (rows, columns).
+
+    Raises:
+        ValueError: not a positive int or a pair of positive ints.
+    """
+    pair = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
+    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+        raise ValueError(f"block_size must be a positive int or a pair of positive ints; got {block_size!r}")
+    return pair[0], pair[1]

@@ -1,0 +1,1 @@
+"""How operators are computed. No backend imports another."""

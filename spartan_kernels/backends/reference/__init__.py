@@ -1,0 +1,1 @@
+"""The equations in plain PyTorch: any device, any floating dtype; in float64 the oracle."""

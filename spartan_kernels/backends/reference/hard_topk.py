@@ -1,0 +1,34 @@
+"""Hard top-k by sorting."""
+
+from __future__ import annotations
+
+import torch
+
+from spartan_kernels.arguments import clamp_budget, require_costs, require_finite
+
+
+def select(ratio: torch.Tensor, costs: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:
+    """The longest prefix of each row, in descending `ratio`, whose costs sum to at most the row's budget; bool [rows, n]."""
+    order = ratio.sort(dim=-1, descending=True, stable=True).indices
+    spent = costs.expand_as(ratio).gather(-1, order).to(torch.float64).cumsum(-1)
+    return torch.zeros_like(ratio, dtype=torch.bool).scatter(-1, order, spent <= budget[:, None])
+
+
+def hard_topk_forward(values: torch.Tensor, budget: torch.Tensor, costs: torch.Tensor | None) -> torch.Tensor:
+    """h for each row of values [rows, n]."""
+    require_finite("values", values)
+    a = values.new_ones(()) if costs is None else costs
+    require_costs(a)
+    budget = clamp_budget(budget, a.expand_as(values).sum(-1, dtype=torch.float64))
+    return select(values / a, a, budget)
+
+
+def hard_topk_global_forward(
+    values: list[torch.Tensor], budget: torch.Tensor, costs: list[torch.Tensor], absolute: bool
+) -> list[torch.Tensor]:
+    """h for a list that shares one budget: one row, concatenated."""
+    row = torch.cat([v.reshape(-1) for v in values])[None]
+    a = torch.cat([c.expand_as(v).reshape(-1) for v, c in zip(values, costs, strict=True)])[None] if costs else None
+    mask = hard_topk_forward(row.abs() if absolute else row, budget[None], a)
+    parts = mask[0].split([v.numel() for v in values])
+    return [part.reshape(v.shape).clone() for part, v in zip(parts, values, strict=True)]

@@ -1,0 +1,251 @@
+"""Soft top-k in plain PyTorch: one bracketed Halley iteration per row, in the paper's quantities.
+
+    m_i = sigmoid(beta (u_i - c) + d),   u = v / a,   sum_i a_i m_i = k
+
+The unknown is the threshold t = c - d / beta. The centre c is t rounded to the values' dtype, so u - c loses nothing near
+the threshold however large beta is; d carries the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from spartan_kernels.arguments import clamp_budget, require_beta, require_costs, require_finite
+
+from spartan_kernels.backends.reference.hard_topk import select
+
+MAX_STEPS = 200
+Reduce = Callable[[torch.Tensor, str], torch.Tensor]
+
+
+def _alone(tensor: torch.Tensor, operation: str) -> torch.Tensor:
+    return tensor
+
+
+def _compute_dtype(values: torch.Tensor) -> torch.dtype:
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
+def _position(
+    u: torch.Tensor, threshold: torch.Tensor, beta: torch.Tensor, bounds: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Centre c and shift d of threshold t: c the nearest representable value inside the data's range."""
+    centre = torch.minimum(torch.maximum(threshold, bounds[0]), bounds[1]).to(u.dtype).to(torch.float64)
+    shift = beta * (centre - threshold)
+    return centre, shift
+
+
+def _logits(u: torch.Tensor, centre: torch.Tensor, shift: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    return beta.to(u.dtype) * (u - centre.to(u.dtype)[:, None]) + shift.to(u.dtype)[:, None]
+
+
+def solve(
+    u: torch.Tensor, a: torch.Tensor, budget: torch.Tensor, beta: torch.Tensor, reduce: Reduce = _alone
+) -> torch.Tensor:
+    """(c, d) of each row, float64 [rows, 2], for u = v / a [rows, n], costs a broadcastable to it, budget [rows]."""
+    a = a.expand_as(u)
+    total = reduce(a.sum(-1, dtype=torch.float64), "sum")
+    budget = clamp_budget(budget, total)
+    target = torch.log(budget) - torch.log(total - budget)
+    centre = torch.zeros_like(budget)
+    if float(beta) == 0.0 or u.numel() == 0:
+        return torch.stack([centre, target], -1)
+    beta = beta.to(torch.float64)
+    bounds = (reduce(u.amin(-1).to(torch.float64), "min"), reduce(u.amax(-1).to(torch.float64), "max"))
+    # At these thresholds every logit is on one side of the target's, whatever the values: a rigorous bracket.
+    low, high = bounds[0] - target / beta, bounds[1] - target / beta
+    interior = torch.isfinite(target)
+    t = torch.where(interior, _start(u, a, budget, low, high, reduce), 0.0)
+    done = ~interior
+    tolerance = 1e-14 if u.dtype == torch.float64 else 1e-8
+    for _ in range(MAX_STEPS):
+        x = _logits(u, *_position(u, t, beta, bounds), beta)
+        kept, dropped = torch.sigmoid(x), torch.sigmoid(-x)
+        weights = a.to(torch.float64)
+        sums = torch.stack(
+            [
+                (weights * kept).sum(-1),
+                (weights * dropped).sum(-1),
+                (weights * kept * dropped).sum(-1),
+                (weights * kept * dropped * (dropped - kept).to(torch.float64)).sum(-1),
+            ]
+        )
+        step, residual = _halley(reduce(sums, "sum"), target, beta)
+        low, high = torch.where(residual > 0, t, low), torch.where(residual < 0, t, high)
+        middle = low + (high - low) / 2
+        proposal = torch.where((t + step > low) & (t + step < high), t + step, middle)
+        done = done | (residual.abs() <= tolerance) | (middle == low) | (middle == high)
+        t = torch.where(done, t, proposal)
+        if bool(done.all()):
+            break
+    centre, shift = _position(u, t, beta, bounds)
+    return torch.stack([centre, torch.where(interior, shift, target)], -1)
+
+
+def _halley(sums: torch.Tensor, target: torch.Tensor, beta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Halley's step for f(t) = logit(S / sum a) - logit(k / sum a), and f; not finite where S is saturated."""
+    kept, dropped, slope, curvature = sums
+    total = kept + dropped
+    first = -beta * slope
+    second = beta.square() * curvature
+    residual = torch.log(kept) - torch.log(dropped) - target
+    weight = total / (kept * dropped)
+    derivative = first * weight
+    second_derivative = second * weight - first.square() * weight.square() * (dropped - kept) / total
+    step = -2 * residual * derivative / (2 * derivative.square() - residual * second_derivative)
+    return step, residual
+
+
+def _start(
+    u: torch.Tensor, a: torch.Tensor, budget: torch.Tensor, low: torch.Tensor, high: torch.Tensor, reduce: Reduce
+) -> torch.Tensor:
+    """The hard threshold of each row; over several ranks, which cannot sort together, the bracket's middle."""
+    if reduce is not _alone:
+        return low + (high - low) / 2
+    hard = select(u, a, budget)
+    lowest = torch.where(hard, u, torch.inf).amin(-1).to(torch.float64)
+    return torch.where(torch.isfinite(lowest), lowest, u.amax(-1).to(torch.float64))
+
+
+def _ratio(values: torch.Tensor, costs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = _compute_dtype(values)
+    a = torch.ones((), dtype=dtype, device=values.device) if costs is None else costs.to(dtype)
+    return values.to(dtype) / a, a
+
+
+def _mask(u: torch.Tensor, threshold: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    return torch.sigmoid(_logits(u, threshold[:, 0], threshold[:, 1], beta))
+
+
+def soft_topk_forward(
+    values: torch.Tensor,
+    budget: torch.Tensor,
+    costs: torch.Tensor | None,
+    beta: torch.Tensor,
+    reduce: Reduce = _alone,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """m and (c, d) for each row of values [rows, n]."""
+    require_finite("values", values)
+    require_beta(beta)
+    if costs is not None:
+        require_costs(costs)
+    u, a = _ratio(values, costs)
+    threshold = solve(u, a, budget, beta, reduce)
+    return _mask(u, threshold, beta).to(values.dtype), threshold
+
+
+def soft_topk_backward(
+    grad: torch.Tensor,
+    values: torch.Tensor,
+    threshold: torch.Tensor,
+    costs: torch.Tensor | None,
+    beta: torch.Tensor,
+    cost_grad: bool,
+    reduce: Reduce = _alone,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients for values, costs (elementwise), budget and beta (by row).
+
+    D = sum a s, r = sum g s / D:  dv = beta s (g / a - r),  dk = r,
+    da = -(g - a r) s beta v / a^2 - r m,  dbeta = sum (g - a r) s v / a.
+    """
+    u, a = _ratio(values, costs)
+    g = grad.to(u.dtype)
+    x = _logits(u, threshold[:, 0], threshold[:, 1], beta)
+    m = torch.sigmoid(x)
+    s = m * torch.sigmoid(-x)
+    wide = torch.float64
+    sums = torch.stack([(g * s).sum(-1, dtype=wide), (a * s).sum(-1, dtype=wide)])
+    numerator, denominator = reduce(sums, "sum")
+    r = torch.where(denominator > 0, numerator / denominator, 0.0)
+    r_ = r.to(u.dtype)[:, None]
+    b = beta.to(u.dtype)
+    grad_values = b * s * (g / a - r_)
+    grad_beta = ((g - a * r_) * s * u).sum(-1, dtype=wide)
+    grad_costs = -(g - a * r_) * s * b * u / a - r_ * m if cost_grad else values.new_empty(0)
+    return grad_values.to(values.dtype), grad_costs.to(values.dtype), r, reduce(grad_beta, "sum")
+
+
+def _concatenated(
+    values: list[torch.Tensor], costs: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    row = torch.cat([v.reshape(-1) for v in values])[None]
+    if not costs:
+        return row, None
+    return row, torch.cat([c.expand_as(v).reshape(-1) for v, c in zip(values, costs, strict=True)])[None]
+
+
+def _split(row: torch.Tensor, values: list[torch.Tensor]) -> list[torch.Tensor]:
+    parts = row[0].split([v.numel() for v in values])
+    return [part.reshape(v.shape).clone() for part, v in zip(parts, values, strict=True)]
+
+
+def _over(group: str) -> Reduce:
+    if not group:
+        return _alone
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    process_group = _resolve_process_group(group)
+    operations = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
+
+    def reduce(tensor: torch.Tensor, operation: str) -> torch.Tensor:
+        tensor = tensor.contiguous()
+        dist.all_reduce(tensor, op=operations[operation], group=process_group)
+        return tensor
+
+    return reduce
+
+
+def soft_topk_global_forward(
+    values: list[torch.Tensor], budget: torch.Tensor, costs: list[torch.Tensor], beta: torch.Tensor, group: str
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """m for a list that shares one budget: one row, concatenated."""
+    row, a = _concatenated(values, costs)
+    mask, threshold = soft_topk_forward(row, budget[None], a, beta, _over(group))
+    return _split(mask, values), threshold[0]
+
+
+def soft_topk_global_backward(
+    grads: list[torch.Tensor],
+    values: list[torch.Tensor],
+    threshold: torch.Tensor,
+    costs: list[torch.Tensor],
+    beta: torch.Tensor,
+    cost_grad: bool,
+    group: str,
+) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Gradients for values, costs (elementwise), budget and beta of a list that shares one budget."""
+    row, a = _concatenated(values, costs)
+    grad, _ = _concatenated(grads, [])
+    grad_values, grad_costs, r, grad_beta = soft_topk_backward(
+        grad, row, threshold[None], a, beta, cost_grad, _over(group)
+    )
+    return _split(grad_values, values), _split(grad_costs, values) if cost_grad else [], r[0], grad_beta[0]
+
+
+def solve_masks_(
+    values: list[torch.Tensor],
+    budget: torch.Tensor,
+    costs: list[torch.Tensor],
+    beta: torch.Tensor,
+    absolute: bool,
+    soft: list[torch.Tensor],
+    hard: list[torch.Tensor],
+    state: torch.Tensor,
+) -> None:
+    """Soft and hard mask of a training step, in place."""
+    row, a = _concatenated(values, costs)
+    row = row.abs() if absolute else row
+    mask, threshold = soft_topk_forward(row, budget[None], a, beta)
+    u, ones = _ratio(row, a)
+    kept = select(u, ones, clamp_budget(budget[None], ones.expand_as(u).sum(-1, dtype=torch.float64)))
+    for source, targets in ((mask, soft), (kept, hard)):
+        for part, target in zip(_split(source, values), targets, strict=True):
+            target.copy_(part)
+    centre, shift = threshold[0]
+    state[1], state[3] = state[0].clone(), state[2].clone()
+    state[0] = centre - shift / beta
+    state[2] = torch.where(kept, u, torch.inf).min()
+    state[4] += 1

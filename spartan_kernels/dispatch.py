@@ -1,0 +1,193 @@
+"""Which backend serves which operator: one table, one choice, one report."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+BACKENDS = ("native", "triton", "cuda", "reference")
+AUTO_ORDER: dict[str, tuple[str, ...]] = {
+    "cpu": ("native", "reference"),
+    "cuda": ("triton", "cuda", "reference"),
+}
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Support:
+    """Device types and dtypes that one backend serves for one operator; an empty device tuple means any."""
+
+    stem: str
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+
+
+def _rows(stem: str, operators: tuple[str, ...], native: bool) -> dict[str, dict[str, Support]]:
+    row = {"reference": Support(stem, (), _FLOATS)}
+    if native:
+        row["native"] = Support(stem, ("cpu",), _FLOATS)
+    return {operator: row for operator in operators}
+
+
+# operator -> backend -> what it serves. The only place that says so.
+SUPPORT: dict[str, dict[str, Support]] = {
+    **_rows("soft_topk", ("soft_topk_forward", "soft_topk_backward"), native=True),
+    **_rows(
+        "soft_topk",
+        ("soft_topk_global_forward", "soft_topk_global_backward", "solve_masks_"),
+        native=True,
+    ),
+    **_rows("hard_topk", ("hard_topk_forward", "hard_topk_global_forward"), native=True),
+    **_rows(
+        "masked_weight",
+        (
+            "masked_weight_forward",
+            "masked_weight_backward",
+            "masked_weight_coupling",
+            "masked_weight_correct_",
+            "block_scores",
+        ),
+        native=True,
+    ),
+    **_rows("masked_matmul", ("masked_linear_forward", "masked_linear_backward"), native=False),
+}
+
+
+class _Settings(threading.local):
+    backend: str | None = None
+
+
+_settings = _Settings()
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Use the backend `name` for every operator called in this block (and thread).
+
+    Raises:
+        ValueError: `name` is not "auto" or one of the backends.
+    """
+    previous, _settings.backend = _settings.backend, _known(name)
+    try:
+        yield
+    finally:
+        _settings.backend = previous
+
+
+def _known(name: str) -> str:
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}; got {name!r}")
+    return name
+
+
+def requested(name: str | None) -> str:
+    """The backend asked for: the argument, else the `backend` block, else SPARTAN_BACKEND, else "auto"."""
+    if name:
+        return _known(name)
+    return _settings.backend or _known(os.environ.get("SPARTAN_BACKEND") or "auto")
+
+
+@lru_cache(maxsize=None)
+def unavailable(name: str) -> str | None:
+    """Why the backend `name` cannot run on this machine, or None when it can."""
+    if name == "reference":
+        return None
+    if name == "native":
+        from spartan_kernels.backends import native
+
+        return native.unavailable()
+    return f"this version has no {name} kernels yet"
+
+
+def _refusal(operator: str, name: str, device: str, dtype: torch.dtype) -> str | None:
+    support = SUPPORT[operator].get(name)
+    if support is None:
+        return f"the {name} backend has no {operator}"
+    if support.devices and device not in support.devices:
+        return f"the {name} backend serves {', '.join(support.devices)} tensors, not {device}"
+    if dtype not in support.dtypes:
+        return f"the {name} backend has no {operator} for {dtype}"
+    reason = unavailable(name)
+    return reason and f"the {name} backend is not available: {reason}"
+
+
+@lru_cache(maxsize=None)
+def select(operator: str, device: str, dtype: torch.dtype, name: str) -> str:
+    """The backend that serves `operator`: `name` itself, or for "auto" the first of AUTO_ORDER that can.
+
+    "auto" warns once when it steps over a backend that exists for the operator but cannot run here.
+
+    Raises:
+        ValueError: the backend named cannot serve this call; it never falls back.
+    """
+    if name != "auto":
+        reason = _refusal(operator, name, device, dtype)
+        if reason:
+            raise ValueError(f"backend={name!r}: {reason}")
+        return name
+    for candidate in AUTO_ORDER.get(device, ("reference",)):
+        reason = _refusal(operator, candidate, device, dtype)
+        if reason is None:
+            return candidate
+        if candidate in SUPPORT[operator]:
+            _warn_once(f"spartan: {reason}; using a slower backend")
+    raise ValueError(f"{operator}: no backend serves {device} tensors of {dtype}")
+
+
+@lru_cache(maxsize=None)
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+@lru_cache(maxsize=None)
+def _implementation(operator: str, name: str) -> Callable[..., Any]:
+    package = "spartan_kernels.backends."
+    module = "native" if name in ("native", "cuda") else f"{name}.{SUPPORT[operator][name].stem}"
+    function: Callable[..., Any] = getattr(importlib.import_module(package + module), operator)
+    return function
+
+
+def resolve(operator: str, like: torch.Tensor, name: str | None) -> Callable[..., Any]:
+    """The function that computes `operator` for tensors like `like`."""
+    return _implementation(operator, select(operator, like.device.type, like.dtype, requested(name)))
+
+
+def info() -> dict[str, Any]:
+    """What is installed and which backend serves which operator on which device, with the reason where none does.
+
+    Returns:
+        "version", "torch", "native" (the extension's build: compilers, instruction set, reason if absent), "devices", and
+        "operators": {operator: {device: {"auto": name, backend: None or the reason it does not serve}}}.
+    """
+    from spartan_kernels import __version__
+    from spartan_kernels.backends import native
+
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    operators = {
+        operator: {
+            device: {
+                "auto": next(
+                    (n for n in AUTO_ORDER[device] if _refusal(operator, n, device, torch.float32) is None), None
+                ),
+                **{n: _refusal(operator, n, device, torch.float32) for n in BACKENDS},
+            }
+            for device in devices
+        }
+        for operator in SUPPORT
+    }
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "native": native.build_info(),
+        "devices": devices,
+        "operators": operators,
+    }

@@ -1,0 +1,35 @@
+"""What is computed: each operator's contract, schema and fake implementation."""
+
+from __future__ import annotations
+
+from spartan_kernels.arguments import checks
+from spartan_kernels.ops.hard_topk import hard_topk, hard_topk_global
+from spartan_kernels.ops.masked_matmul import masked_linear
+from spartan_kernels.ops.masked_weight import (
+    block_costs,
+    block_grid,
+    block_scores,
+    expand_blocks,
+    masked_weight,
+    masked_weight_correct_,
+    masked_weight_coupling,
+)
+from spartan_kernels.ops.soft_topk import new_solver_state, soft_topk, soft_topk_global, solve_masks_
+
+__all__ = [
+    "block_costs",
+    "block_grid",
+    "block_scores",
+    "checks",
+    "expand_blocks",
+    "hard_topk",
+    "hard_topk_global",
+    "masked_linear",
+    "masked_weight",
+    "masked_weight_correct_",
+    "masked_weight_coupling",
+    "new_solver_state",
+    "soft_topk",
+    "soft_topk_global",
+    "solve_masks_",
+]

@@ -1,0 +1,89 @@
+"""What a top-k problem is: arguments as the user gives them, checked and brought to rows or to a list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from spartan_kernels.arguments import require_float, scalar
+
+
+def row_problem(
+    values: torch.Tensor, budget: float | torch.Tensor, costs: float | torch.Tensor | None, dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Callable[[torch.Tensor], torch.Tensor]]:
+    """Values [rows, n], budget [rows], costs (None, [], [n] or [rows, n]), and the way back to the shape of `values`."""
+    require_float("values", values)
+    dim = _normalised(dim, values)
+    moved = values.movedim(dim, -1)
+    shape = moved.shape
+    rows = shape[:-1].numel()
+
+    def restore(mask: torch.Tensor) -> torch.Tensor:
+        return mask.reshape(shape).movedim(-1, dim)
+
+    row_costs = _row_costs(costs, values, dim)
+    return moved.reshape(rows, shape[-1]), _row_budget(budget, shape[:-1], values.device), row_costs, restore
+
+
+def global_problem(
+    values: Sequence[torch.Tensor], costs: Sequence[float | torch.Tensor] | None
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The tensors and costs of an operator over a list, checked; no costs are an empty list."""
+    tensors = list(values)
+    if not tensors:
+        raise ValueError("values must hold at least one tensor; got none")
+    for index, tensor in enumerate(tensors):
+        require_float(f"values[{index}]", tensor)
+        if (tensor.dtype, tensor.device) != (tensors[0].dtype, tensors[0].device):
+            raise ValueError(
+                f"values must share a dtype and a device; values[0] is {tensors[0].dtype} on {tensors[0].device},"
+                f" values[{index}] is {tensor.dtype} on {tensor.device}"
+            )
+    if costs is None:
+        return tensors, []
+    if isinstance(costs, int | float | torch.Tensor) or len(costs) != len(tensors):
+        found = len(costs) if isinstance(costs, Sequence) else type(costs).__name__
+        raise ValueError(f"costs must be None or one entry for each of the {len(tensors)} values; got {found}")
+    return tensors, [_tensor_cost(i, c, v) for i, (c, v) in enumerate(zip(costs, tensors, strict=True))]
+
+
+def _tensor_cost(index: int, cost: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    if not isinstance(cost, torch.Tensor):
+        return scalar(f"costs[{index}]", cost, like.device).to(like.dtype)
+    if cost.dim() and cost.shape != like.shape:
+        raise ValueError(
+            f"costs[{index}] must be a number, 0-dim or of shape {tuple(like.shape)}; got {tuple(cost.shape)}"
+        )
+    return cost.to(device=like.device, dtype=like.dtype)
+
+
+def _normalised(dim: int, values: torch.Tensor) -> int:
+    if values.dim() == 0:
+        raise ValueError("values must have at least one dimension; got a 0-dim tensor")
+    if not -values.dim() <= dim < values.dim():
+        raise ValueError(f"dim must be in [{-values.dim()}, {values.dim() - 1}]; got {dim}")
+    return dim % values.dim()
+
+
+def _row_budget(budget: float | torch.Tensor, rows: torch.Size, device: torch.device) -> torch.Tensor:
+    if isinstance(budget, torch.Tensor) and budget.dim():
+        if budget.shape != rows:
+            raise ValueError(f"budget must be a number or of shape {tuple(rows)}; got {tuple(budget.shape)}")
+        return budget.to(device=device, dtype=torch.float64).reshape(-1)
+    return scalar("budget", budget, device).expand(rows.numel())
+
+
+def _row_costs(costs: float | torch.Tensor | None, values: torch.Tensor, dim: int) -> torch.Tensor | None:
+    if costs is None:
+        return None
+    if not isinstance(costs, torch.Tensor):
+        return scalar("costs", costs, values.device).to(values.dtype)
+    costs = costs.to(device=values.device, dtype=values.dtype)
+    if costs.dim() == 0 or costs.shape == (values.shape[dim],):
+        return costs
+    if costs.shape != values.shape:
+        raise ValueError(
+            f"costs must be a number, of shape ({values.shape[dim]},) or {tuple(values.shape)}; got {tuple(costs.shape)}"
+        )
+    return costs.movedim(dim, -1).reshape(-1, values.shape[dim])

@@ -1,0 +1,92 @@
+"""Hard top-k: a weighted selection by v/a that never exceeds its budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from spartan_kernels.arguments import scalar
+from spartan_kernels.ops._define import define
+from spartan_kernels.ops._problem import global_problem, row_problem
+
+
+def _like(values: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(values, dtype=torch.bool, memory_format=torch.contiguous_format)
+
+
+def _fake_forward(values: Any, budget: Any, costs: Any, backend: str) -> Any:
+    return _like(values)
+
+
+def _fake_global(values: Any, budget: Any, costs: Any, absolute: bool, backend: str) -> Any:
+    return [_like(v) for v in values]
+
+
+hard_topk_forward = define(
+    "hard_topk_forward(Tensor values, Tensor budget, Tensor? costs, str backend) -> Tensor", _fake_forward
+)
+hard_topk_global_forward = define(
+    "hard_topk_global_forward(Tensor[] values, Tensor budget, Tensor[] costs, bool absolute, str backend) -> Tensor[]",
+    _fake_global,
+)
+
+
+def hard_topk(
+    values: torch.Tensor,
+    budget: float | torch.Tensor,
+    costs: float | torch.Tensor | None = None,
+    dim: int = -1,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """The entries taken in descending v/a until the next one would exceed the budget, along one dimension.
+
+    h_i = 1 for the longest prefix, in descending v_i / a_i with ties to the lowest index, whose costs sum to at most k.
+
+    Args:
+        values: v, any shape, floating point.
+        budget: k, a number or a tensor shaped like `values` without `dim`; in [0, sum of costs].
+        costs: a > 0; None (ones), a number, one per entry of `dim`, or shaped like `values`.
+        dim: the dimension that shares a budget.
+        backend: "auto" or the name of a backend.
+
+    Returns:
+        bool, shape of `values`. With unit costs exactly floor(k) entries are True, also on ties.
+
+    Raises:
+        TypeError, ValueError: as `soft_topk`.
+
+    Source: Tai, Tian, Lim, "Spartan", NeurIPS 2022: the projection of the forward pass.
+    """
+    rows, row_budget, row_costs, restore = row_problem(values.detach(), budget, costs, dim)
+    return restore(hard_topk_forward(rows, row_budget, row_costs, backend or ""))
+
+
+def hard_topk_global(
+    values: Sequence[torch.Tensor],
+    budget: float | torch.Tensor,
+    costs: Sequence[float | torch.Tensor] | None = None,
+    *,
+    absolute: bool = False,
+    backend: str | None = None,
+) -> list[torch.Tensor]:
+    """`hard_topk` under one budget over many tensors; the index that breaks ties counts through the list.
+
+    Args:
+        values: tensors of any shapes, of one dtype and device.
+        budget: k, a number or 0-dim tensor, for all of them together.
+        costs: None (ones), or for each tensor a number, a 0-dim tensor or a tensor of its shape.
+        absolute: choose by |values| (no copy is made).
+        backend: "auto" or the name of a backend.
+
+    Returns:
+        One bool mask for each tensor, of its shape.
+
+    Raises:
+        TypeError, ValueError: as `soft_topk_global`.
+    """
+    tensors, cost_list = global_problem([v.detach() if isinstance(v, torch.Tensor) else v for v in values], costs)
+    k = scalar("budget", budget, tensors[0].device)
+    return list(hard_topk_global_forward(tensors, k, cost_list, absolute, backend or ""))

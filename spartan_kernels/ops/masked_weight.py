@@ -1,0 +1,267 @@
+"""Masked weight: theta * m * h and its gradient, block scores, and the coupling term that the budget puts between blocks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from spartan_kernels.arguments import block_shape, require_float, scalar
+from spartan_kernels.ops._define import define
+
+
+def _fake_forward(weight: Any, *rest: Any) -> Any:
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+def _fake_backward(grad: Any, weight: Any, *rest: Any) -> Any:
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+def _fake_coupling(grad: Any, weight: Any, *rest: Any) -> Any:
+    return weight.new_empty(2, dtype=torch.float64)
+
+
+def _fake_correct(*arguments: Any) -> None:
+    return None
+
+
+def _fake_scores(weight: Any, rows: int, columns: int, backend: str) -> Any:
+    return weight.new_empty(block_grid(weight.shape, (rows, columns)))
+
+
+masked_weight_forward = define(
+    "masked_weight_forward(Tensor weight, Tensor? soft, Tensor? hard, Tensor beta, Tensor costs, int rows, int columns,"
+    " bool straight_through, str backend) -> Tensor",
+    _fake_forward,
+)
+masked_weight_backward = define(
+    "masked_weight_backward(Tensor grad, Tensor weight, Tensor? soft, Tensor? hard, Tensor beta, Tensor costs,"
+    " int rows, int columns, bool straight_through, str backend) -> Tensor",
+    _fake_backward,
+)
+_coupling = define(
+    "masked_weight_coupling(Tensor grad, Tensor weight, Tensor soft, Tensor beta, Tensor costs, int rows, int columns,"
+    " str backend) -> Tensor",
+    _fake_coupling,
+)
+_correct = define(
+    "masked_weight_correct_(Tensor(a!) grad, Tensor weight, Tensor soft, Tensor scale, int rows, int columns,"
+    " str backend) -> ()",
+    _fake_correct,
+)
+_scores = define("block_scores(Tensor weight, int rows, int columns, str backend) -> Tensor", _fake_scores)
+
+
+def block_grid(shape: tuple[int, ...] | torch.Size, block_size: int | tuple[int, int]) -> tuple[int, ...]:
+    """Shape of the blocks of a weight: [ceil(out / rows), ceil(in / columns), *rest].
+
+    A block covers (rows, columns) of the first two dimensions; each position of further ones (a convolution's kernel) is
+    a block of its own. Block size 1 gives `shape` itself, for weights of any number of dimensions.
+
+    Raises:
+        ValueError: a block size that is not positive, or larger than 1 for a weight of fewer than two dimensions.
+    """
+    rows, columns = block_shape(block_size)
+    if (rows, columns) == (1, 1):
+        return tuple(shape)
+    if len(shape) < 2:
+        raise ValueError(f"block_size {block_size} needs a weight of at least two dimensions; got {tuple(shape)}")
+    return (math.ceil(shape[0] / rows), math.ceil(shape[1] / columns), *shape[2:])
+
+
+def block_costs(shape: tuple[int, ...] | torch.Size, block_size: int | tuple[int, int]) -> float | torch.Tensor:
+    """Number of weights in each block: a float where the blocks divide the shape, else a tensor of the grid's shape."""
+    rows, columns = block_shape(block_size)
+    grid = block_grid(shape, block_size)
+    if (rows, columns) == (1, 1) or (shape[0] % rows == 0 and shape[1] % columns == 0):
+        return float(rows * columns)
+    height = torch.full((grid[0],), float(rows))
+    height[-1] = shape[0] - rows * (grid[0] - 1)
+    width = torch.full((grid[1],), float(columns))
+    width[-1] = shape[1] - columns * (grid[1] - 1)
+    area = height[:, None] * width
+    return area.reshape(*area.shape, *(1 for _ in grid[2:])).expand(grid).contiguous()
+
+
+def expand_blocks(
+    grid: torch.Tensor, shape: tuple[int, ...] | torch.Size, block_size: int | tuple[int, int]
+) -> torch.Tensor:
+    """The value of each weight's block, in the weight's shape.
+
+    Raises:
+        ValueError: a grid that is not `block_grid(shape, block_size)`.
+    """
+    rows, columns = block_shape(block_size)
+    _require_grid("grid", grid, shape, (rows, columns))
+    if (rows, columns) == (1, 1):
+        return grid
+    tall = grid.repeat_interleave(rows, 0)[: shape[0]]
+    return tall.repeat_interleave(columns, 1)[:, : shape[1]]
+
+
+def block_scores(
+    weight: torch.Tensor, block_size: int | tuple[int, int], *, backend: str | None = None
+) -> torch.Tensor:
+    """Magnitude of each block: v_b, the sum of |theta_i| over the block.
+
+    Args:
+        weight: theta, [out, in, ...], floating point.
+        block_size: an int or (rows, columns) of the first two dimensions.
+        backend: "auto" or the name of a backend.
+
+    Returns:
+        v of shape `block_grid(weight.shape, block_size)`, dtype of `weight`.
+
+    Raises:
+        TypeError: integer weights. ValueError: a block size that is not positive.
+    """
+    require_float("weight", weight)
+    block_grid(weight.shape, block_size)
+    return _scores(weight.detach(), *block_shape(block_size), backend or "")
+
+
+def masked_weight(
+    weight: torch.Tensor,
+    soft: torch.Tensor | None,
+    hard: torch.Tensor | None,
+    block_size: int | tuple[int, int] = 1,
+    *,
+    beta: float | torch.Tensor = 1.0,
+    costs: float | torch.Tensor = 1.0,
+    straight_through: bool = True,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """The sparse weight of the forward pass, with a gradient that goes straight through the hard mask.
+
+    w = theta * m_b * h_b;  dL/dtheta_i = G_i m_b + sign(theta_i) beta s_b g_b / a_b,  g_b = sum over b of G_i theta_i,
+    s = m (1 - m): the part of equation (2) that needs this layer only. `masked_weight_coupling` gives the rest.
+
+    Args:
+        weight: theta, [out, in, ...].
+        soft: m, one per block (`block_grid`), floating point; None for ones, whose gradient is G.
+        hard: h, one per block, bool; None for ones.
+        block_size: an int or (rows, columns).
+        beta: sharpness that m was solved with.
+        costs: a, a number, 0-dim or one per block.
+        straight_through: let the gradient reach blocks where h is 0; else it is multiplied by h.
+        backend: "auto" or the name of a backend.
+
+    Returns:
+        w, shape and dtype of `weight`; differentiable in `weight` under `spartan`.
+
+    Raises:
+        TypeError: integer weights or a mask of the wrong dtype. ValueError: a mask or costs of the wrong shape.
+
+    Source: Tai, Tian, Lim, "Spartan", NeurIPS 2022, the training algorithm.
+    """
+    soft, hard, beta_, costs_, rows, columns = masked_weight_arguments(weight, soft, hard, block_size, beta, costs)
+    return masked_weight_forward(weight, soft, hard, beta_, costs_, rows, columns, straight_through, backend or "")
+
+
+def masked_weight_coupling(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    soft: torch.Tensor,
+    block_size: int | tuple[int, int] = 1,
+    *,
+    beta: float | torch.Tensor,
+    costs: float | torch.Tensor = 1.0,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """This layer's share of the two sums that make the multiplier r of the budget, from its final gradient.
+
+    q_b = sum over b of grad_i theta_i;  g_b m_b = q_b / (1 + beta (1 - m_b) v_b / a_b);
+    returns [sum_b (1 - m_b) g_b m_b, sum_b a_b m_b (1 - m_b)]; r is the ratio of the sums over all layers of a budget.
+
+    Args:
+        grad: the `.grad` of `weight`: accumulated, reduced over ranks and unscaled.
+        weight: theta, as in the forward pass.
+        soft: m, one per block.
+        block_size: an int or (rows, columns).
+        beta: sharpness that m was solved with.
+        costs: a, a number, 0-dim or one per block.
+        backend: "auto" or the name of a backend.
+
+    Returns:
+        float64 [2].
+
+    Raises:
+        TypeError, ValueError: as `masked_weight`; also for a gradient of another shape.
+    """
+    soft_, _, beta_, costs_, rows, columns = masked_weight_arguments(weight, soft, None, block_size, beta, costs)
+    _require_grad(grad, weight)
+    return _coupling(grad, weight.detach(), soft_, beta_, costs_, rows, columns, backend or "")
+
+
+def masked_weight_correct_(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    soft: torch.Tensor,
+    scale: float | torch.Tensor,
+    block_size: int | tuple[int, int] = 1,
+    *,
+    backend: str | None = None,
+) -> None:
+    """Complete equation (2) in place: grad_i -= sign(theta_i) s_b scale, with scale = beta r.
+
+    Args:
+        grad: the gradient that `masked_weight_coupling` read.
+        weight: theta, as in the forward pass.
+        soft: m, one per block.
+        scale: beta r, a number or 0-dim tensor.
+        block_size: an int or (rows, columns).
+        backend: "auto" or the name of a backend.
+
+    Raises:
+        TypeError, ValueError: as `masked_weight_coupling`.
+    """
+    soft_, _, scale_, _, rows, columns = masked_weight_arguments(weight, soft, None, block_size, scale, 1.0)
+    _require_grad(grad, weight)
+    _correct(grad, weight.detach(), soft_, scale_, rows, columns, backend or "")
+
+
+def masked_weight_arguments(
+    weight: torch.Tensor,
+    soft: torch.Tensor | None,
+    hard: torch.Tensor | None,
+    block_size: int | tuple[int, int],
+    beta: float | torch.Tensor,
+    costs: float | torch.Tensor,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor, int, int]:
+    """The arguments of the masked-weight operators, checked and brought to tensors."""
+    require_float("weight", weight)
+    rows, columns = block_shape(block_size)
+    if soft is not None:
+        require_float("soft", soft)
+        _require_grid("soft", soft, weight.shape, (rows, columns))
+        soft = soft.to(weight.dtype)
+    if hard is not None:
+        if hard.dtype != torch.bool:
+            raise TypeError(f"hard must be a bool tensor; got dtype {hard.dtype}")
+        _require_grid("hard", hard, weight.shape, (rows, columns))
+    if isinstance(costs, torch.Tensor) and costs.dim():
+        _require_grid("costs", costs, weight.shape, (rows, columns))
+        costs = costs.to(device=weight.device, dtype=weight.dtype)
+    else:
+        costs = scalar("costs", costs, weight.device)
+    return soft, hard, scalar("beta", beta, weight.device), costs, rows, columns
+
+
+def _require_grid(
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...] | torch.Size, block_size: tuple[int, int]
+) -> None:
+    grid = block_grid(shape, block_size)
+    if tuple(tensor.shape) != grid:
+        raise ValueError(
+            f"{name} must have shape {grid}, one entry per {block_size} block of a weight of shape {tuple(shape)};"
+            f" got {tuple(tensor.shape)}"
+        )
+
+
+def _require_grad(grad: torch.Tensor, weight: torch.Tensor) -> None:
+    if grad.shape != weight.shape or grad.dtype != weight.dtype:
+        raise ValueError(
+            f"grad must be {weight.dtype} of shape {tuple(weight.shape)}; got {grad.dtype} of {tuple(grad.shape)}"
+        )

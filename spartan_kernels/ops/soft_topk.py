@@ -1,0 +1,233 @@
+"""Soft top-k: the mask of the entropically regularised knapsack, by rows or with one budget over many tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from spartan_kernels.arguments import scalar
+from spartan_kernels.ops._define import define
+from spartan_kernels.ops._problem import global_problem, row_problem
+
+SOLVER_STATE_SIZE = 8
+
+
+def _fake_forward(values: Any, budget: Any, costs: Any, beta: Any, backend: str) -> Any:
+    return torch.empty_like(values, memory_format=torch.contiguous_format), beta.new_empty((values.shape[0], 2))
+
+
+def _fake_backward(
+    grad: Any, values: Any, threshold: Any, costs: Any, beta: Any, cost_grad: bool, backend: str
+) -> Any:
+    grad_costs = torch.empty_like(values, memory_format=torch.contiguous_format) if cost_grad else values.new_empty(0)
+    rows = beta.new_empty(values.shape[0])
+    return torch.empty_like(values, memory_format=torch.contiguous_format), grad_costs, rows, rows.clone()
+
+
+def _fake_global_forward(values: Any, budget: Any, costs: Any, beta: Any, group: str, backend: str) -> Any:
+    masks = [torch.empty_like(v, memory_format=torch.contiguous_format) for v in values]
+    return masks, beta.new_empty(2)
+
+
+def _fake_global_backward(
+    grads: Any, values: Any, threshold: Any, costs: Any, beta: Any, cost_grad: bool, group: str, backend: str
+) -> Any:
+    like = [torch.empty_like(v, memory_format=torch.contiguous_format) for v in values]
+    grad_costs = [torch.empty_like(v, memory_format=torch.contiguous_format) for v in values] if cost_grad else []
+    return like, grad_costs, beta.new_empty(()), beta.new_empty(())
+
+
+def _fake_solve(*arguments: Any) -> None:
+    return None
+
+
+# values [rows, n]; budget float64 [rows]; costs None, [], [n] or [rows, n]; beta float64 [].
+# threshold float64 [rows, 2] is (centre c, shift d) of the solution m = sigmoid(beta (values/costs - c) + d).
+soft_topk_forward = define(
+    "soft_topk_forward(Tensor values, Tensor budget, Tensor? costs, Tensor beta, str backend) -> (Tensor, Tensor)",
+    _fake_forward,
+)
+# -> grad of values [rows, n], of costs (elementwise [rows, n], empty unless cost_grad), of budget [rows], of beta [rows]
+soft_topk_backward = define(
+    "soft_topk_backward(Tensor grad, Tensor values, Tensor threshold, Tensor? costs, Tensor beta, bool cost_grad,"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_backward,
+)
+# The same over a list: costs is empty or holds one tensor, [] or shaped like its values, for each.
+soft_topk_global_forward = define(
+    "soft_topk_global_forward(Tensor[] values, Tensor budget, Tensor[] costs, Tensor beta, str group, str backend)"
+    " -> (Tensor[], Tensor)",
+    _fake_global_forward,
+)
+soft_topk_global_backward = define(
+    "soft_topk_global_backward(Tensor[] grads, Tensor[] values, Tensor threshold, Tensor[] costs, Tensor beta,"
+    " bool cost_grad, str group, str backend) -> (Tensor[], Tensor[], Tensor, Tensor)",
+    _fake_global_backward,
+)
+_solve_masks = define(
+    "solve_masks_(Tensor[] values, Tensor budget, Tensor[] costs, Tensor beta, bool absolute, Tensor(a!)[] soft,"
+    " Tensor(b!)[] hard, Tensor(c!) state, str backend) -> ()",
+    _fake_solve,
+)
+
+
+def soft_topk(
+    values: torch.Tensor,
+    budget: float | torch.Tensor,
+    costs: float | torch.Tensor | None = None,
+    beta: float | torch.Tensor = 1.0,
+    dim: int = -1,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Soft mask of the entries worth keeping within a budget, along one dimension.
+
+    m_i = sigmoid(beta v_i / a_i + mu), with mu such that sum_i a_i m_i = k.
+
+    Args:
+        values: v, any shape, floating point.
+        budget: k, a number or a tensor shaped like `values` without `dim`; in [0, sum of costs].
+        costs: a > 0; None (ones), a number, one per entry of `dim`, or shaped like `values`.
+        beta: sharpness, at least 0; 0 gives k / sum(a) everywhere, infinity the hard top-k.
+        dim: the dimension that shares a budget.
+        backend: "auto" or the name of a backend.
+
+    Returns:
+        m in [0, 1], shape and dtype of `values`; differentiable in values, budget, costs and beta under `spartan`.
+
+    Raises:
+        TypeError: integer or non-tensor values, costs or beta of a wrong type.
+        ValueError: budget outside [0, sum of costs], costs not positive, beta negative, shapes that do not match,
+            or (on the CPU) values that are not finite.
+
+    Source: Tai, Tian, Lim, "Spartan", NeurIPS 2022, section 3, equation (1) of its soft top-k.
+    """
+    rows, row_budget, row_costs, restore = row_problem(values, budget, costs, dim)
+    mask, _ = soft_topk_forward(rows, row_budget, row_costs, scalar("beta", beta, values.device), backend or "")
+    return restore(mask)
+
+
+def soft_topk_global(
+    values: Sequence[torch.Tensor],
+    budget: float | torch.Tensor,
+    costs: Sequence[float | torch.Tensor] | None = None,
+    beta: float | torch.Tensor = 1.0,
+    group: Any = None,
+    *,
+    backend: str | None = None,
+) -> list[torch.Tensor]:
+    """Soft masks under one budget over many tensors, and over the ranks of a process group.
+
+    m_i = sigmoid(beta v_i / a_i + mu), with one mu such that the sum of a_i m_i over all tensors (and ranks) is k.
+
+    Args:
+        values: tensors of any shapes, of one dtype and device.
+        budget: k, a number or 0-dim tensor, for all of them together.
+        costs: None (ones), or for each tensor a number, a 0-dim tensor or a tensor of its shape.
+        beta: sharpness, at least 0.
+        group: a `torch.distributed` process group whose ranks each pass their own part; None for this process alone.
+            Served by the reference backend.
+        backend: "auto" or the name of a backend.
+
+    Returns:
+        One mask for each tensor, of its shape and dtype.
+
+    Raises:
+        TypeError, ValueError: as `soft_topk`; also for an empty list.
+
+    Source: Tai, Tian, Lim, "Spartan", NeurIPS 2022, section 3.
+    """
+    tensors, cost_list = global_problem(values, costs)
+    name, backend = _group_name(group, backend)
+    masks, _ = soft_topk_global_forward(
+        tensors,
+        scalar("budget", budget, tensors[0].device),
+        cost_list,
+        scalar("beta", beta, tensors[0].device),
+        name,
+        backend or "",
+    )
+    return list(masks)
+
+
+def new_solver_state(device: torch.device | str = "cpu") -> torch.Tensor:
+    """State of `solve_masks_` between steps, empty: the first call starts cold.
+
+    Returns:
+        float64 [8]: soft threshold t, its predecessor, hard threshold and its predecessor (all in units of v/a), the
+        number of solves so far, and room for the backend's own use.
+    """
+    return torch.zeros(SOLVER_STATE_SIZE, dtype=torch.float64, device=device)
+
+
+def solve_masks_(
+    values: Sequence[torch.Tensor],
+    budget: float | torch.Tensor,
+    costs: Sequence[float | torch.Tensor] | None,
+    beta: float | torch.Tensor,
+    soft: Sequence[torch.Tensor],
+    hard: Sequence[torch.Tensor],
+    state: torch.Tensor,
+    *,
+    absolute: bool = False,
+    backend: str | None = None,
+) -> None:
+    """Write the soft and the hard mask of one training step in place, starting from the thresholds of the last one.
+
+    soft = m of `soft_topk_global`; hard = `hard_topk_global`; v = values, or |values| with `absolute` (no copy is made).
+
+    Args:
+        values: weights or block scores, of one dtype and device.
+        budget: k, a number or 0-dim tensor.
+        costs: None, or for each tensor a number, a 0-dim tensor or a tensor of its shape.
+        beta: sharpness, at least 0.
+        soft: for each tensor, where its soft mask goes: its shape and dtype, contiguous.
+        hard: for each tensor, where its hard mask goes: its shape, bool, contiguous.
+        state: from `new_solver_state`, updated.
+        absolute: choose by magnitude.
+        backend: "auto" or the name of a backend.
+
+    Raises:
+        TypeError, ValueError: as `soft_topk_global`; also for masks or a state of the wrong shape or dtype.
+    """
+    tensors, cost_list = global_problem(values, costs)
+    _require_masks("soft", soft, tensors, None)
+    _require_masks("hard", hard, tensors, torch.bool)
+    if state.shape != (SOLVER_STATE_SIZE,) or state.dtype != torch.float64:
+        raise ValueError(f"state must come from new_solver_state; got {state.dtype} of shape {tuple(state.shape)}")
+    device = tensors[0].device
+    _solve_masks(
+        tensors,
+        scalar("budget", budget, device),
+        cost_list,
+        scalar("beta", beta, device),
+        absolute,
+        list(soft),
+        list(hard),
+        state,
+        backend or "",
+    )
+
+
+def _require_masks(
+    name: str, masks: Sequence[torch.Tensor], tensors: list[torch.Tensor], dtype: torch.dtype | None
+) -> None:
+    if len(masks) != len(tensors):
+        raise ValueError(f"{name} must hold one mask for each of the {len(tensors)} values; got {len(masks)}")
+    for index, (mask, tensor) in enumerate(zip(masks, tensors, strict=True)):
+        wanted = dtype or tensor.dtype
+        if mask.shape != tensor.shape or mask.dtype != wanted or not mask.is_contiguous():
+            raise ValueError(
+                f"{name}[{index}] must be contiguous {wanted} of shape {tuple(tensor.shape)};"
+                f" got {mask.dtype} of shape {tuple(mask.shape)}"
+            )
+
+
+def _group_name(group: Any, backend: str | None) -> tuple[str, str | None]:
+    if group is None:
+        return "", backend
+    if backend not in (None, "auto", "reference"):
+        raise ValueError(f"group is served by the reference backend only; got backend={backend!r}")
+    return group.group_name, "reference"

@@ -1,0 +1,79 @@
+"""Backends and devices as test parameters, poisoned memory, hypothesis profiles."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import hypothesis
+import pytest
+import torch
+from torch.utils import deterministic
+
+from spartan_kernels import info
+
+hypothesis.settings.register_profile("dev", max_examples=25, deadline=None)
+hypothesis.settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+
+
+@dataclass(frozen=True)
+class Target:
+    """One backend on one device: what every operator test runs over."""
+
+    backend: str
+    device: str
+
+
+def targets(*operators: str) -> list[Target]:
+    """Every (backend, device) of this machine that serves all of ``operators``."""
+    table = info()["operators"]
+    devices = sorted({device for operator in operators for device in table[operator]})
+    backends = [name for name in next(iter(table.values()))["cpu"] if name != "auto"]
+    return [
+        Target(backend, device)
+        for device in devices
+        for backend in backends
+        if all(table[operator][device][backend] is None for operator in operators)
+    ]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "operators(*names): run over every backend and device that serves them")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "target" not in metafunc.fixturenames:
+        return
+    marker = metafunc.definition.get_closest_marker("operators")
+    if marker is None:
+        raise pytest.UsageError(f"{metafunc.definition.nodeid}: fixture `target` needs the marker `operators`")
+    metafunc.parametrize(
+        "target",
+        [
+            pytest.param(t, id=f"{t.backend}-{t.device}", marks=[pytest.mark.gpu] if t.device == "cuda" else [])
+            for t in targets(*marker.args)
+        ],
+    )
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fill what torch.empty returns with NaN, so an output that a kernel forgets to write is seen."""
+    enabled, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filling = deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+    deterministic.fill_uninitialized_memory = filling
+
+
+@pytest.fixture
+def thread_count() -> Iterator[None]:
+    """Restore the number of threads that a test changes."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

@@ -14,9 +14,9 @@ from spartan_kernels.ops import (
     soft_topk,
     soft_topk_global,
 )
-from spartan_kernels.ops import masked_matmul as _matmul
-from spartan_kernels.ops import masked_weight as _weight
-from spartan_kernels.ops import soft_topk as _soft
+from spartan_kernels.ops.masked_matmul import masked_linear_backward
+from spartan_kernels.ops.masked_weight import masked_weight_backward
+from spartan_kernels.ops.soft_topk import soft_topk_backward, soft_topk_global_backward
 
 __all__ = ["hard_topk", "hard_topk_global", "masked_linear", "masked_weight", "soft_topk", "soft_topk_global"]
 
@@ -35,7 +35,7 @@ def _setup_rows(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _backward_rows(ctx: Any, grad_mask: torch.Tensor, grad_threshold: torch.Tensor) -> Any:
     values, threshold, costs, beta = ctx.saved_tensors
-    grad_values, grad_costs, grad_budget, grad_beta = _soft.soft_topk_backward(
+    grad_values, grad_costs, grad_budget, grad_beta = soft_topk_backward(
         grad_mask, values, threshold, costs, beta, ctx.needs_input_grad[2], ctx.backend
     )
     return (
@@ -62,7 +62,7 @@ def _backward_global(ctx: Any, grad_masks: Any, grad_threshold: torch.Tensor) ->
     saved = list(ctx.saved_tensors)
     values, costs, (threshold, beta) = saved[:n_values], saved[n_values:-2], saved[-2:]
     grads = [torch.zeros_like(v) if g is None else g for g, v in zip(grad_masks, values, strict=True)]
-    grad_values, grad_costs, grad_budget, grad_beta = _soft.soft_topk_global_backward(
+    grad_values, grad_costs, grad_budget, grad_beta = soft_topk_global_backward(
         grads, values, threshold, costs, beta, ctx.cost_grad, ctx.group, ctx.backend
     )
     reduced = [_reduce_to(g, c) for g, c in zip(grad_costs, costs, strict=True)] if ctx.cost_grad else [None] * n_costs
@@ -76,7 +76,7 @@ def _setup_weight(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward_weight(ctx: Any, grad: torch.Tensor) -> Any:
-    return (_weight.masked_weight_backward(grad, *ctx.saved_tensors, *ctx.rest), *[None] * 8)
+    return (masked_weight_backward(grad, *ctx.saved_tensors, *ctx.rest), *[None] * 8)
 
 
 def _setup_linear(ctx: Any, inputs: Any, output: Any) -> None:
@@ -88,7 +88,7 @@ def _setup_linear(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _backward_linear(ctx: Any, grad: torch.Tensor) -> Any:
     needs = list(ctx.needs_input_grad[:4])
-    grads = _matmul.masked_linear_backward(grad, *ctx.saved_tensors, *ctx.rest, needs, ctx.backend)
+    grads = masked_linear_backward(grad, *ctx.saved_tensors, *ctx.rest, needs, ctx.backend)
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 6)
 
 

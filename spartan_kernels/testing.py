@@ -15,7 +15,7 @@ from torch import Tensor
 _BISECTIONS = 100  # halvings from the widest bracket down to one ulp of float64, with room
 
 
-# --------------------------------------------------------------------------------------------------- inputs
+# ----------------------------------------------------------------------------------------------------- inputs
 
 
 def _heavy_tail(n: int, g: torch.Generator) -> Tensor:
@@ -114,7 +114,7 @@ def total_cost(costs: float | Tensor | None, values: Tensor, dim: int | None = N
     return a.sum() if dim is None else a.sum(dim)
 
 
-# --------------------------------------------------------------------------------------------------- oracle
+# ----------------------------------------------------------------------------------------------------- oracle
 
 
 def _bisect(logits: Tensor, costs: Tensor, budget: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ def oracle_hard_topk(
     v = values.double().movedim(dim, -1)
     a = cost_tensor(costs, values).movedim(dim, -1)
     k = torch.as_tensor(budget, dtype=torch.float64, device=v.device).expand(v.shape[:-1]).unsqueeze(-1)
-    order = (v / a).argsort(-1, descending=True, stable=True)
+    order = (v / a).argsort(dim=-1, descending=True, stable=True)
     fits = (a.gather(-1, order).cumsum(-1) <= k).cummin(-1).values if v.shape[-1] else v.bool()
     return torch.zeros_like(v, dtype=torch.bool).scatter(-1, order, fits).movedim(-1, dim)
 
@@ -240,7 +240,7 @@ def oracle_masked_weight(
     return w + (kept - w).detach() if straight_through else kept
 
 
-# --------------------------------------------------------------------------------------------- error budget
+# ----------------------------------------------------------------------------------------------- error budget
 
 
 def soft_topk_tolerance(
@@ -253,20 +253,21 @@ def soft_topk_tolerance(
 ) -> Tensor:
     """What a correct kernel may differ from the float64 mask, entry by entry, beside twice plain rounding.
 
-    Two terms: a budget met to a relative 1e-6 only fixes μ to 1e-6 k / Σ a s; and u = v/a is rounded to the
-    values' type (three roundings: quotient, reciprocal, product), which moves the logit βu by as many half ulps.
+    Two terms: a budget met to a relative 1e-6 fixes μ only to 1e-6 k / Σ a s, and on a plateau, where Σ a s
+    vanishes, an entry only to 1e-6 k / a; and u = v/a is rounded to the values' type (three roundings:
+    quotient, reciprocal, product), which moves the logit βu by as many half ulps.
     """
     a, m = cost_tensor(costs, values), mask.double()
     s = m * (1 - m)
     k = torch.as_tensor(budget, dtype=torch.float64, device=m.device)
     k = k if k.ndim == 0 else k.unsqueeze(dim)
-    slope = (a * s).sum(dim, keepdim=True).clamp_min(1e-300)
-    shift = 1e-6 * k / slope
     eps = torch.finfo(values.dtype).eps
     rounding = 0.0 if costs is None else 1.5 * eps * beta * (values.double() / a).abs()
-    # The shift is finite, so bound the change by the logistic's own growth rather than by its tangent.
-    change = torch.minimum(torch.expm1((shift + rounding).clamp_max(50.0)) * s, torch.ones_like(s))
-    return change + 4 * eps * m
+    shift = 1e-6 * k / (a * s).sum(dim, keepdim=True).clamp_min(1e-300) + rounding
+    # A finite shift changes the logistic function by at most (e^shift − 1) s, and every entry the same way.
+    from_budget = torch.where(shift < 1, torch.expm1(shift.clamp_max(1.0)) * s, 1.0).minimum(1e-6 * k / a)
+    from_rounding = (torch.expm1(torch.as_tensor(rounding).clamp_max(50.0)) * s).clamp_max(1.0)
+    return from_budget + from_rounding + 4 * eps * m
 
 
 def plain_soft_topk(
@@ -292,7 +293,7 @@ def assert_within_error_budget(
     factor: float = 2.0,
     name: str = "result",
 ) -> None:
-    """Assert |actual − exact| <= factor · max|plain − exact| + floor; exact in float64, plain in actual's dtype.
+    """Assert |actual − exact| <= factor · max|plain − exact| + floor; exact is float64, plain as actual.
 
     Raises:
         AssertionError: naming the result, the worst error, its allowance and index; also for NaN and shapes.

@@ -1,0 +1,131 @@
+"""Dispatch: the support table, auto and named backends, info() and checks()."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import warnings
+
+import pytest
+import torch
+
+import spartan_kernels
+from spartan_kernels import dispatch, ops
+
+VALUES = torch.tensor([3.0, 1.0, 2.0])
+
+
+@pytest.fixture
+def no_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine as if the extension had not been built."""
+    real = dispatch.unavailable
+
+    def unavailable(name: str) -> str | None:
+        return "the extension was not built" if name == "native" else real(name)
+
+    monkeypatch.setattr(dispatch, "unavailable", unavailable)
+    dispatch.select.cache_clear()
+    dispatch._warn_once.cache_clear()
+    yield
+    dispatch.select.cache_clear()
+    dispatch._warn_once.cache_clear()
+
+
+def test_every_operator_is_defined_and_served_by_the_reference() -> None:
+    for operator, backends in dispatch.SUPPORT.items():
+        assert hasattr(torch.ops.spartan, operator), operator
+        assert "reference" in backends
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            assert dispatch.select(operator, "cpu", dtype, "reference") == "reference"
+
+
+def test_info_agrees_with_the_choice_and_gives_a_reason_for_every_no() -> None:
+    report = spartan_kernels.info()
+    assert report["version"] == spartan_kernels.__version__
+    assert report["torch"] == torch.__version__
+    assert set(report["operators"]) == set(dispatch.SUPPORT)
+    for operator, by_device in report["operators"].items():
+        for device, row in by_device.items():
+            assert dispatch.select(operator, device, torch.float32, "auto") == row["auto"]
+            for name in dispatch.BACKENDS:
+                assert row[name] is None or (isinstance(row[name], str) and row[name])
+            assert row[row["auto"]] is None
+
+
+def test_auto_steps_down_and_says_so_once(no_native: None) -> None:
+    with pytest.warns(RuntimeWarning, match="native.*not built"):
+        assert dispatch.select("soft_topk_forward", "cpu", torch.float32, "auto") == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch.select("soft_topk_forward", "cpu", torch.float64, "auto") == "reference"
+
+
+def test_a_named_backend_never_falls_back(no_native: None) -> None:
+    with pytest.raises(ValueError, match="native.*not built"):
+        ops.soft_topk(VALUES, 1.0, backend="native")
+    for name in ("cuda", "triton"):
+        with pytest.raises(ValueError, match=name):
+            ops.hard_topk(VALUES, 1.0, backend=name)
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="backend.*native.*reference.*'fast'"):
+        ops.soft_topk(VALUES, 1.0, backend="fast")
+    with pytest.raises(ValueError, match="'fast'"), spartan_kernels.backend("fast"):
+        pass
+
+
+def test_block_argument_and_environment_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARTAN_BACKEND", "reference")
+    assert dispatch.requested(None) == "reference"
+    assert dispatch.requested("auto") == "auto"
+    with spartan_kernels.backend("auto"):
+        assert dispatch.requested(None) == "auto"
+        with spartan_kernels.backend("triton"):
+            assert dispatch.requested(None) == "triton"
+            assert dispatch.requested("native") == "native"
+        assert dispatch.requested(None) == "auto"
+    monkeypatch.setenv("SPARTAN_BACKEND", "quick")
+    with pytest.raises(ValueError, match="'quick'"):
+        ops.soft_topk(VALUES, 1.0)
+
+
+def test_block_ends_with_an_error_and_stays_in_its_thread() -> None:
+    with pytest.raises(RuntimeError, match="inside"), spartan_kernels.backend("reference"):
+        seen: list[str] = []
+        thread = threading.Thread(target=lambda: seen.append(dispatch.requested(None)))
+        thread.start()
+        thread.join()
+        assert seen == ["auto"]
+        raise RuntimeError("inside")
+    assert dispatch.requested(None) == "auto"
+
+
+def test_a_compiled_graph_obeys_the_block() -> None:
+    compiled = torch.compile(lambda v: ops.soft_topk(v, 1.0), fullgraph=True, backend="eager")
+    expected = compiled(VALUES)
+    with spartan_kernels.backend("reference"):
+        torch.testing.assert_close(compiled(VALUES), expected)
+    with spartan_kernels.backend("triton"), pytest.raises(ValueError, match="triton"):
+        compiled(VALUES)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_checks_raise_on_the_gpu_only_when_asked() -> None:
+    bad = torch.tensor([1.0, float("nan")], device="cuda")
+    assert ops.soft_topk(bad, 1.0).isnan().all()
+    spartan_kernels.checks(True)
+    try:
+        with pytest.raises(ValueError, match="values"):
+            ops.soft_topk(bad, 1.0)
+    finally:
+        spartan_kernels.checks(False)
+
+
+def test_import_is_light() -> None:
+    """Importing spartan loads neither triton nor matplotlib, which cost seconds."""
+    code = "import spartan, sys; print([m for m in ('triton', 'matplotlib', 'rich') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,246 @@
+"""masked_linear: value and gradients on every backend against float64 autograd of the definition."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+import spartan.functional as F
+from spartan_kernels import ops
+from spartan_kernels.testing import (
+    assert_within_error_budget,
+    make_values,
+    oracle_block_sum,
+    oracle_expand_blocks,
+)
+
+pytestmark = [
+    pytest.mark.operators("masked_linear_forward", "masked_linear_backward"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
+
+ACTIVATIONS: dict[str | None, Any] = {
+    None: lambda y: y,
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda y: functional.gelu(y, approximate="tanh"),
+    "silu": functional.silu,
+}
+
+
+def problem(
+    tokens: tuple[int, ...],
+    out: int,
+    in_: int,
+    block_size: tuple[int, int],
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """Operands with some gates zero, and forward and backward masks that agree neither with them nor each other."""
+    grid = ops.block_grid((out, in_), block_size)
+    gate = make_values("uniform", grid, seed=3, dtype=dtype) + 0.2
+    return {
+        "x": make_values("normal", (*tokens, in_), seed=1, dtype=dtype),
+        "weight": make_values("normal", (out, in_), seed=2, scale=in_**-0.5, dtype=dtype),
+        "gate": torch.where(make_values("uniform", grid, seed=4) < 0.4, torch.zeros_like(gate), gate),
+        "bias": make_values("normal", (out,), seed=5, dtype=dtype),
+        "forward_mask": make_values("uniform", grid, seed=6) < 0.7,
+        "backward_mask": make_values("uniform", grid, seed=7) < 0.7,
+        "block_size": block_size,
+    }
+
+
+def exact(p: dict[str, Any], activation: str | None, upstream: Tensor) -> tuple[Tensor, ...]:
+    """y and the gradients of x, weight, gate, bias in float64, from the definition."""
+    x, weight, gate = (p[name].double() for name in ("x", "weight", "gate"))
+    bias = None if p["bias"] is None else p["bias"].double().requires_grad_()
+    size, shape = p["block_size"], weight.shape
+    x.requires_grad_()
+    mask = torch.ones_like(gate) if p["forward_mask"] is None else p["forward_mask"].double()
+    masked = weight * oracle_expand_blocks(gate * mask, shape, size)
+    masked.requires_grad_()
+    y = ACTIVATIONS[activation](functional.linear(x, masked, bias))
+    inputs = [x, masked] if bias is None else [x, masked, bias]
+    grads = torch.autograd.grad(y, inputs, upstream.double())
+    back = torch.ones_like(gate) if p["backward_mask"] is None else p["backward_mask"].double()
+    g = grads[1] * oracle_expand_blocks(back, shape, size)
+    weight_grad = g * oracle_expand_blocks(gate, shape, size)
+    return (y.detach(), grads[0], weight_grad, oracle_block_sum(g * weight, size), *grads[2:])
+
+
+def run(p: dict[str, Any], activation: str | None, upstream: Tensor, target: Any) -> tuple[Tensor, ...]:
+    moved = {k: v.to(target.device) if isinstance(v, Tensor) else v for k, v in p.items()}
+    leaves = [moved[name] for name in ("x", "weight", "gate", "bias") if moved[name] is not None]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    y = F.masked_linear(**moved, activation=activation, backend=target.backend)
+    grads = torch.autograd.grad(y, leaves, upstream.to(target.device))
+    return tuple(t.detach().cpu() for t in (y, *grads))
+
+
+NAMES = ("y", "grad x", "grad weight", "grad gate", "grad bias")
+SHAPES = [
+    ((5,), 64, 32, (32, 32)),
+    ((2, 3), 37, 50, (16, 8)),
+    ((), 10, 7, (4, 4)),
+    ((1,), 1, 1, (32, 32)),
+    ((0,), 6, 5, (2, 2)),
+]
+
+
+@pytest.mark.parametrize(("tokens", "out", "in_", "block_size"), SHAPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_value_and_gradients(
+    target: Any,
+    tokens: tuple[int, ...],
+    out: int,
+    in_: int,
+    block_size: tuple[int, int],
+    activation: str | None,
+) -> None:
+    base = problem(tokens, out, in_, block_size)
+    upstream = make_values("normal", (*tokens, out), seed=8)
+    for missing in [(), ("bias",), ("forward_mask",), ("backward_mask",), ("forward_mask", "backward_mask")]:
+        p = {**base, **dict.fromkeys(missing)}
+        actual, expected = run(p, activation, upstream, target), exact(p, activation, upstream)
+        for name, got, want in zip(NAMES, actual, expected, strict=False):
+            # sums of products in float32: their order is the kernel's own
+            floor = 4e-6 * (1 + float(want.detach().abs().max())) if want.numel() else 0.0
+            assert_within_error_budget(got, want, want.float(), floor=floor, name=f"{name} without {missing}")
+
+
+def test_bfloat16(target: Any) -> None:
+    p = problem((6,), 48, 64, (16, 16), torch.bfloat16)
+    upstream = make_values("normal", (6, 48), seed=8, dtype=torch.bfloat16)
+    actual, expected = run(p, "gelu", upstream, target), exact(p, "gelu", upstream)
+    for name, got, want in zip(NAMES, actual, expected, strict=True):
+        assert got.dtype == torch.bfloat16
+        # the masked weight itself is rounded to bfloat16 before it is multiplied
+        floor = 4 * torch.finfo(torch.bfloat16).eps * float(want.detach().abs().max())
+        assert_within_error_budget(got, want, want.bfloat16(), floor=floor, name=name)
+
+
+def test_gradcheck_through_open_gates(target: Any) -> None:
+    # with every gate open and no masks the straight-through gradient is the true one
+    p = problem((3,), 5, 6, (2, 3), torch.float64)
+    p["gate"] = p["gate"].abs() + 0.3
+    leaves = [p[name].to(target.device).requires_grad_() for name in ("x", "weight", "gate", "bias")]
+
+    def linear(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor) -> Tensor:
+        return F.masked_linear(x, weight, gate, (2, 3), bias, "silu", backend=target.backend)
+
+    assert torch.autograd.gradcheck(linear, leaves)
+
+
+def test_closed_gates_block_what_they_hide(target: Any) -> None:
+    """A closed block takes no part in the value, whatever its weights are, and still gets its gate's gradient."""
+    weight = torch.ones(4, 4, device=target.device)
+    weight[:2, 2:] = 1e30
+    gate = torch.tensor([[1.0, 0.0], [1.0, 1.0]], device=target.device, requires_grad=True)
+    x = torch.ones(1, 4, device=target.device)
+    y = F.masked_linear(x, weight, gate, (2, 2), backend=target.backend)
+    assert y.tolist() == [[2.0, 2.0, 4.0, 4.0]]
+    (gate_grad,) = torch.autograd.grad(y.sum(), gate)
+    assert gate_grad[0, 1] == 4e30
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4))[1:])
+def test_only_the_gradients_asked_for(target: Any, needs: tuple[bool, ...]) -> None:
+    p = problem((3,), 8, 8, (4, 4))
+    names = ("x", "weight", "gate", "bias")
+    upstream = make_values("normal", (3, 8), seed=8)
+    expected = dict(zip(names, exact(p, "relu", upstream)[1:], strict=True))
+    moved = {k: v.to(target.device) if isinstance(v, Tensor) else v for k, v in p.items()}
+    for name, need in zip(names, needs, strict=True):
+        moved[name].requires_grad_(need)
+    F.masked_linear(**moved, activation="relu", backend=target.backend).backward(upstream.to(target.device))
+    for name, need in zip(names, needs, strict=True):
+        assert (moved[name].grad is not None) == need
+        if need:
+            torch.testing.assert_close(moved[name].grad.cpu().double(), expected[name], rtol=1e-5, atol=1e-5)
+
+
+@given(
+    tokens=st.integers(1, 9),
+    out=st.integers(1, 40),
+    in_=st.integers(1, 40),
+    block_size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+)
+def test_any_shape(target: Any, tokens: int, out: int, in_: int, block_size: tuple[int, int]) -> None:
+    p = problem((tokens,), out, in_, block_size)
+    upstream = make_values("normal", (tokens, out), seed=8)
+    for got, want in zip(run(p, None, upstream, target), exact(p, None, upstream), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=2e-5)
+
+
+def test_non_contiguous_input(target: Any) -> None:
+    p = problem((6,), 20, 12, (8, 4))
+    upstream = make_values("normal", (6, 20), seed=8)
+    strided = {k: v.mT.contiguous().mT if isinstance(v, Tensor) and v.ndim == 2 else v for k, v in p.items()}
+    expected = exact(p, "relu", upstream)
+    for got, want in zip(run(strided, "relu", upstream.mT.contiguous().mT, target), expected, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_opcheck_and_compile(target: Any) -> None:
+    p = problem((4,), 10, 12, (4, 8))
+    moved = {k: v.to(target.device) if isinstance(v, Tensor) else v for k, v in p.items()}
+    leaves = [moved[name].requires_grad_() for name in ("x", "weight", "gate", "bias")]
+    masks = (moved["forward_mask"], moved["backward_mask"])
+    torch.library.opcheck(
+        torch.ops.spartan.masked_linear_forward.default, (*leaves, *masks, "gelu", 4, 8, target.backend)
+    )
+
+    def step(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor) -> Tensor:
+        return F.masked_linear(x, weight, gate, (4, 8), bias, "gelu", *masks, backend=target.backend)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for eager, traced in zip(
+        torch.autograd.grad(step(*leaves).sum(), leaves),
+        torch.autograd.grad(compiled(*leaves).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(traced, eager, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"x": torch.ones(3, 7)}, ValueError, r"x.*\(3, 7\).*weight.*\(8, 6\)"),
+        ({"x": torch.ones(3, 6, dtype=torch.int32)}, TypeError, "x.*int32"),
+        ({"x": torch.ones(3, 6, dtype=torch.float64)}, ValueError, "x.*float64.*float32"),
+        ({"weight": torch.ones(8)}, ValueError, r"weight.*\(8,\)"),
+        ({"gate": torch.ones(2, 2)}, ValueError, r"gate.*\(2, 3\).*\(2, 2\)"),
+        ({"gate": torch.ones(2, 3, dtype=torch.bool)}, TypeError, "gate.*bool"),
+        ({"bias": torch.ones(6)}, ValueError, r"bias.*\(8,\).*\(6,\)"),
+        ({"activation": "swish"}, ValueError, "activation.*relu.*swish"),
+        ({"forward_mask": torch.ones(2, 3)}, TypeError, "forward_mask.*float32"),
+        (
+            {"backward_mask": torch.ones(3, 3, dtype=torch.bool)},
+            ValueError,
+            r"backward_mask.*\(2, 3\).*\(3, 3\)",
+        ),
+        ({"block_size": (4, 0)}, ValueError, "block_size.*0"),
+        ({"backend": "magic"}, ValueError, "backend.*magic"),
+    ],
+    ids=lambda x: str(x).replace("\n", "")[:40] if isinstance(x, dict) else "",
+)
+def test_bad_input_is_named(
+    target: Any, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    call = {
+        "x": torch.ones(3, 6),
+        "weight": torch.ones(8, 6),
+        "gate": torch.ones(2, 3),
+        "block_size": (4, 2),
+        "backend": target.backend,
+        **arguments,
+    }
+    with pytest.raises(error, match=f"(?is){message}"):
+        ops.masked_linear(**call)

@@ -2,14 +2,416 @@
 
 from __future__ import annotations
 
+import json
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+import torch
 
+from spartan_kernels.arguments import require_beta
+
+try:
+    from spartan_kernels import _native
+except ImportError as error:
+    _native = None  # type: ignore[assignment]
+    _import_error: str | None = str(error)
+else:
+    _import_error = None
+
+
+
+@lru_cache(maxsize=None)
 def unavailable() -> str | None:
     """Why the extension cannot be used, or None."""
-    return "not built"
+    if _native is not None:
+        return None
+    record = Path(__file__).resolve().parent.parent / "_build.json"
+    reason = json.loads(record.read_text())["reason"] if record.exists() else None
+    return f"the extension was not built: {reason}" if reason else f"the extension does not load: {_import_error}"
 
 
 def build_info() -> dict[str, Any]:
-    """How the extension was built."""
-    return {"available": False, "reason": unavailable()}
+    """How the extension was built and what it runs on here."""
+    if _native is None:
+        return {"available": False, "reason": unavailable()}
+    return {
+        "available": True,
+        "reason": None,
+        "compiler": _native.compiler,
+        "instruction_set": _native.cpu.instruction_set(),
+        "openmp": _native.cpu.parallel_available(),
+        "cuda": _native.cuda_version,
+        "cuda_archs": _native.cuda_archs,
+        "cuda_reason": _native.cuda_reason,
+    }
+
+
+def _compute(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous, in the dtype the kernels compute in: float64, or float32 for everything narrower."""
+    wanted = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return tensor.detach().to(wanted).contiguous()
+
+
+def _pointer(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _workspace(size: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8)
+
+
+class _List:
+    """A list of tensors as the extension's table: one row of seven 64-bit words for each (ops.h, TableRow)."""
+
+    def __init__(self, values: list[torch.Tensor], costs: list[torch.Tensor]) -> None:
+        self.values = [_compute(v) for v in values]
+        self.costs: list[torch.Tensor | None] = [None] * len(values)
+        self.unit = [1.0] * len(values)
+        for index, cost in enumerate(costs):
+            if cost.dim() == 0:
+                self.unit[index] = float(cost)
+            else:
+                self.costs[index] = _compute(cost)
+        self.length = sum(v.numel() for v in self.values)
+        self.element = self.values[0].element_size()
+
+    def table(self, *extra: list[torch.Tensor] | None) -> torch.Tensor:
+        words = torch.zeros((len(self.values), 7), dtype=torch.int64)
+        words[:, 0] = torch.tensor([v.data_ptr() for v in self.values])
+        words[:, 1] = torch.tensor([_pointer(c) for c in self.costs])
+        words[:, 2] = torch.tensor(self.unit, dtype=torch.float64).view(torch.int64)
+        words[:, 3] = torch.tensor([v.numel() for v in self.values])
+        for column, tensors in enumerate(extra, start=4):
+            if tensors:
+                words[:, column] = torch.tensor([t.data_ptr() for t in tensors])
+        return words
+
+    def workspace(self) -> torch.Tensor:
+        return _workspace(_native.cpu.workspace_bytes(len(self.values), self.length, self.element))
+
+
+def _narrow(tensors: list[torch.Tensor], like: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [t.to(v.dtype) for t, v in zip(tensors, like, strict=True)]
+
+
+def soft_topk_global_forward(
+    values: list[torch.Tensor], budget: torch.Tensor, costs: list[torch.Tensor], beta: torch.Tensor, group: str
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """m for a list that shares one budget."""
+    if group:
+        raise ValueError("group is served by the reference backend only; got backend='native'")
+    require_beta(beta)
+    problem = _List(values, costs)
+    masks = [torch.empty_like(v) for v in problem.values]
+    threshold = torch.empty(2, dtype=torch.float64)
+    table, workspace = problem.table(masks), problem.workspace()
+    _native.cpu.soft_topk_global(
+        problem.element,
+        table.data_ptr(),
+        len(masks),
+        float(budget),
+        float(beta),
+        False,
+        0,
+        threshold.data_ptr(),
+        workspace.data_ptr(),
+        workspace.numel(),
+        torch.get_num_threads(),
+    )
+    return _narrow(masks, values), threshold
+
+
+def soft_topk_global_backward(
+    grads: list[torch.Tensor],
+    values: list[torch.Tensor],
+    threshold: torch.Tensor,
+    costs: list[torch.Tensor],
+    beta: torch.Tensor,
+    cost_grad: bool,
+    group: str,
+) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Gradients for values, costs (elementwise), budget and beta of a list that shares one budget."""
+    if group:
+        raise ValueError("group is served by the reference backend only; got backend='native'")
+    problem = _List(values, costs)
+    g = [_compute(grad) for grad in grads]
+    grad_values = [torch.empty_like(v) for v in problem.values]
+    grad_costs = [torch.empty_like(v) for v in problem.values] if cost_grad else []
+    scalars = torch.empty(2, dtype=torch.float64)
+    table, workspace = problem.table(g, grad_values, grad_costs), problem.workspace()
+    _native.cpu.soft_topk_global_backward(
+        problem.element,
+        table.data_ptr(),
+        len(g),
+        threshold.data_ptr(),
+        float(beta),
+        scalars.data_ptr(),
+        workspace.data_ptr(),
+        workspace.numel(),
+        torch.get_num_threads(),
+    )
+    narrowed = _narrow(grad_costs, values) if cost_grad else []
+    return _narrow(grad_values, values), narrowed, scalars[0].clone(), scalars[1].clone()
+
+
+def solve_masks_(
+    values: list[torch.Tensor],
+    budget: torch.Tensor,
+    costs: list[torch.Tensor],
+    beta: torch.Tensor,
+    absolute: bool,
+    soft: list[torch.Tensor],
+    hard: list[torch.Tensor],
+    state: torch.Tensor,
+) -> None:
+    """Soft and hard mask of a training step, in place."""
+    require_beta(beta)
+    problem = _List(values, costs)
+    same = soft[0].dtype == problem.values[0].dtype
+    masks = soft if same else [torch.empty_like(v) for v in problem.values]
+    threshold = torch.empty(2, dtype=torch.float64)
+    table, workspace = problem.table(masks, hard), problem.workspace()
+    _native.cpu.soft_topk_global(
+        problem.element,
+        table.data_ptr(),
+        len(masks),
+        float(budget),
+        float(beta),
+        absolute,
+        state.data_ptr(),
+        threshold.data_ptr(),
+        workspace.data_ptr(),
+        workspace.numel(),
+        torch.get_num_threads(),
+    )
+    if not same:
+        for target, mask in zip(soft, masks, strict=True):
+            target.copy_(mask)
+
+
+def hard_topk_global_forward(
+    values: list[torch.Tensor], budget: torch.Tensor, costs: list[torch.Tensor], absolute: bool
+) -> list[torch.Tensor]:
+    """h for a list that shares one budget."""
+    problem = _List(values, costs)
+    hard = [torch.empty(v.shape, dtype=torch.bool) for v in problem.values]
+    table, workspace = problem.table(hard), problem.workspace()
+    _native.cpu.hard_topk_global(
+        problem.element,
+        table.data_ptr(),
+        len(hard),
+        float(budget),
+        absolute,
+        workspace.data_ptr(),
+        workspace.numel(),
+        torch.get_num_threads(),
+    )
+    return hard
+
+
+class _Rows:
+    """Rows of one tensor: the arguments that every row kernel takes first."""
+
+    def __init__(self, values: torch.Tensor, costs: torch.Tensor | None) -> None:
+        self.values = _compute(values)
+        rows, length = values.shape
+        array = None if costs is None or costs.dim() == 0 else _compute(costs)
+        unit = float(costs) if costs is not None and costs.dim() == 0 else 1.0
+        stride = length if array is not None and array.dim() == 2 else 0
+        self.costs = array
+        element = self.values.element_size()
+        self.arguments = (element, self.values.data_ptr(), _pointer(array), unit, rows, length, stride)
+        threads = torch.get_num_threads()
+        self.scratch = _workspace(_native.cpu.rows_workspace_bytes(rows, length, element, threads))
+        self.rest = (self.scratch.data_ptr(), self.scratch.numel(), threads)
+
+
+def soft_topk_forward(
+    values: torch.Tensor, budget: torch.Tensor, costs: torch.Tensor | None, beta: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """m and (centre, shift) for each row of values [rows, n]."""
+    require_beta(beta)
+    rows = _Rows(values, costs)
+    k = budget.contiguous()
+    mask = torch.empty_like(rows.values)
+    threshold = torch.empty((values.shape[0], 2), dtype=torch.float64)
+    _native.cpu.soft_topk_rows(
+        *rows.arguments, k.data_ptr(), float(beta), mask.data_ptr(), threshold.data_ptr(), *rows.rest
+    )
+    return mask.to(values.dtype), threshold
+
+
+def soft_topk_backward(
+    grad: torch.Tensor,
+    values: torch.Tensor,
+    threshold: torch.Tensor,
+    costs: torch.Tensor | None,
+    beta: torch.Tensor,
+    cost_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients for values, costs (elementwise), budget and beta (by row)."""
+    rows = _Rows(values, costs)
+    g = _compute(grad)
+    grad_values = torch.empty_like(rows.values)
+    grad_costs = torch.empty_like(rows.values) if cost_grad else None
+    scalars = torch.empty((2, values.shape[0]), dtype=torch.float64)
+    _native.cpu.soft_topk_rows_backward(
+        *rows.arguments,
+        g.data_ptr(),
+        threshold.contiguous().data_ptr(),
+        float(beta),
+        grad_values.data_ptr(),
+        _pointer(grad_costs),
+        scalars[0].data_ptr(),
+        scalars[1].data_ptr(),
+        *rows.rest,
+    )
+    returned = values.new_empty(0) if grad_costs is None else grad_costs.to(values.dtype)
+    return grad_values.to(values.dtype), returned, scalars[0].clone(), scalars[1].clone()
+
+
+def hard_topk_forward(values: torch.Tensor, budget: torch.Tensor, costs: torch.Tensor | None) -> torch.Tensor:
+    """h for each row of values [rows, n]."""
+    rows = _Rows(values, costs)
+    k = budget.contiguous()
+    mask = torch.empty(values.shape, dtype=torch.bool)
+    _native.cpu.hard_topk_rows(*rows.arguments, k.data_ptr(), mask.data_ptr(), *rows.rest)
+    return mask
+
+
+class _Weight:
+    """A weight in blocks, and the arguments that every masked-weight kernel takes first."""
+
+    def __init__(self, weight: torch.Tensor, rows: int, columns: int) -> None:
+        self.weight = _compute(weight)
+        self.element = self.weight.element_size()
+        if weight.dim() < 2:
+            shape = (1, weight.numel(), 1)
+        else:
+            shape = (weight.shape[0], weight.shape[1], weight[0, 0].numel() if weight.numel() else 1)
+        self.blocks = _native.Blocks(*shape, rows, columns)
+
+    def workspace(self) -> torch.Tensor:
+        return _workspace(_native.cpu.blocks_workspace_bytes(self.blocks))
+
+
+def _mask_arguments(
+    soft: torch.Tensor | None, hard: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    return None if soft is None else _compute(soft), None if hard is None else hard.contiguous()
+
+
+def _cost_arguments(costs: torch.Tensor) -> tuple[torch.Tensor | None, float]:
+    return (None, float(costs)) if costs.dim() == 0 else (_compute(costs), 1.0)
+
+
+def masked_weight_forward(
+    weight: torch.Tensor,
+    soft: torch.Tensor | None,
+    hard: torch.Tensor | None,
+    beta: torch.Tensor,
+    costs: torch.Tensor,
+    rows: int,
+    columns: int,
+    straight_through: bool,
+) -> torch.Tensor:
+    """theta * m * h."""
+    w = _Weight(weight, rows, columns)
+    m, h = _mask_arguments(soft, hard)
+    result = torch.empty_like(w.weight)
+    _native.cpu.masked_weight(
+        w.element, w.blocks, w.weight.data_ptr(), _pointer(m), _pointer(h), result.data_ptr(), torch.get_num_threads()
+    )
+    return result.to(weight.dtype)
+
+
+def masked_weight_backward(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    soft: torch.Tensor | None,
+    hard: torch.Tensor | None,
+    beta: torch.Tensor,
+    costs: torch.Tensor,
+    rows: int,
+    columns: int,
+    straight_through: bool,
+) -> torch.Tensor:
+    """G_i m_b + sign(theta_i) beta s_b g_b / a_b."""
+    w = _Weight(weight, rows, columns)
+    g = _compute(grad)
+    m, h = _mask_arguments(soft, hard)
+    array, unit = _cost_arguments(costs)
+    result, workspace = torch.empty_like(w.weight), w.workspace()
+    _native.cpu.masked_weight_backward(
+        w.element,
+        w.blocks,
+        g.data_ptr(),
+        w.weight.data_ptr(),
+        _pointer(m),
+        _pointer(h),
+        float(beta),
+        _pointer(array),
+        unit,
+        straight_through,
+        result.data_ptr(),
+        workspace.data_ptr(),
+        workspace.numel(),
+        torch.get_num_threads(),
+    )
+    return result.to(weight.dtype)
+
+
+def masked_weight_coupling(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    soft: torch.Tensor,
+    beta: torch.Tensor,
+    costs: torch.Tensor,
+    rows: int,
+    columns: int,
+) -> torch.Tensor:
+    """[sum_b (1 - m_b) g_b m_b, sum_b a_b s_b] of this weight."""
+    w = _Weight(weight, rows, columns)
+    g, m = _compute(grad), _compute(soft)
+    array, unit = _cost_arguments(costs)
+    sums, workspace = torch.empty(2, dtype=torch.float64), w.workspace()
+    _native.cpu.masked_weight_coupling(
+        w.element,
+        w.blocks,
+        g.data_ptr(),
+        w.weight.data_ptr(),
+        m.data_ptr(),
+        float(beta),
+        _pointer(array),
+        unit,
+        sums.data_ptr(),
+        workspace.data_ptr(),
+        workspace.numel(),
+        torch.get_num_threads(),
+    )
+    return sums
+
+
+def masked_weight_correct_(
+    grad: torch.Tensor, weight: torch.Tensor, soft: torch.Tensor, scale: torch.Tensor, rows: int, columns: int
+) -> None:
+    """grad_i -= sign(theta_i) s_b scale."""
+    w = _Weight(weight, rows, columns)
+    g, m = _compute(grad), _compute(soft)
+    _native.cpu.masked_weight_correct(
+        w.element, w.blocks, g.data_ptr(), w.weight.data_ptr(), m.data_ptr(), float(scale), torch.get_num_threads()
+    )
+    if g.data_ptr() != grad.data_ptr():
+        grad.copy_(g)
+
+
+def block_scores(weight: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Sum of |theta| over each block."""
+    w = _Weight(weight, rows, columns)
+    shape = weight.shape if (rows, columns) == (1, 1) else None
+    if shape is None:
+        shape = torch.Size((-(-weight.shape[0] // rows), -(-weight.shape[1] // columns), *weight.shape[2:]))
+    scores = torch.empty(shape, dtype=w.weight.dtype)
+    _native.cpu.block_scores(w.element, w.blocks, w.weight.data_ptr(), scores.data_ptr(), torch.get_num_threads())
+    return scores.to(weight.dtype)

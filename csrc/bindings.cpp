@@ -1,0 +1,145 @@
+// The only file that knows Python: addresses and sizes in, exceptions out.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "ops.h"
+
+namespace py = pybind11;
+using namespace spartan;
+using spartan::cpu::Blocks;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T = void>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Dtype dtype_of(int element_size) { return element_size == 8 ? Dtype::float64 : Dtype::float32; }
+
+}  // namespace
+
+#ifdef SPARTAN_WITH_CUDA
+void bind_cuda(py::module_& m);
+#endif
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Compiled kernels over raw pointers. Call them through spartan_kernels.ops.";
+  m.attr("compiler") = SPARTAN_COMPILER;
+#ifdef SPARTAN_WITH_CUDA
+  m.attr("cuda_version") = SPARTAN_CUDA_VERSION;
+  m.attr("cuda_archs") = SPARTAN_CUDA_ARCHS;
+  m.attr("cuda_reason") = py::none();
+#else
+  m.attr("cuda_version") = py::none();
+  m.attr("cuda_archs") = py::none();
+  m.attr("cuda_reason") = SPARTAN_CUDA_REASON;
+#endif
+
+  static_assert(sizeof(TableRow) == 7 * 8, "native.py fills rows of seven 64-bit words");
+
+  py::module_ cpu_module = m.def_submodule("cpu");
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+  cpu_module.def("instruction_set", &cpu::instruction_set);
+  cpu_module.def("parallel_available", &cpu::parallel_available);
+  cpu_module.def("workspace_bytes", &cpu::workspace_bytes);
+  cpu_module.def("rows_workspace_bytes", &cpu::rows_workspace_bytes);
+
+  cpu_module.def(
+      "soft_topk_global",
+      [](int element, Address rows, int64_t count, double budget, double beta, bool absolute, Address state,
+         Address threshold, Address workspace, int64_t bytes, int threads) {
+        cpu::soft_topk_global(dtype_of(element), {at<const TableRow>(rows), count}, budget, beta, absolute,
+                              at<double>(state), at<double>(threshold), {at(workspace), bytes}, threads);
+      },
+      unlocked);
+  cpu_module.def(
+      "soft_topk_global_backward",
+      [](int element, Address rows, int64_t count, Address threshold, double beta, Address scalars, Address workspace,
+         int64_t bytes, int threads) {
+        cpu::soft_topk_global_backward(dtype_of(element), {at<const TableRow>(rows), count}, at<const double>(threshold),
+                                       beta, at<double>(scalars), {at(workspace), bytes}, threads);
+      },
+      unlocked);
+  cpu_module.def(
+      "hard_topk_global",
+      [](int element, Address rows, int64_t count, double budget, bool absolute, Address workspace, int64_t bytes,
+         int threads) {
+        cpu::hard_topk_global(dtype_of(element), {at<const TableRow>(rows), count}, budget, absolute,
+                              {at(workspace), bytes}, threads);
+      },
+      unlocked);
+  cpu_module.def(
+      "soft_topk_rows",
+      [](int element, Address values, Address costs, double cost, int64_t rows, int64_t length, int64_t cost_stride,
+         Address budget, double beta, Address mask, Address threshold, Address workspace, int64_t bytes, int threads) {
+        cpu::soft_topk_rows(dtype_of(element), {at(values), at(costs), cost, rows, length, cost_stride},
+                            at<const double>(budget), beta, at(mask), at<double>(threshold), {at(workspace), bytes},
+                            threads);
+      },
+      unlocked);
+  cpu_module.def(
+      "soft_topk_rows_backward",
+      [](int element, Address values, Address costs, double cost, int64_t rows, int64_t length, int64_t cost_stride,
+         Address grad, Address threshold, double beta, Address grad_values, Address grad_costs, Address grad_budget,
+         Address grad_beta, Address workspace, int64_t bytes, int threads) {
+        cpu::soft_topk_rows_backward(dtype_of(element), {at(values), at(costs), cost, rows, length, cost_stride}, at(grad),
+                                     at<const double>(threshold), beta, at(grad_values), at(grad_costs),
+                                     at<double>(grad_budget), at<double>(grad_beta), {at(workspace), bytes}, threads);
+      },
+      unlocked);
+  cpu_module.def(
+      "hard_topk_rows",
+      [](int element, Address values, Address costs, double cost, int64_t rows, int64_t length, int64_t cost_stride,
+         Address budget, Address mask, Address workspace, int64_t bytes, int threads) {
+        cpu::hard_topk_rows(dtype_of(element), {at(values), at(costs), cost, rows, length, cost_stride},
+                            at<const double>(budget), at<uint8_t>(mask), {at(workspace), bytes}, threads);
+      },
+      unlocked);
+
+  py::class_<Blocks>(m, "Blocks")
+      .def(py::init([](int64_t out, int64_t in, int64_t kernel, int64_t rows, int64_t columns) {
+        return Blocks{out, in, kernel, rows, columns};
+      }));
+  cpu_module.def("blocks_workspace_bytes", &cpu::blocks_workspace_bytes);
+  cpu_module.def(
+      "masked_weight",
+      [](int element, Blocks blocks, Address weight, Address soft, Address hard, Address result, int threads) {
+        cpu::masked_weight(dtype_of(element), blocks, at(weight), {at(soft), at<const uint8_t>(hard)}, at(result), threads);
+      },
+      unlocked);
+  cpu_module.def(
+      "masked_weight_backward",
+      [](int element, Blocks blocks, Address grad, Address weight, Address soft, Address hard, double beta, Address costs,
+         double cost, bool straight_through, Address result, Address workspace, int64_t bytes, int threads) {
+        cpu::masked_weight_backward(dtype_of(element), blocks, at(grad), at(weight), {at(soft), at<const uint8_t>(hard)},
+                                    beta, {at(costs), cost}, straight_through, at(result), {at(workspace), bytes}, threads);
+      },
+      unlocked);
+  cpu_module.def(
+      "masked_weight_coupling",
+      [](int element, Blocks blocks, Address grad, Address weight, Address soft, double beta, Address costs, double cost,
+         Address sums, Address workspace, int64_t bytes, int threads) {
+        cpu::masked_weight_coupling(dtype_of(element), blocks, at(grad), at(weight), at(soft), beta, {at(costs), cost},
+                                    at<double>(sums), {at(workspace), bytes}, threads);
+      },
+      unlocked);
+  cpu_module.def(
+      "masked_weight_correct",
+      [](int element, Blocks blocks, Address grad, Address weight, Address soft, double scale, int threads) {
+        cpu::masked_weight_correct(dtype_of(element), blocks, at(grad), at(weight), at(soft), scale, threads);
+      },
+      unlocked);
+  cpu_module.def(
+      "block_scores",
+      [](int element, Blocks blocks, Address weight, Address scores, int threads) {
+        cpu::block_scores(dtype_of(element), blocks, at(weight), at(scores), threads);
+      },
+      unlocked);
+#ifdef SPARTAN_WITH_CUDA
+  bind_cuda(m);
+#endif
+}

@@ -1,0 +1,85 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "masked_weight_passes.h"
+#include "soft_topk_passes.h"
+
+namespace spartan::cpu {
+
+#define SPARTAN_DECLARE(isa)                               \
+  namespace isa {                                          \
+  const SoftTopkPasses<float>& soft_topk_float();          \
+  const SoftTopkPasses<double>& soft_topk_double();        \
+  const MaskedWeightPasses<float>& masked_weight_float();  \
+  const MaskedWeightPasses<double>& masked_weight_double(); \
+  }
+SPARTAN_DECLARE(baseline)
+#ifdef SPARTAN_X86
+SPARTAN_DECLARE(avx2)
+SPARTAN_DECLARE(avx512)
+#endif
+#undef SPARTAN_DECLARE
+
+namespace {
+
+Isa detect() {
+  const char* asked = std::getenv("SPARTAN_ISA");
+  const auto named = [&](const char* name) { return asked != nullptr && std::strcmp(asked, name) == 0; };
+#ifdef SPARTAN_X86
+  if (named("baseline")) return Isa::baseline;
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx512 && !named("avx2")) return Isa::avx512;
+  if (avx2) return Isa::avx2;
+#else
+  (void)named;
+#endif
+  return Isa::baseline;
+}
+
+}  // namespace
+
+Isa isa() {
+  static const Isa chosen = detect();
+  return chosen;
+}
+
+const char* instruction_set() {
+  switch (isa()) {
+    case Isa::avx512:
+      return "avx512";
+    case Isa::avx2:
+      return "avx2";
+    default:
+      return "baseline";
+  }
+}
+
+#ifdef SPARTAN_X86
+#define SPARTAN_SELECT(function)                                                                    \
+  return isa() == Isa::avx512 ? avx512::function() : isa() == Isa::avx2 ? avx2::function() : baseline::function()
+#else
+#define SPARTAN_SELECT(function) return baseline::function()
+#endif
+
+template <>
+const SoftTopkPasses<float>& soft_topk_passes<float>() {
+  SPARTAN_SELECT(soft_topk_float);
+}
+template <>
+const SoftTopkPasses<double>& soft_topk_passes<double>() {
+  SPARTAN_SELECT(soft_topk_double);
+}
+template <>
+const MaskedWeightPasses<float>& masked_weight_passes<float>() {
+  SPARTAN_SELECT(masked_weight_float);
+}
+template <>
+const MaskedWeightPasses<double>& masked_weight_passes<double>() {
+  SPARTAN_SELECT(masked_weight_double);
+}
+
+}  // namespace spartan::cpu

@@ -1,0 +1,40 @@
+// The loops over memory of the masked weight: each works on one row of weights, or the rows of one row of blocks.
+#pragma once
+
+#include <cstdint>
+
+namespace spartan::cpu {
+
+// Rows of weights that share a row of blocks: `rows` x (in * kernel), with masks of ceil(in / columns) x kernel.
+template <class T>
+struct BlockRow {
+  int64_t rows, in, kernel, columns;
+  const T* soft;        // null: ones
+  const uint8_t* hard;  // null: ones
+  const T* costs;       // null: `cost` each
+  T cost, beta;
+};
+
+struct CouplingSums {
+  double coupled = 0, slope = 0;  // sum (1 - m) g m, sum a m (1 - m)
+
+  CouplingSums& operator+=(const CouplingSums& o) {
+    coupled += o.coupled, slope += o.slope;
+    return *this;
+  }
+};
+
+// `scratch` holds 2 * ceil(in / columns) * kernel entries.
+template <class T>
+struct MaskedWeightPasses {
+  void (*forward)(const BlockRow<T>&, const T* weight, T* result);
+  void (*backward)(const BlockRow<T>&, const T* grad, const T* weight, bool straight_through, T* result, T* scratch);
+  CouplingSums (*coupling)(const BlockRow<T>&, const T* grad, const T* weight, T* scratch);
+  void (*correct)(const BlockRow<T>&, T* grad, const T* weight, T scale);
+  void (*scores)(const BlockRow<T>&, const T* weight, T* scores);
+};
+
+template <class T>
+const MaskedWeightPasses<T>& masked_weight_passes();
+
+}  // namespace spartan::cpu

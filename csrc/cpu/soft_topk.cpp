@@ -1,0 +1,352 @@
+#include <cmath>
+#include <exception>
+
+#include "dispatch.h"
+#include "problem.h"
+
+namespace spartan::cpu {
+namespace {
+
+// |sum a m - k| / min(k, total - k) that a written mask may have, and the residual after which one more Halley step,
+// whose error is the residual cubed, is exact to rounding.
+template <class T>
+constexpr double kTolerance = sizeof(T) == 4 ? 5e-7 : 1e-13;
+template <class T>
+constexpr double kLastStep = sizeof(T) == 4 ? 4e-3 : 1e-5;
+constexpr int kMaxTrials = 200;
+constexpr int kMaxRewrites = 4;
+constexpr double kSampleMargin = 5.0;  // standard deviations of a rank in the sample, each side of the window
+
+// The members of new_solver_state().
+struct State {
+  double soft, previous_soft, hard, previous_hard, solves, half_width;
+};
+
+template <class T>
+Logit<T> saved_logit(const double* threshold, double beta) {
+  return {static_cast<T>(beta), static_cast<T>(threshold[0]), static_cast<T>(threshold[1]), T(1)};
+}
+
+template <class T>
+void save(const ThresholdSearch& search, double* threshold) {
+  const Logit<T> p = search.logit<T>();
+  threshold[0] = static_cast<double>(p.centre);
+  threshold[1] = search.constant() ? search.constant_shift() : search.beta * (threshold[0] - search.t);
+}
+
+// A start for entries of this mean and spread, as if they were logistic; the bracket corrects what is not.
+void start_from(const Extent& extent, int64_t count, ThresholdSearch* search) {
+  const double mean = extent.ratio / static_cast<double>(count);
+  const double variance = std::fmax(extent.square / static_cast<double>(count) - mean * mean, 0.0);
+  constexpr double kLogisticVariance = 3.289868133696453;  // pi^2 / 3
+  const double beta = search->beta;
+  const double scale = std::sqrt(variance / kLogisticVariance + 1 / (beta * beta));
+  search->t = mean - search->sign * search->target * scale;
+  search->bracket(extent.low, extent.high);
+}
+
+// Solves on entries that stay in cache: as many passes as it takes.
+template <class T>
+void solve_in_cache(const Span<T>& span, const Extent& extent, ThresholdSearch* search) {
+  const SoftTopkPasses<T>& passes = soft_topk_passes<T>();
+  start_from(extent, span.length, search);
+  for (int trial = 0; trial < kMaxTrials; ++trial) {
+    const Moments m = passes.moments(span, search->logit<T>());
+    if (search->advance(m, kTolerance<T> / 4) == ThresholdSearch::Step::done) return;
+    if (search->residual < kLastStep<T> / 4) return;
+  }
+}
+
+template <class T>
+class GlobalSolve {
+ public:
+  GlobalSolve(Problem<T>* problem, double budget, double beta, State* state)
+      : problem_(*problem), budget_(problem->clamped_budget(budget)), search_(budget_, problem->total_cost(), beta),
+        state_(state), want_cut_(state != nullptr) {}
+
+  const ThresholdSearch& search() const { return search_; }
+
+  // Soft masks, and hard ones when there is a state.
+  void run() {
+    const bool warm = state_ != nullptr && state_->solves >= 1 && problem_.length() > kMinimumWarm;
+    warm ? start_warm() : start_cold();
+    if (!solved_) pass_over_all();
+    write();
+    if (state_ != nullptr) remember();
+  }
+
+  // Hard masks alone.
+  void run_hard() {
+    want_cut_ = true;
+    search_.quota = 0;  // nothing to search for
+    start_cold();
+    if (!have_cut_) find_cut();
+    problem_.write_hard(cut_);
+  }
+
+ private:
+  static constexpr int64_t kMinimumWarm = kSampleBytes / sizeof(T);
+  using Step = ThresholdSearch::Step;
+
+  void start_cold() {
+    const Sample<T> sample = problem_.sample();
+    if (sample.complete) {
+      if (!search_.constant()) solve_in_cache(sample.span, sample.extent, &search_);
+      if (want_cut_) cut_ = problem_.cut_from_sample(sample, budget_);
+      have_cut_ = solved_ = true;
+      return;
+    }
+    const double share = sample.extent.cost / problem_.total_cost();
+    if (!search_.constant()) {
+      ThresholdSearch estimate(budget_ * share, sample.extent.cost, search_.beta);
+      solve_in_cache(sample.span, sample.extent, &estimate);
+      search_.t = estimate.t;
+    }
+    if (want_cut_) window_ = window_from(sample, budget_ * share);
+  }
+
+  // The hard threshold's place in the sample, kSampleMargin standard deviations of its rank either way.
+  Window<T> window_from(const Sample<T>& sample, double budget) {
+    const double count = static_cast<double>(sample.span.length), mean = sample.extent.cost / count;
+    const double p = budget / sample.extent.cost;
+    const double margin = mean * (kSampleMargin * std::sqrt(count * p * (1 - p)) + kRun);
+    Window<T> window{-std::numeric_limits<T>::infinity(), std::numeric_limits<T>::infinity()};
+    if (budget > margin) window.high = sample.descend(budget - margin, problem_.histogram()).ratio();
+    const RadixDescent<T> below = sample.descend(budget + margin, problem_.histogram());
+    if (!below.everything) window.low = below.ratio();
+    return window;
+  }
+
+  void start_warm() {
+    const bool twice = state_->solves >= 2;
+    search_.t = twice ? 2 * state_->soft - state_->previous_soft : state_->soft;
+    const double hard = expected_hard(), width = state_->half_width;
+    window_ = {static_cast<T>(hard - width), static_cast<T>(hard + width)};
+  }
+
+  double expected_hard() const {
+    return state_->solves >= 2 ? 2 * state_->hard - state_->previous_hard : state_->hard;
+  }
+
+  // P1: the moments at the start and the window in one pass, then as many passes as a poor start needs.
+  void pass_over_all() {
+    if (search_.constant()) {
+      if (want_cut_) find_cut();
+      return;
+    }
+    if (!std::isfinite(search_.t)) search_.t = 0;
+    for (int trial = 0; trial < kMaxTrials; ++trial) {
+      const Logit<T> logit = search_.logit<T>();
+      Moments m;
+      if (trial == 0 && want_cut_) {
+        const bool fits = problem_.survey(&logit, window_, &m);
+        have_cut_ = fits && problem_.cut_from_candidates(window_, m.above, budget_, &cut_);
+      } else {
+        m = problem_.moments(logit);
+      }
+      if (std::isnan(m.poison)) refuse_values();
+      const Step step = advance(m, kTolerance<T> / 4);
+      if (step == Step::done || search_.residual < kLastStep<T>) break;
+    }
+    if (want_cut_ && !have_cut_) find_cut();
+  }
+
+  Step advance(const Moments& m, double tolerance) {
+    const Step step = search_.advance(m, tolerance);
+    if (step != Step::needs_bracket) return step;
+    const Extent all = problem_.extent();
+    const double low = search_.low, high = search_.high;
+    search_.bracket(all.low, all.high);
+    search_.low = std::fmax(search_.low, low);
+    search_.high = std::fmin(search_.high, high);
+    return search_.bisect();
+  }
+
+  // The window missed or there was no pass for it: look at a sample, then at everything.
+  void find_cut() {
+    if (have_cut_) return;
+    if (budget_ >= problem_.total_cost()) {
+      cut_ = Cut<T>::everything();
+      have_cut_ = true;
+      return;
+    }
+    Moments m;
+    have_cut_ = problem_.survey(nullptr, window_, &m) &&
+                problem_.cut_from_candidates(window_, m.above, budget_, &cut_);
+    if (!have_cut_) cut_ = problem_.cut_by_radix(budget_);
+    have_cut_ = true;
+  }
+
+  // P2: the masks; once more only when their sum misses the budget.
+  void write() {
+    const Cut<T>* cut = want_cut_ ? &cut_ : nullptr;
+    for (int attempt = 0;; ++attempt) {
+      const double mass = problem_.write(search_.logit<T>(), cut);
+      if (std::isnan(mass)) refuse_values();
+      if (search_.constant() || attempt == kMaxRewrites) return;
+      if (std::fabs(mass - search_.quota) <= kTolerance<T> * search_.quota) return;
+      const double before = search_.t;
+      if (advance(problem_.moments(search_.logit<T>()), kTolerance<T> / 8) == Step::done || search_.t == before) return;
+    }
+  }
+
+  void remember() {
+    const double expected = expected_hard();
+    const double hard = std::isfinite(static_cast<double>(cut_.ratio)) ? static_cast<double>(cut_.ratio) : state_->hard;
+    const double soft = search_.constant() ? hard : search_.t;
+    const double first_width = (static_cast<double>(window_.high) - static_cast<double>(window_.low)) / 2;
+    const double floor = std::fabs(hard) * 1e-5;
+    // as wide as the last surprise asks for, narrowing slowly when there is none
+    const double width = state_->solves >= 1
+                             ? std::fmax(4 * std::fabs(hard - expected), state_->half_width * 0.7)
+                             : (std::isfinite(first_width) ? first_width : std::fabs(hard) * 0.01);
+    *state_ = {soft, state_->soft, hard, state_->hard, state_->solves + 1, std::fmax(width, floor)};
+  }
+
+  Problem<T>& problem_;
+  double budget_;
+  ThresholdSearch search_;
+  State* state_;
+  bool want_cut_, have_cut_ = false, solved_ = false;
+  Window<T> window_{T(0), T(0)};
+  Cut<T> cut_ = Cut<T>::nothing();
+};
+
+template <class T>
+void global_forward(Table table, double budget, double beta, bool absolute, double* state, double* threshold,
+                    Workspace workspace, int threads) {
+  Arena arena(workspace);
+  Problem<T> problem(table, absolute, threads, arena);
+  GlobalSolve<T> solve(&problem, budget, beta, reinterpret_cast<State*>(state));
+  if (problem.length() > 0) solve.run();
+  save<T>(solve.search(), threshold);
+}
+
+template <class T>
+void global_backward(Table table, const double* threshold, double beta, double* scalars, Workspace workspace, int threads) {
+  Arena arena(workspace);
+  Problem<T> problem(table, false, threads, arena);
+  const Logit<T> logit = saved_logit<T>(threshold, beta);
+  const GradientSums sums = problem.gradient_sums(logit);
+  const double r = sums.as > 0 ? sums.gs / sums.as : 0.0;
+  problem.write_gradient(logit, static_cast<T>(r));
+  scalars[0] = r;
+  scalars[1] = sums.gsu - r * sums.asu;
+}
+
+template <class T>
+void global_hard(Table table, double budget, bool absolute, Workspace workspace, int threads) {
+  Arena arena(workspace);
+  Problem<T> problem(table, absolute, threads, arena);
+  GlobalSolve<T> solve(&problem, budget, 0.0, nullptr);
+  if (problem.length() > 0) solve.run_hard();
+}
+
+// One row as a list of one tensor.
+template <class T>
+TableRow row_of(const Rows& rows, int64_t row) {
+  const T* costs = static_cast<const T*>(rows.costs);
+  return {static_cast<const T*>(rows.values) + row * rows.length, costs != nullptr ? costs + row * rows.cost_stride : nullptr,
+          rows.cost, rows.length, {nullptr, nullptr, nullptr}};
+}
+
+// Many rows: each thread takes whole rows. Few or long ones: all threads share each.
+bool share_rows(const Rows& rows, int threads) { return rows.rows < threads || rows.length > (1 << 20); }
+
+// Calls f(row, its workspace, threads for it); the first error of any row is thrown after the loop.
+template <class F>
+void for_rows(const Rows& rows, int element_size, Workspace workspace, int threads, F&& f) {
+  if (share_rows(rows, threads)) {
+    for (int64_t row = 0; row < rows.rows; ++row) f(row, workspace, threads);
+    return;
+  }
+  const int64_t piece = cpu::workspace_bytes(1, rows.length, element_size);
+  std::exception_ptr error;
+  std::atomic<bool> failed{false};
+  parallel_for(threads, threads, [&](int64_t worker) {
+    Workspace own{static_cast<char*>(workspace.data) + worker * piece, piece};
+    for (int64_t row = rows.rows * worker / threads; row < rows.rows * (worker + 1) / threads; ++row) {
+      try {
+        f(row, own, 1);
+      } catch (...) {
+        if (!failed.exchange(true)) error = std::current_exception();
+        return;
+      }
+    }
+  });
+  if (error) std::rethrow_exception(error);
+}
+
+template <class T>
+void rows_forward(const Rows& rows, const double* budget, double beta, T* mask, double* threshold, Workspace workspace,
+                  int threads) {
+  for_rows(rows, sizeof(T), workspace, threads, [&](int64_t row, Workspace own, int team) {
+    TableRow entry = row_of<T>(rows, row);
+    entry.extra[0] = mask + row * rows.length;
+    global_forward<T>({&entry, 1}, budget[row], beta, false, nullptr, threshold + 2 * row, own, team);
+  });
+}
+
+template <class T>
+void rows_backward(const Rows& rows, const T* grad, const double* threshold, double beta, T* grad_values, T* grad_costs,
+                   double* grad_budget, double* grad_beta, Workspace workspace, int threads) {
+  for_rows(rows, sizeof(T), workspace, threads, [&](int64_t row, Workspace own, int team) {
+    TableRow entry = row_of<T>(rows, row);
+    const int64_t at = row * rows.length;
+    entry.extra[0] = const_cast<T*>(grad + at);
+    entry.extra[1] = grad_values + at;
+    entry.extra[2] = grad_costs != nullptr ? grad_costs + at : nullptr;
+    double scalars[2];
+    global_backward<T>({&entry, 1}, threshold + 2 * row, beta, scalars, own, team);
+    grad_budget[row] = scalars[0];
+    grad_beta[row] = scalars[1];
+  });
+}
+
+template <class T>
+void rows_hard(const Rows& rows, const double* budget, uint8_t* mask, Workspace workspace, int threads) {
+  for_rows(rows, sizeof(T), workspace, threads, [&](int64_t row, Workspace own, int team) {
+    TableRow entry = row_of<T>(rows, row);
+    entry.extra[0] = mask + row * rows.length;
+    global_hard<T>({&entry, 1}, budget[row], false, own, team);
+  });
+}
+
+}  // namespace
+
+int64_t rows_workspace_bytes(int64_t rows, int64_t length, int element_size, int threads) {
+  const int64_t one = workspace_bytes(1, length, element_size);
+  return share_rows({nullptr, nullptr, 1, rows, length, 0}, threads) ? one : one * threads;
+}
+
+void soft_topk_global(Dtype dtype, Table table, double budget, double beta, bool absolute, double* state,
+                      double* threshold, Workspace workspace, int threads) {
+  SPARTAN_DISPATCH(global_forward<T>(table, budget, beta, absolute, state, threshold, workspace, threads))
+}
+
+void soft_topk_global_backward(Dtype dtype, Table table, const double* threshold, double beta, double* scalars,
+                               Workspace workspace, int threads) {
+  SPARTAN_DISPATCH(global_backward<T>(table, threshold, beta, scalars, workspace, threads))
+}
+
+void hard_topk_global(Dtype dtype, Table table, double budget, bool absolute, Workspace workspace, int threads) {
+  SPARTAN_DISPATCH(global_hard<T>(table, budget, absolute, workspace, threads))
+}
+
+void soft_topk_rows(Dtype dtype, Rows rows, const double* budget, double beta, void* mask, double* threshold,
+                    Workspace workspace, int threads) {
+  SPARTAN_DISPATCH(rows_forward<T>(rows, budget, beta, static_cast<T*>(mask), threshold, workspace, threads))
+}
+
+void soft_topk_rows_backward(Dtype dtype, Rows rows, const void* grad, const double* threshold, double beta,
+                             void* grad_values, void* grad_costs, double* grad_budget, double* grad_beta,
+                             Workspace workspace, int threads) {
+  SPARTAN_DISPATCH(rows_backward<T>(rows, static_cast<const T*>(grad), threshold, beta, static_cast<T*>(grad_values),
+                                    static_cast<T*>(grad_costs), grad_budget, grad_beta, workspace, threads))
+}
+
+void hard_topk_rows(Dtype dtype, Rows rows, const double* budget, uint8_t* mask, Workspace workspace, int threads) {
+  SPARTAN_DISPATCH(rows_hard<T>(rows, budget, mask, workspace, threads))
+}
+
+}  // namespace spartan::cpu

@@ -1,0 +1,336 @@
+#include "soft_topk_passes.h"
+
+#include "simd.h"
+
+namespace spartan::cpu::SPARTAN_ISA {
+namespace {
+
+enum class CostKind { unit, scalar, array };
+
+// float sums run over at most this many entries before they are added to a double
+constexpr int64_t kBlock = 2048;
+
+template <class T>
+struct Lane {
+  Vec<T> u, a;
+};
+
+template <class T, CostKind C, bool Absolute>
+inline Lane<T> entry(const Span<T>& span, Vec<T> v, Vec<T> costs) {
+  if (Absolute) v = absolute(v);
+  if (C == CostKind::unit) return {v, splat(T(1))};
+  if (C == CostKind::scalar) return {v / span.cost, splat(span.cost)};
+  return {v / costs, costs};
+}
+
+// Calls full(i, lane) for whole vectors and tail(i, count, lane) for the rest; `block` after every kBlock entries.
+template <class T, CostKind C, bool Absolute, class Full, class Tail, class Block>
+inline void walk(const Span<T>& span, Full full, Tail tail, Block block) {
+  constexpr int W = Simd<T>::width;
+  for (int64_t begin = 0; begin < span.length; begin += kBlock) {
+    const int64_t end = begin + kBlock < span.length ? begin + kBlock : span.length;
+    int64_t i = begin;
+    for (; i + W <= end; i += W) {
+      const Vec<T> costs = C == CostKind::array ? load(span.costs + i) : Vec<T>{};
+      full(i, entry<T, C, Absolute>(span, load(span.values + i), costs));
+    }
+    if (i < end) {
+      const int count = static_cast<int>(end - i);
+      const Vec<T> costs = C == CostKind::array ? load_partial(span.costs + i, count, T(1)) : Vec<T>{};
+      tail(i, count, entry<T, C, Absolute>(span, load_partial(span.values + i, count, T(0)), costs));
+    }
+    block();
+  }
+}
+
+// Instantiates f<CostKind, Absolute> for the span at hand.
+template <class T, class F>
+inline auto specialised(const Span<T>& span, F f) {
+#define SPARTAN_CASE(kind) \
+  return span.absolute ? f.template operator()<kind, true>() : f.template operator()<kind, false>()
+  if (span.costs != nullptr) SPARTAN_CASE(CostKind::array);
+  if (span.cost != T(1)) SPARTAN_CASE(CostKind::scalar);
+  SPARTAN_CASE(CostKind::unit);
+#undef SPARTAN_CASE
+}
+
+template <class T>
+inline Vec<T> live_lanes(int count) {
+  Vec<T> live;
+  for (int i = 0; i < Simd<T>::width; ++i) live[i] = i < count ? T(1) : T(0);
+  return live;
+}
+
+template <class T>
+struct Sigmoid {
+  Vec<T> m, complement, s;  // sigmoid(x), sigmoid(-x), their product
+};
+
+template <class T>
+inline Sigmoid<T> sigmoid(Vec<T> x) {
+  const Vec<T> e = exp_nonpositive(-absolute(x));
+  const Vec<T> q = T(1) / (T(1) + e);
+  const Vec<T> small = e * q;
+  return {x >= T(0) ? q : small, x >= T(0) ? small : q, small * q};
+}
+
+template <class T>
+inline Vec<T> logit(const Logit<T>& p, Vec<T> u) {
+  return (p.beta * p.sign) * (u - p.centre) + p.shift * p.sign;
+}
+
+template <class T>
+inline void collect(Vec<T> u, Vec<T> a, uint32_t set, Sink<T>* sink) {
+  while (set != 0) {
+    const int lane = __builtin_ctz(set);
+    set &= set - 1;
+    if (sink->count == Sink<T>::kCapacity) sink->flush(sink);
+    sink->ratio[sink->count] = u[lane];
+    sink->cost[sink->count++] = a[lane];
+  }
+}
+
+template <class T, bool WithMoments, bool WithWindow>
+Moments scan(const Span<T>& span, const Logit<T>& p, const Window<T>& window, Sink<T>* sink) {
+  return specialised(span, [&]<CostKind C, bool Absolute>() {
+    Moments total;
+    Vec<T> mass{}, slope{}, curvature{}, above{}, poison{};
+    const auto body = [&](const Lane<T>& lane, Vec<T> live, uint32_t lanes) {
+      const Vec<T> weight = C == CostKind::array ? lane.a * live : live;
+      poison += lane.u * T(0);
+      if (WithMoments) {
+        const Sigmoid<T> g = sigmoid<T>(logit(p, lane.u));
+        const Vec<T> s = weight * g.s;
+        mass += weight * g.m;
+        slope += s;
+        curvature += s * (g.complement - g.m);
+      }
+      if (WithWindow) {
+        above += lane.u > window.high ? weight : Vec<T>{};
+        const uint32_t inside = bits((lane.u >= window.low) & (lane.u <= window.high)) & lanes;
+        if (__builtin_expect(inside != 0, 0)) collect<T>(lane.u, lane.a, inside, sink);
+      }
+    };
+    walk<T, C, Absolute>(
+        span, [&](int64_t, const Lane<T>& lane) { body(lane, splat(T(1)), ~0u); },
+        [&](int64_t, int count, const Lane<T>& lane) { body(lane, live_lanes<T>(count), (1u << count) - 1); },
+        [&] {
+          const double unit = C == CostKind::scalar ? static_cast<double>(span.cost) : 1.0;
+          total.mass += unit * sum<T>(mass);
+          total.slope += unit * sum<T>(slope);
+          total.curvature += unit * sum<T>(curvature);
+          total.above += unit * sum<T>(above);
+          total.poison += sum<T>(poison);
+          mass = slope = curvature = above = poison = Vec<T>{};
+        });
+    return total;
+  });
+}
+
+template <class T>
+Moments moments(const Span<T>& span, const Logit<T>& p) {
+  return scan<T, true, false>(span, p, {}, nullptr);
+}
+
+template <class T>
+Moments survey(const Span<T>& span, const Logit<T>& p, const Window<T>& window, Sink<T>* sink) {
+  return scan<T, true, true>(span, p, window, sink);
+}
+
+template <class T>
+Moments count(const Span<T>& span, const Window<T>& window, Sink<T>* sink) {
+  return scan<T, false, true>(span, {}, window, sink);
+}
+
+template <class T>
+double tied(const Span<T>& span, T ratio) {
+  return specialised(span, [&]<CostKind C, bool Absolute>() {
+    double total = 0;
+    Vec<T> cost{};
+    const auto body = [&](const Lane<T>& lane, Vec<T> live) { cost += lane.u == ratio ? lane.a * live : Vec<T>{}; };
+    walk<T, C, Absolute>(
+        span, [&](int64_t, const Lane<T>& lane) { body(lane, splat(T(1))); },
+        [&](int64_t, int count, const Lane<T>& lane) { body(lane, live_lanes<T>(count)); },
+        [&] {
+          total += sum<T>(cost);
+          cost = Vec<T>{};
+        });
+    return total;
+  });
+}
+
+template <class T>
+Extent extent(const Span<T>& span) {
+  return specialised(span, [&]<CostKind C, bool Absolute>() {
+    const Vec<T> infinity = splat(static_cast<T>(INFINITY));
+    Vec<T> low = infinity, high = -infinity, cheapest = infinity, cost{}, ratio{}, square{}, poison{};
+    Extent out;
+    const auto body = [&](Vec<T> u, Vec<T> a, Vec<T> live, Mask<T> dead) {
+      poison += u * T(0);
+      const Vec<T> up = dead ? infinity : u, down = dead ? -infinity : u, price = dead ? infinity : a;
+      low = up < low ? up : low;
+      high = down > high ? down : high;
+      cheapest = price < cheapest ? price : cheapest;
+      // a comparison with NaN is false: an unordered cost must not pass as cheap
+      poison += a * T(0);
+      cost += a * live;
+      ratio += u * live;
+      square += u * u * live;
+    };
+    walk<T, C, Absolute>(
+        span, [&](int64_t, const Lane<T>& lane) { body(lane.u, lane.a, splat(T(1)), Mask<T>{}); },
+        [&](int64_t, int count, const Lane<T>& lane) {
+          const Vec<T> live = live_lanes<T>(count);
+          body(lane.u, lane.a, live, live == T(0));
+        },
+        [&] {
+          out.cost += sum<T>(cost);
+          out.ratio += sum<T>(ratio);
+          out.square += sum<T>(square);
+          out.poison += sum<T>(poison);
+          cost = ratio = square = poison = Vec<T>{};
+        });
+    for (int i = 0; i < Simd<T>::width; ++i) {
+      if (low[i] < out.low) out.low = low[i];
+      if (high[i] > out.high) out.high = high[i];
+      if (cheapest[i] < out.lowest_cost) out.lowest_cost = cheapest[i];
+    }
+    return out;
+  });
+}
+
+inline void store_hard(uint8_t* hard, uint32_t set, int count) {
+  for (int lane = 0; lane < count; ++lane) hard[lane] = (set >> lane) & 1;
+}
+
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+inline void store_hard16(uint8_t* hard, uint32_t set) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(hard), _mm_maskz_set1_epi8(static_cast<__mmask16>(set), 1));
+}
+#endif
+
+template <class T>
+inline void store_hard_full(uint8_t* hard, Mask<T> keep) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  if (sizeof(T) == 4) return store_hard16(hard, bits(keep));
+#endif
+  typedef uint8_t Bytes __attribute__((vector_size(Simd<T>::width)));
+  const Bytes bytes = __builtin_convertvector(keep, Bytes) & 1;
+  std::memcpy(hard, &bytes, sizeof bytes);
+}
+
+template <class T, bool Soft, bool Hard>
+double write_masks(const Span<T>& span, const Logit<T>& p, T hard_from, T* soft, uint8_t* hard) {
+  return specialised(span, [&]<CostKind C, bool Absolute>() {
+    constexpr int W = Simd<T>::width;
+    double total = 0;
+    Vec<T> mass{};
+    const auto compute = [&](const Lane<T>& lane, Vec<T> live) {
+      const Sigmoid<T> g = sigmoid<T>(logit(p, lane.u));
+      mass += (C == CostKind::array ? lane.a * live : live) * g.m;
+      return p.sign > T(0) ? g.m : g.complement;
+    };
+    walk<T, C, Absolute>(
+        span,
+        [&](int64_t i, const Lane<T>& lane) {
+          if (Soft) store(soft + i, compute(lane, splat(T(1))));
+          if (Hard) store_hard_full<T>(hard + i, lane.u >= hard_from);
+        },
+        [&](int64_t i, int count, const Lane<T>& lane) {
+          if (Soft) store_partial<T>(soft + i, compute(lane, live_lanes<T>(count)), count);
+          if (Hard) store_hard(hard + i, bits(lane.u >= hard_from), count < W ? count : W);
+        },
+        [&] {
+          total += (C == CostKind::scalar ? static_cast<double>(span.cost) : 1.0) * sum<T>(mass);
+          mass = Vec<T>{};
+        });
+    return total;
+  });
+}
+
+template <class T>
+double write(const Span<T>& span, const Logit<T>& p, T hard_from, T* soft, uint8_t* hard) {
+  return hard != nullptr ? write_masks<T, true, true>(span, p, hard_from, soft, hard)
+                         : write_masks<T, true, false>(span, p, hard_from, soft, hard);
+}
+
+template <class T>
+void write_hard(const Span<T>& span, T hard_from, uint8_t* hard) {
+  write_masks<T, false, true>(span, {}, hard_from, nullptr, hard);
+}
+
+template <class T>
+void ratio(const Span<T>& span, T* out) {
+  specialised(span, [&]<CostKind C, bool Absolute>() {
+    walk<T, C, Absolute>(
+        span, [&](int64_t i, const Lane<T>& lane) { store(out + i, lane.u); },
+        [&](int64_t i, int count, const Lane<T>& lane) { store_partial<T>(out + i, lane.u, count); }, [] {});
+    return 0;
+  });
+}
+
+template <class T>
+GradientSums gradient_sums(const Span<T>& span, const T* grad, const Logit<T>& p) {
+  return specialised(span, [&]<CostKind C, bool Absolute>() {
+    GradientSums total;
+    Vec<T> gs{}, as{}, gsu{}, asu{};
+    const auto body = [&](const Lane<T>& lane, Vec<T> g, Vec<T> live) {
+      const Vec<T> s = sigmoid<T>(logit(p, lane.u)).s * live;
+      const Vec<T> g_s = g * s, a_s = lane.a * s;
+      gs += g_s;
+      as += a_s;
+      gsu += g_s * lane.u;
+      asu += a_s * lane.u;
+    };
+    walk<T, C, Absolute>(
+        span, [&](int64_t i, const Lane<T>& lane) { body(lane, load(grad + i), splat(T(1))); },
+        [&](int64_t i, int count, const Lane<T>& lane) {
+          body(lane, load_partial(grad + i, count, T(0)), live_lanes<T>(count));
+        },
+        [&] {
+          total.gs += sum<T>(gs);
+          total.as += sum<T>(as);
+          total.gsu += sum<T>(gsu);
+          total.asu += sum<T>(asu);
+          gs = as = gsu = asu = Vec<T>{};
+        });
+    return total;
+  });
+}
+
+template <class T>
+void gradient(const Span<T>& span, const T* grad, const Logit<T>& p, T r, T* grad_values, T* grad_costs) {
+  specialised(span, [&]<CostKind C, bool Absolute>() {
+    const auto body = [&](const Lane<T>& lane, Vec<T> g, Vec<T>* grad_cost) {
+      const Sigmoid<T> sig = sigmoid<T>(logit(p, lane.u));
+      const Vec<T> out = p.beta * sig.s * (g / lane.a - r);
+      if (grad_costs != nullptr) *grad_cost = -out * lane.u - r * sig.m;
+      return out;
+    };
+    walk<T, C, Absolute>(
+        span,
+        [&](int64_t i, const Lane<T>& lane) {
+          Vec<T> grad_cost{};
+          store(grad_values + i, body(lane, load(grad + i), &grad_cost));
+          if (grad_costs != nullptr) store(grad_costs + i, grad_cost);
+        },
+        [&](int64_t i, int count, const Lane<T>& lane) {
+          Vec<T> grad_cost{};
+          store_partial<T>(grad_values + i, body(lane, load_partial(grad + i, count, T(0)), &grad_cost), count);
+          if (grad_costs != nullptr) store_partial<T>(grad_costs + i, grad_cost, count);
+        },
+        [] {});
+    return 0;
+  });
+}
+
+template <class T>
+constexpr SoftTopkPasses<T> kPasses{moments<T>,    survey<T>, count<T>,         tied<T>,    extent<T>, write<T>,
+                                    write_hard<T>, ratio<T>,  gradient_sums<T>, gradient<T>};
+
+}  // namespace
+
+const SoftTopkPasses<float>& soft_topk_float() { return kPasses<float>; }
+const SoftTopkPasses<double>& soft_topk_double() { return kPasses<double>; }
+
+}  // namespace spartan::cpu::SPARTAN_ISA

@@ -1,0 +1,84 @@
+// Every entry point of the extension, over raw pointers. No PyTorch header is included anywhere below this file.
+#pragma once
+
+#include <cstdint>
+
+namespace spartan {
+
+enum class Dtype : int { float32 = 0, float64 = 1 };
+
+// Scratch memory of the caller. The extension allocates none.
+struct Workspace {
+  void* data;
+  int64_t bytes;
+};
+
+// One tensor of a list: contiguous values, their costs (null: `cost` each), and what to write or read beside them.
+struct TableRow {
+  const void* values;
+  const void* costs;
+  double cost;
+  int64_t length;
+  void* extra[3];
+};
+
+struct Table {
+  const TableRow* rows;
+  int64_t count;
+};
+
+namespace cpu {
+
+// "avx512", "avx2" or "baseline": what the kernels run on here. SPARTAN_ISA can name a lower one.
+const char* instruction_set();
+bool parallel_available();
+
+int64_t workspace_bytes(int64_t parts, int64_t length, int element_size);
+int64_t rows_workspace_bytes(int64_t rows, int64_t length, int element_size, int threads);
+
+// One budget over a list. extra = {soft mask, hard mask or null}. `state` (8 doubles, see new_solver_state) or null to
+// start cold. threshold = {centre, shift}.
+void soft_topk_global(Dtype, Table, double budget, double beta, bool absolute, double* state, double* threshold,
+                      Workspace, int threads);
+// extra = {gradient of the mask, gradient of values, gradient of costs or null}. scalars = {of budget, of beta}.
+void soft_topk_global_backward(Dtype, Table, const double* threshold, double beta, double* scalars, Workspace,
+                               int threads);
+// extra = {hard mask}.
+void hard_topk_global(Dtype, Table, double budget, bool absolute, Workspace, int threads);
+
+// The same by rows of a contiguous [rows, length]; costs null (`cost` each), or at `cost_stride` from row to row.
+struct Rows {
+  const void* values;
+  const void* costs;
+  double cost;
+  int64_t rows, length, cost_stride;
+};
+void soft_topk_rows(Dtype, Rows, const double* budget, double beta, void* mask, double* threshold, Workspace, int threads);
+void soft_topk_rows_backward(Dtype, Rows, const void* grad, const double* threshold, double beta, void* grad_values,
+                             void* grad_costs, double* grad_budget, double* grad_beta, Workspace, int threads);
+void hard_topk_rows(Dtype, Rows, const double* budget, uint8_t* mask, Workspace, int threads);
+
+// A weight [out, in, kernel], contiguous, in blocks of rows x columns for each kernel position; masks, scores and costs have
+// one entry per block, [ceil(out / rows), ceil(in / columns), kernel]. Null soft or hard: ones; null costs: `cost` each.
+struct Blocks {
+  int64_t out, in, kernel, rows, columns;
+};
+struct Masks {
+  const void* soft;
+  const uint8_t* hard;
+};
+struct BlockCosts {
+  const void* array;
+  double cost;
+};
+void masked_weight(Dtype, Blocks, const void* weight, Masks, void* result, int threads);
+void masked_weight_backward(Dtype, Blocks, const void* grad, const void* weight, Masks, double beta, BlockCosts,
+                            bool straight_through, void* result, Workspace, int threads);
+void masked_weight_coupling(Dtype, Blocks, const void* grad, const void* weight, const void* soft, double beta, BlockCosts,
+                            double* sums, Workspace, int threads);
+void masked_weight_correct(Dtype, Blocks, void* grad, const void* weight, const void* soft, double scale, int threads);
+void block_scores(Dtype, Blocks, const void* weight, void* scores, int threads);
+int64_t blocks_workspace_bytes(Blocks);
+
+}  // namespace cpu
+}  // namespace spartan

@@ -1,0 +1,266 @@
+"""The masks of a model: weights grouped by the budget they share, and what a training method may do to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from spartan.budgets import LayerSize
+from spartan.nn import MaskCarrier, largest_block, unmask_weight
+from spartan_kernels import (
+    block_scores,
+    hard_topk_global,
+    masked_weight_correct_,
+    masked_weight_coupling,
+    new_solver_state,
+    solve_masks_,
+)
+
+__all__ = ["Mask", "MaskGroup", "MaskSet", "MaskedTensor"]
+
+# Sharper than this a soft mask is a hard one in float32, and the solver's accuracy is no longer specified.
+_SHARPEST = 1e6
+
+
+class Mask(NamedTuple):
+    """The masks of one weight, one entry per block: the weight in use is theta * soft * hard."""
+
+    soft: torch.Tensor
+    hard: torch.Tensor
+
+
+@dataclass
+class MaskedTensor:
+    """A masked weight: its name in the model, the module that has it and the module that carries its masks."""
+
+    name: str
+    module: nn.Module
+    carrier: MaskCarrier
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The trained parameter theta, under the mask."""
+        if self.carrier is self.module:
+            return self.carrier.get_parameter("weight")
+        return self.module.get_parameter("parametrizations.weight.original")
+
+    @property
+    def unstructured(self) -> bool:
+        """Whether each weight is a block."""
+        return self.carrier.mask_block_size == (1, 1)
+
+    @property
+    def size(self) -> LayerSize:
+        """Shape and largest block, for budgets."""
+        shape = self.weight.shape
+        return LayerSize(tuple(shape), largest_block(shape, self.carrier.mask_block_size))
+
+    @property
+    def mask(self) -> Mask:
+        """The masks now; a soft mask merged into the weight is ones."""
+        hard, soft = self.carrier.mask_hard, self.carrier.mask_soft
+        return Mask(torch.ones_like(hard, dtype=self.weight.dtype) if soft is None else soft, hard)
+
+    def scores(self) -> torch.Tensor:
+        """theta itself where each weight is a block (its magnitude counts), else the sum of |theta| of each block."""
+        weight = self.weight.detach()
+        return weight if self.unstructured else block_scores(weight, self.carrier.mask_block_size)
+
+    def kept(self) -> int:
+        """Number of weights that the hard mask keeps."""
+        return int((self.carrier.mask_hard * self.carrier.mask_costs.double()).sum())
+
+    def project(self) -> None:
+        """Make the weight what the forward pass uses: theta <- theta * m * h (* scale), dropped weights exactly +0."""
+        with torch.no_grad():
+            self.weight.copy_(self.carrier.masked(self.weight).add_(0.0))
+
+    def merge(self) -> None:
+        """Project, and go on with the hard mask alone, fixed, without gradients for dropped weights."""
+        self.project()
+        self.carrier.mask_soft = None
+        self.carrier.mask_scale = None
+        self.carrier.mask_straight_through = False
+
+
+@dataclass
+class MaskGroup:
+    """Weights that share one budget, of `target` out of `capacity` weights, and their solver's state."""
+
+    tensors: list[MaskedTensor]
+    target: int
+    state: torch.Tensor = field(init=False)
+    solved: bool = False
+
+    def __post_init__(self) -> None:
+        self.capacity = sum(tensor.size.count for tensor in self.tensors)
+        self.state = new_solver_state(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.tensors[0].weight.device
+
+    def budget(self, progress: float) -> float:
+        """Weights to keep at the part `progress` of the way from all of them to the target."""
+        return self.capacity + (self.target - self.capacity) * progress
+
+    def solve(self, progress: float, beta: float, *, relative: bool) -> None:
+        """Write the soft and hard masks for this budget and sharpness in place.
+
+        Args:
+            progress: in (0, 1].
+            beta: sharpness per unit of block cost, before the scaling by the square root of the block size.
+            relative: beta is in units of the hard threshold that the last solve found, on the device.
+        """
+        budget = self.budget(progress)
+        if relative and not self.solved:
+            self._solve(budget, beta)  # the first time there is no threshold yet
+        self._solve(budget, (beta / self.state[2]).clamp(max=_SHARPEST) if relative else beta)
+        self.solved = True
+        for tensor in self.tensors:
+            _rescale(tensor.carrier)
+
+    def _solve(self, budget: float, beta: float | torch.Tensor) -> None:
+        carriers = [tensor.carrier for tensor in self.tensors]
+        self.state = self.state.to(self.device)
+        rows, columns = carriers[0].mask_block_size
+        for carrier in carriers:
+            carrier.mask_beta.copy_(beta * (rows * columns) ** 0.5) if isinstance(beta, torch.Tensor) else (
+                carrier.mask_beta.fill_(beta * (rows * columns) ** 0.5)
+            )
+        values, absolute = self._values()
+        try:
+            solve_masks_(
+                values,
+                budget,
+                self._costs(),
+                carriers[0].mask_beta,
+                [tensor.mask.soft for tensor in self.tensors],
+                [carrier.mask_hard for carrier in carriers],
+                self.state,
+                absolute=absolute,
+            )
+        except ValueError:
+            self._require_finite()
+            raise
+
+    def select(self, budget: float, scores: Sequence[torch.Tensor] | None = None) -> int:
+        """Write the hard masks of the best blocks within `budget`, and return how many weights that keeps.
+
+        `scores` replaces the magnitudes that decide.
+        """
+        values, absolute = self._values() if scores is None else (list(scores), False)
+        try:
+            masks = hard_topk_global(values, budget, self._costs(), absolute=absolute)
+        except ValueError:
+            self._require_finite()
+            raise
+        for tensor, mask in zip(self.tensors, masks, strict=True):
+            tensor.carrier.mask_hard.copy_(mask)
+        return sum(tensor.kept() for tensor in self.tensors)
+
+    def correct_gradients(self) -> None:
+        """Complete the gradients of all weights of this budget with the coupling term of equation (2)."""
+        if all(tensor.weight.grad is None for tensor in self.tensors):
+            return
+        grads = [_gradient(tensor.weight) for tensor in self.tensors]
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for tensor, grad in zip(self.tensors, grads, strict=True):
+            carrier = tensor.carrier
+            sums += masked_weight_coupling(
+                grad,
+                tensor.weight,
+                tensor.mask.soft,
+                carrier.mask_block_size,
+                beta=carrier.mask_beta,
+                costs=carrier.mask_costs,
+            )
+        # Where every block is decided (all s = 0) the budget couples nothing.
+        multiplier = torch.where(sums[1] > 0, sums[0] / sums[1], 0.0)
+        for tensor, grad in zip(self.tensors, grads, strict=True):
+            carrier = tensor.carrier
+            masked_weight_correct_(
+                grad, tensor.weight, tensor.mask.soft, carrier.mask_beta * multiplier, carrier.mask_block_size
+            )
+
+    def _values(self) -> tuple[list[torch.Tensor], bool]:
+        return [tensor.scores() for tensor in self.tensors], self.tensors[0].unstructured
+
+    def _costs(self) -> list[float | torch.Tensor] | None:
+        if self.tensors[0].unstructured:
+            return None
+        return [tensor.carrier.mask_costs for tensor in self.tensors]
+
+    def _require_finite(self) -> None:
+        for tensor in self.tensors:
+            bad = int((~torch.isfinite(tensor.weight)).sum())
+            if bad:
+                raise ValueError(f"weight {tensor.name!r} must be finite; {bad} of its entries are NaN or infinite")
+
+
+@dataclass
+class MaskSet:
+    """All masked weights of a model with the clock of their training: what a method acts on."""
+
+    groups: list[MaskGroup]
+    total_steps: int
+    step: int = 0
+    frozen: bool = False
+
+    @property
+    def tensors(self) -> list[MaskedTensor]:
+        """Every masked weight, in the groups' order."""
+        return [tensor for group in self.groups for tensor in group.tensors]
+
+    def select(self, progress: float, scores: dict[str, torch.Tensor] | None = None) -> None:
+        """Write the hard masks of all groups, exact to one block over the model.
+
+        What a group's last block leaves of its budget goes to the next group; those with least room come first, so that
+        the last one can use it.
+        """
+        carry = 0.0
+        for group in sorted(self.groups, key=lambda g: g.capacity - g.budget(progress)):
+            budget = min(group.budget(progress) + carry, group.capacity)
+            own = None if scores is None else [scores[tensor.name] for tensor in group.tensors]
+            carry += group.budget(progress) - group.select(budget, own)
+
+    def project(self) -> None:
+        """Make every weight what the forward pass uses."""
+        for tensor in self.tensors:
+            tensor.project()
+
+    def freeze(self) -> None:
+        """Merge the soft masks into the weights and keep the hard ones from now on."""
+        for tensor in self.tensors:
+            tensor.merge()
+        self.frozen = True
+
+    def remove(self) -> None:
+        """Give back plain modules."""
+        for tensor in self.tensors:
+            unmask_weight(tensor.module, tensor.carrier)
+
+
+def _gradient(weight: nn.Parameter) -> torch.Tensor:
+    """The gradient of a weight; one that took no part in this step has a zero one, and shares in the budget all the same."""
+    if weight.grad is None:
+        zero = torch.zeros_like(weight)
+        if not weight.requires_grad:
+            return zero
+        weight.grad = zero
+    return weight.grad
+
+
+def _rescale(carrier: MaskCarrier) -> None:
+    """Set the factor that undoes the mean of the kept soft mask, where this was asked for."""
+    if carrier.mask_scale is None or carrier.mask_soft is None:
+        return
+    kept = carrier.mask_hard * carrier.mask_costs.to(carrier.mask_soft.dtype)
+    mean = (carrier.mask_soft * kept).sum() / kept.sum()
+    # A layer that keeps nothing has no mean.
+    carrier.mask_scale.copy_(torch.where(mean > 0, 1 / mean, 1.0))

@@ -1,0 +1,99 @@
+"""What every training method is: frozen settings, and what it does to a `MaskSet` at four moments."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from spartan.budgets import DISTRIBUTIONS
+from spartan.masks import MaskSet
+from spartan_kernels.arguments import block_shape
+
+__all__ = ["Method", "SparseMethod"]
+
+
+class Method(ABC):
+    """A way to train sparse: settings only, no state; all state is in the masks and the step.
+
+    `Sparsifier` calls `start` once, `correct_gradients` before and `update` after each optimizer step (`masks.step` is
+    then the number of steps made), and `finish` before the masks are applied for good.
+    """
+
+    soft: bool = False
+    preserve_scale: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name in reports and checkpoints."""
+        return type(self).__name__
+
+    def settings(self) -> dict[str, Any]:
+        """The settings as plain types, for checkpoints."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}  # type: ignore[call-overload]
+
+    def beta_at(self, step: int, total_steps: int) -> float | None:
+        """Sharpness of the soft masks after `step` steps, in the method's own units; None without soft masks."""
+        return None
+
+    def start(self, masks: MaskSet) -> None:
+        """Set the masks of the first forward pass; they keep everything as made."""
+        return None
+
+    def correct_gradients(self, masks: MaskSet) -> None:
+        """Change the final `.grad` before the optimizer reads it."""
+        return None
+
+    @abstractmethod
+    def update(self, masks: MaskSet) -> None:
+        """Change the masks after an optimizer step."""
+
+    @abstractmethod
+    def finish(self, masks: MaskSet) -> None:
+        """Bring the masks to the sparsity asked for, if training stopped before that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseMethod(Method):
+    """Settings that all methods with masks share.
+
+    Attributes:
+        sparsity: fraction of zeros to reach, in [0, 1).
+        block_size: 1, an int or (rows, columns): blocks of weights that stay or go together.
+        distribution: "global" (one budget over all layers), "uniform" or "erk".
+
+    Raises:
+        TypeError, ValueError: a setting of the wrong type or outside its range, named.
+    """
+
+    sparsity: float
+    block_size: int | tuple[int, int] = 1
+    distribution: str = "global"
+
+    def __post_init__(self) -> None:
+        require_number("sparsity", self.sparsity, 0.0, 1.0, open_end=True)
+        block_shape(self.block_size)
+        if self.distribution not in DISTRIBUTIONS:
+            raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}; got {self.distribution!r}")
+
+    def finish(self, masks: MaskSet) -> None:
+        """Select the blocks of largest magnitude within the budget."""
+        if not masks.frozen:
+            masks.select(1.0)
+            masks.freeze()
+
+
+def require_number(name: str, value: Any, low: float, high: float = math.inf, *, open_end: bool = False) -> None:
+    """Raise unless `value` is a number in [low, high], or in [low, high) with `open_end`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+    inside = low <= value < high if open_end else low <= value <= high
+    if not inside or math.isinf(value):
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}{')' if open_end or math.isinf(high) else ']'}; got {value}")
+
+
+def require_order(first: str, begin: float, second: str, end: float) -> None:
+    """Raise ValueError unless begin <= end."""
+    if begin > end:
+        raise ValueError(f"{first} must be at most {second} ({end}); got {begin}")

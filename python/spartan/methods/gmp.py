@@ -1,0 +1,57 @@
+"""Gradual magnitude pruning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from spartan.masks import MaskSet
+from spartan.methods.base import SparseMethod, require_number, require_order
+from spartan.schedules import Cubic
+
+__all__ = ["GMP"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GMP(SparseMethod):
+    """Remove the blocks of smallest mean magnitude little by little; what is removed stays removed.
+
+    s_t = s_f (1 - (1 - (t - t0) / (t1 - t0))^3) every `interval` steps between t0 and t1.
+
+    Attributes:
+        begin: fraction of the steps at which pruning starts.
+        end: fraction of the steps at which the sparsity is reached; at least `begin`. The rest fine-tunes.
+        interval: steps between updates of the masks, at least 1.
+
+    Source: Zhu and Gupta, "To prune, or not to prune", 2017, equation (1), from initial sparsity 0.
+    """
+
+    begin: float = 0.0
+    end: float = 0.75
+    interval: int = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("begin", self.begin, 0.0, 1.0)
+        require_number("end", self.end, 0.0, 1.0)
+        require_order("begin", self.begin, "end", self.end)
+        if isinstance(self.interval, bool) or not isinstance(self.interval, int) or self.interval < 1:
+            raise ValueError(f"interval must be an int of at least 1; got {self.interval!r}")
+
+    def update(self, masks: MaskSet) -> None:
+        """Prune further when an interval is over."""
+        if masks.frozen:
+            return
+        t0, t1 = self.begin * masks.total_steps, self.end * masks.total_steps
+        if masks.step >= t1:
+            self.finish(masks)
+        elif masks.step > t0 and masks.step % self.interval == 0:
+            # Momentum moves dropped weights too; at zero they cannot be selected again.
+            masks.project()
+            masks.select(Cubic(0.0, 1.0, t0, t1)(masks.step))
+            masks.project()
+
+    def finish(self, masks: MaskSet) -> None:
+        """Prune to the sparsity asked for, and fix the masks."""
+        if not masks.frozen:
+            masks.project()
+            super().finish(masks)

@@ -1,0 +1,88 @@
+"""Spartan: soft top-k masks that sharpen while the budget shrinks, projected to exact sparsity in the forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from spartan.masks import MaskSet
+from spartan.methods.base import SparseMethod, require_number, require_order
+from spartan.schedules import Linear
+
+__all__ = ["Spartan"]
+
+BETA_UNITS = ("paper", "threshold")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spartan(SparseMethod):
+    """Train with w = theta * m * h: m a soft top-k mask of block magnitudes, h the hard one, h straight through.
+
+    m = sigmoid(beta v / a + mu) with sum a m = k over the weights of a budget; v = sum of |theta| over a block of a weights,
+    and beta scaled by the square root of the block size. The kept fraction goes from 1 to the target linearly over the first
+    `ramp` of the steps, beta from 1 to its target linearly over the first `anneal`; then the soft mask is merged into
+    the weights, the hard one fixed, and the rest of the steps fine-tunes.
+
+    Attributes:
+        beta: sharpness reached at the end of annealing. Published: 10 for ResNet-50, 20 for ViT-B/16.
+        beta_units: "paper": beta multiplies |theta| as it stands, so small weights make a flat mask. "threshold": beta is
+            divided by the hard threshold of the last solve, which makes it independent of the weights' scale (try 4).
+        ramp: fraction of the steps over which the budget shrinks.
+        anneal: fraction of the steps over which beta grows and after which masks are fixed; at least `ramp`.
+        preserve_scale: divide each masked weight by the mean of its kept m, as a constant; for networks without
+            normalisation layers, in which the signal would die away.
+
+    Source: Tai, Tian, Lim, "Spartan: Differentiable Sparsity via Regularized Transportation", NeurIPS 2022.
+    """
+
+    beta: float = 10.0
+    beta_units: str = "paper"
+    ramp: float = 0.2
+    anneal: float = 0.8
+    preserve_scale: bool = False
+
+    soft = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("beta", self.beta, 0.0)
+        if self.beta_units not in BETA_UNITS:
+            raise ValueError(f"beta_units must be one of {', '.join(BETA_UNITS)}; got {self.beta_units!r}")
+        require_number("ramp", self.ramp, 0.0, 1.0)
+        require_number("anneal", self.anneal, 0.0, 1.0)
+        require_order("ramp", self.ramp, "anneal", self.anneal)
+
+    def beta_at(self, step: int, total_steps: int) -> float:
+        """Linear from 1 to `beta` over the first `anneal` of the steps."""
+        return Linear(1.0, self.beta, 0, self.anneal * total_steps)(step)
+
+    def correct_gradients(self, masks: MaskSet) -> None:
+        """Add the coupling term of the budget; while everything is kept, or once masks are fixed, there is none."""
+        if masks.frozen or self._progress(masks) == 0.0:
+            return
+        for group in masks.groups:
+            group.correct_gradients()
+
+    def update(self, masks: MaskSet) -> None:
+        """Solve for the masks of the next step, or fix them at the end of annealing."""
+        if masks.frozen:
+            return
+        if masks.step >= self.anneal * masks.total_steps:
+            self.finish(masks)
+        else:
+            self._solve(masks, self._progress(masks))
+
+    def finish(self, masks: MaskSet) -> None:
+        """Solve at the target budget, make the hard masks exact over the model, and fix them."""
+        if not masks.frozen:
+            self._solve(masks, 1.0)
+            masks.select(1.0)
+            masks.freeze()
+
+    def _progress(self, masks: MaskSet) -> float:
+        return Linear(0.0, 1.0, 0, self.ramp * masks.total_steps)(masks.step)
+
+    def _solve(self, masks: MaskSet, progress: float) -> None:
+        beta = self.beta_at(masks.step, masks.total_steps)
+        for group in masks.groups:
+            if group.budget(progress) < group.capacity:  # else m = h = 1, which is how masks begin
+                group.solve(progress, beta, relative=self.beta_units == "threshold")

@@ -1,0 +1,145 @@
+"""Modules whose weight is masked: the class of a Linear or Conv2d is swapped in place, others get a parametrization."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.utils import parametrize
+
+from spartan.functional import masked_weight
+from spartan_kernels import block_costs, block_grid
+
+__all__ = ["MaskCarrier", "MaskedConv2d", "MaskedLinear", "MaskedWeight", "mask_weight", "unmask_weight"]
+
+
+class MaskCarrier(nn.Module):
+    """The masks of one weight, as buffers that are updated in place and never saved with the model.
+
+    Attributes:
+        mask_soft: m, one per block, dtype of the weight; None once it is merged into the weight or if there is none.
+        mask_hard: h, one per block, bool.
+        mask_beta: float64 0-dim, the sharpness that m was solved with, scaled for the block size.
+        mask_costs: a, 0-dim or one per block.
+        mask_scale: 0-dim factor of the masked weight, or None for 1.
+        mask_block_size: (rows, columns).
+        mask_straight_through: whether gradients reach dropped blocks.
+    """
+
+    mask_soft: torch.Tensor | None
+    mask_hard: torch.Tensor
+    mask_beta: torch.Tensor
+    mask_costs: torch.Tensor
+    mask_scale: torch.Tensor | None
+    mask_block_size: tuple[int, int]
+    mask_straight_through: bool
+
+    def attach_masks(
+        self, weight: torch.Tensor, block_size: tuple[int, int], soft: bool, preserve_scale: bool = False
+    ) -> None:
+        """Add masks that keep every block of `weight`; without `soft`, only a hard mask that blocks gradients."""
+        grid = block_grid(weight.shape, block_size)
+        costs = block_costs(weight.shape, block_size)
+        costs = costs if isinstance(costs, torch.Tensor) else torch.tensor(costs)
+        buffers: dict[str, torch.Tensor | None] = {
+            "mask_soft": weight.new_ones(grid) if soft else None,
+            "mask_hard": torch.ones(grid, dtype=torch.bool, device=weight.device),
+            "mask_beta": torch.zeros((), dtype=torch.float64, device=weight.device),
+            "mask_costs": costs.to(device=weight.device, dtype=weight.dtype if costs.dim() else torch.float64),
+            "mask_scale": weight.new_ones(()) if preserve_scale else None,
+        }
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer if buffer is None else buffer.detach(), persistent=False)
+        self.mask_block_size = block_size
+        self.mask_straight_through = soft
+
+    def detach_masks(self) -> None:
+        """Remove everything `attach_masks` added."""
+        for name in ("mask_soft", "mask_hard", "mask_beta", "mask_costs", "mask_scale"):
+            delattr(self, name)
+        del self.mask_block_size, self.mask_straight_through
+
+    def masked(self, weight: torch.Tensor) -> torch.Tensor:
+        """theta * m * h (* scale), with the local part of the gradient of `spartan.masked_weight`."""
+        result = masked_weight(
+            weight,
+            self.mask_soft,
+            self.mask_hard,
+            self.mask_block_size,
+            beta=self.mask_beta,
+            costs=self.mask_costs,
+            straight_through=self.mask_straight_through,
+        )
+        return result if self.mask_scale is None else result * self.mask_scale
+
+
+class MaskedLinear(MaskCarrier, nn.Linear):
+    """`nn.Linear` that multiplies by its masked weight; made from one in place by `Sparsifier`."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """y = x w^T + b with w = theta * m * h."""
+        return functional.linear(input, self.masked(self.weight), self.bias)
+
+
+class MaskedConv2d(MaskCarrier, nn.Conv2d):
+    """`nn.Conv2d` that convolves with its masked weight; made from one in place by `Sparsifier`."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Convolution with w = theta * m * h."""
+        return self._conv_forward(input, self.masked(self.weight), self.bias)
+
+
+class MaskedWeight(MaskCarrier):
+    """Parametrization of the weight of any other module: `module.weight` is theta * m * h."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """theta * m * h."""
+        return self.masked(weight)
+
+
+_SWAPS: dict[type[nn.Module], type[MaskCarrier]] = {nn.Linear: MaskedLinear, nn.Conv2d: MaskedConv2d}
+_SWAPS_BACK = {masked: plain for plain, masked in _SWAPS.items()}
+
+
+def mask_weight(
+    module: nn.Module,
+    block_size: tuple[int, int],
+    *,
+    soft: bool,
+    preserve_scale: bool = False,
+    parametrized: bool = False,
+) -> MaskCarrier:
+    """Give the weight of `module` masks that keep everything, and return what carries them.
+
+    An exact `nn.Linear` or `nn.Conv2d` changes its class in place, so names and identity of its parameters stay. Any other
+    module, and these where their owner reads `.weight` itself (`parametrized`), gets a parametrization.
+    """
+    weight: Any = module.weight
+    if type(module) in _SWAPS and not parametrized:
+        module.__class__ = _SWAPS[type(module)]  # type: ignore[assignment]
+        assert isinstance(module, MaskCarrier)
+        module.attach_masks(weight, block_size, soft, preserve_scale)
+        return module
+    carrier = MaskedWeight()
+    carrier.attach_masks(weight, block_size, soft, preserve_scale)
+    parametrize.register_parametrization(module, "weight", carrier)
+    return carrier
+
+
+def unmask_weight(module: nn.Module, carrier: MaskCarrier) -> None:
+    """Undo `mask_weight`; the weight keeps its present value."""
+    if carrier is module:
+        carrier.detach_masks()
+        module.__class__ = _SWAPS_BACK[type(carrier)]
+    else:
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+
+
+def largest_block(shape: torch.Size, block_size: tuple[int, int]) -> int:
+    """Number of weights in the largest block of a weight of this shape."""
+    if block_size == (1, 1):
+        return 1
+    return math.prod(min(side, size) for side, size in zip(block_size, shape[:2], strict=True))

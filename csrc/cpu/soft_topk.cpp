@@ -131,6 +131,7 @@ class GlobalSolve {
   // P1: the moments at the start and the window in one pass, then as many passes as a poor start needs.
   void pass_over_all() {
     if (search_.constant()) {
+      if (std::isnan(problem_.extent().poison)) refuse_values();
       if (want_cut_) find_cut();
       return;
     }
@@ -182,7 +183,6 @@ class GlobalSolve {
     const Cut<T>* cut = want_cut_ ? &cut_ : nullptr;
     for (int attempt = 0;; ++attempt) {
       const double mass = problem_.write(search_.logit<T>(), cut);
-      if (std::isnan(mass)) refuse_values();
       if (search_.constant() || attempt == kMaxRewrites) return;
       if (std::fabs(mass - search_.quota) <= kTolerance<T> * search_.quota) return;
       const double before = search_.t;

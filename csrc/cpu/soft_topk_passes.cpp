@@ -66,18 +66,22 @@ struct Sigmoid {
   Vec<T> m, complement, s;  // sigmoid(x), sigmoid(-x), their product
 };
 
+// The logit's parameters, held in registers.
 template <class T>
-inline Sigmoid<T> sigmoid(Vec<T> x) {
-  const Vec<T> e = exp_nonpositive(-absolute(x));
-  const Vec<T> q = T(1) / (T(1) + e);
-  const Vec<T> small = e * q;
-  return {x >= T(0) ? q : small, x >= T(0) ? small : q, small * q};
-}
+struct Logistic {
+  Vec<T> slope, centre, shift;
 
-template <class T>
-inline Vec<T> logit(const Logit<T>& p, Vec<T> u) {
-  return (p.beta * p.sign) * (u - p.centre) + p.shift * p.sign;
-}
+  explicit Logistic(const Logit<T>& p)
+      : slope(splat(-p.beta * p.sign)), centre(splat(p.centre)), shift(splat(-p.shift * p.sign)) {}
+
+  // exp(-x) stays in range by its clamp, so both sides come without a branch and without cancellation.
+  Sigmoid<T> operator()(Vec<T> u) const {
+    const Vec<T> e = exp_clamped(slope * (u - centre) + shift);
+    const Vec<T> m = reciprocal(T(1) + e);
+    const Vec<T> complement = e * m;
+    return {m, complement, complement * m};
+  }
+};
 
 template <class T>
 inline void collect(Vec<T> u, Vec<T> a, uint32_t set, Sink<T>* sink) {
@@ -92,6 +96,8 @@ inline void collect(Vec<T> u, Vec<T> a, uint32_t set, Sink<T>* sink) {
 
 template <class T, bool WithMoments, bool WithWindow>
 Moments scan(const Span<T>& span, const Logit<T>& p, const Window<T>& window, Sink<T>* sink) {
+  const Logistic<T> logistic(p);
+  const Vec<T> low = splat(window.low), high = splat(window.high);
   return specialised(span, [&]<CostKind C, bool Absolute>() {
     Moments total;
     Vec<T> mass{}, slope{}, curvature{}, above{}, poison{};
@@ -99,15 +105,15 @@ Moments scan(const Span<T>& span, const Logit<T>& p, const Window<T>& window, Si
       const Vec<T> weight = C == CostKind::array ? lane.a * live : live;
       poison += lane.u * T(0);
       if (WithMoments) {
-        const Sigmoid<T> g = sigmoid<T>(logit(p, lane.u));
+        const Sigmoid<T> g = logistic(lane.u);
         const Vec<T> s = weight * g.s;
         mass += weight * g.m;
         slope += s;
         curvature += s * (g.complement - g.m);
       }
       if (WithWindow) {
-        above += lane.u > window.high ? weight : Vec<T>{};
-        const uint32_t inside = bits((lane.u >= window.low) & (lane.u <= window.high)) & lanes;
+        above += lane.u > high ? weight : Vec<T>{};
+        const uint32_t inside = bits((lane.u >= low) & (lane.u <= high)) & lanes;
         if (__builtin_expect(inside != 0, 0)) collect<T>(lane.u, lane.a, inside, sink);
       }
     };
@@ -221,14 +227,16 @@ inline void store_hard_full(uint8_t* hard, Mask<T> keep) {
 
 template <class T, bool Soft, bool Hard>
 double write_masks(const Span<T>& span, const Logit<T>& p, T hard_from, T* soft, uint8_t* hard) {
+  const Logistic<T> logistic(p);
+  const bool kept_side = p.sign > T(0);
   return specialised(span, [&]<CostKind C, bool Absolute>() {
     constexpr int W = Simd<T>::width;
     double total = 0;
     Vec<T> mass{};
     const auto compute = [&](const Lane<T>& lane, Vec<T> live) {
-      const Sigmoid<T> g = sigmoid<T>(logit(p, lane.u));
+      const Sigmoid<T> g = logistic(lane.u);
       mass += (C == CostKind::array ? lane.a * live : live) * g.m;
-      return p.sign > T(0) ? g.m : g.complement;
+      return kept_side ? g.m : g.complement;
     };
     walk<T, C, Absolute>(
         span,
@@ -250,6 +258,12 @@ double write_masks(const Span<T>& span, const Logit<T>& p, T hard_from, T* soft,
 
 template <class T>
 double write(const Span<T>& span, const Logit<T>& p, T hard_from, T* soft, uint8_t* hard) {
+  if (p.beta == T(0)) {  // one number for all, exactly 0 or 1 for a budget of nothing or everything
+    const T m = T(1) / (T(1) + std::exp(-p.shift));
+    for (int64_t i = 0; i < span.length; ++i) soft[i] = m;
+    if (hard != nullptr) write_masks<T, false, true>(span, p, hard_from, nullptr, hard);
+    return 0;
+  }
   return hard != nullptr ? write_masks<T, true, true>(span, p, hard_from, soft, hard)
                          : write_masks<T, true, false>(span, p, hard_from, soft, hard);
 }
@@ -271,11 +285,12 @@ void ratio(const Span<T>& span, T* out) {
 
 template <class T>
 GradientSums gradient_sums(const Span<T>& span, const T* grad, const Logit<T>& p) {
+  const Logistic<T> logistic(p);
   return specialised(span, [&]<CostKind C, bool Absolute>() {
     GradientSums total;
     Vec<T> gs{}, as{}, gsu{}, asu{};
     const auto body = [&](const Lane<T>& lane, Vec<T> g, Vec<T> live) {
-      const Vec<T> s = sigmoid<T>(logit(p, lane.u)).s * live;
+      const Vec<T> s = logistic(lane.u).s * live;
       const Vec<T> g_s = g * s, a_s = lane.a * s;
       gs += g_s;
       as += a_s;
@@ -300,9 +315,10 @@ GradientSums gradient_sums(const Span<T>& span, const T* grad, const Logit<T>& p
 
 template <class T>
 void gradient(const Span<T>& span, const T* grad, const Logit<T>& p, T r, T* grad_values, T* grad_costs) {
+  const Logistic<T> logistic(p);
   specialised(span, [&]<CostKind C, bool Absolute>() {
     const auto body = [&](const Lane<T>& lane, Vec<T> g, Vec<T>* grad_cost) {
-      const Sigmoid<T> sig = sigmoid<T>(logit(p, lane.u));
+      const Sigmoid<T> sig = logistic(lane.u);
       const Vec<T> out = p.beta * sig.s * (g / lane.a - r);
       if (grad_costs != nullptr) *grad_cost = -out * lane.u - r * sig.m;
       return out;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,21 @@ def _pointer(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+class _Scratch(threading.local):
+    tensor: torch.Tensor | None = None
+
+
+_scratch = _Scratch()
+_KEPT_BYTES = 4 << 20
+
+
 def _workspace(size: int) -> torch.Tensor:
-    return torch.empty(size, dtype=torch.uint8)
+    """Scratch memory of this thread, kept between calls up to 4 MiB: fresh pages cost as much as a pass over the data."""
+    if size > _KEPT_BYTES:
+        return torch.empty(size, dtype=torch.uint8)
+    if _scratch.tensor is None or _scratch.tensor.numel() < size:
+        _scratch.tensor = torch.empty(size, dtype=torch.uint8)
+    return _scratch.tensor
 
 
 class _List:

@@ -1,0 +1,54 @@
+# Everything runs in an environment of its own (.venv), made on the first call: nothing else is touched.
+PYTHON ?= python3
+VENV ?= .venv
+DATA ?=
+OUT ?= spartan-demo
+ARGS ?=
+
+BIN := $(VENV)/bin
+CREATED := $(VENV)/.created
+INSTALLED := $(VENV)/.installed
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints-dev.txt \
+	$(shell find csrc -type f 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench figures clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  Variables: PYTHON=$(PYTHON) VENV=$(VENV) DATA=folder OUT=$(OUT) ARGS='more arguments'"
+
+demo: $(INSTALLED) ## train on Fashion-MNIST, dense and sparse, and compare (ARGS=--quick: under a minute)
+	$(BIN)/spartan demo --out "$(OUT)" $(if $(DATA),--data "$(DATA)") $(ARGS)
+
+test: $(INSTALLED) ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED) ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED) ## measure against PyTorch and sort + Sinkhorn (QUICK=1: a few minutes)
+	$(BIN)/python -m bench $(if $(QUICK),--quick) $(ARGS)
+
+figures: $(INSTALLED) ## draw the figures from the committed results
+	$(BIN)/python -m bench.plot $(ARGS)
+
+clean: ## remove the environment, builds and caches (results of the demo stay)
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f spartan_kernels/_native*.so spartan_kernels/_build.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name '*.egg-info' -type d -prune -exec rm -rf {} +
+
+$(CREATED):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "Python 3.10 or newer is needed; $(PYTHON) is not. Try: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { echo "Python cannot make environments here. On Debian and Ubuntu: sudo apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# An editable install: Python files are used as they are, so only what is built or declared needs a new one.
+$(INSTALLED): $(CREATED) $(BUILD_INPUTS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-dev.txt -e ".[demo,dev,bench]"
+	@touch $@

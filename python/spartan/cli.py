@@ -1,0 +1,144 @@
+"""The command line: `spartan info` and `spartan demo`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status (0 well, 1 failed, 2 wrong usage, 130 interrupted)."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"spartan: {error}", file=sys.stderr)
+        return 1
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="spartan", description="Train networks to a sparsity chosen beforehand."
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.set_defaults(run=lambda options: _version(parser, options))
+    commands = parser.add_subparsers(title="commands")
+    info = commands.add_parser("info", help="what is installed, and which backend serves which operator here")
+    info.set_defaults(run=lambda options: _info())
+    demo = commands.add_parser(
+        "demo", help="train two models on Fashion-MNIST, dense and sparse, and compare them"
+    )
+    demo.add_argument(
+        "--quick", action="store_true", help="under a minute: fewer epochs, 6,000 training images"
+    )
+    demo.add_argument(
+        "--data", type=Path, metavar="DIR", help="folder with the four idx files (default: look for them)"
+    )
+    demo.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path("spartan-demo"),
+        help="where results go (default: %(default)s)",
+    )
+    demo.add_argument(
+        "--seed", type=int, default=0, help="of weights and order of images (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint that Ctrl-C left in --out"
+    )
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _version(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    from spartan_kernels import __version__
+
+    if options.version:
+        print(f"spartan {__version__}")
+        return 0
+    parser.print_help()
+    return 2
+
+
+def _demo(options: argparse.Namespace) -> int:
+    try:
+        import matplotlib  # noqa: F401
+        import rich  # noqa: F401
+    except ImportError as error:
+        raise RuntimeError(f"the demo needs {error.name}: pip install 'spartan-kernels[demo]'") from error
+    from spartan.demo.run import run_demo
+
+    return run_demo(
+        quick=options.quick, data=options.data, out=options.out, seed=options.seed, resume=options.resume
+    )
+
+
+def _info() -> int:
+    from spartan_kernels import info
+
+    facts = info()
+    facts = info()
+    general = [("what", "value"), *_general_rows(facts)]
+    backends, reasons = _backend_rows(facts)
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        for rows in (general, backends):
+            for row in rows:
+                print("  ".join(f"{cell:<26}" for cell in row).rstrip())
+            print()
+        print("\n".join(reasons))
+        return 0
+    console = Console()
+    for (headings, *rows), title in (
+        (general, "Installation"),
+        (backends, "Which backend serves which operator"),
+    ):
+        table = Table(*headings, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    for reason in reasons:
+        console.print(reason, highlight=False, markup=False)
+    return 0
+
+
+def _general_rows(facts: dict[str, Any]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("spartan-kernels", facts["version"]), ("torch", facts["torch"])]
+    rows += [("python", sys.version.split()[0]), ("devices", ", ".join(facts["devices"]))]
+    native = {key: value for key, value in facts["native"].items() if value is not None}
+    return rows + [(f"native: {key.replace('_', ' ')}", str(value)) for key, value in native.items()]
+
+
+def _backend_rows(facts: dict[str, Any]) -> tuple[list[tuple[str, ...]], list[str]]:
+    """A heading and one row per operator and device; what is not served has the number of its reason."""
+    numbers: dict[str, int] = {}
+    rows: list[tuple[str, ...]] = []
+    names: tuple[str, ...] = ()
+    for operator, devices in facts["operators"].items():
+        for device, backends in devices.items():
+            names = tuple(name for name in backends if name != "auto")
+            cells = []
+            for name in names:
+                if (reason := backends[name]) is None:
+                    cells.append("auto" if name == backends["auto"] else "yes")
+                else:
+                    shared = reason.replace(operator, "such operator")
+                    cells.append(f"({numbers.setdefault(shared, len(numbers) + 1)})")
+            rows.append((operator, device, *cells))
+    reasons = [f"({number}) {reason}" for reason, number in numbers.items()]
+    return [("operator", "device", *names), *rows], reasons
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -196,18 +196,18 @@ def oracle_hard_topk(
 
 def oracle_expand_blocks(grid: Tensor, shape: Sequence[int], block_size: int | tuple[int, int]) -> Tensor:
     """Repeat each block's entry over its elements, cut at the weight's edge."""
-    if len(shape) < 2:
-        return grid
     rows, cols = (block_size, block_size) if isinstance(block_size, int) else block_size
+    if (rows, cols) == (1, 1):
+        return grid
     return grid.repeat_interleave(rows, 0).repeat_interleave(cols, 1)[: shape[0], : shape[1]]
 
 
 def oracle_block_sum(elements: Tensor, block_size: int | tuple[int, int]) -> Tensor:
     """Sum elements over each (rows, cols) block of the first two dimensions, in float64."""
     x = elements.double()
-    if x.ndim < 2:
-        return x
     rows, cols = (block_size, block_size) if isinstance(block_size, int) else block_size
+    if (rows, cols) == (1, 1):
+        return x
     pieces = [[c.sum((0, 1)) for c in r.split(cols, 1)] for r in x.split(rows, 0)]
     return torch.stack([torch.stack(row) for row in pieces])
 
@@ -251,7 +251,7 @@ def soft_topk_tolerance(
     beta: float,
     dim: int = -1,
 ) -> Tensor:
-    """What a correct kernel may differ from the float64 mask, entry by entry, beside twice plain rounding.
+    """Return what a correct mask may differ from the float64 one, entry by entry, beside plain rounding.
 
     Two terms: a budget met to a relative 1e-6 fixes μ only to 1e-6 k / Σ a s, and on a plateau, where Σ a s
     vanishes, an entry only to 1e-6 k / a; and u = v/a is rounded to the values' type (three roundings:
@@ -273,7 +273,7 @@ def soft_topk_tolerance(
 def plain_soft_topk(
     values: Tensor, budget: float | Tensor, costs: float | Tensor | None, beta: float, dim: int = -1
 ) -> Tensor:
-    """The same-dtype plain evaluation at the exact threshold: σ(βv/a + μ) with only μ taken from float64."""
+    """Evaluate σ(βv/a + μ) plainly in the values' dtype, with only μ taken from float64."""
     v = values.movedim(dim, -1)
     a = cost_tensor(costs, values).movedim(dim, -1)
     k = torch.as_tensor(budget, dtype=torch.float64, device=v.device).expand(v.shape[:-1]).unsqueeze(-1)
@@ -288,8 +288,8 @@ def assert_within_error_budget(
     actual: Tensor,
     exact: Tensor,
     plain: Tensor,
-    *,
     floor: float | Tensor = 0.0,
+    *,
     factor: float = 2.0,
     name: str = "result",
 ) -> None:

@@ -54,7 +54,7 @@ def test_info_agrees_with_the_choice_and_gives_a_reason_for_every_no() -> None:
 
 
 def test_auto_steps_down_and_says_so_once(no_native: None) -> None:
-    with pytest.warns(RuntimeWarning, match="native.*not built"):
+    with pytest.warns(RuntimeWarning, match=r"native.*not built"):
         assert dispatch.select("soft_topk_forward", "cpu", torch.float32, "auto") == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -62,7 +62,7 @@ def test_auto_steps_down_and_says_so_once(no_native: None) -> None:
 
 
 def test_a_named_backend_never_falls_back(no_native: None) -> None:
-    with pytest.raises(ValueError, match="native.*not built"):
+    with pytest.raises(ValueError, match=r"native.*not built"):
         ops.soft_topk(VALUES, 1.0, backend="native")
     for name in ("cuda", "triton"):
         with pytest.raises(ValueError, match=name):
@@ -70,7 +70,7 @@ def test_a_named_backend_never_falls_back(no_native: None) -> None:
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="backend.*native.*reference.*'fast'"):
+    with pytest.raises(ValueError, match=r"backend.*native.*reference.*'fast'"):
         ops.soft_topk(VALUES, 1.0, backend="fast")
     with pytest.raises(ValueError, match="'fast'"), spartan_kernels.backend("fast"):
         pass

@@ -42,7 +42,7 @@ def problem(
     block_size: tuple[int, int],
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """Operands with some gates zero, and forward and backward masks that agree neither with them nor each other."""
+    """Operands with some gates zero, and masks that agree neither with them nor with each other."""
     grid = ops.block_grid((out, in_), block_size)
     gate = make_values("uniform", grid, seed=3, dtype=dtype) + 0.2
     return {
@@ -139,7 +139,7 @@ def test_gradcheck_through_open_gates(target: Any) -> None:
 
 
 def test_closed_gates_block_what_they_hide(target: Any) -> None:
-    """A closed block takes no part in the value, whatever its weights are, and still gets its gate's gradient."""
+    """A closed block takes no part in the value, whatever its weights, and its gate still has a gradient."""
     weight = torch.ones(4, 4, device=target.device)
     weight[:2, 2:] = 1e30
     gate = torch.tensor([[1.0, 0.0], [1.0, 1.0]], device=target.device, requires_grad=True)

@@ -228,7 +228,7 @@ def test_empty_weights(target: Any) -> None:
 @pytest.mark.parametrize("block_size", [1, 8, (4, 16)], ids=str)
 @pytest.mark.parametrize("beta", [0.5, 5.0])
 def test_local_parts_and_coupling_make_the_exact_gradient(target: Any, block_size: Any, beta: float) -> None:
-    """Two layers under one budget: local backward, accumulation over micro-batches, then the two shared sums."""
+    """Two layers under one budget: local backward over micro-batches, then the two shared sums."""
     shapes = [(24, 20), (11, 37)]
     weights = [
         make_values("normal", s, seed=i, scale=0.3 + i, dtype=torch.float64) for i, s in enumerate(shapes)

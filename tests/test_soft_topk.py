@@ -209,7 +209,7 @@ def test_non_finite_values(target: Any, bad: float) -> None:
     values = make_values("normal", (3, 40)).index_put((torch.tensor(1), torch.tensor(7)), torch.tensor(bad))
     values = values.to(target.device)
     if target.device == "cpu":
-        with pytest.raises(ValueError, match="values.*(NaN|infinit|finite)"):
+        with pytest.raises(ValueError, match=r"values.*(NaN|infinit|finite)"):
             ops.soft_topk(values, 4.0, backend=target.backend)
     else:
         assert ops.soft_topk(values, 4.0, backend=target.backend)[1].isnan().all()

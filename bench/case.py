@@ -1,0 +1,88 @@
+"""What a benchmark case is, and how one is registered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Peer = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line asked for."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    quick: bool = False
+    backend: str | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """One problem, ready to run.
+
+    Attributes:
+        ours: the timed call; takes one set of operands.
+        operands: sets of operands, walked in turn so that small ones do not stay in the cache (`rotated`).
+        check: raises AssertionError when the result of `ours` is wrong; takes the result and its operands.
+        bytes: the least that any implementation must move, per call.
+        flops: the least that any implementation must compute, per call; 0 where bytes are the limit.
+        peers: other implementations by name, on the same operands; a string says why one cannot run here.
+        prepare: runs untimed before every call of ours and of the peers, on the operands.
+        breakdown: runs once and returns seconds by part.
+        notes: numbers worth keeping with the result.
+    """
+
+    ours: Peer
+    operands: Sequence[tuple[Any, ...]]
+    check: Callable[..., None]
+    bytes: int
+    flops: int = 0
+    peers: dict[str, Peer | str] = field(default_factory=dict)
+    prepare: Callable[..., None] | None = None
+    breakdown: Callable[[], dict[str, float]] | None = None
+    notes: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A registered case: `name` is unique, `op` is what the command line selects by."""
+
+    op: str
+    name: str
+    build: Callable[[Settings], Work]
+
+
+CASES: dict[str, Case] = {}
+
+
+def case(op: str, name: str) -> Callable[[Callable[[Settings], Work]], Callable[[Settings], Work]]:
+    """Register the builder of a case as `op/name`."""
+
+    def register(build: Callable[[Settings], Work]) -> Callable[[Settings], Work]:
+        key = f"{op}/{name}"
+        if key in CASES:
+            raise ValueError(f"case {key!r} is registered twice")
+        CASES[key] = Case(op, key, build)
+        return build
+
+    return register
+
+
+def select(patterns: Sequence[str]) -> list[Case]:
+    """Cases whose op or name is one of `patterns`; all of them for none.
+
+    Raises:
+        ValueError: a pattern that matches nothing; the message lists the ops.
+    """
+    if not patterns:
+        return list(CASES.values())
+    for pattern in patterns:
+        if not any(pattern in (c.op, c.name) for c in CASES.values()):
+            ops = ", ".join(sorted({c.op for c in CASES.values()}))
+            raise ValueError(f"no benchmark is called {pattern!r}; allowed: {ops}, or a case from --list")
+    return [c for c in CASES.values() if c.op in patterns or c.name in patterns]

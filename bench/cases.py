@@ -1,0 +1,366 @@
+"""The registry: each case makes its operands and says what is minimal, right and comparable.
+
+To add one: a function of `Settings` that returns a `Work`, under `@case(op, name)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import spartan.functional as F
+from bench import machine, training
+from bench.case import CASES, Settings, Work, case, select
+from bench.checks import check_budget_mask, check_close, check_hard_mask
+from bench.peers import eager
+from bench.peers.sinkhorn import sinkhorn_soft_topk, sort_and_sinkhorn
+from bench.timing import rotated
+from spartan_kernels import ops
+from spartan_kernels.testing import (
+    oracle_block_sum,
+    oracle_hard_topk,
+    oracle_masked_weight,
+    oracle_soft_topk,
+    plain_soft_topk,
+    soft_topk_tolerance,
+)
+
+__all__ = ["CASES", "select", "training"]
+
+
+def resnet50_shapes() -> list[tuple[int, ...]]:
+    """Shapes of the convolutions and the classifier of ResNet-50: 25.5 million weights."""
+    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7)]
+    in_ = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        shapes.append((4 * width, in_, 1, 1))
+        for _ in range(blocks):
+            shapes += [(width, in_, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
+            in_ = 4 * width
+    return [*shapes, (1000, 2048)]
+
+
+def _values(shape: Sequence[int], s: Settings, seed: int, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator(s.device).manual_seed(seed)
+    return scale * torch.randn(tuple(shape), generator=generator, device=s.device, dtype=s.dtype)
+
+
+def _rotated(
+    s: Settings, bytes_each: int, build: Callable[[int], tuple[Any, ...]]
+) -> Sequence[tuple[Any, ...]]:
+    return rotated(build, bytes_each, machine.cache_bytes(s.device))
+
+
+def _copy(*sources: Tensor) -> Callable[..., None]:
+    """Make the peer that every memory-bound case has, a copy of its tensors."""
+    targets = [torch.empty_like(t) for t in sources]
+
+    def copy(*_: Any) -> None:
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+
+    return copy
+
+
+# ----------------------------------------------------------------------------------------- soft_topk, by rows
+
+
+def _soft_rows(s: Settings, rows: int, n: int, k: float, beta: float) -> Work:
+    rows = max(1, rows // 8) if s.quick else rows
+    nbytes = 2 * rows * n * s.dtype.itemsize
+    operands = _rotated(s, nbytes // 2, lambda i: (_values((rows, n), s, i),))
+
+    def check(mask: Tensor, values: Tensor) -> None:
+        few = slice(
+            0, min(rows, 256)
+        )  # the oracle bisects in float64: a part is enough to refuse a wrong kernel
+        v, m = values[few], mask[few]
+        exact = oracle_soft_topk(v, k, None, beta)
+        check_close(m, exact, plain_soft_topk(v, k, None, beta), soft_topk_tolerance(exact, v, k, None, beta))
+        check_budget_mask(mask, k, dim=-1)
+
+    def sinkhorn(values: Tensor) -> Tensor:
+        mu = torch.zeros(rows, 1, device=s.device, dtype=s.dtype)
+        for _ in range(100):
+            step = math.log(k) - torch.nn.functional.logsigmoid(beta * values + mu).logsumexp(
+                -1, keepdim=True
+            )
+            mu = mu + step
+            if step.abs().max().item() < 1e-3:
+                break
+        return torch.sigmoid(beta * values + mu)
+
+    return Work(
+        ours=lambda v: ops.soft_topk(v, k, beta=beta, backend=s.backend),
+        operands=operands,
+        check=check,
+        bytes=nbytes,
+        peers={"copy": lambda v: v.clone(), "Sinkhorn": sinkhorn},
+    )
+
+
+@case("soft_topk", "4096x1024")
+def soft_topk_rows(s: Settings) -> Work:
+    """Sparse-autoencoder sized rows."""
+    return _soft_rows(s, 4096, 1024, 64.0, 10.0)
+
+
+@case("soft_topk", "routing-65536x64")
+def soft_topk_routing(s: Settings) -> Work:
+    """Many short rows, as in expert routing."""
+    return _soft_rows(s, 65536, 64, 8.0, 10.0)
+
+
+@case("soft_topk_backward", "4096x1024")
+def soft_topk_backward(s: Settings) -> Work:
+    """Gradient for the values, from a finished forward pass."""
+    rows, n, k, beta = (512 if s.quick else 4096), 1024, 64.0, 10.0
+    nbytes = 3 * rows * n * s.dtype.itemsize  # values and upstream in, gradient out
+
+    def build(i: int) -> tuple[Any, ...]:
+        values = _values((rows, n), s, i).requires_grad_()
+        return values, F.soft_topk(values, k, beta=beta, backend=s.backend), _values((rows, n), s, 1000 + i)
+
+    def check(gradient: Tensor, values: Tensor, mask: Tensor, upstream: Tensor) -> None:
+        few = slice(0, 128)
+        leaf = values[few].detach().double().requires_grad_()
+        (exact,) = torch.autograd.grad(oracle_soft_topk(leaf, k, None, beta), leaf, upstream[few].double())
+        plain = eager.soft_topk_gradient(upstream[few], mask[few].detach(), beta)
+        check_close(gradient[few], exact, plain, 1e-5 * exact.abs().amax())
+
+    return Work(
+        ours=lambda v, m, g: torch.autograd.grad(m, v, g, retain_graph=True)[0],
+        operands=_rotated(s, nbytes // 3, build),
+        check=check,
+        bytes=nbytes,
+        peers={
+            "copy": lambda v, m, g: g.clone(),
+            "eager formula": lambda v, m, g: eager.soft_topk_gradient(g, m.detach(), beta),
+        },
+    )
+
+
+# ----------------------------------------------------- one budget over a network: solve, hard mask, soft mask
+
+
+class _TrainingStep:
+    """Weights of a network, their masks and the solver's state, as a training step holds them."""
+
+    def __init__(self, s: Settings) -> None:
+        shapes = [(512, 512)] * 4 if s.quick else resnet50_shapes()
+        self.weights = [
+            _values(shape, s, i, (2 / math.prod(shape[1:])) ** 0.5) for i, shape in enumerate(shapes)
+        ]
+        self.noise = [1e-3 * _values(w.shape, s, 500 + i, float(w.std())) for i, w in enumerate(self.weights)]
+        self.n = sum(w.numel() for w in self.weights)
+        self.budget, self.beta, self.steps = 0.1 * self.n, 20.0, 0
+        self.soft = [torch.empty_like(w) for w in self.weights]
+        self.hard = [torch.empty_like(w, dtype=torch.bool) for w in self.weights]
+        self.state = ops.new_solver_state(s.device)
+        self.backend = s.backend
+
+    def drift(self) -> None:
+        """One optimizer step's worth of change, and the schedule's."""
+        for w, e in zip(self.weights, self.noise, strict=True):
+            w.add_(e)
+        self.beta *= 1.001
+        self.budget *= 0.9995
+
+    def solve(self, state: Tensor) -> None:
+        ops.solve_masks_(
+            self.weights,
+            self.budget,
+            None,
+            self.beta,
+            self.soft,
+            self.hard,
+            state,
+            absolute=True,
+            backend=self.backend,
+        )
+
+    def check(self) -> None:
+        soft, hard = (torch.cat([m.flatten() for m in masks]) for masks in (self.soft, self.hard))
+        row = torch.cat([w.flatten() for w in self.weights]).abs()
+        check_budget_mask(soft, self.budget, values=row, beta=self.beta)
+        check_hard_mask(hard, row, self.budget)
+
+
+def _global_solve(s: Settings, ours: Callable[[_TrainingStep], None], warm: bool) -> Work:
+    step = _TrainingStep(s)
+    if warm:
+        for _ in range(2):  # the start extrapolates from two thresholds
+            step.solve(step.state)
+            step.drift()
+    return Work(
+        ours=lambda: ours(step),
+        operands=[()],
+        prepare=step.drift,
+        check=lambda _: step.check(),
+        bytes=2 * step.n * s.dtype.itemsize + step.n,
+        peers={
+            "copy": _copy(*step.weights),
+            "sort + Sinkhorn": lambda: sort_and_sinkhorn(step.weights, step.budget, step.beta),
+        },
+        notes={"weights": float(step.n)},
+    )
+
+
+@case("soft_topk_global", "resnet50-cold")
+def global_cold(s: Settings) -> Work:
+    """Both masks of 25.5 million weights from nothing."""
+    return _global_solve(s, lambda step: step.solve(ops.new_solver_state(s.device)), warm=False)
+
+
+@case("soft_topk_global", "resnet50-warm")
+def global_warm(s: Settings) -> Work:
+    """Both masks of 25.5 million weights, one training step after the last solve."""
+    return _global_solve(s, lambda step: step.solve(step.state), warm=True)
+
+
+@case("soft_topk_global", "one-tensor-cold")
+def global_one_tensor(s: Settings) -> Work:
+    """Soft mask alone of one flat tensor of 25.6 million values, as a differentiable call."""
+    n, beta = (1 << 20 if s.quick else 25_600_000), 5.0
+    values, k = _values((n,), s, 0), 0.1 * n
+    return Work(
+        ours=lambda v: ops.soft_topk_global([v], k, beta=beta, backend=s.backend)[0],
+        operands=[(values,)],
+        check=lambda mask, v: check_budget_mask(mask, k, values=v, beta=beta),
+        bytes=2 * n * s.dtype.itemsize,
+        peers={"copy": _copy(values), "Sinkhorn": lambda v: sinkhorn_soft_topk(v, k, beta=beta)},
+    )
+
+
+# -------------------------------------------------------------------------------------------------- hard_topk
+
+
+def _hard(s: Settings, shape: tuple[int, ...], density: float) -> Work:
+    k = int(shape[-1] * density)
+    nbytes = math.prod(shape) * (s.dtype.itemsize + 1)
+
+    def check(mask: Tensor, values: Tensor) -> None:
+        assert torch.equal(mask, oracle_hard_topk(values, k)), "the mask is not the hard top-k"
+
+    return Work(
+        ours=lambda v: ops.hard_topk(v, float(k), backend=s.backend),
+        operands=_rotated(s, math.prod(shape) * s.dtype.itemsize, lambda i: (_values(shape, s, i),)),
+        check=check,
+        bytes=nbytes,
+        peers={
+            "copy": lambda v: v.clone(),
+            "torch.topk": lambda v: eager.topk_mask(v, k),
+            "torch.kthvalue": lambda v: eager.kthvalue_mask(v, k),
+            "torch.sort": lambda v: eager.sort_mask(v, k),
+        },
+    )
+
+
+@case("hard_topk", "one-row-4M")
+def hard_topk_row(s: Settings) -> Work:
+    """One budget over four million entries."""
+    return _hard(s, (1 << 18 if s.quick else 1 << 22,), 0.1)
+
+
+@case("hard_topk", "4096x1024")
+def hard_topk_rows(s: Settings) -> Work:
+    """Budget for each row."""
+    return _hard(s, (256 if s.quick else 4096, 1024), 0.0625)
+
+
+# ---------------------------------------------------------------------------------------------- masked_weight
+
+
+def _weight_operands(s: Settings, size: int) -> tuple[int, int, Sequence[tuple[Any, ...]]]:
+    """Bytes of the weight, bytes of a forward pass, and sets of weight, soft mask, hard mask and gradient."""
+    n = 1024 if s.quick else 3072
+    grid = (n // size, n // size)
+
+    def build(i: int) -> tuple[Any, ...]:
+        soft = _values(grid, s, 3 * i + 1).sigmoid()
+        return _values((n, n), s, 3 * i), soft, soft > 0.7, _values((n, n), s, 3 * i + 2)
+
+    dense = n * n * s.dtype.itemsize
+    masks = math.prod(grid) * (s.dtype.itemsize + 1)
+    return dense, 2 * dense + masks, _rotated(s, dense, build)
+
+
+def _forward(s: Settings, size: int) -> Work:
+    _, nbytes, operands = _weight_operands(s, size)
+
+    def check(out: Tensor, weight: Tensor, soft: Tensor, hard: Tensor, grad: Tensor) -> None:
+        exact = oracle_masked_weight(weight, soft, hard, size)
+        check_close(out, exact, exact.to(s.dtype), 0.0)
+
+    def plain(w: Tensor, m: Tensor, h: Tensor, g: Tensor) -> Tensor:
+        if size == 1:
+            return eager.masked_weight(w, m, h)
+        return eager.masked_weight(w, eager.expand(m, size), eager.expand(h, size))
+
+    return Work(
+        ours=lambda w, m, h, g: ops.masked_weight(w, m, h, size, backend=s.backend),
+        operands=operands,
+        check=check,
+        bytes=nbytes,
+        peers={"copy": lambda w, m, h, g: w.clone(), "eager": plain},
+    )
+
+
+def _backward(s: Settings, size: int) -> Work:
+    dense, nbytes, operands = _weight_operands(s, size)
+    beta, costs = 20.0, float(size**2)
+
+    def build(w: Tensor, m: Tensor, h: Tensor, g: Tensor) -> tuple[Any, ...]:
+        leaf = w.requires_grad_()
+        out = F.masked_weight(leaf, m, h, size, beta=beta, costs=costs, backend=s.backend)
+        return leaf, m, out, g
+
+    def check(gradient: Tensor, weight: Tensor, soft: Tensor, out: Tensor, upstream: Tensor) -> None:
+        leaf = weight.detach().double().requires_grad_()
+        exact_out = oracle_masked_weight(leaf, soft, None, size, beta=beta, costs=costs)
+        (exact,) = torch.autograd.grad(exact_out, leaf, upstream.double())
+        scale = oracle_block_sum((upstream.double() * weight.detach().double()).abs(), size).amax() / costs
+        floor = 8 * torch.finfo(s.dtype).eps * (beta * scale + upstream.abs().amax())
+        check_close(gradient, exact, exact.to(s.dtype), floor)
+
+    def plain(w: Tensor, m: Tensor, out: Tensor, g: Tensor) -> Tensor:
+        with torch.no_grad():
+            if size == 1:
+                return eager.masked_weight_gradient(g, w, m, beta)
+            return eager.block_gradient(g, w, m, beta, size)
+
+    return Work(
+        ours=lambda w, m, out, g: torch.autograd.grad(out, w, g, retain_graph=True)[0],
+        operands=[build(*o) for o in operands],
+        check=check,
+        bytes=nbytes + dense,
+        peers={"copy": lambda w, m, out, g: g.clone(), "eager": plain},
+    )
+
+
+@case("masked_weight", "forward-block-1")
+def masked_weight_forward(s: Settings) -> Work:
+    """Unstructured."""
+    return _forward(s, 1)
+
+
+@case("masked_weight", "forward-block-16")
+def masked_weight_forward_blocks(s: Settings) -> Work:
+    """Square blocks."""
+    return _forward(s, 16)
+
+
+@case("masked_weight", "backward-block-1")
+def masked_weight_backward(s: Settings) -> Work:
+    """Unstructured."""
+    return _backward(s, 1)
+
+
+@case("masked_weight", "backward-block-16")
+def masked_weight_backward_blocks(s: Settings) -> Work:
+    """Square blocks."""
+    return _backward(s, 16)

@@ -1,0 +1,1 @@
+"""What users would run instead of our operators, written plainly and not tuned down."""

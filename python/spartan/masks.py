@@ -130,9 +130,7 @@ class MaskGroup:
         self.state = self.state.to(self.device)
         rows, columns = carriers[0].mask_block_size
         for carrier in carriers:
-            carrier.mask_beta.copy_(beta * (rows * columns) ** 0.5) if isinstance(beta, torch.Tensor) else (
-                carrier.mask_beta.fill_(beta * (rows * columns) ** 0.5)
-            )
+            carrier.mask_beta.fill_(beta * (rows * columns) ** 0.5)
         values, absolute = self._values()
         try:
             solve_masks_(
@@ -154,6 +152,10 @@ class MaskGroup:
 
         `scores` replaces the magnitudes that decide.
         """
+        if budget >= self.capacity:
+            for tensor in self.tensors:
+                tensor.carrier.mask_hard.fill_(True)
+            return self.capacity
         values, absolute = self._values() if scores is None else (list(scores), False)
         try:
             masks = hard_topk_global(values, budget, self._costs(), absolute=absolute)

@@ -319,7 +319,7 @@ template <class T>
 template <class F>
 void Problem<T>::split_at(const Cut<T>& cut, const Part& part, int64_t offset, int64_t length, F&& f) {
   const int64_t first = part.first_index + offset;
-  const int64_t inclusive = cut.index < first ? 0 : std::min(length, cut.index - first + 1);
+  const int64_t inclusive = cut.index < first ? 0 : std::min(length - 1, cut.index - first) + 1;
   if (inclusive > 0) f(offset, inclusive, cut.ratio);
   if (inclusive < length)
     f(offset + inclusive, length - inclusive, std::nextafter(cut.ratio, std::numeric_limits<T>::infinity()));

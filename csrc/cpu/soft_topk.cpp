@@ -14,7 +14,6 @@ constexpr double kTolerance = sizeof(T) == 4 ? 5e-7 : 1e-13;
 template <class T>
 constexpr double kLastStep = sizeof(T) == 4 ? 4e-3 : 1e-5;
 constexpr int kMaxTrials = 200;
-constexpr int kMaxRewrites = 4;
 constexpr double kSampleMargin = 5.0;  // standard deviations of a rank in the sample, each side of the window
 
 // The members of new_solver_state().
@@ -178,16 +177,15 @@ class GlobalSolve {
     have_cut_ = true;
   }
 
-  // P2: the masks; once more only when their sum misses the budget.
+  // P2: the masks. Where their sum misses the budget (few entries near a steep threshold: a staircase, on which one
+  // Halley step is not the last), the search goes on to the end and they are written once more.
   void write() {
     const Cut<T>* cut = want_cut_ ? &cut_ : nullptr;
-    for (int attempt = 0;; ++attempt) {
-      const double mass = problem_.write(search_.logit<T>(), cut);
-      if (search_.constant() || attempt == kMaxRewrites) return;
-      if (std::fabs(mass - search_.quota) <= kTolerance<T> * search_.quota) return;
-      const double before = search_.t;
-      if (advance(problem_.moments(search_.logit<T>()), kTolerance<T> / 8) == Step::done || search_.t == before) return;
-    }
+    const double mass = problem_.write(search_.logit<T>(), cut);
+    if (search_.constant() || std::fabs(mass - search_.quota) <= kTolerance<T> * search_.quota) return;
+    for (int trial = 0; trial < kMaxTrials; ++trial)
+      if (advance(problem_.moments(search_.logit<T>()), kTolerance<T> / 4) == Step::done) break;
+    problem_.write(search_.logit<T>(), cut);
   }
 
   void remember() {

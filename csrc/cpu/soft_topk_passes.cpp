@@ -83,6 +83,24 @@ struct Logistic {
   }
 };
 
+// A sum that keeps what rounding drops: equal entries all round the same way, and a plain float sum of a block of them
+// would be off by more than the budget may be.
+template <class T>
+struct ExactSum {
+  Vec<T> value{}, dropped{};
+
+  void add(Vec<T> x) {
+    const Vec<T> next = value + x;
+    dropped += x - (next - value);
+    value = next;
+  }
+  double take() {
+    const double total = sum<T>(value) + sum<T>(dropped);
+    value = dropped = Vec<T>{};
+    return total;
+  }
+};
+
 template <class T>
 inline void collect(Vec<T> u, Vec<T> a, uint32_t set, Sink<T>* sink) {
   while (set != 0) {
@@ -100,14 +118,15 @@ Moments scan(const Span<T>& span, const Logit<T>& p, const Window<T>& window, Si
   const Vec<T> low = splat(window.low), high = splat(window.high);
   return specialised(span, [&]<CostKind C, bool Absolute>() {
     Moments total;
-    Vec<T> mass{}, slope{}, curvature{}, above{}, poison{};
+    ExactSum<T> mass;
+    Vec<T> slope{}, curvature{}, above{}, poison{};
     const auto body = [&](const Lane<T>& lane, Vec<T> live, uint32_t lanes) {
       const Vec<T> weight = C == CostKind::array ? lane.a * live : live;
       poison += lane.u * T(0);
       if (WithMoments) {
         const Sigmoid<T> g = logistic(lane.u);
         const Vec<T> s = weight * g.s;
-        mass += weight * g.m;
+        mass.add(weight * g.m);
         slope += s;
         curvature += s * (g.complement - g.m);
       }
@@ -122,12 +141,12 @@ Moments scan(const Span<T>& span, const Logit<T>& p, const Window<T>& window, Si
         [&](int64_t, int count, const Lane<T>& lane) { body(lane, live_lanes<T>(count), (1u << count) - 1); },
         [&] {
           const double unit = C == CostKind::scalar ? static_cast<double>(span.cost) : 1.0;
-          total.mass += unit * sum<T>(mass);
+          total.mass += unit * mass.take();
           total.slope += unit * sum<T>(slope);
           total.curvature += unit * sum<T>(curvature);
           total.above += unit * sum<T>(above);
           total.poison += sum<T>(poison);
-          mass = slope = curvature = above = poison = Vec<T>{};
+          slope = curvature = above = poison = Vec<T>{};
         });
     return total;
   });
@@ -232,10 +251,10 @@ double write_masks(const Span<T>& span, const Logit<T>& p, T hard_from, T* soft,
   return specialised(span, [&]<CostKind C, bool Absolute>() {
     constexpr int W = Simd<T>::width;
     double total = 0;
-    Vec<T> mass{};
+    ExactSum<T> mass;
     const auto compute = [&](const Lane<T>& lane, Vec<T> live) {
       const Sigmoid<T> g = logistic(lane.u);
-      mass += (C == CostKind::array ? lane.a * live : live) * g.m;
+      mass.add((C == CostKind::array ? lane.a * live : live) * g.m);
       return kept_side ? g.m : g.complement;
     };
     walk<T, C, Absolute>(
@@ -249,8 +268,7 @@ double write_masks(const Span<T>& span, const Logit<T>& p, T hard_from, T* soft,
           if (Hard) store_hard(hard + i, bits(lane.u >= hard_from), count < W ? count : W);
         },
         [&] {
-          total += (C == CostKind::scalar ? static_cast<double>(span.cost) : 1.0) * sum<T>(mass);
-          mass = Vec<T>{};
+          total += (C == CostKind::scalar ? static_cast<double>(span.cost) : 1.0) * mass.take();
         });
     return total;
   });

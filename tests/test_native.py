@@ -1,0 +1,166 @@
+"""What only the extension has: problems past its sample, every way to the threshold, each instruction set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from spartan_kernels import hard_topk_global, new_solver_state, soft_topk, soft_topk_global, solve_masks_
+from spartan_kernels.backends import native
+
+pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+
+N = 300_007  # past the sample (131,072 float32 values), not a multiple of anything
+
+
+def _values(name: str, seed: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    normal = torch.randn(N, generator=g)
+    return {
+        "normal": normal,
+        "sorted": normal.sort().values,
+        "heavy": normal / torch.rand(N, generator=g).clamp_min(1e-3),
+        "bfloat16": normal.bfloat16().float(),  # ties at every threshold
+        "equal": torch.full((N,), 0.3),  # more candidates than there is room for: radix over everything
+        "two": (torch.rand(N, generator=g) < 0.3).float(),
+        "plateau": torch.where(torch.arange(N) < N // 10, normal.abs() + 5, normal.clamp(-1, 1)),
+        "scales": normal * torch.logspace(-3, 3, N),
+    }[name]
+
+
+def _sorted_selection(u: torch.Tensor, costs: torch.Tensor, budget: float) -> torch.Tensor:
+    order = u.sort(descending=True, stable=True).indices
+    spent = costs.double()[order].cumsum(0)
+    return torch.zeros(N, dtype=torch.bool).scatter(0, order, spent <= budget)
+
+
+@pytest.mark.parametrize("density", [1e-4, 0.03, 0.5, 0.97, 1 - 1e-4])
+@pytest.mark.parametrize(
+    "name", ["normal", "sorted", "heavy", "bfloat16", "equal", "two", "plateau", "scales"]
+)
+def test_large_lists_meet_the_budget_and_select_exactly(name: str, density: float) -> None:
+    values = _values(name, seed=len(name))
+    parts = list(values.split([N // 3, 0, 1, N - N // 3 - 1]))
+    budget = float(int(N * density))
+    exact = _sorted_selection(values, torch.ones(N), budget)
+    for beta in (0.5, 30.0, 1e4):
+        masks = torch.cat(soft_topk_global(parts, budget, beta=beta, backend="native"))
+        assert abs(masks.double().sum().item() - budget) <= 1e-6 * budget
+        soft = [torch.full_like(p, torch.nan) for p in parts]
+        hard = [torch.ones_like(p, dtype=torch.bool) for p in parts]
+        solve_masks_(parts, budget, None, beta, soft, hard, new_solver_state(), backend="native")
+        assert torch.equal(torch.cat(hard), exact)
+        torch.testing.assert_close(torch.cat(soft), masks, rtol=0, atol=2e-6)
+    assert torch.equal(torch.cat(hard_topk_global(parts, budget, backend="native")), exact)
+
+
+@pytest.mark.parametrize("name", ["normal", "bfloat16", "scales"])
+def test_large_lists_with_unequal_costs(name: str) -> None:
+    values = _values(name, seed=3).abs() + 0.1
+    costs = torch.randint(1, 9, (N,), generator=torch.Generator().manual_seed(4)).float()
+    split = [N // 2, N - N // 2]
+    budget = 0.2 * costs.double().sum().item()
+    masks = soft_topk_global(
+        list(values.split(split)), budget, list(costs.split(split)), 5.0, backend="native"
+    )
+    assert abs((torch.cat(masks).double() * costs).sum().item() - budget) <= 1e-6 * budget
+    hard = torch.cat(
+        hard_topk_global(list(values.split(split)), budget, list(costs.split(split)), backend="native")
+    )
+    assert torch.equal(hard, _sorted_selection(values / costs, costs, budget))
+    per_tensor = [2.0, 0.5]
+    flat = torch.cat([torch.full((n,), c) for n, c in zip(split, per_tensor, strict=True)])
+    budget = 0.3 * flat.double().sum().item()
+    masks = soft_topk_global(list(values.split(split)), budget, per_tensor, 5.0, backend="native")
+    assert abs((torch.cat(masks).double() * flat).sum().item() - budget) <= 1e-6 * budget
+    hard = torch.cat(hard_topk_global(list(values.split(split)), budget, per_tensor, backend="native"))
+    assert torch.equal(hard, _sorted_selection(values / flat, flat, budget))
+
+
+def test_warm_solves_follow_a_moving_problem() -> None:
+    """Drift, a shrinking budget, a rising beta and a sudden jump: every step as good as a cold one."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(N, generator=g) * 0.02
+    state = new_solver_state()
+    soft, hard = [torch.empty(N)], [torch.empty(N, dtype=torch.bool)]
+    for step in range(30):
+        weight = weight + 2e-4 * torch.randn(N, generator=g)
+        if step == 20:
+            weight = weight * 7
+        budget, beta = float(int(N * max(1 - step / 10, 0.05))), 1.0 + 20.0 * step
+        solve_masks_([weight], budget, None, beta, soft, hard, state, absolute=True, backend="native")
+        assert abs(soft[0].double().sum().item() - budget) <= 1e-6 * budget
+        assert torch.equal(hard[0], _sorted_selection(weight.abs(), torch.ones(N), budget))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("n", [7, N])
+@pytest.mark.parametrize("budget", [0.0, 3.0])
+def test_non_finite_values_raise_wherever_they_are(bad: float, n: int, budget: float) -> None:
+    values = torch.randn(n)
+    values[n - 2] = bad
+    with pytest.raises(ValueError, match="values must be finite"):
+        soft_topk_global([values], budget, backend="native")
+    with pytest.raises(ValueError, match="values must be finite"):
+        hard_topk_global([values], budget, backend="native")
+    with pytest.raises(ValueError, match="values must be finite"):
+        solve_masks_(
+            [values], budget, None, 1.0, [values.clone()], [values > 0], new_solver_state(), backend="native"
+        )
+
+
+def test_long_rows_and_double_precision() -> None:
+    values = torch.randn(2, N, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    budget = torch.tensor([1000.5, 250_000.0], dtype=torch.float64)
+    mask = soft_topk(values, budget, beta=40.0, backend="native")
+    assert ((mask.sum(-1) - budget).abs() <= 1e-10 * budget).all()
+
+
+_VARIANT = """
+import sys, torch
+from spartan_kernels import hard_topk, info, masked_weight, masked_weight_coupling, soft_topk
+assert info()["native"]["instruction_set"] == sys.argv[1], info()["native"]
+g = torch.Generator().manual_seed(0)
+for dtype, rtol, atol in ((torch.float32, 2e-5, 1e-6), (torch.float64, 1e-9, 1e-12)):
+    for n in (1, 15, 1000, 4099):
+        v = torch.randn(3, n, generator=g, dtype=torch.float64).to(dtype)
+        a = torch.rand(n, generator=g, dtype=torch.float64).to(dtype) + 0.5
+        k = 0.3 * a.double().sum().item()
+        m, r = (soft_topk(v, k, a, 3.0, backend=b) for b in ("native", "reference"))
+        torch.testing.assert_close(m, r, rtol=rtol, atol=atol)
+        assert torch.equal(hard_topk(v, k, a, backend="native"), hard_topk(v, k, a, backend="reference"))
+    w = torch.randn(33, 50, generator=g, dtype=torch.float64).to(dtype)
+    for block, grid in ((1, (33, 50)), ((8, 16), (5, 4))):
+        s = torch.rand(grid, generator=g, dtype=torch.float64).to(dtype)
+        for f in (lambda b: masked_weight(w, s, s > 0.5, block, backend=b),
+                  lambda b: masked_weight_coupling(w * 2, w, s, block, beta=3.0, costs=2.0, backend=b)):
+            torch.testing.assert_close(f("native"), f("reference"), rtol=1e-5, atol=1e-6)
+"""
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_each_instruction_set_computes_the_same(isa: str) -> None:
+    order = ["baseline", "avx2", "avx512"]
+    best = native.build_info()["instruction_set"]
+    if order.index(isa) > order.index(best):
+        pytest.skip(f"this machine has no {isa}: its best is {best}")
+    environment = {**os.environ, "SPARTAN_ISA": isa}
+    done = subprocess.run(
+        [sys.executable, "-c", _VARIANT, isa],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_scratch_memory_stays_under_four_mebibytes() -> None:
+    for length in (10, 131_072, 131_073, 25_600_000, 2**40):
+        assert native._native.cpu.workspace_bytes(1, length, 4) < 4 << 20
+        assert native._native.cpu.workspace_bytes(1, length, 8) < 5 << 20

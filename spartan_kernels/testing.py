@@ -127,6 +127,8 @@ def _bisect(logits: Tensor, costs: Tensor, budget: Tensor) -> Tensor:
     upper_half = budget > total / 2  # there, sum the complement: 1 − m would cancel
     for _ in range(_BISECTIONS):
         mid = low + (high - low) / 2
+        if bool(((mid == low) | (mid == high)).all()):
+            break
         x = logits + mid
         kept = (costs * torch.sigmoid(x)).sum(-1, keepdim=True)
         dropped = (costs * torch.sigmoid(-x)).sum(-1, keepdim=True)

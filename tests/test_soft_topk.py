@@ -42,7 +42,7 @@ ROWS = tuple(itertools.product(DISTRIBUTIONS, SCALES, DENSITIES))
 @functools.cache
 def grid_of_problems(costs: str, beta: float) -> tuple[Tensor, ...]:
     """All distributions, scales and densities as rows of one call; computed once for every backend."""
-    rows = [make_values(name, (257,), scale=scale, seed=i) for i, (name, scale, _) in enumerate(ROWS)]
+    rows = [make_values(name, (199,), scale=scale, seed=i) for i, (name, scale, _) in enumerate(ROWS)]
     values = torch.stack(rows)
     a = make_costs(costs, values.shape)
     budget = total_cost(a, values, -1) * torch.tensor([density for *_, density in ROWS], dtype=torch.float64)

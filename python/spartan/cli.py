@@ -121,7 +121,7 @@ def _general_rows(facts: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _backend_rows(facts: dict[str, Any]) -> tuple[list[tuple[str, ...]], list[str]]:
-    """A heading and one row per operator and device; what is not served has the number of its reason."""
+    """Make a heading and a row per operator and device; what is not served has the number of its reason."""
     numbers: dict[str, int] = {}
     rows: list[tuple[str, ...]] = []
     names: tuple[str, ...] = ()

@@ -25,7 +25,7 @@ class RunResult:
         sparsity: fraction of zeros asked for in the hidden matrices.
         measured_sparsity: fraction of zeros there in the model loaded back from its file.
         accuracy: of the trained model on the test images; `loaded_accuracy` of the model loaded back.
-        step_ratio: step time over that of a dense twin taking steps in between, the median of pairs; None if unmeasured.
+        step_ratio: step time over that of a dense twin stepping in between; None if the run was too short.
         step_seconds, mask_seconds: medians of a step, and of the sparsifier's part in one.
         file_bytes: size of the saved model.
         kept: fraction of non-zeros by weight name.
@@ -53,7 +53,7 @@ class RunResult:
 
 
 def hidden_matrices(model: nn.Module) -> list[str]:
-    """Names of the weights of all linear layers but the last, which classifies: what a sparsity is counted over."""
+    """Name the weights of all linear layers but the last, the classifier: what sparsity is counted over."""
     names = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return names[:-1]
 
@@ -69,7 +69,7 @@ def kept_fractions(model: nn.Module, names: Sequence[str]) -> tuple[dict[str, fl
 
 
 def results_table(results: Sequence[RunResult], title: str) -> Table:
-    """A rich table with one row per run; differences are to the dense run of the same model."""
+    """Make a rich table of one row per run; differences are to the dense run of the same model."""
     from rich import box
     from rich.table import Table
 

@@ -32,7 +32,7 @@ _IDX_UNSIGNED_BYTE = 0x08
 
 @dataclass(frozen=True)
 class IdxFile:
-    """One file of the data set: name, array shape, and SHA-256 of its uncompressed bytes (gzip headers differ)."""
+    """One file of the data set: name, array shape, SHA-256 of its uncompressed bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -65,7 +65,7 @@ FILES = (
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images `[n, 1, side, side]` float32, standardised by the training mean and deviation, and labels `[n]` int64."""
+    """Labels `[n]` int64 and images `[n, 1, side, side]` float32, standardised by the training images."""
 
     name: str
     source: str
@@ -85,7 +85,7 @@ class ImageData:
         return int(self.train_labels.max()) + 1
 
     def first(self, count: int) -> ImageData:
-        """The same data with only the first `count` training images."""
+        """Keep only the first `count` training images."""
         name = (
             self.name if count >= len(self.train_labels) else f"{self.name}, first {count:,} training images"
         )
@@ -102,13 +102,13 @@ class ImageData:
 def read_idx(path: Path) -> tuple[Tensor, str]:
     """Read an idx file of unsigned bytes, gzip-compressed where its name ends in .gz.
 
-    The format: two zero bytes, a type byte, the number of dimensions, each dimension as a big-endian uint32, the data.
+    The format: two zero bytes, a type byte, the number of dimensions, each as a big-endian uint32, the data.
 
     Returns:
         The array as uint8 and the SHA-256 of the uncompressed file.
 
     Raises:
-        ValueError: the file cannot be read, is not idx, or its length does not match its header; the message names it.
+        ValueError: the file, which is named, cannot be read, is not idx, or is not as long as it says.
     """
     try:
         content = path.read_bytes()
@@ -141,7 +141,7 @@ def load_folder(folder: Path, *, verified: bool) -> ImageData:
 
     Raises:
         FileNotFoundError: a file is not there.
-        ValueError: a file is damaged, its shape does not fit the others, or it is not Fashion-MNIST though `verified`.
+        ValueError: a file is damaged, does not fit the others, or is not Fashion-MNIST's though `verified`.
     """
     arrays, genuine = [], True
     for file in FILES:
@@ -178,7 +178,7 @@ def _standardised(
 
 
 def cache_folder() -> Path:
-    """Where fetched data is kept: `$XDG_CACHE_HOME/spartan-kernels/fashion-mnist`, by default under ~/.cache."""
+    """Where fetched data is kept: spartan-kernels/fashion-mnist in $XDG_CACHE_HOME, or in ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "spartan-kernels" / "fashion-mnist"
 
@@ -194,7 +194,8 @@ def fetch_debian_package(folder: Path) -> None:
     """Fetch Debian's package and unpack it into `folder`; needs apt-get and dpkg-deb, but no root.
 
     Raises:
-        OSError, subprocess.SubprocessError, ValueError: a tool is missing or failed, or the files are not the data set.
+        OSError, subprocess.SubprocessError: a tool is missing or failed.
+        ValueError: the files are not the data set.
     """
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:

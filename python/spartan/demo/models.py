@@ -1,4 +1,4 @@
-"""The two models of the demonstration: a perceptron with batch normalisation and a small vision transformer."""
+"""The models of the demonstration: a perceptron with batch normalisation and a small vision transformer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def multilayer_perceptron(side: int, classes: int, hidden: tuple[int, ...] = (51
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over `[n, tokens, dim]`, with plain linear layers so that each can be made sparse."""
+    """Multi-head self-attention over `[n, tokens, dim]`, of plain linear layers that can be sparse."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -60,9 +60,11 @@ class TransformerLayer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """A vision transformer with square patches, learned positions and mean pooling (Dosovitskiy et al., ICLR 2021).
+    """A vision transformer with square patches, learned positions and mean pooling.
 
     Input `[n, 1, side, side]`, output `[n, classes]`; `side` must be a multiple of `patch`.
+
+    Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021.
     """
 
     def __init__(

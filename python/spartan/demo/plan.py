@@ -37,7 +37,7 @@ class Run:
         return f"{self.model} {self.method} {self.sparsity:.0%}{blocks}"
 
     def build(self) -> Method:
-        """The training method with the demonstration's settings.
+        """Make the training method with the demonstration's settings.
 
         Raises:
             ValueError: `method` is none of the demonstration's.

@@ -34,12 +34,13 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Turned on by the first Ctrl-C, so that a step is never cut in two; the second one interrupts at once."""
+    """Asked for by the first Ctrl-C, so that a step is never cut in two; the second interrupts at once."""
 
     def __init__(self) -> None:
         self.asked = False
 
     def __call__(self, signal_number: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
@@ -66,7 +67,7 @@ class Demo:
         self.stop = StopRequest()
 
     def settings(self) -> dict[str, Any]:
-        """What a checkpoint must agree on to be resumed."""
+        """Collect what a checkpoint must agree on to be resumed."""
         return {
             "data": self.data.name,
             "seed": self.seed,
@@ -186,7 +187,8 @@ def _note(loss: float, curve: list[float]) -> str:
 
 def announce(data: ImageData, console: Console) -> None:
     """Say which data is used; the first line of the demonstration."""
-    images = f"{len(data.train_labels):,} training and {len(data.test_labels):,} test images of {data.side}x{data.side}"
+    counts = f"{len(data.train_labels):,} training and {len(data.test_labels):,} test images"
+    images = f"{counts} of {data.side}x{data.side}"
     if data.source == "scikit-learn":
         console.print(
             f"[yellow]Fashion-MNIST could not be found or fetched; using {data.name} instead[/]: {images}."
@@ -222,7 +224,7 @@ def run_demo(
     """Run the demonstration; the exit status, 130 after an interruption.
 
     Raises:
-        ValueError, FileNotFoundError, RuntimeError: data or a checkpoint is missing, damaged or of other settings.
+        ValueError, FileNotFoundError, RuntimeError: data or checkpoint missing, damaged or of other settings.
     """
     # A pipe has no width: a log should hold the table whole.
     console = console or Console(width=None if sys.stdout.isatty() else 100, soft_wrap=False)

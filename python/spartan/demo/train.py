@@ -23,7 +23,7 @@ EVALUATION_BATCH = 1000
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained: AdamW, learning rate linear up over `warmup` of the steps, then down along a cosine."""
+    """How a model is trained: AdamW, learning rate up over `warmup` of the steps, then along a cosine."""
 
     epochs: int
     batch_size: int
@@ -36,7 +36,7 @@ class Recipe:
         return examples // self.batch_size
 
     def learning_rate_at(self, step: int, total_steps: int) -> float:
-        """The learning rate of step `step` of `total_steps`."""
+        """Give the learning rate of step `step` of `total_steps`."""
         warmup_steps = self.warmup * total_steps
         if step < warmup_steps:
             return self.learning_rate * (step + 1) / (warmup_steps + 1)
@@ -45,7 +45,7 @@ class Recipe:
 
 
 class Training:
-    """A fresh model with its optimizer and sparsifier; the same seed gives the same weights and order of batches."""
+    """A fresh model with optimizer and sparsifier; its seed gives its weights and the order of batches."""
 
     def __init__(self, model: str, method: Method, data: ImageData, recipe: Recipe, seed: int) -> None:
         per_epoch = recipe.steps_per_epoch(len(data.train_labels))
@@ -66,7 +66,7 @@ class Training:
         self.mask_seconds: list[float] = []
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches from the present step to the end; the order of an epoch depends on the seed and the epoch alone."""
+        """Yield batches from the present step on; the order in an epoch depends on seed and epoch alone."""
         while self.step < self.total_steps:
             epoch, position = divmod(self.step, self.steps_per_epoch)
             generator = torch.Generator().manual_seed(self.seed * 10_007 + epoch)
@@ -123,7 +123,7 @@ class Training:
 
 
 class DenseProbe:
-    """A dense twin that takes a few steps now and then during a run, so that step times are compared side by side."""
+    """A dense twin that takes a few steps now and then during a run, to compare step times side by side."""
 
     EVERY = 40
     STEPS = 3  # the first brings the twin's weights into the cache and is not counted
@@ -152,7 +152,9 @@ def accuracy(model: nn.Module, data: ImageData) -> float:
     """Fraction of the test images classified rightly."""
     model.eval()
     batches = zip(
-        data.test_images.split(EVALUATION_BATCH), data.test_labels.split(EVALUATION_BATCH), strict=True
+        torch.split(data.test_images, EVALUATION_BATCH),
+        torch.split(data.test_labels, EVALUATION_BATCH),
+        strict=True,
     )
     return sum(int((model(images).argmax(1) == labels).sum()) for images, labels in batches) / len(
         data.test_labels

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from spartan.export import load_pretrained, save_pretrained, sparsity_of
 from spartan.functional import hard_topk, masked_linear, masked_weight, soft_topk, soft_topk_global
+from spartan.masks import Mask
+from spartan.methods import GMP, Dense, OneShot, Spartan, StaticRandom
+from spartan.sparsifier import Sparsifier
 from spartan_kernels import __version__, backend, checks, info
 
 __all__ = [
+    "GMP",
+    "Dense",
+    "Mask",
+    "OneShot",
+    "Spartan",
+    "Sparsifier",
+    "StaticRandom",
     "__version__",
     "backend",
     "checks",
     "hard_topk",
     "info",
+    "load_pretrained",
     "masked_linear",
     "masked_weight",
+    "save_pretrained",
     "soft_topk",
     "soft_topk_global",
+    "sparsity_of",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import threading
 from functools import lru_cache
@@ -12,13 +13,12 @@ import torch
 
 from spartan_kernels.arguments import require_beta
 
+_native: Any = None
+_import_error: str | None = None
 try:
-    from spartan_kernels import _native
+    _native = importlib.import_module("spartan_kernels._native")
 except ImportError as error:
-    _native = None  # type: ignore[assignment]
-    _import_error: str | None = str(error)
-else:
-    _import_error = None
+    _import_error = str(error)
 
 
 

@@ -185,9 +185,9 @@ def _over(group: str) -> Reduce:
     if not group:
         return _alone
     import torch.distributed as dist
-    from torch.distributed.distributed_c10d import _resolve_process_group
+    from torch.distributed import distributed_c10d
 
-    process_group = _resolve_process_group(group)
+    process_group = distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined, arg-type]
     operations = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
 
     def reduce(tensor: torch.Tensor, operation: str) -> torch.Tensor:

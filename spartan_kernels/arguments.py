@@ -54,7 +54,7 @@ def require_costs(costs: torch.Tensor) -> None:
 
 
 def clamp_budget(budget: torch.Tensor, total: torch.Tensor | float) -> torch.Tensor:
-    """`budget` limited to [0, total]; more than rounding outside of that raises ValueError where it can be inspected."""
+    """`budget` limited to [0, total]; ValueError where it can be inspected and is outside by more than rounding."""
     total = torch.as_tensor(total, dtype=torch.float64, device=budget.device)
     if inspectable(budget):
         outside = ~((budget >= 0) & (budget <= total * (1 + BUDGET_SLACK)))

@@ -49,7 +49,7 @@ def _backward_rows(ctx: Any, grad_mask: torch.Tensor, grad_threshold: torch.Tens
 
 def _setup_global(ctx: Any, inputs: Any, output: Any) -> None:
     values, _, costs, beta, group, backend = inputs
-    masks, threshold = output
+    threshold = output[1]
     ctx.save_for_backward(*values, *costs, threshold, beta)
     ctx.mark_non_differentiable(threshold)
     ctx.counts = len(values), len(costs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import threading
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ except ImportError as error:
     _import_error = str(error)
 
 
-
-@lru_cache(maxsize=None)
+@cache
 def unavailable() -> str | None:
     """Why the extension cannot be used, or None."""
     if _native is not None:
@@ -67,7 +66,7 @@ _KEPT_BYTES = 4 << 20
 
 
 def _workspace(size: int) -> torch.Tensor:
-    """Scratch memory of this thread, kept between calls up to 4 MiB: fresh pages cost as much as a pass over the data."""
+    """Scratch memory of this thread, kept up to 4 MiB: fresh pages would cost as much as a pass over the data."""
     if size > _KEPT_BYTES:
         return torch.empty(size, dtype=torch.uint8)
     if _scratch.tensor is None or _scratch.tensor.numel() < size:

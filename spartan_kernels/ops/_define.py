@@ -15,7 +15,7 @@ LIBRARY = torch.library.Library("spartan", "DEF")
 def define(schema: str, fake: Callable[..., Any]) -> Any:
     """Define `spartan::<schema>`, whose last argument is the backend's name, and return the callable operator.
 
-    The backend is chosen when the operator runs, not when it is traced, so a compiled graph obeys the `backend` block too.
+    The backend is chosen when the operator runs, not when it is traced: a compiled graph obeys the `backend` block.
     """
     name = schema.split("(", 1)[0]
 

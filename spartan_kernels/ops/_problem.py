@@ -12,7 +12,7 @@ from spartan_kernels.arguments import require_float, scalar
 def row_problem(
     values: torch.Tensor, budget: float | torch.Tensor, costs: float | torch.Tensor | None, dim: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Callable[[torch.Tensor], torch.Tensor]]:
-    """Values [rows, n], budget [rows], costs (None, [], [n] or [rows, n]), and the way back to the shape of `values`."""
+    """Values [rows, n], budget [rows], costs (None, [], [n] or [rows, n]), and the way back to the old shape."""
     require_float("values", values)
     dim = _normalised(dim, values)
     moved = values.movedim(dim, -1)
@@ -84,6 +84,7 @@ def _row_costs(costs: float | torch.Tensor | None, values: torch.Tensor, dim: in
         return costs
     if costs.shape != values.shape:
         raise ValueError(
-            f"costs must be a number, of shape ({values.shape[dim]},) or {tuple(values.shape)}; got {tuple(costs.shape)}"
+            f"costs must be a number or of shape ({values.shape[dim]},) or {tuple(values.shape)};"
+            f" got {tuple(costs.shape)}"
         )
     return costs.movedim(dim, -1).reshape(-1, values.shape[dim])

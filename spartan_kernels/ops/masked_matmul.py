@@ -98,8 +98,8 @@ def masked_linear(
         )
     if x.dtype != weight.dtype or len({t.device for t in (x, weight, gate)}) != 1:
         raise ValueError(
-            f"x and weight must share a dtype, and all a device; got x {x.dtype} on {x.device}, weight {weight.dtype} on"
-            f" {weight.device}, gate on {gate.device}"
+            f"x and weight must share a dtype, and all a device; got x {x.dtype} on {x.device}, weight"
+            f" {weight.dtype} on {weight.device}, gate on {gate.device}"
         )
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
         raise ValueError(f"bias must be {x.dtype} of shape ({weight.shape[0]},); got {bias.dtype} {tuple(bias.shape)}")

@@ -1,4 +1,4 @@
-"""Masked weight: theta * m * h and its gradient, block scores, and the coupling term that the budget puts between blocks."""
+"""Masked weight theta * m * h and its gradient, block scores, and the coupling that a budget puts between blocks."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ _scores = define("block_scores(Tensor weight, int rows, int columns, str backend
 def block_grid(shape: tuple[int, ...] | torch.Size, block_size: int | tuple[int, int]) -> tuple[int, ...]:
     """Shape of the blocks of a weight: [ceil(out / rows), ceil(in / columns), *rest].
 
-    A block covers (rows, columns) of the first two dimensions; each position of further ones (a convolution's kernel) is
-    a block of its own. Block size 1 gives `shape` itself, for weights of any number of dimensions.
+    A block covers (rows, columns) of the first two dimensions; each position of further ones (a convolution's kernel)
+    is a block of its own. Block size 1 gives `shape` itself, for weights of any number of dimensions.
 
     Raises:
         ValueError: a block size that is not positive, or larger than 1 for a weight of fewer than two dimensions.

@@ -18,9 +18,7 @@ def _fake_forward(values: Any, budget: Any, costs: Any, beta: Any, backend: str)
     return torch.empty_like(values, memory_format=torch.contiguous_format), beta.new_empty((values.shape[0], 2))
 
 
-def _fake_backward(
-    grad: Any, values: Any, threshold: Any, costs: Any, beta: Any, cost_grad: bool, backend: str
-) -> Any:
+def _fake_backward(grad: Any, values: Any, threshold: Any, costs: Any, beta: Any, cost_grad: bool, backend: str) -> Any:
     grad_costs = torch.empty_like(values, memory_format=torch.contiguous_format) if cost_grad else values.new_empty(0)
     rows = beta.new_empty(values.shape[0])
     return torch.empty_like(values, memory_format=torch.contiguous_format), grad_costs, rows, rows.clone()
@@ -49,7 +47,7 @@ soft_topk_forward = define(
     "soft_topk_forward(Tensor values, Tensor budget, Tensor? costs, Tensor beta, str backend) -> (Tensor, Tensor)",
     _fake_forward,
 )
-# -> grad of values [rows, n], of costs (elementwise [rows, n], empty unless cost_grad), of budget [rows], of beta [rows]
+# -> gradients of values [rows, n], costs (elementwise, empty unless cost_grad), budget [rows] and beta [rows]
 soft_topk_backward = define(
     "soft_topk_backward(Tensor grad, Tensor values, Tensor threshold, Tensor? costs, Tensor beta, bool cost_grad,"
     " str backend) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -176,7 +174,7 @@ def solve_masks_(
 ) -> None:
     """Write the soft and the hard mask of one training step in place, starting from the thresholds of the last one.
 
-    soft = m of `soft_topk_global`; hard = `hard_topk_global`; v = values, or |values| with `absolute` (no copy is made).
+    soft = m of `soft_topk_global`; hard = `hard_topk_global`; v = values, or |values| with `absolute` (no copy).
 
     Args:
         values: weights or block scores, of one dtype and device.

@@ -8,7 +8,7 @@ from spartan_kernels.arguments import clamp_budget, require_costs, require_finit
 
 
 def select(ratio: torch.Tensor, costs: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:
-    """The longest prefix of each row, in descending `ratio`, whose costs sum to at most the row's budget; bool [rows, n]."""
+    """The longest prefix of each row, in descending `ratio`, whose costs sum to at most its budget; bool [rows, n]."""
     order = ratio.sort(dim=-1, descending=True, stable=True).indices
     spent = costs.expand_as(ratio).gather(-1, order).to(torch.float64).cumsum(-1)
     return torch.zeros_like(ratio, dtype=torch.bool).scatter(-1, order, spent <= budget[:, None])

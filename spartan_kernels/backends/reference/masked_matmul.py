@@ -23,7 +23,9 @@ _ACTIVATION_GRADIENTS = {
 }
 
 
-def _gated(weight: torch.Tensor, gate: torch.Tensor, mask: torch.Tensor | None, rows: int, columns: int) -> torch.Tensor:
+def _gated(
+    weight: torch.Tensor, gate: torch.Tensor, mask: torch.Tensor | None, rows: int, columns: int
+) -> torch.Tensor:
     scale = gate if mask is None else torch.where(mask, gate, 0.0)
     return weight * expand(scale.to(weight.dtype), weight.shape, rows, columns)
 

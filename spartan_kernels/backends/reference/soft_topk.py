@@ -2,8 +2,8 @@
 
     m_i = sigmoid(beta (u_i - c) + d),   u = v / a,   sum_i a_i m_i = k
 
-The unknown is the threshold t = c - d / beta. The centre c is t rounded to the values' dtype, so u - c loses nothing near
-the threshold however large beta is; d carries the rest.
+The unknown is the threshold t = c - d / beta. The centre c is t rounded to the values' dtype, so u - c loses nothing
+near the threshold however large beta is; d carries the rest.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable
 import torch
 
 from spartan_kernels.arguments import clamp_budget, require_beta, require_costs, require_finite
-
 from spartan_kernels.backends.reference.hard_topk import select
 
 MAX_STEPS = 200
@@ -167,9 +166,7 @@ def soft_topk_backward(
     return grad_values.to(values.dtype), grad_costs.to(values.dtype), r, reduce(grad_beta, "sum")
 
 
-def _concatenated(
-    values: list[torch.Tensor], costs: list[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _concatenated(values: list[torch.Tensor], costs: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
     row = torch.cat([v.reshape(-1) for v in values])[None]
     if not costs:
         return row, None

@@ -1,7 +1,7 @@
 """Accuracy of the demonstration's perceptron over several seeds: python -m bench.demo_seeds.
 
-Dense, Spartan, gradual and one-shot magnitude pruning, each run a fresh model; seed and order of images are
-shared by the methods. Written to bench/results/demo_seeds.json after every run: a later call goes on from there.
+Dense, Spartan, gradual and one-shot magnitude pruning, each run a fresh model; methods share seed and order.
+Written to bench/results/demo_seeds.json after every run: a later call goes on from there.
 """
 
 from __future__ import annotations

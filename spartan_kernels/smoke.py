@@ -1,0 +1,210 @@
+"""Check an installation in seconds: `python -m spartan_kernels.smoke`.
+
+Every operator on every backend and device of this machine against the reference in float64, and on a GPU also on a
+stream of its own and captured in a CUDA graph. Needs nothing but this package; the exit status tells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from spartan_kernels import dispatch, ops
+from spartan_kernels.ops.masked_matmul import masked_linear_backward
+from spartan_kernels.ops.masked_weight import masked_weight_backward
+from spartan_kernels.ops.soft_topk import soft_topk_backward, soft_topk_forward, soft_topk_global_backward
+
+Inputs = dict[str, torch.Tensor]
+Call = Callable[[Inputs, str], Any]
+
+# float32 against float64, relative to the largest entry; a wrong kernel misses by far more
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One operator called on the shared inputs."""
+
+    operator: str
+    call: Call
+
+
+def make_inputs(seed: int = 0) -> Inputs:
+    """Small float64 inputs of awkward shapes."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    return {
+        "values": draw(5, 203),
+        "costs": torch.randint(1, 5, (203,), generator=g).double(),
+        "budget": torch.tensor([0.5, 20.0, 60.25, 101.0, 300.0], dtype=torch.float64),
+        "beta": torch.tensor(7.0, dtype=torch.float64),
+        "grad": draw(5, 203),
+        "weight": draw(70, 45),
+        "gate": draw(5, 6).abs().clamp(0.05, 0.95),
+        "hard": draw(5, 6) > 0,
+        "x": draw(33, 45),
+        "bias": draw(70),
+        "grad_y": draw(33, 70),
+        "scale": torch.tensor(0.3, dtype=torch.float64),
+    }
+
+
+def probes() -> list[Probe]:
+    """Every operator of the package, once."""
+
+    def soft_backward(i: Inputs, b: str) -> Any:
+        _, threshold = soft_topk_forward(i["values"], i["budget"], i["costs"], i["beta"], b)
+        return soft_topk_backward(i["grad"], i["values"], threshold, i["costs"], i["beta"], True, b)
+
+    def global_backward(i: Inputs, b: str) -> Any:
+        parts, g = list(i["values"].split([2, 3])), list(i["grad"].split([2, 3]))
+        _, threshold = torch.ops.spartan.soft_topk_global_forward(parts, i["budget"][4], [], i["beta"], "", b)
+        return soft_topk_global_backward(g, parts, threshold, [], i["beta"], False, "", b)
+
+    def solve(i: Inputs, b: str) -> Any:
+        parts = list(i["values"].split([1, 4]))
+        soft, hard = [torch.empty_like(p) for p in parts], [torch.empty_like(p, dtype=torch.bool) for p in parts]
+        state = ops.new_solver_state(parts[0].device)
+        ops.solve_masks_(parts, i["budget"][4], None, i["beta"], soft, hard, state, absolute=True, backend=b)
+        return [*soft, *hard]
+
+    def correct(i: Inputs, b: str) -> Any:
+        grad = i["weight"] * 2
+        ops.masked_weight_correct_(grad, i["weight"], i["gate"], i["scale"], (16, 8), backend=b)
+        return grad
+
+    def linear_backward(i: Inputs, b: str) -> Any:
+        needs = [True] * 4
+        arguments = i["x"], i["weight"], i["gate"], i["bias"], i["hard"], i["hard"], "gelu", 16, 8, needs, b
+        return masked_linear_backward(i["grad_y"], *arguments)
+
+    block = (16, 8)
+    calls: dict[str, Call] = {
+        "soft_topk_forward": lambda i, b: ops.soft_topk(i["values"], i["budget"], i["costs"], i["beta"], backend=b),
+        "soft_topk_backward": soft_backward,
+        "soft_topk_global_forward": lambda i, b: ops.soft_topk_global(
+            list(i["values"].split([2, 3])), i["budget"][4], None, i["beta"], backend=b
+        ),
+        "soft_topk_global_backward": global_backward,
+        "solve_masks_": solve,
+        "hard_topk_forward": lambda i, b: ops.hard_topk(i["values"], i["budget"], i["costs"], backend=b),
+        "hard_topk_global_forward": lambda i, b: ops.hard_topk_global(
+            list(i["values"].split([2, 3])), i["budget"][4], backend=b
+        ),
+        "masked_weight_forward": lambda i, b: ops.masked_weight(i["weight"], i["gate"], i["hard"], block, backend=b),
+        "masked_weight_backward": lambda i, b: masked_weight_backward(
+            i["weight"] * 2, i["weight"], i["gate"], i["hard"], i["beta"], i["scale"], *block, True, b
+        ),
+        "masked_weight_coupling": lambda i, b: ops.masked_weight_coupling(
+            i["weight"] * 2, i["weight"], i["gate"], block, beta=i["beta"], costs=128.0, backend=b
+        ),
+        "masked_weight_correct_": correct,
+        "block_scores": lambda i, b: ops.block_scores(i["weight"], block, backend=b),
+        "masked_linear_forward": lambda i, b: ops.masked_linear(
+            i["x"], i["weight"], i["gate"], block, i["bias"], "silu", i["hard"], backend=b
+        ),
+        "masked_linear_backward": linear_backward,
+    }
+    return [Probe(operator, calls[operator]) for operator in dispatch.SUPPORT]
+
+
+def _flat(result: Any) -> list[torch.Tensor]:
+    return [t for part in result for t in _flat(part)] if isinstance(result, list | tuple) else [result]
+
+
+def compare(result: Any, expected: Any) -> str | None:
+    """Why `result` is not `expected` (from float64), or None."""
+    pairs = list(zip(_flat(result), _flat(expected), strict=True))
+    for index, (ours, exact) in enumerate(pairs):
+        ours = ours.detach().cpu()
+        if ours.shape != exact.shape:
+            return f"output {index} has shape {tuple(ours.shape)}, not {tuple(exact.shape)}"
+        if exact.dtype == torch.bool:
+            if not torch.equal(ours, exact):
+                return f"output {index} differs in {int((ours != exact).sum())} entries"
+            continue
+        if exact.numel() == 0:
+            continue
+        error = (ours.double() - exact).abs().max().item()
+        if not error <= _TOLERANCE * max(1.0, exact.abs().max().item()):
+            return f"output {index} is off by {error:.2e}"
+    return None
+
+
+def _inputs_on(inputs: Inputs, device: str) -> Inputs:
+    scalars = ("budget", "beta", "scale")
+    return {
+        name: t.to(device) if t.dtype == torch.bool or name in scalars else t.to(device, torch.float32)
+        for name, t in inputs.items()
+    }
+
+
+def _captured(call: Call, inputs: Inputs, name: str) -> Any:
+    """The result of replaying the call from a CUDA graph, after warming up on a side stream."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call(inputs, name)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call(inputs, name)
+    graph.replay()
+    torch.cuda.synchronize()
+    return result
+
+
+def run(devices: list[str]) -> Iterator[tuple[str, str, str, str | None]]:
+    """(operator, device, backend, None or what is wrong) for everything that serves this machine."""
+    inputs = make_inputs()
+    for probe in probes():
+        expected = probe.call(inputs, "reference")
+        for device in devices:
+            moved = _inputs_on(inputs, device)
+            for name in dispatch.BACKENDS:
+                if dispatch.refusal(probe.operator, name, device, torch.float32):
+                    continue
+                yield probe.operator, device, name, _outcome(probe.call, moved, name, expected)
+                if device == "cuda" and name != "reference":
+                    captured = partial(_captured, probe.call)
+                    yield f"{probe.operator} (graph)", device, name, _outcome(captured, moved, name, expected)
+
+
+def _outcome(call: Call, inputs: Inputs, name: str, expected: Any) -> str | None:
+    try:
+        return compare(call(inputs, name), expected)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run all probes and print a line for each; 0 when every one is right."""
+    parser = argparse.ArgumentParser(prog="python -m spartan_kernels.smoke", description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="only this device (default: all there are)")
+    options = parser.parse_args(arguments)
+    available = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    if options.device and options.device not in available:
+        print(f"device {options.device} is not here; PyTorch {torch.__version__} sees {', '.join(available)}")
+        return 1
+    start, failed, count = time.perf_counter(), 0, 0
+    for operator, device, name, wrong in run([options.device] if options.device else available):
+        count += 1
+        failed += wrong is not None
+        print(f"{operator:36} {device:5} {name:10} {'ok' if wrong is None else 'WRONG: ' + wrong}")
+    print(f"{count - failed} of {count} right in {time.perf_counter() - start:.1f} s")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -180,7 +180,7 @@ def test_results_of_a_demo(data: ImageData, tmp_path: Path) -> None:
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / CHECKPOINT).exists()
     printed = demo.console.file.getvalue()  # type: ignore[attr-defined]
-    assert "90.00%" in printed and "One-shot 16x16" in printed and "same accuracy" in printed
+    assert "90.00" in printed and "One-shot 16x16" in printed and "same accuracy" in printed
 
 
 @pytest.mark.parametrize(

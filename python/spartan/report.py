@@ -73,8 +73,14 @@ def results_table(results: Sequence[RunResult], title: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    caption = "Sparsity is the fraction of zeros in the hidden matrices: all linear layers but the last."
-    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    caption = (
+        "zeros: asked for, and counted in the saved file, over the hidden matrices\n"
+        "(all linear layers but the last); test: accuracy; to dense: points;\n"
+        "step/dense: beside a dense twin; masks: the sparsifier's part of a step"
+    )
+    table = Table(
+        title=title, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     table.add_column("model, method", no_wrap=True)
     for heading in COLUMNS:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -88,11 +94,11 @@ def results_table(results: Sequence[RunResult], title: str) -> Table:
 
 
 COLUMNS = (
-    "zeros\nasked",
-    "\nin file",
-    "test\naccuracy",
-    "points\nto dense",
-    "step /\ndense",
+    "zeros\n%",
+    "in\nfile",
+    "test\n%",
+    "to\ndense",
+    "step/\ndense",
     "step\nms",
     "masks\nms",
     "file\nKiB",
@@ -102,14 +108,14 @@ COLUMNS = (
 def _cells(result: RunResult, dense: float | None) -> tuple[str, ...]:
     compared = dense is not None and result.method != "Dense"
     return (
-        f"{result.sparsity:.0%}",
-        f"{result.measured_sparsity:.2%}",
-        f"{result.accuracy:.2%}",
+        f"{100 * result.sparsity:.0f}",
+        f"{100 * result.measured_sparsity:.2f}",
+        f"{100 * result.accuracy:.2f}",
         f"{100 * (result.accuracy - dense):+.2f}" if compared and dense is not None else "",
         "" if result.step_ratio is None else f"{result.step_ratio:.2f}",
-        f"{1e3 * result.step_seconds:.2f}",
+        f"{1e3 * result.step_seconds:.1f}",
         f"{1e3 * result.mask_seconds:.2f}",
-        f"{result.file_bytes / 1024:,.0f}",
+        f"{result.file_bytes / 1024:.0f}",
     )
 
 
@@ -155,7 +161,8 @@ def _draw_accuracy(axes: Any, model: str, results: Sequence[RunResult]) -> None:
     labels = dict.fromkeys(result.label for result in results if result.method != "Dense")
     for label in labels:
         points = sorted((100 * r.sparsity, 100 * r.accuracy) for r in results if r.label == label)
-        axes.plot(*zip(*points, strict=True), marker="o" if len(points) > 1 else "s", label=label)
+        marker = "o" if len(points) > 1 else "s"
+        axes.plot(*zip(*points, strict=True), marker=marker, label=label)
     axes.set(
         xlabel="sparsity of the hidden matrices, %", ylabel="test accuracy, %", title=f"{model}: accuracy"
     )
@@ -165,16 +172,19 @@ def _draw_accuracy(axes: Any, model: str, results: Sequence[RunResult]) -> None:
 
 def _draw_kept(axes: Any, model: str, results: Sequence[RunResult]) -> None:
     sparse = [result for result in results if result.method == "Spartan"]
-    for result in sparse:
-        names = [name.removesuffix(".weight") for name in result.kept]
-        axes.plot(
+    height = 0.8 / max(1, len(sparse))
+    for index, result in enumerate(sparse):
+        places = [layer + (index - (len(sparse) - 1) / 2) * height for layer in range(len(result.kept))]
+        axes.barh(
+            places,
             [100 * kept for kept in result.kept.values()],
-            names,
-            marker="o",
+            height,
             label=f"{result.label}, {result.sparsity:.0%}",
         )
-    axes.set(xlabel="weights kept, %", title=f"{model}: kept by layer", xscale="log")
+    names = [name.removesuffix(".weight") for name in results[0].kept]
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="weights kept, %", title=f"{model}: kept by layer")
     axes.invert_yaxis()
-    axes.grid(alpha=0.3)
+    axes.grid(alpha=0.3, axis="x")
     if sparse:
         axes.legend()

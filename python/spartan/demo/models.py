@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -14,12 +15,15 @@ def multilayer_perceptron(side: int, classes: int, hidden: tuple[int, ...] = (51
 
     Input `[n, 1, side, side]`, output `[n, classes]`.
     """
-    layers: list[nn.Module] = [nn.Flatten()]
+    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     width = side * side
-    for following in hidden:
-        layers += [nn.Linear(width, following), nn.BatchNorm1d(following), nn.ReLU()]
+    for number, following in enumerate(hidden, 1):
+        layers[f"hidden{number}"] = nn.Linear(width, following)
+        layers[f"norm{number}"] = nn.BatchNorm1d(following)
+        layers[f"relu{number}"] = nn.ReLU()
         width = following
-    return nn.Sequential(*layers, nn.Linear(width, classes))
+    layers["head"] = nn.Linear(width, classes)
+    return nn.Sequential(layers)
 
 
 class Attention(nn.Module):

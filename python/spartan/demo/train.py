@@ -86,7 +86,7 @@ class Training:
             group["lr"] = self.recipe.learning_rate_at(self.step, self.total_steps)
         self.model.train()
         loss = F.cross_entropy(self.model(images), labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         before = time.perf_counter()
         self.sparsifier.correct_gradients()
         corrected = time.perf_counter()

@@ -141,7 +141,8 @@ def compare(result: Any, expected: Any) -> str | None:
     return None
 
 
-def _inputs_on(inputs: Inputs, device: str) -> Inputs:
+def inputs_on(inputs: Inputs, device: str) -> Inputs:
+    """The inputs on a device, what has a dtype of its own in float32."""
     scalars = ("budget", "beta", "scale")
     return {
         name: t.to(device) if t.dtype == torch.bool or name in scalars else t.to(device, torch.float32)
@@ -149,7 +150,7 @@ def _inputs_on(inputs: Inputs, device: str) -> Inputs:
     }
 
 
-def _captured(call: Call, inputs: Inputs, name: str) -> Any:
+def captured(call: Call, inputs: Inputs, name: str) -> Any:
     """The result of replaying the call from a CUDA graph, after warming up on a side stream."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -171,14 +172,14 @@ def run(devices: list[str]) -> Iterator[tuple[str, str, str, str | None]]:
     for probe in probes():
         expected = probe.call(inputs, "reference")
         for device in devices:
-            moved = _inputs_on(inputs, device)
+            moved = inputs_on(inputs, device)
             for name in dispatch.BACKENDS:
                 if dispatch.refusal(probe.operator, name, device, torch.float32):
                     continue
                 yield probe.operator, device, name, _outcome(probe.call, moved, name, expected)
                 if device == "cuda" and name != "reference":
-                    captured = partial(_captured, probe.call)
-                    yield f"{probe.operator} (graph)", device, name, _outcome(captured, moved, name, expected)
+                    replayed = partial(captured, probe.call)
+                    yield f"{probe.operator} (graph)", device, name, _outcome(replayed, moved, name, expected)
 
 
 def _outcome(call: Call, inputs: Inputs, name: str, expected: Any) -> str | None:

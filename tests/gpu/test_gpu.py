@@ -1,0 +1,111 @@
+"""What only a CUDA device can show: streams, graphs, a second device, compiled training, more than 2^31 elements."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import spartan
+from spartan_kernels import dispatch, new_solver_state, smoke, solve_masks_
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+_BACKENDS = ("triton", "cuda")
+_PROBES = {probe.operator: probe for probe in smoke.probes()}
+
+
+def _serving(operator: str, device: str = "cuda") -> list[str]:
+    return [name for name in _BACKENDS if dispatch.refusal(operator, name, device, torch.float32) is None]
+
+
+@pytest.fixture(params=list(_PROBES))
+def probe(request: pytest.FixtureRequest) -> smoke.Probe:
+    return _PROBES[request.param]
+
+
+def test_on_a_stream_of_its_own(probe: smoke.Probe) -> None:
+    inputs = smoke.make_inputs()
+    expected, moved = probe.call(inputs, "reference"), smoke.inputs_on(inputs, "cuda")
+    for name in _serving(probe.operator):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            result = probe.call(moved, name)
+        torch.cuda.current_stream().wait_stream(stream)
+        assert smoke.compare(result, expected) is None
+
+
+def test_captured_in_a_graph(probe: smoke.Probe) -> None:
+    inputs = smoke.make_inputs()
+    expected, moved = probe.call(inputs, "reference"), smoke.inputs_on(inputs, "cuda")
+    for name in _serving(probe.operator):
+        assert smoke.compare(smoke.captured(probe.call, moved, name), expected) is None
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second CUDA device")
+def test_on_the_second_device(probe: smoke.Probe) -> None:
+    inputs = smoke.make_inputs()
+    expected, moved = probe.call(inputs, "reference"), smoke.inputs_on(inputs, "cuda:1")
+    for name in _serving(probe.operator):
+        assert smoke.compare(probe.call(moved, name), expected) is None
+
+
+@pytest.mark.parametrize("name", _BACKENDS)
+def test_replay_follows_changed_beta_budget_and_weights(name: str) -> None:
+    if name not in _serving("solve_masks_"):
+        pytest.skip(f"{name} does not serve solve_masks_ here")
+    weight = torch.randn(300_000, device="cuda")
+    budget, beta = (torch.tensor(v, dtype=torch.float64, device="cuda") for v in (30_000.0, 5.0))
+    soft, hard, state = [weight.clone()], [weight > 0], new_solver_state("cuda")
+    call = partial(solve_masks_, [weight], budget, None, beta, soft, hard, state, absolute=True, backend=name)
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    for k, b in ((30_000.0, 5.0), (20_000.0, 9.0), (3_000.0, 40.0)):
+        weight.add_(torch.randn_like(weight), alpha=0.01)
+        budget.fill_(k)
+        beta.fill_(b)
+        graph.replay()
+        assert abs(soft[0].double().sum().item() - k) <= 1e-6 * k
+        assert int(hard[0].sum()) == int(k)
+        kept = weight.abs()[hard[0]].min()
+        assert bool((weight.abs()[~hard[0]] <= kept).all())
+
+
+def test_compiled_training_step() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)).cuda()
+    sparsifier = spartan.Sparsifier(model, spartan.Spartan(sparsity=0.8), total_steps=40)
+    optimizer = torch.optim.AdamW(model.parameters())
+    sparsifier.attach(optimizer)
+    compiled = torch.compile(model, fullgraph=True)
+    x, y = torch.randn(128, 64, device="cuda"), torch.randint(0, 10, (128,), device="cuda")
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad(set_to_none=True)
+        loss = nn.functional.cross_entropy(compiled(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    sparsifier.finalize()
+    assert losses[-1] < losses[0]
+    zeros = sum(int((p == 0).sum()) for p in model.parameters())
+    assert abs(zeros / sum(p.numel() for p in model.parameters()) - 0.8) < 1e-4
+
+
+def test_more_than_two_to_the_31_elements() -> None:
+    n = 2**31 + 77
+    if torch.cuda.mem_get_info()[0] < 5 * n * 2:
+        pytest.skip("needs 22 GB of free GPU memory")
+    for name in _serving("soft_topk_global_forward"):
+        values = torch.empty(n, dtype=torch.bfloat16, device="cuda").normal_()
+        (mask,) = spartan.soft_topk_global([values], 0.01 * n, beta=8.0, backend=name)
+        total = sum(part.double().sum().item() for part in mask.split(1 << 28))
+        assert abs(total - 0.01 * n) <= 4e-3 * 0.01 * n  # the mask itself is rounded to bfloat16

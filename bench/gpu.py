@@ -49,7 +49,7 @@ def steps(out: Path) -> list[Step]:
         Step("tests", [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"], 180),
         Step("memcheck", [*sanitizer, "--tool", "memcheck", *smoke], 120, "compute-sanitizer"),
         Step("racecheck", [*sanitizer, "--tool", "racecheck", *smoke], 120, "compute-sanitizer"),
-        Step("benchmark", [python, "-m", "bench", "--device", "cuda", "--quick", "--out", str(out)], 150),
+        Step("benchmark", [python, "-m", "bench", "--device", "cuda", "--quick", "--save", "--results", str(out)], 150),
     ]
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ AUTO_ORDER: dict[str, tuple[str, ...]] = {
     "cuda": ("triton", "cuda", "reference"),
 }
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Triton's interpreter runs the same kernels on CPU tensors; it is chosen for the whole process, before triton is imported.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_TRITON_DEVICES = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -31,10 +36,14 @@ class Support:
     dtypes: tuple[torch.dtype, ...]
 
 
-def _rows(stem: str, operators: tuple[str, ...], native: bool) -> dict[str, dict[str, Support]]:
+def _rows(
+    stem: str, operators: tuple[str, ...], native: bool, triton: bool = False
+) -> dict[str, dict[str, Support]]:
     row = {"reference": Support(stem, (), _FLOATS)}
     if native:
         row["native"] = Support(stem, ("cpu",), _FLOATS)
+    if triton:
+        row["triton"] = Support(stem, _TRITON_DEVICES, _TRITON_DTYPES)
     return {operator: row for operator in operators}
 
 
@@ -57,6 +66,7 @@ SUPPORT: dict[str, dict[str, Support]] = {
             "block_scores",
         ),
         native=True,
+        triton=True,
     ),
     **_rows("masked_matmul", ("masked_linear_forward", "masked_linear_backward"), native=False),
 }
@@ -96,7 +106,7 @@ def requested(name: str | None) -> str:
     return _settings.backend or _known(os.environ.get("SPARTAN_BACKEND") or "auto")
 
 
-@lru_cache(maxsize=None)
+@cache
 def unavailable(name: str) -> str | None:
     """Why the backend `name` cannot run on this machine, or None when it can."""
     if name == "reference":
@@ -105,10 +115,20 @@ def unavailable(name: str) -> str | None:
         from spartan_kernels.backends import native
 
         return native.unavailable()
+    if name == "triton":
+        return _triton_unavailable()
     return f"this version has no {name} kernels yet"
 
 
-def _refusal(operator: str, name: str, device: str, dtype: torch.dtype) -> str | None:
+def _triton_unavailable() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not (torch.cuda.is_available() or _INTERPRETED):
+        return "no CUDA device was found (TRITON_INTERPRET=1 runs its kernels on the CPU, slowly)"
+    return None
+
+
+def refusal(operator: str, name: str, device: str, dtype: torch.dtype) -> str | None:
     support = SUPPORT[operator].get(name)
     if support is None:
         return f"the {name} backend has no {operator}"
@@ -120,7 +140,7 @@ def _refusal(operator: str, name: str, device: str, dtype: torch.dtype) -> str |
     return reason and f"the {name} backend is not available: {reason}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def select(operator: str, device: str, dtype: torch.dtype, name: str) -> str:
     """The backend that serves `operator`: `name` itself, or for "auto" the first of AUTO_ORDER that can.
 
@@ -130,12 +150,12 @@ def select(operator: str, device: str, dtype: torch.dtype, name: str) -> str:
         ValueError: the backend named cannot serve this call; it never falls back.
     """
     if name != "auto":
-        reason = _refusal(operator, name, device, dtype)
+        reason = refusal(operator, name, device, dtype)
         if reason:
             raise ValueError(f"backend={name!r}: {reason}")
         return name
     for candidate in AUTO_ORDER.get(device, ("reference",)):
-        reason = _refusal(operator, candidate, device, dtype)
+        reason = refusal(operator, candidate, device, dtype)
         if reason is None:
             return candidate
         if candidate in SUPPORT[operator]:
@@ -143,13 +163,13 @@ def select(operator: str, device: str, dtype: torch.dtype, name: str) -> str:
     raise ValueError(f"{operator}: no backend serves {device} tensors of {dtype}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-@lru_cache(maxsize=None)
-def _implementation(operator: str, name: str) -> Callable[..., Any]:
+@cache
+def implementation(operator: str, name: str) -> Callable[..., Any]:
     package = "spartan_kernels.backends."
     module = "native" if name in ("native", "cuda") else f"{name}.{SUPPORT[operator][name].stem}"
     function: Callable[..., Any] = getattr(importlib.import_module(package + module), operator)
@@ -158,7 +178,7 @@ def _implementation(operator: str, name: str) -> Callable[..., Any]:
 
 def resolve(operator: str, like: torch.Tensor, name: str | None) -> Callable[..., Any]:
     """The function that computes `operator` for tensors like `like`."""
-    return _implementation(operator, select(operator, like.device.type, like.dtype, requested(name)))
+    return implementation(operator, select(operator, like.device.type, like.dtype, requested(name)))
 
 
 def info() -> dict[str, Any]:
@@ -176,9 +196,9 @@ def info() -> dict[str, Any]:
         operator: {
             device: {
                 "auto": next(
-                    (n for n in AUTO_ORDER[device] if _refusal(operator, n, device, torch.float32) is None), None
+                    (n for n in AUTO_ORDER[device] if refusal(operator, n, device, torch.float32) is None), None
                 ),
-                **{n: _refusal(operator, n, device, torch.float32) for n in BACKENDS},
+                **{n: refusal(operator, n, device, torch.float32) for n in BACKENDS},
             }
             for device in devices
         }

@@ -1,0 +1,71 @@
+"""Launch configurations: tile shapes and warps, and the cases that a compile check walks through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+# Entries of one tile of the elementwise kernels, and of the row kernels per warp.
+TILE = 2048
+ROW_ENTRIES_PER_WARP = 1024
+MAX_RESIDENT_ROW = 16384
+# Chunk of the kernels that walk a list of tensors, and programs for each multiprocessor.
+CHUNK = 4096
+CHUNK_WARPS = 8
+PROGRAMS_PER_PROCESSOR = 4
+INTERPRETED_PROGRAMS = 3
+SAMPLE = 8192
+SAMPLE_WARPS = 16
+
+_TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One kernel in one configuration that is shipped: what a compile check builds for every target."""
+
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int
+    label: str
+    num_stages: int = 3
+    tensor_cores: bool = False
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return int(triton.next_power_of_2(max(n, 1)))
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Triton's name of a value dtype."""
+    return _TRITON_NAMES[dtype]
+
+
+def row_tile(n: int) -> tuple[int, int, int]:
+    """(BLOCK_M, BLOCK_N, num_warps) for rows of n entries that stay in registers: short rows share a program."""
+    block_n = power_of_two(n)
+    block_m = max(1, min(64, TILE // 2 // block_n))
+    warps = max(1, min(16, block_m * block_n // ROW_ENTRIES_PER_WARP))
+    return block_m, block_n, power_of_two(warps)
+
+
+def block_tile(rows: int, columns: int, positions: int, grid_columns: int) -> tuple[int, int, int, int]:
+    """(BLOCK_R, BLOCK_B, BLOCK_C, BLOCK_K): a tile of whole blocks, or of a part of one that is walked in steps."""
+    block_k = power_of_two(positions)
+    block_c = min(power_of_two(columns), max(1, TILE // block_k))
+    block_r = min(power_of_two(rows), max(1, TILE // (block_k * block_c)))
+    block_b = min(power_of_two(grid_columns), max(1, TILE // (block_k * block_c * block_r)))
+    return block_r, block_b, block_c, block_k
+
+
+def program_count(device: torch.device, chunks: int) -> int:
+    """Programs of a persistent grid: fixed for a device and a problem, so that sums are added in one order."""
+    if device.type != "cuda":
+        return max(1, min(chunks, INTERPRETED_PROGRAMS))
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(chunks, processors * PROGRAMS_PER_PROCESSOR))

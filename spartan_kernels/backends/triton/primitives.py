@@ -1,0 +1,92 @@
+"""Device functions that the kernels share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INFINITY = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def logistic(x):
+    """sigmoid(x) and sigmoid(-x): neither side cancels, both are exact at infinity."""
+    z = tl.exp(-tl.abs(x))
+    near_one = 1.0 / (1.0 + z)
+    near_zero = z * near_one
+    return tl.where(x >= 0, near_one, near_zero), tl.where(x >= 0, near_zero, near_one)
+
+
+@triton.jit
+def sign_of(x):
+    """-1, 0 or 1."""
+    return (x > 0).to(tl.float32) - (x < 0).to(tl.float32)
+
+
+@triton.jit
+def ordered_key(u):
+    """uint32 keys in the order of the float32 numbers; -0 and 0 are one key."""
+    bits = tl.where(u == 0.0, 0.0, u).to(tl.uint32, bitcast=True)
+    return tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)
+
+
+@triton.jit
+def value_of_key(key):
+    """The float32 number of an `ordered_key`."""
+    bits = tl.where((key >> 31) != 0, key & 0x7FFFFFFF, ~key)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def smaller_side(budget, total):
+    """(sign, quota, target): the smaller of kept and dropped cost, whose sum is searched for, and its logit."""
+    budget = tl.minimum(tl.maximum(budget, 0.0), total)
+    keep = budget <= total / 2
+    quota = tl.where(keep, budget, total - budget)
+    return tl.where(keep, 1.0, -1.0).to(tl.float64), quota, tl.log(quota / (total - quota))
+
+
+@triton.jit
+def first_threshold(mean, variance, beta, sign, target, low, high):
+    """Start as if the entries were logistic with this mean and spread, inside the rigorous bracket [low, high]."""
+    # pi^2 / 3 is the variance of the logistic distribution
+    scale = tl.sqrt(tl.maximum(variance, 0.0) / 3.289868133696453 + 1.0 / (beta * beta))
+    t = mean - sign * target * scale
+    return tl.where((t > low) & (t < high), t, low + (high - low) / 2)
+
+
+@triton.jit
+def logit_at(t, beta):
+    """(centre, shift) with beta (u - centre) + shift = beta (u - t): float32 loses nothing near the threshold."""
+    limit = 8.5e37
+    centre = tl.minimum(tl.maximum(t, -limit), limit).to(tl.float32)
+    return centre, beta * (centre.to(tl.float64) - t)
+
+
+@triton.jit
+def halley_step(t, low, high, previous, mass, slope, curvature, beta, sign, quota, total, target):
+    """One safeguarded Halley step on logit(mass / total) = target, from the moments of the smaller side at t.
+
+    Returns the next t, the bracket, |f| here (infinite after a bisection) and whether the bracket is exhausted.
+    """
+    rest = tl.maximum(total - mass, 0.0)
+    f = tl.log(mass / rest) - target
+    residual = tl.abs(f)
+    low = tl.where(sign * f > 0, tl.maximum(low, t), low)
+    high = tl.where(sign * f < 0, tl.minimum(high, t), high)
+    first = -sign * beta * slope
+    weight = total / (mass * rest)
+    derivative = first * weight
+    bend = beta * beta * curvature * weight - first * first * weight * weight * (rest - mass) / total
+    ahead = t - 2 * f * derivative / (2 * derivative * derivative - f * bend)
+    middle = low + (high - low) / 2
+    # the residual must halve or the bracket does; comparisons with NaN are false
+    good = (ahead > low) & (ahead < high) & ((previous == INFINITY) | (residual <= previous / 2))
+    stuck = (middle == low) | (middle == high)
+    return (
+        tl.where(good, ahead, tl.where(stuck, t, middle)),
+        low,
+        high,
+        tl.where(good, residual, INFINITY),
+        (good == 0) & stuck,
+    )

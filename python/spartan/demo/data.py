@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import http.client
 import math
 import os
 import shutil
@@ -217,7 +218,8 @@ def fetch_address(address: str, folder: Path) -> None:
     """Fetch the four files from one of the publishers' addresses into `folder`.
 
     Raises:
-        OSError, ValueError: the address does not answer, or what it sent is not the data set.
+        OSError, http.client.HTTPException: the address does not answer, or stops answering.
+        ValueError: what it sent is not the data set.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
@@ -278,7 +280,7 @@ def load_data(data: Path | None = None, notice: Callable[[str], None] = lambda m
             return load_folder(folder, verified=True)
         except ValueError as error:
             notice(f"{name} is refused: {error}")
-        except (OSError, subprocess.SubprocessError):
+        except (OSError, subprocess.SubprocessError, http.client.HTTPException):
             continue  # not there, or no network: the next source
     try:
         return load_digits()

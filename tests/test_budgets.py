@@ -12,15 +12,13 @@ from spartan.budgets import DISTRIBUTIONS, LayerSize, distribute, kept_total, sh
 
 LAYERS = [LayerSize((300, 784), 1), LayerSize((100, 300), 1), LayerSize((32, 3, 3, 3), 1)]
 
-layer_sizes = st.builds(
-    LayerSize, st.tuples(st.integers(1, 60), st.integers(1, 60)), st.just(1)
-) | st.builds(LayerSize, st.tuples(st.integers(8, 30), st.integers(8, 30), st.just(3)), st.just(64))
+layer_sizes = st.builds(LayerSize, st.tuples(st.integers(1, 60), st.integers(1, 60)), st.just(1)) | st.builds(
+    LayerSize, st.tuples(st.integers(8, 30), st.integers(8, 30), st.just(3)), st.just(64)
+)
 
 
 @given(st.lists(layer_sizes, min_size=1, max_size=8), st.floats(0, 0.999), st.sampled_from(DISTRIBUTIONS))
-def test_budgets_sum_exactly_within_bounds(
-    layers: list[LayerSize], sparsity: float, distribution: str
-) -> None:
+def test_budgets_sum_exactly_within_bounds(layers: list[LayerSize], sparsity: float, distribution: str) -> None:
     count = sum(layer.count for layer in layers)
     floor = sum(max(layers[i].largest_block for i in group) for group in shares(layers, distribution))
     assume(count - round(sparsity * count) >= floor)
@@ -48,7 +46,7 @@ def test_erk_follows_its_formula_where_it_is_not_capped() -> None:
 
 def test_unreachable_sparsity_says_which_can_be_reached() -> None:
     layers = [LayerSize((10, 10), 1)]
-    with pytest.raises(ValueError, match="sparsity 0.9 cannot be reached") as caught:
+    with pytest.raises(ValueError, match=r"sparsity 0.9 cannot be reached") as caught:
         kept_total(layers, 0.9, 200, "global")
     reachable = float(re.findall(r"at most ([0-9.]+) can", str(caught.value))[0])
     assert reachable == 0.495

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -33,7 +34,7 @@ def test_ramps_are_monotone_between_their_ends(
 ) -> None:
     values = [ramp(start, end, begin, begin + length)(step) for step in range(begin + length + 2)]
     direction = 1 if end >= start else -1
-    assert all(direction * (b - a) >= -1e-12 for a, b in zip(values, values[1:], strict=False))
+    assert all(direction * (b - a) >= -1e-12 for a, b in itertools.pairwise(values))
     assert all(min(start, end) - 1e-12 <= value <= max(start, end) + 1e-12 for value in values)
 
 

@@ -41,9 +41,7 @@ def exact_masked(
     masked = {}
     for members in groups:
         scores = {name: block_scores(weights[name], block) for name in members}
-        costs = torch.cat(
-            [block_scores(torch.ones_like(weights[name]), block).reshape(-1) for name in members]
-        )
+        costs = torch.cat([block_scores(torch.ones_like(weights[name]), block).reshape(-1) for name in members])
         progress = min(sparsifier.step_count / (0.2 * TOTAL_STEPS), 1.0)
         group = next(g for g in sparsifier._masks.groups if g.tensors[0].name == members[0])
         budget = group.capacity + (group.target - group.capacity) * progress

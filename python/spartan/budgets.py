@@ -72,8 +72,8 @@ def kept_total(layers: Sequence[LayerSize], sparsity: float, counted: int, distr
 def distribute(layers: Sequence[LayerSize], kept: int, distribution: str) -> list[int]:
     """Budget of each group of `shares`, in weights; they sum to `kept` exactly.
 
-    "uniform": the same kept fraction in every layer. "erk" (Erdos-Renyi kernel): density_l = eps * sum(dims) / prod(dims),
-    capped at 1, with eps solved for the budget. Each keeps at least one block.
+    "uniform": the same kept fraction in every layer. "erk" (Erdos-Renyi kernel): density_l = eps * sum(dims)
+    / prod(dims), capped at 1, with eps solved for the budget. Each keeps at least one block.
 
     Source: Evci et al., "Rigging the Lottery", ICML 2020, for ERK.
     """

@@ -39,9 +39,9 @@ def save_pretrained(
 ) -> None:
     """Save a finalized model's parameters and buffers, each tensor in the smallest of its encodings.
 
-    Encodings: "dense"; "bitmap" (one bit per weight and the nonzero values); "index" (flat int32 or int64 positions and
-    values); "blocks" (one bit per block and the blocks that are not zero). Both files are written under temporary names in
-    the same folder and renamed.
+    Encodings: "dense"; "bitmap" (one bit per weight and the nonzero values); "index" (flat int32 or int64
+    positions and values); "blocks" (one bit per block and the blocks that are not zero). Both files are
+    written under temporary names in the same folder and renamed.
 
     Args:
         model: plain modules, after `Sparsifier.finalize()`.
@@ -83,8 +83,8 @@ def load_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> None
     Everything is read and checked before the model is touched.
 
     Raises:
-        ValueError: a file that is missing, damaged, truncated or of an unknown format, or of another model; the message
-            names the file.
+        ValueError: a file that is missing, damaged, truncated or of an unknown format, or of another model;
+            the message names the file.
     """
     tensors, _ = _read(Path(directory))
     path = Path(directory) / MODEL_FILE
@@ -121,7 +121,7 @@ def _read(folder: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     try:
         with safe_open(path, framework="pt") as file:
             described = (file.metadata() or {}).get("tensors")
-            parts = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            parts = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if described != _description_digest(entries):

@@ -222,8 +222,8 @@ class MaskSet:
     def select(self, progress: float, scores: dict[str, torch.Tensor] | None = None) -> None:
         """Write the hard masks of all groups, exact to one block over the model.
 
-        What a group's last block leaves of its budget goes to the next group; those with least room come first, so that
-        the last one can use it.
+        What a group's last block leaves of its budget goes to the next group; those with least room come
+        first, so that the last one can use it.
         """
         carry = 0.0
         for group in sorted(self.groups, key=lambda g: g.capacity - g.budget(progress)):
@@ -249,7 +249,7 @@ class MaskSet:
 
 
 def _gradient(weight: nn.Parameter) -> torch.Tensor:
-    """The gradient of a weight; one that took no part in this step has a zero one, and shares in the budget all the same."""
+    """The gradient of a weight; one that took no part in this step gets zeros, and shares in the budget all the same."""
     if weight.grad is None:
         zero = torch.zeros_like(weight)
         if not weight.requires_grad:

@@ -20,13 +20,11 @@ class MaskCarrier(nn.Module):
     """The masks of one weight, as buffers that are updated in place and never saved with the model.
 
     Attributes:
-        mask_soft: m, one per block, dtype of the weight; None once it is merged into the weight or if there is none.
-        mask_hard: h, one per block, bool.
-        mask_beta: float64 0-dim, the sharpness that m was solved with, scaled for the block size.
-        mask_costs: a, 0-dim or one per block.
-        mask_scale: 0-dim factor of the masked weight, or None for 1.
-        mask_block_size: (rows, columns).
-        mask_straight_through: whether gradients reach dropped blocks.
+        mask_soft: m, one per block, dtype of the weight; None once it is merged into the weight or if there
+        is none. mask_hard: h, one per block, bool. mask_beta: float64 0-dim, the sharpness that m was solved
+        with, scaled for the block size. mask_costs: a, 0-dim or one per block. mask_scale: 0-dim factor of
+        the masked weight, or None for 1. mask_block_size: (rows, columns). mask_straight_through: whether
+        gradients reach dropped blocks.
     """
 
     mask_soft: torch.Tensor | None
@@ -93,7 +91,15 @@ class MaskedConv2d(MaskCarrier, nn.Conv2d):
 
 
 class MaskedWeight(MaskCarrier):
-    """Parametrization of the weight of any other module: `module.weight` is theta * m * h."""
+    """Parametrization of the weight of any other module: `module.weight` is theta * m * h.
+
+    Args:
+        parameter_order: names of the module's own parameters, to restore their order in the end.
+    """
+
+    def __init__(self, parameter_order: tuple[str, ...]) -> None:
+        super().__init__()
+        self.parameter_order = parameter_order
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """theta * m * h."""
@@ -101,7 +107,7 @@ class MaskedWeight(MaskCarrier):
 
 
 _SWAPS: dict[type[nn.Module], type[MaskCarrier]] = {nn.Linear: MaskedLinear, nn.Conv2d: MaskedConv2d}
-_SWAPS_BACK = {masked: plain for plain, masked in _SWAPS.items()}
+_SWAPS_BACK: dict[type[nn.Module], type[nn.Module]] = {masked: plain for plain, masked in _SWAPS.items()}
 
 
 def mask_weight(
@@ -114,16 +120,17 @@ def mask_weight(
 ) -> MaskCarrier:
     """Give the weight of `module` masks that keep everything, and return what carries them.
 
-    An exact `nn.Linear` or `nn.Conv2d` changes its class in place, so names and identity of its parameters stay. Any other
-    module, and these where their owner reads `.weight` itself (`parametrized`), gets a parametrization.
+    An exact `nn.Linear` or `nn.Conv2d` changes its class in place, so names and identity of its parameters
+    stay. Any other module, and these where their owner reads `.weight` itself (`parametrized`), gets a
+    parametrization.
     """
     weight: Any = module.weight
     if type(module) in _SWAPS and not parametrized:
-        module.__class__ = _SWAPS[type(module)]  # type: ignore[assignment]
+        module.__class__ = _SWAPS[type(module)]
         assert isinstance(module, MaskCarrier)
         module.attach_masks(weight, block_size, soft, preserve_scale)
         return module
-    carrier = MaskedWeight()
+    carrier = MaskedWeight(tuple(module._parameters))
     carrier.attach_masks(weight, block_size, soft, preserve_scale)
     parametrize.register_parametrization(module, "weight", carrier)
     return carrier
@@ -133,9 +140,12 @@ def unmask_weight(module: nn.Module, carrier: MaskCarrier) -> None:
     """Undo `mask_weight`; the weight keeps its present value."""
     if carrier is module:
         carrier.detach_masks()
-        module.__class__ = _SWAPS_BACK[type(carrier)]
-    else:
-        parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+        object.__setattr__(module, "__class__", _SWAPS_BACK[type(module)])
+        return
+    parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+    assert isinstance(carrier, MaskedWeight)
+    for name in carrier.parameter_order:  # which the states of optimizers are saved by
+        module._parameters[name] = module._parameters.pop(name)
 
 
 def largest_block(shape: torch.Size, block_size: tuple[int, int]) -> int:

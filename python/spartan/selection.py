@@ -36,13 +36,15 @@ class Candidate:
 def select_weights(model: nn.Module, include: Selector | None, exclude: Selector | None) -> list[Candidate]:
     """The weights to mask, in definition order.
 
-    By default those of exact types Linear, Conv1d, Conv2d and Conv3d, except the classifier head, which is the last Linear
-    in definition order. `include` replaces that choice (any module with a floating-point `weight` of at least two
-    dimensions, the head too) and `exclude` takes from it. Both are patterns for names of weights ("blocks.*.weight"), or
-    a function of the weight's name and the module. A parameter shared by two modules is never chosen by default.
+    By default those of exact types Linear, Conv1d, Conv2d and Conv3d, except the classifier head, which is
+    the last Linear in definition order. `include` replaces that choice (any module with a floating-point
+    `weight` of at least two dimensions, the head too) and `exclude` takes from it. Both are patterns for
+    names of weights ("blocks.*.weight"), or a function of the weight's name and the module. A parameter
+    shared by two modules is never chosen by default.
 
     Raises:
-        ValueError: nothing is left to mask, a pattern that matches no weight, or a shared parameter asked for by name.
+        ValueError: nothing is left to mask, a pattern that matches no weight, or a shared parameter asked for
+        by name.
     """
     candidates, shared = _candidates(model)
     if include is None:

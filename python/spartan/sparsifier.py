@@ -24,25 +24,26 @@ _COUNTS = ("model", "masked")
 class Sparsifier:
     """Trains `model` to a sparsity chosen beforehand, with the training loop unchanged.
 
-    Masked by default: the weights of Linear and Conv layers (exact types) except the classifier head, which is the last
-    Linear in definition order. Embeddings, norms, biases and the head stay dense. Modules are changed in place: names and
-    identity of parameters stay, so an optimizer may be made before or after. (Other modules get a torch parametrization,
-    and so do those inside MultiheadAttention and TransformerEncoderLayer; their parameter is renamed, not replaced.)
+    Masked by default: the weights of Linear and Conv layers (exact types) except the classifier head, which
+    is the last Linear in definition order. Embeddings, norms, biases and the head stay dense. Modules are
+    changed in place: names and identity of parameters stay, so an optimizer may be made before or after.
+    (Other modules get a torch parametrization, and so do those inside MultiheadAttention and
+    TransformerEncoderLayer; their parameter is renamed, not replaced.)
 
     Args:
         model: any module; all masked weights must share a dtype and a device.
         method: `Spartan`, `GMP`, `OneShot`, `StaticRandom` or `Dense`.
         total_steps: optimizer steps of the whole training.
-        include: names of weights to mask instead of the default: a pattern ("blocks.*.weight"), several, or a function of
-            (name, module). Any module with a `weight` of at least two dimensions can be chosen.
+        include: names of weights to mask instead of the default: a pattern ("blocks.*.weight"), several, or a
+            function of (name, module). Any module with a `weight` of at least two dimensions can be chosen.
         exclude: the same, taken from the choice.
-        count: what `sparsity` is a fraction of. "model": of all parameters of the model, so masked weights are sparser
-            to make up for dense ones; "masked": of the masked weights alone.
+        count: what `sparsity` is a fraction of. "model": of all parameters of the model, so masked weights
+            are sparser to make up for dense ones; "masked": of the masked weights alone.
 
     Raises:
         TypeError: a model or method of the wrong type.
-        ValueError: no weight to mask, weights of several dtypes or devices, total_steps below 1, an unknown count, or a
-            sparsity that cannot be reached (the message says which can).
+        ValueError: no weight to mask, weights of several dtypes or devices, total_steps below 1, an unknown
+            count, or a sparsity that cannot be reached (the message says which can).
 
     Example::
 
@@ -151,8 +152,8 @@ class Sparsifier:
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Call `correct_gradients` before and `step` after each step of `optimizer`, until `finalize`.
 
-        A step that GradScaler skips does not happen, so masks do not move. Gradients are corrected as `.grad` stands when
-        the optimizer reads it: accumulated, reduced, unscaled and clipped.
+        A step that GradScaler skips does not happen, so masks do not move. Gradients are corrected as `.grad`
+        stands when the optimizer reads it: accumulated, reduced, unscaled and clipped.
 
         Raises:
             TypeError: not an optimizer. ValueError: it has none of the masked weights.
@@ -195,7 +196,8 @@ class Sparsifier:
     def finalize(self) -> None:
         """Apply the masks for good: plain modules again, with exact zeros and exactly the sparsity asked for.
 
-        Exact to one block. Masks that have not reached their sparsity, because training stopped early, are brought to it.
+        Exact to one block. Masks that have not reached their sparsity, because training stopped early, are
+        brought to it.
 
         Raises:
             RuntimeError: finalized already.
@@ -232,7 +234,8 @@ class Sparsifier:
         """Restore `state_dict()`, which is checked wholly before anything is changed.
 
         Raises:
-            ValueError: state of another version, method, setting, or model, or incomplete; the message names what differs.
+            ValueError: state of another version, method, setting or model, or incomplete; what differs is
+                named.
             RuntimeError: finalized.
         """
         self._require_active()
@@ -272,7 +275,9 @@ class Sparsifier:
 
     def _require_detached(self, what: str) -> None:
         if self._handles:
-            raise RuntimeError(f"{what}: an optimizer is attached, whose step() corrects gradients and moves masks itself")
+            raise RuntimeError(
+                f"{what}: an optimizer is attached, whose step() corrects gradients and moves masks itself"
+            )
 
 
 def _tensor_state(tensor: MaskedTensor) -> dict[str, torch.Tensor]:
@@ -292,7 +297,7 @@ def _require_same_model(state: dict[str, Any], own: dict[str, Any]) -> None:
     if set(theirs) != set(ours):
         raise ValueError(f"state is of another model: it masks {sorted(theirs)}, here {sorted(ours)} are masked")
     for name, mask in ours.items():
-        for key, value in {"hard": mask["hard"], **theirs[name]}.items():
+        for key in {"hard", *theirs[name]}:
             wanted = () if key in ("beta", "scale") else tuple(mask["hard"].shape)
             other = theirs[name].get(key)
             if key not in ("soft", "hard", "beta", "scale") or not isinstance(other, torch.Tensor):

@@ -9,4 +9,4 @@ from spartan.methods.one_shot import OneShot
 from spartan.methods.spartan import Spartan
 from spartan.methods.static_random import StaticRandom
 
-__all__ = ["GMP", "Dense", "Method", "OneShot", "Spartan", "SparseMethod", "StaticRandom"]
+__all__ = ["GMP", "Dense", "Method", "OneShot", "SparseMethod", "Spartan", "StaticRandom"]

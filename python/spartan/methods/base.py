@@ -17,8 +17,8 @@ __all__ = ["Method", "SparseMethod"]
 class Method(ABC):
     """A way to train sparse: settings only, no state; all state is in the masks and the step.
 
-    `Sparsifier` calls `start` once, `correct_gradients` before and `update` after each optimizer step (`masks.step` is
-    then the number of steps made), and `finish` before the masks are applied for good.
+    `Sparsifier` calls `start` once, `correct_gradients` before and `update` after each optimizer step
+    (`masks.step` is then the number of steps made), and `finish` before the masks are applied for good.
     """
 
     soft: bool = False
@@ -90,7 +90,9 @@ def require_number(name: str, value: Any, low: float, high: float = math.inf, *,
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
     inside = low <= value < high if open_end else low <= value <= high
     if not inside or math.isinf(value):
-        raise ValueError(f"{name} must be in [{low:g}, {high:g}{')' if open_end or math.isinf(high) else ']'}; got {value}")
+        raise ValueError(
+            f"{name} must be in [{low:g}, {high:g}{')' if open_end or math.isinf(high) else ']'}; got {value}"
+        )
 
 
 def require_order(first: str, begin: float, second: str, end: float) -> None:

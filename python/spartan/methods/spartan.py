@@ -17,19 +17,21 @@ BETA_UNITS = ("paper", "threshold")
 class Spartan(SparseMethod):
     """Train with w = theta * m * h: m a soft top-k mask of block magnitudes, h the hard one, h straight through.
 
-    m = sigmoid(beta v / a + mu) with sum a m = k over the weights of a budget; v = sum of |theta| over a block of a weights,
-    and beta scaled by the square root of the block size. The kept fraction goes from 1 to the target linearly over the first
-    `ramp` of the steps, beta from 1 to its target linearly over the first `anneal`; then the soft mask is merged into
-    the weights, the hard one fixed, and the rest of the steps fine-tunes.
+    m = sigmoid(beta v / a + mu) with sum a m = k over the weights of a budget; v = sum of |theta| over a
+    block of a weights, and beta scaled by the square root of the block size. The kept fraction goes from 1 to
+    the target linearly over the first `ramp` of the steps, beta from 1 to its target linearly over the first
+    `anneal`; then the soft mask is merged into the weights, the hard one fixed, and the rest of the steps
+    fine-tunes.
 
     Attributes:
         beta: sharpness reached at the end of annealing. Published: 10 for ResNet-50, 20 for ViT-B/16.
-        beta_units: "paper": beta multiplies |theta| as it stands, so small weights make a flat mask. "threshold": beta is
-            divided by the hard threshold of the last solve, which makes it independent of the weights' scale (try 4).
+        beta_units: "paper": beta multiplies |theta| as it stands, so small weights make a flat mask.
+            "threshold": beta is divided by the hard threshold of the last solve, which makes it independent
+            of the weights' scale (try 4).
         ramp: fraction of the steps over which the budget shrinks.
         anneal: fraction of the steps over which beta grows and after which masks are fixed; at least `ramp`.
-        preserve_scale: divide each masked weight by the mean of its kept m, as a constant; for networks without
-            normalisation layers, in which the signal would die away.
+        preserve_scale: divide each masked weight by the mean of its kept m, as a constant; for networks
+            without normalisation layers, in which the signal would die away.
 
     Source: Tai, Tian, Lim, "Spartan: Differentiable Sparsity via Regularized Transportation", NeurIPS 2022.
     """

@@ -1,0 +1,146 @@
+"""Resumed training equals uninterrupted training, bit for bit; other checkpoints are refused."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from spartan.methods import GMP, Dense, Method, OneShot, Spartan, StaticRandom
+from spartan.sparsifier import Sparsifier
+
+TOTAL_STEPS = 30
+
+
+class Run:
+    """A model in training; batch i is the same in every run."""
+
+    def __init__(self, method: Method, by_hand: bool = False, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.model = nn.Sequential(
+            nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(96, 18), nn.ReLU(), nn.Linear(18, 4)
+        )
+        self.sparsifier = Sparsifier(self.model, method, TOTAL_STEPS)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        self.by_hand = by_hand
+        if not by_hand:
+            self.sparsifier.attach(self.optimizer)
+
+    def train(self, begin: int, end: int) -> None:
+        """Steps begin to end, each over two accumulated micro-batches."""
+        for index in range(begin, end):
+            generator = torch.Generator().manual_seed(index)
+            self.optimizer.zero_grad()
+            for _ in range(2):
+                x = torch.randn(8, 1, 6, 6, generator=generator)
+                functional.cross_entropy(self.model(x), x[:, 0, 0, :4].argmax(1)).backward()
+            if self.by_hand:
+                self.sparsifier.correct_gradients()
+            self.optimizer.step()
+            if self.by_hand:
+                self.sparsifier.step()
+
+    def checkpoint(self) -> dict[str, Any]:
+        """What a training script saves, through a file."""
+        file = io.BytesIO()
+        parts = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "sparsifier": self.sparsifier.state_dict(),
+        }
+        torch.save(parts, file)
+        file.seek(0)
+        loaded: dict[str, Any] = torch.load(file, weights_only=True)
+        return loaded
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Restore `checkpoint()`."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.sparsifier.load_state_dict(state["sparsifier"])
+
+
+METHODS = [
+    Spartan(sparsity=0.8),
+    Spartan(sparsity=0.5, block_size=(4, 5), distribution="erk", preserve_scale=True),
+    Spartan(sparsity=0.8, beta=4.0, beta_units="threshold", distribution="uniform"),
+    GMP(sparsity=0.8, interval=4),
+    OneShot(sparsity=0.8),
+    StaticRandom(sparsity=0.8),
+    Dense(),
+]
+
+
+@pytest.mark.parametrize("by_hand", [False, True], ids=["hooks", "hand"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_resume_equals_uninterrupted(method: Method, by_hand: bool) -> None:
+    whole = Run(method, by_hand)
+    whole.train(0, TOTAL_STEPS)
+    for interruption in (0, 3, 14, 27):  # before the first step, in the ramp, annealing, frozen
+        first = Run(method, by_hand)
+        first.train(0, interruption)
+        second = Run(method, by_hand, seed=1)
+        second.load(first.checkpoint())
+        assert second.sparsifier.step_count == interruption
+        assert second.sparsifier.sparsity == first.sparsifier.sparsity
+        second.train(interruption, TOTAL_STEPS)
+        for name, tensor in whole.model.state_dict().items():
+            assert torch.equal(tensor, second.model.state_dict()[name]), (interruption, name)
+        for name, mask in whole.sparsifier.masks().items():
+            assert torch.equal(mask.hard, second.sparsifier.masks()[name].hard)
+            assert torch.equal(mask.soft, second.sparsifier.masks()[name].soft)
+    whole.sparsifier.finalize()
+    second.sparsifier.finalize()
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, second.model.state_dict()[name]), name
+
+
+def test_a_saved_state_does_not_change_with_the_training() -> None:
+    run = Run(Spartan(sparsity=0.8))
+    run.train(0, 10)
+    state = run.sparsifier.state_dict()
+    before = {name: {k: v.clone() for k, v in mask.items()} for name, mask in state["masks"].items()}
+    solver = [tensor.clone() for tensor in state["solver"]]
+    run.train(10, 14)
+    assert all(torch.equal(a, b) for a, b in zip(solver, state["solver"], strict=True))
+    for name, mask in before.items():
+        assert all(torch.equal(value, state["masks"][name][key]) for key, value in mask.items())
+
+
+def refused(state: Any, message: str, method: Method | None = None) -> None:
+    """Check that `state` is refused with `message` and nothing is half-loaded."""
+    run = Run(method or Spartan(sparsity=0.8))
+    run.train(0, 8)
+    before = {name: mask.soft.clone() for name, mask in run.sparsifier.masks().items()}
+    with pytest.raises(ValueError, match=message):
+        run.sparsifier.load_state_dict(state)
+    assert run.sparsifier.step_count == 8
+    assert all(torch.equal(mask.soft, before[name]) for name, mask in run.sparsifier.masks().items())
+
+
+def test_checkpoints_of_other_trainings_are_refused_by_name() -> None:
+    state = Run(Spartan(sparsity=0.8)).sparsifier.state_dict()
+    refused(state, "its method is 'Spartan', here it is 'GMP'", GMP(sparsity=0.8))
+    refused(state, "its settings is .*'sparsity': 0.8.*, here", Spartan(sparsity=0.7))
+    refused({**state, "version": 99}, "its version is 99, here it is 1")
+    refused({**state, "total_steps": 7}, "its total_steps is 7, here it is 30")
+    refused({k: v for k, v in state.items() if k != "solver"}, "state must have the entries")
+    refused([1], "state must have the entries .* got list")
+
+
+def test_checkpoints_of_other_models_are_refused_by_name() -> None:
+    state = Run(Spartan(sparsity=0.8)).sparsifier.state_dict()
+    conv = state["masks"]["0.weight"]
+    refused({**state, "masks": {"0.weight": conv}}, r"it masks \['0.weight'\], here \['0.weight', '3.weight'\]")
+    wrong_shape = {**state["masks"], "3.weight": {**conv}}
+    refused({**state, "masks": wrong_shape}, r"of '3.weight' has shape \(6, 1, 3, 3\), here \(18, 96\)")
+    missing = {**state["masks"], "3.weight": {"soft": state["masks"]["3.weight"]["soft"]}}
+    refused({**state, "masks": missing}, "state of '3.weight' has a wrong entry 'hard'")
+    unknown = {**state["masks"], "3.weight": {**state["masks"]["3.weight"], "extra": torch.ones(())}}
+    refused({**state, "masks": unknown}, "state of '3.weight' has a wrong entry 'extra'")
+    refused({**state, "targets": [1]}, "it has budgets|budgets")
+    refused({**state, "solver": []}, "state must have 1 entries in 'solver'; got 0")

@@ -56,9 +56,7 @@ def grid_of_problems(costs: str, beta: float) -> tuple[Tensor, ...]:
 def test_matches_the_oracle(target: Any, beta: float, costs: str) -> None:
     values, a, budget, exact, plain, floor = grid_of_problems(costs, beta)
     on_device = a.to(target.device) if isinstance(a, Tensor) else a
-    mask = ops.soft_topk(
-        values.to(target.device), budget.to(target.device), on_device, beta, backend=target.backend
-    )
+    mask = ops.soft_topk(values.to(target.device), budget.to(target.device), on_device, beta, backend=target.backend)
     mask = mask.cpu()
     for row, (name, scale, density) in enumerate(ROWS):
         where = f"{name} scale={scale} density={density}"
@@ -150,10 +148,7 @@ def test_odd_lengths(target: Any, n: int) -> None:
 def test_empty(target: Any) -> None:
     for shape, dim in [((0,), 0), ((3, 0), -1), ((0, 3), -1)]:
         values = torch.empty(shape, device=target.device)
-        assert (
-            ops.soft_topk(values, 0.0 if shape[dim] == 0 else 1.0, dim=dim, backend=target.backend).shape
-            == shape
-        )
+        assert ops.soft_topk(values, 0.0 if shape[dim] == 0 else 1.0, dim=dim, backend=target.backend).shape == shape
 
 
 def test_one_element_is_its_share_of_the_budget(target: Any) -> None:
@@ -167,10 +162,10 @@ def test_nothing_and_everything(target: Any, costs: str) -> None:
     values = make_values("normal", (3, 50), device=target.device)
     a = make_costs(costs, values.shape, device=target.device)
     total = total_cost(a, values, -1)
-    assert torch.equal(
-        ops.soft_topk(values, total * 0, a, 5.0, backend=target.backend), torch.zeros_like(values)
-    )
-    assert torch.equal(ops.soft_topk(values, total, a, 5.0, backend=target.backend), torch.ones_like(values))
+    assert torch.equal(ops.soft_topk(values, total * 0, a, 5.0, backend=target.backend), torch.zeros_like(values))
+    everything = ops.soft_topk(values, total, a, 5.0, backend=target.backend)
+    # a sum of many costs in another order may be an ulp larger than the budget, which then is not everything
+    torch.testing.assert_close(everything, torch.ones_like(values), rtol=0, atol=4e-6 if costs == "element" else 0)
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -261,9 +256,7 @@ def test_shift_by_the_costs_and_scaling(target: Any, problem: Any, shift: int) -
     values = (values * 64).round() / 64  # exact sums below
     allowed = slack(values, budget, a, beta) + slack(values + shift * 4, budget, a, beta)
     mask = ops.soft_topk(values, budget, a, beta, backend=target.backend)
-    shifted = ops.soft_topk(
-        values + shift * (1.0 if a is None else a), budget, a, beta, backend=target.backend
-    )
+    shifted = ops.soft_topk(values + shift * (1.0 if a is None else a), budget, a, beta, backend=target.backend)
     if not isinstance(a, Tensor):  # v + c·a rounds for arbitrary a, and β times that rounding is not small
         assert ((shifted - mask).abs() <= allowed).all()
     scaled = ops.soft_topk(values * 4, budget * 4, 4.0 if a is None else a * 4, beta, backend=target.backend)
@@ -288,9 +281,7 @@ def test_arbitrary_values(target: Any, data: st.DataObject) -> None:
     beta = data.draw(st.sampled_from(BETAS))
     mask = ops.soft_topk(values, budget, beta=beta, backend=target.backend)
     assert mask.isfinite().all() and mask.min() >= 0 and mask.max() <= 1
-    if (
-        beta * float(values.abs().max()) <= 1e8
-    ):  # beyond, float64 itself cannot hold the threshold finely enough
+    if beta * float(values.abs().max()) <= 1e8:  # beyond, float64 itself cannot hold the threshold finely enough
         assert budget_error(mask, budget) <= 1e-6
 
 
@@ -346,9 +337,7 @@ def test_gradients_of_broadcast_arguments(target: Any, kind: str) -> None:
     mask = F.soft_topk(*leaves, backend=target.backend)
     actual = torch.autograd.grad(mask, leaves, upstream.to(target.device))
     for name, got, want in zip(("values", "budget", "costs", "beta"), actual, expected, strict=True):
-        torch.testing.assert_close(
-            got.cpu(), want, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
-        )
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def plain_gradient(mask: Tensor, upstream: Tensor, costs: Any, beta: float) -> Tensor:
@@ -362,9 +351,7 @@ def plain_gradient(mask: Tensor, upstream: Tensor, costs: Any, beta: float) -> T
 @pytest.mark.parametrize("costs", COSTS)
 @pytest.mark.parametrize("beta", [1.0, 20.0, 300.0])
 @pytest.mark.parametrize("density", [0.02, 0.5, 0.9])
-def test_float32_gradient_within_the_error_budget(
-    target: Any, costs: str, beta: float, density: float
-) -> None:
+def test_float32_gradient_within_the_error_budget(target: Any, costs: str, beta: float, density: float) -> None:
     values = make_values("normal", (4, 1025))
     a = make_costs(costs, values.shape)
     budget = total_cost(a, values, -1) * density
@@ -456,9 +443,7 @@ V = torch.arange(6.0).reshape(2, 3)
     ],
     ids=lambda x: str(x).replace("\n", "")[:40] if isinstance(x, dict) else "",
 )
-def test_bad_input_is_named(
-    target: Any, arguments: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_bad_input_is_named(target: Any, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     call = {"values": V, "budget": 1.0, "backend": target.backend, **arguments}
     if target.device != "cpu":
         pytest.skip("on a GPU values are inspected only under checks(True)")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import spartan.functional as F
+from bench.checks import check_budget_mask
 from spartan_kernels import ops
 from spartan_kernels.testing import (
     DISTRIBUTIONS,
@@ -34,9 +35,7 @@ SHAPES = [(40, 33), (7,), (1, 1), (16, 5, 3, 3), (0, 4), (1001,)]
 LAYER_SCALES = [1.0, 30.0, 1.0, 1e-2, 1.0, 0.2]
 
 
-def layers(
-    distribution: str = "normal", device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> list[Tensor]:
+def layers(distribution: str = "normal", device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Tensors of many shapes and very different scale, one of them empty."""
     return [
         make_values(distribution, shape, scale=scale, seed=i, dtype=dtype, device=device)
@@ -74,9 +73,7 @@ def test_matches_the_oracle_on_the_concatenation(target: Any, kind: str, beta: f
     row, a = joined(values), joined_costs(costs, values)
     budget = float(cost_tensor(a, row).sum()) * density
     on_device = costs and [c.to(target.device) if isinstance(c, Tensor) else c for c in costs]
-    masks = ops.soft_topk_global(
-        [v.to(target.device) for v in values], budget, on_device, beta, backend=target.backend
-    )
+    masks = ops.soft_topk_global([v.to(target.device) for v in values], budget, on_device, beta, backend=target.backend)
     assert [m.shape for m in masks] == [v.shape for v in values]
     mask, exact = joined(masks).cpu(), oracle_soft_topk(row, budget, a, beta)
     floor = soft_topk_tolerance(exact, row, budget, a, beta)
@@ -86,19 +83,13 @@ def test_matches_the_oracle_on_the_concatenation(target: Any, kind: str, beta: f
 
 @pytest.mark.parametrize("distribution", sorted(DISTRIBUTIONS))
 def test_larger_lists_of_every_distribution(target: Any, distribution: str) -> None:
-    values = [make_values(distribution, (30_001 + i,), seed=i, scale=10.0**i) for i in range(-2, 2)]
+    """Several chunks and threads; checked by the form of the mask and its budget, which need no root finder."""
+    values = [make_values(distribution, (90_001 + i,), seed=i, scale=10.0**i) for i in range(-2, 2)]
     row = joined(values)
-    for beta, density in [(1.0, 0.5), (50.0, 0.02), (1e4, 0.1)]:
+    for beta, density in [(0.3, 0.5), (5.0, 0.02), (1e3, 0.1), (1e4, 0.9)]:
         budget = row.numel() * density
-        masks = ops.soft_topk_global(
-            [v.to(target.device) for v in values], budget, beta=beta, backend=target.backend
-        )
-        mask, exact = joined(masks).cpu(), oracle_soft_topk(row, budget, None, beta)
-        floor = soft_topk_tolerance(exact, row, budget, None, beta)
-        assert_within_error_budget(
-            mask, exact, plain_soft_topk(row, budget, None, beta), floor=floor, name=f"{beta=} {density=}"
-        )
-        assert budget_error(mask, budget) <= 1e-6
+        masks = ops.soft_topk_global([v.to(target.device) for v in values], budget, beta=beta, backend=target.backend)
+        check_budget_mask(joined(masks).cpu(), budget, values=row, beta=beta)
 
 
 def test_list_equals_one_row(target: Any) -> None:
@@ -143,10 +134,7 @@ def test_nothing_everything_and_empty(target: Any) -> None:
 @pytest.mark.parametrize("kind", ["none", "numbers", "mixed"])
 def test_gradcheck(target: Any, kind: str) -> None:
     shapes = [(3, 4), (5,), (2, 1)]
-    values = [
-        make_values("normal", s, seed=i, dtype=torch.float64, device=target.device)
-        for i, s in enumerate(shapes)
-    ]
+    values = [make_values("normal", s, seed=i, dtype=torch.float64, device=target.device) for i, s in enumerate(shapes)]
     costs = layer_costs(kind, values)
     costs = costs and [torch.as_tensor(c, dtype=torch.float64, device=target.device) for c in costs]
     budget = torch.tensor(4.0, dtype=torch.float64, device=target.device)
@@ -164,9 +152,7 @@ def test_gradient_when_only_some_tensors_need_one(target: Any) -> None:
     exact_row = joined(values).requires_grad_()
     exact_mask = oracle_soft_topk(exact_row, 150.0, None, 2.0)
     upstream = make_values("normal", exact_row.shape, seed=9, dtype=torch.float64)
-    used = (
-        SHAPES[0][0] * SHAPES[0][1]
-    )  # the loss reads the first mask only; the others still couple through k
+    used = SHAPES[0][0] * SHAPES[0][1]  # the loss reads the first mask only; the others still couple through k
     upstream[used:] = 0
     (exact,) = torch.autograd.grad(exact_mask, exact_row, upstream)
     leaves = [v.to(target.device).requires_grad_(i != 1) for i, v in enumerate(values)]
@@ -217,20 +203,14 @@ def test_compiled_equals_eager(target: Any) -> None:
 # ----------------------------------------------------------------------------------------------- solve_masks_
 
 
-def solve(
-    values: list[Tensor], budget: Any, costs: Any, beta: Any, state: Tensor, target: Any, absolute: bool
-) -> Any:
+def solve(values: list[Tensor], budget: Any, costs: Any, beta: Any, state: Tensor, target: Any, absolute: bool) -> Any:
     soft = [torch.empty_like(v, memory_format=torch.contiguous_format) for v in values]
     hard = [torch.empty_like(v, dtype=torch.bool, memory_format=torch.contiguous_format) for v in values]
-    ops.solve_masks_(
-        values, budget, costs, beta, soft, hard, state, absolute=absolute, backend=target.backend
-    )
+    ops.solve_masks_(values, budget, costs, beta, soft, hard, state, absolute=absolute, backend=target.backend)
     return soft, hard
 
 
-def check_solution(
-    values: list[Tensor], budget: float, costs: Any, beta: float, result: Any, absolute: bool
-) -> None:
+def check_solution(values: list[Tensor], budget: float, costs: Any, beta: float, result: Any, absolute: bool) -> None:
     soft, hard = (joined(masks).cpu() for masks in result)
     row, a = joined(values).cpu(), joined_costs(costs, values)
     row, a = row.abs() if absolute else row, None if a is None else a.cpu()
@@ -250,9 +230,7 @@ def test_solve_masks_along_a_training_run(target: Any, kind: str, absolute: bool
     total = float(cost_tensor(joined_costs(costs, values), joined(values)).sum())
     state = ops.new_solver_state(target.device)
     for step in range(12):
-        values = [
-            v + 0.02 * make_values("normal", v.shape, seed=100 + step, device=target.device) for v in values
-        ]
+        values = [v + 0.02 * make_values("normal", v.shape, seed=100 + step, device=target.device) for v in values]
         beta = 1.0 + 4.0 * step
         budget = total * (1.0 - 0.08 * step)
         if step == 0:
@@ -288,9 +266,7 @@ def test_solver_state_carries_the_thresholds(target: Any) -> None:
     soft, hard = solve(values, 100.0, None, 8.0, state, target, True)
     row, kept = joined(values).abs(), joined(hard)
     # t is where the mask passes one half; the hard threshold is the smallest value kept
-    torch.testing.assert_close(
-        torch.sigmoid(8.0 * (row - state[0])).float(), joined(soft), rtol=1e-4, atol=1e-6
-    )
+    torch.testing.assert_close(torch.sigmoid(8.0 * (row - state[0])).float(), joined(soft), rtol=1e-4, atol=1e-6)
     assert row[~kept].max() <= state[2] <= row[kept].min()
     first = state[0].clone()
     solve([v * 1.01 for v in values], 100.0, None, 8.0, state, target, True)
@@ -350,9 +326,7 @@ def test_solve_masks_of_any_list(
     budget = sum(sizes) * density
     state = ops.new_solver_state(target.device)
     for _ in range(2):
-        check_solution(
-            values, budget, None, beta, solve(values, budget, None, beta, state, target, absolute), absolute
-        )
+        check_solution(values, budget, None, beta, solve(values, budget, None, beta, state, target, absolute), absolute)
 
 
 def test_same_bits_for_every_thread_count(target: Any, thread_count: None) -> None:
@@ -399,9 +373,7 @@ V = [torch.ones(2, 3), torch.arange(4.0)]
     ],
     ids=lambda x: str(x).replace("\n", "")[:40] if isinstance(x, dict) else "",
 )
-def test_bad_input_is_named(
-    target: Any, arguments: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_bad_input_is_named(target: Any, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     if target.device != "cpu":
         pytest.skip("on a GPU values are inspected only under checks(True)")
     call = {"values": V, "budget": 3.0, "costs": None, "beta": 1.0, **arguments}

@@ -14,6 +14,12 @@ from spartan.sparsifier import Sparsifier
 from spartan_kernels import hard_topk_global, soft_topk_global
 
 
+@pytest.fixture(autouse=True)
+def one_thread(thread_count: None) -> None:
+    """Tensors are tiny here: on a busy machine more threads only wait for one another."""
+    torch.set_num_threads(1)
+
+
 def perceptron(scale: float = 1.0) -> nn.Sequential:
     """Two hidden matrices, (30, 20) and (25, 30), with weights of standard deviation `scale`."""
     torch.manual_seed(0)

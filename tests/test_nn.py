@@ -17,6 +17,12 @@ from spartan.nn import MaskedConv2d, MaskedLinear, MaskedWeight, mask_weight, un
 from spartan.sparsifier import Sparsifier
 
 
+@pytest.fixture(autouse=True)
+def one_thread(thread_count: None) -> None:
+    """Tensors are tiny here: on a busy machine more threads only wait for one another."""
+    torch.set_num_threads(1)
+
+
 def masked(module: nn.Module, block_size: tuple[int, int] = (1, 1), **options: Any) -> Any:
     """`module` with random masks, and what carries them."""
     carrier = mask_weight(module, block_size, soft=True, **options)

@@ -16,6 +16,12 @@ from spartan.sparsifier import Sparsifier
 TOTAL_STEPS = 30
 
 
+@pytest.fixture(autouse=True)
+def one_thread(thread_count: None) -> None:
+    """Tensors are tiny here: on a busy machine more threads only wait for one another."""
+    torch.set_num_threads(1)
+
+
 class Run:
     """A model in training; batch i is the same in every run."""
 

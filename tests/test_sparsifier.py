@@ -17,6 +17,12 @@ from spartan.methods import GMP, Dense, Method, OneShot, Spartan, StaticRandom
 from spartan.sparsifier import Sparsifier
 
 
+@pytest.fixture(autouse=True)
+def one_thread(thread_count: None) -> None:
+    """Tensors are tiny here: on a busy machine more threads only wait for one another."""
+    torch.set_num_threads(1)
+
+
 def perceptron(*widths: int) -> nn.Sequential:
     """Linear layers with ReLU between, weights from seed 0."""
     torch.manual_seed(0)

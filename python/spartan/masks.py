@@ -249,7 +249,7 @@ class MaskSet:
 
 
 def _gradient(weight: nn.Parameter) -> torch.Tensor:
-    """The gradient of a weight; one that took no part in this step gets zeros, and shares in the budget all the same."""
+    """The gradient of a weight; one that took no part in this step gets zeros, as it shares in the budget."""
     if weight.grad is None:
         zero = torch.zeros_like(weight)
         if not weight.requires_grad:

@@ -17,33 +17,36 @@ from matplotlib.figure import Figure
 from bench import save
 from bench.run import Report, Result
 
-_OURS, _PEER, _IDEAL = "#1f6f8b", "#c9c9c9", "#444444"
+_OURS, _PEER = "#1f6f8b", "#c9c9c9"
 
 
 def _caption(report: Report) -> str:
     machine = report.machine
     where = f"{machine['device']}, {machine['threads']} threads, {report.dtype}, PyTorch {machine['torch']}"
-    return f"{where}, {machine['date'][:10]}, {machine['revision'][:9]}"
+    quiet = "; machine not quiet" if report.noise else ""
+    return f"{where}, {machine['date'][:10]}, {machine['revision'][:9]}{quiet}"
 
 
 def _bars(axis: Axes, result: Result, unit: float) -> None:
-    """Ours and its peers as horizontal bars, in units of `unit` seconds."""
+    """Draw ours and its peers as horizontal bars, in units of `unit` seconds."""
     assert result.time is not None
     times = {"ours": result.time, **{name: p.time for name, p in result.peers.items()}}
     ordered = sorted(times.items(), key=lambda item: -item[1].median)
     names = [name for name, _ in ordered]
     medians = [t.median / unit for _, t in ordered]
     errors = [t.spread * t.median / unit / 2 for _, t in ordered]
-    axis.barh(names, medians, xerr=errors, color=[_OURS if n == "ours" else _PEER for n in names])
-    for row, value in enumerate(medians):
-        axis.annotate(f" {value:.3g}", (value, row), va="center", fontsize=8)
+    colours = [_OURS if name == "ours" else _PEER for name in names]
+    axis.barh(names, medians, xerr=errors, color=colours, error_kw={"elinewidth": 1})
+    for row, (median, error) in enumerate(zip(medians, errors, strict=True)):
+        axis.annotate(f" {median:.3g}", (median + error, row), va="center", fontsize=7)
     axis.set_xscale("log")
-    axis.set_xlim(right=max(medians) * 4)
-    axis.set_title(result.case, fontsize=9, loc="left")
+    axis.set_xlim(min(medians) / 2, max(medians) * 3)
+    axis.tick_params(labelsize=7)
+    axis.set_title(result.case, fontsize=8, loc="left")
 
 
 def figure_of_op(report: Report, path: Path) -> None:
-    """Time of every case of one op against its peers, in copies of its tensor where a copy was timed."""
+    """Draw every case of one op against its peers, in copies of its tensor where a copy was timed."""
     results = [r for r in report.results if r.time is not None]
     height = sum(1.0 + 0.3 * len(r.peers) for r in results)
     ratios = [2 + len(r.peers) for r in results]
@@ -62,7 +65,7 @@ def figure_of_op(report: Report, path: Path) -> None:
 def figure_of_step(report: Report, path: Path) -> None:
     """Draw a training step, part by part, beside the dense step."""
     results = [r for r in report.results if r.parts and r.time is not None]
-    figure, axis = plt.subplots(figsize=(7, 1.2 + 0.8 * len(results)))
+    figure, axis = plt.subplots(figsize=(7, 1.6 + 0.8 * len(results)))
     colours = plt.get_cmap("viridis")
     for row, result in enumerate(results):
         left = 0.0
@@ -74,10 +77,17 @@ def figure_of_step(report: Report, path: Path) -> None:
         dense = result.peers.get("dense")
         if dense:
             axis.barh(f"{result.case}\ndense", dense.time.median, color=_PEER)
-            axis.axvline(dense.time.median, color=_IDEAL, linestyle=":", linewidth=1)
+            axis.annotate(
+                f" Spartan takes {1 / dense.ratio.median:.2f} of the dense step",
+                (dense.time.median, f"{result.case}\ndense"),
+                va="center",
+                fontsize=7,
+            )
     axis.set_xlabel("seconds per step", fontsize=8)
-    axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, 1.25), ncols=4, frameon=False)
-    figure.text(0.01, 0.003, _caption(report), fontsize=6)
+    axis.set_xlim(right=axis.get_xlim()[1] * 1.3)
+    axis.tick_params(labelsize=7)
+    axis.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+    figure.text(0.01, 0.01, _caption(report), fontsize=6)
     figure.tight_layout(rect=(0, 0.03, 1, 1))
     _write(figure, path)
 

@@ -148,5 +148,6 @@ def test_checkpoints_of_other_models_are_refused_by_name() -> None:
     refused({**state, "masks": missing}, "state of '3.weight' has a wrong entry 'hard'")
     unknown = {**state["masks"], "3.weight": {**state["masks"]["3.weight"], "extra": torch.ones(())}}
     refused({**state, "masks": unknown}, "state of '3.weight' has a wrong entry 'extra'")
-    refused({**state, "targets": [1]}, "it has budgets|budgets")
+    refused({**state, "targets": [1]}, r"another model: budgets \[1\], here \[")
+    refused({**state, "solver": [torch.zeros(2)]}, "state has a wrong entry 'solver'")
     refused({**state, "solver": []}, "state must have 1 entries in 'solver'; got 0")

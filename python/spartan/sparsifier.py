@@ -153,7 +153,8 @@ class Sparsifier:
         """Call `correct_gradients` before and `step` after each step of `optimizer`, until `finalize`.
 
         A step that GradScaler skips does not happen, so masks do not move. Gradients are corrected as `.grad`
-        stands when the optimizer reads it: accumulated, reduced, unscaled and clipped.
+        stands when the optimizer reads it: accumulated, reduced, unscaled and clipped. (A fused optimizer under
+        GradScaler skips inside its own step, which counts as made.)
 
         Raises:
             TypeError: not an optimizer. ValueError: it has none of the masked weights.
@@ -311,6 +312,9 @@ def _require_same_model(state: dict[str, Any], own: dict[str, Any]) -> None:
     for key in ("solved", "solver"):
         if len(state[key]) != len(own[key]):
             raise ValueError(f"state must have {len(own[key])} entries in {key!r}; got {len(state[key])}")
+    for solver, wanted in zip(state["solver"], own["solver"], strict=True):
+        if not isinstance(solver, torch.Tensor) or (solver.shape, solver.dtype) != (wanted.shape, wanted.dtype):
+            raise ValueError(f"state has a wrong entry 'solver': {solver!r}; it must be {wanted.dtype} {wanted.shape}")
 
 
 def _load_tensor(tensor: MaskedTensor, state: dict[str, torch.Tensor]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -230,8 +231,12 @@ def test_interrupted_command_says_how_to_resume(
     monkeypatch.setattr(Training, "train_step", train_step)
     arguments = ["demo", "--quick", "--data", str(folder), "--out", str(tmp_path / "out")]
     assert cli.main(arguments) == 130
-    printed = "".join(capsys.readouterr().out.split())
-    assert printed.startswith("Data:") and "--quick" in printed and "--resume" in printed
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("Data:")
+    assert shlex.split(lines[-1])[-len(arguments) - 3 :] == [
+        *("demo", "--out", str(tmp_path / "out"), "--seed", "0", "--quick", "--data", str(folder)),
+        "--resume",
+    ]
     assert (tmp_path / "out" / CHECKPOINT).exists()
     monkeypatch.setattr(Training, "train_step", original)
     assert cli.main([*arguments, "--resume"]) == 0

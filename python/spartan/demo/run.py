@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import statistics
 import sys
@@ -218,6 +219,15 @@ def report(demo: Demo, seconds: float) -> None:
     demo.console.print(f"{seconds:.0f} s. Models, results.json and results.png are in {demo.out}.")
 
 
+def _resume_command(quick: bool, data: Path | None, out: Path, seed: int) -> str:
+    """The command as it can be pasted, whether or not the environment is activated."""
+    program = [sys.argv[0]] if Path(sys.argv[0]).name == "spartan" else [sys.executable, "-m", "spartan.cli"]
+    options = ["--out", str(out), "--seed", str(seed)]
+    options += ["--quick"] if quick else []
+    options += ["--data", str(data)] if data is not None else []
+    return shlex.join([*program, "demo", *options, "--resume"])
+
+
 def run_demo(
     *, quick: bool, data: Path | None, out: Path, seed: int, resume: bool, console: Console | None = None
 ) -> int:
@@ -227,7 +237,7 @@ def run_demo(
         ValueError, FileNotFoundError, RuntimeError: data or checkpoint missing, damaged or of other settings.
     """
     # A pipe has no width: a log should hold the table whole.
-    console = console or Console(width=None if sys.stdout.isatty() else 100, soft_wrap=False)
+    console = console or Console(width=None if sys.stdout.isatty() else 100)
     refused: list[str] = []
     images = load_data(data, notice=refused.append)
     announce(images, console)
@@ -240,15 +250,8 @@ def run_demo(
     try:
         demo.execute()
     except Interrupted:
-        options = [
-            f"--out {out}",
-            f"--seed {seed}",
-            *(["--quick"] if quick else []),
-            *([f"--data {data}"] if data else []),
-        ]
-        console.print(
-            f"Interrupted. To go on from {out / CHECKPOINT}:\n  spartan demo {' '.join(options)} --resume"
-        )
+        console.print(f"Interrupted. To go on from {out / CHECKPOINT}:")
+        console.print(_resume_command(quick, data, out, seed), soft_wrap=True, markup=False, highlight=False)
         return 130
     report(demo, time.perf_counter() - start)
     return 0

@@ -230,7 +230,7 @@ def global_one_tensor(s: Settings) -> Work:
         operands=[(values,)],
         check=lambda mask, v: check_budget_mask(mask, k, values=v, beta=beta),
         bytes=2 * n * s.dtype.itemsize,
-        peers={"copy": _copy(values), "Sinkhorn": lambda v: sinkhorn_soft_topk(v, k, beta=beta)},
+        peers={"copy": lambda v: v.clone(), "Sinkhorn": lambda v: sinkhorn_soft_topk(v, k, beta=beta)},
     )
 
 

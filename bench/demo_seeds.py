@@ -22,7 +22,7 @@ import torch
 
 from spartan import __version__
 from spartan.demo.data import ImageData, load_data
-from spartan.demo.plan import FULL, PUBLISHED_BETA, Run
+from spartan.demo.plan import FULL, SPARTAN_SETTINGS, Run
 from spartan.demo.train import Recipe, Training, accuracy, train
 from spartan.report import hidden_matrices, kept_fractions
 
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "what": "multilayer perceptron 784-512-256-10, batch normalisation; sparsity of the two hidden matrices",
         "data": data.name,
         "recipe": asdict(recipe),
-        "spartan": PUBLISHED_BETA,
+        "spartan": SPARTAN_SETTINGS["MLP", 1],
         "versions": {"spartan": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "processor": processor(),
         "threads": torch.get_num_threads(),

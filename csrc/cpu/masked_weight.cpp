@@ -19,7 +19,9 @@ class BlockLoop {
     per_row_ = (b_.in + b_.columns - 1) / b_.columns * b_.kernel;
     // Unstructured weights are one long row, cut where it suits; blocks are walked by rows of blocks.
     flat_ = b_.rows == 1 && b_.columns == 1;
-    items_ = flat_ ? std::max<int64_t>((b_.out * b_.in * b_.kernel + kMinItem - 1) / kMinItem, 1) : block_rows_;
+    const int64_t worth = std::max<int64_t>((b_.out * b_.in * b_.kernel + kMinItem - 1) / kMinItem, 1);
+    items_ = flat_ ? worth : block_rows_;
+    threads_ = static_cast<int>(std::min<int64_t>(threads, worth));
   }
 
   int64_t items() const { return items_; }

@@ -258,6 +258,8 @@ void for_rows(const Rows& rows, int element_size, Workspace workspace, int threa
     for (int64_t row = 0; row < rows.rows; ++row) f(row, workspace, threads);
     return;
   }
+  const int64_t worth = rows.rows * rows.length / kMinChunk + 1;  // a thread costs more than a little work
+  threads = static_cast<int>(std::min<int64_t>(threads, worth));
   const int64_t piece = cpu::workspace_bytes(1, rows.length, element_size);
   std::exception_ptr error;
   std::atomic<bool> failed{false};

@@ -154,8 +154,8 @@ def new_solver_state(device: torch.device | str = "cpu") -> torch.Tensor:
     """State of `solve_masks_` between steps, empty: the first call starts cold.
 
     Returns:
-        float64 [8]: soft threshold t, its predecessor, hard threshold and its predecessor (all in units of v/a), the
-        number of solves so far, and room for the backend's own use.
+        float64 [8]: soft threshold t, its predecessor, hard threshold (the largest v/a that is not wholly kept) and its
+        predecessor, the number of solves so far, and room for the backend's own use.
     """
     return torch.zeros(SOLVER_STATE_SIZE, dtype=torch.float64, device=device)
 

@@ -244,5 +244,7 @@ def solve_masks_(
     centre, shift = threshold[0]
     state[1], state[3] = state[0].clone(), state[2].clone()
     state[0] = centre - shift / beta
-    state[2] = torch.where(kept, u, torch.inf).min()
+    # the largest value not wholly kept; when all are, there is none and the last one stands
+    runs_out = torch.where(kept, -torch.inf, u).max().to(torch.float64)
+    state[2] = torch.where(torch.isfinite(runs_out), runs_out, state[2])
     state[4] += 1

@@ -8,9 +8,9 @@ from typing import Any
 from spartan.demo.train import Recipe
 from spartan.methods import GMP, Dense, Method, OneShot, Spartan
 
-# What worked best in trials on Fashion-MNIST, by model and block size: the published sharpness where it does, else one in
-# units of the threshold, which is free of the weights' scale. The transformer's residual branches have no normalisation
-# behind them, so their scale must be kept.
+# What worked best in trials on Fashion-MNIST, by model and block size: the published sharpness where it does, else
+# one in units of the threshold, which is free of the weights' scale. The transformer's residual branches have no
+# normalisation behind them, so their scale must be kept.
 PUBLISHED: dict[str, Any] = {"beta": 10.0, "beta_units": "paper"}
 RELATIVE: dict[str, Any] = {"beta": 4.0, "beta_units": "threshold"}
 SPARTAN_SETTINGS: dict[tuple[str, int], dict[str, Any]] = {

@@ -14,9 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from torch import Tensor
+from typer.testing import CliRunner
 
 from bench import cases, save
+from bench.__main__ import main
 from bench.case import CASES, Case, Settings, Work, case, select
 from bench.checks import check_budget_mask, check_hard_mask
 from bench.compare import compare
@@ -73,9 +76,7 @@ def test_a_kernel_that_is_wrong_the_second_time_is_refused() -> None:
     assert result.wrong is not None
 
 
-@pytest.mark.parametrize(
-    "name", ["soft_topk/4096x1024", "soft_topk_global/resnet50-warm", "hard_topk/4096x1024"]
-)
+@pytest.mark.parametrize("name", ["soft_topk/4096x1024", "soft_topk_global/resnet50-warm", "hard_topk/4096x1024"])
 def test_a_wrong_operator_is_refused_by_the_real_cases(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks of the registry themselves: off by a fraction, off by one entry."""
     soft_topk, hard_topk, solve = ops.soft_topk, ops.hard_topk, ops.solve_masks_
@@ -201,10 +202,7 @@ def result_of(median: float, spread: float = 0.01, **more: Any) -> Result:
 
 def test_verdicts_know_the_noise() -> None:
     before = report_of(result_of(1.0))
-    words = {
-        change: compare(report_of(result_of(change)), [before])[0].word
-        for change in (1.0, 1.04, 1.2, 0.97, 0.7)
-    }
+    words = {change: compare(report_of(result_of(change)), [before])[0].word for change in (1.0, 1.04, 1.2, 0.97, 0.7)}
     assert words == {1.0: "same", 1.04: "same", 1.2: "slower", 0.97: "same", 0.7: "faster"}
     noisy = compare(report_of(result_of(1.2, spread=1.2)), [before])[0]
     assert noisy.word != "slower"
@@ -222,9 +220,7 @@ def test_a_slower_machine_is_not_a_slower_kernel() -> None:
 
 
 def test_results_survive_the_disk(tmp_path: Path) -> None:
-    result = run_case(
-        double_case(lambda x: 2 * x, peers={"plain": lambda x: x + x}, notes={"n": 16.0}), QUICK
-    )
+    result = run_case(double_case(lambda x: 2 * x, peers={"plain": lambda x: x + x}, notes={"n": 16.0}), QUICK)
     report = report_of(result)
     paths = save.write(report, tmp_path)
     assert sorted(p.name for p in paths) == ["double-quick.csv", "double-quick.json"]
@@ -307,24 +303,38 @@ def test_eager_peers_solve_the_same_problem() -> None:
         assert torch.equal(peer(values, 7), expected)
 
 
-def test_command_line(tmp_path: Path) -> None:
+def test_command_line_lists_and_refuses() -> None:
     command = [sys.executable, "-m", "bench"]
     listed = subprocess.run([*command, "--list"], capture_output=True, text=True, check=True).stdout
     assert all(name in listed for name in CASES)
     bad = subprocess.run([*command, "top"], capture_output=True, text=True, check=False)
     assert bad.returncode == 2 and "soft_topk" in bad.stderr
-    arguments = [
-        "hard_topk/4096x1024",
-        "--quick",
-        "--against",
-        "torch.topk",
-        "--save",
-        "--results",
-        str(tmp_path),
-    ]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True)
-    assert "torch.topk" in done.stdout and "torch.sort" not in done.stdout
-    (written,) = tmp_path.glob("*/hard_topk-quick.json")
+
+
+def test_command_line_times_saves_and_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way of a regression and of a wrong kernel: exit status 1, and nothing saved over good results."""
+    app = typer.Typer()
+    app.command()(main)
+
+    def run(kernel: Callable[[Tensor], Tensor], *arguments: str) -> tuple[int, str]:
+        peers = {"plain": lambda x: x + x, "other": lambda x: x * 2}
+        monkeypatch.setitem(CASES, "double/16", double_case(kernel, peers=peers))
+        common = ["double", "--quick", "--against", "plain", "--save", "--results", str(tmp_path), *arguments]
+        result = CliRunner().invoke(app, common)
+        return result.exit_code, result.output
+
+    code, output = run(lambda x: (spin(1e-3), 2 * x)[1])
+    assert code == 0 and "plain" in output and "other" not in output
+    (written,) = tmp_path.glob("*/double-quick.json")
     machine = json.loads(written.read_text())["machine"]
     assert written.parent.name == folder_name("cpu")
     assert {"device", "driver", "torch", "revision", "date", "threads"} <= set(machine)
+
+    saved = written.read_bytes()
+    code, output = run(lambda x: (spin(50e-3), 2 * x)[1], "--compare", str(written))
+    assert code == 1 and "slower" in output
+    code, output = run(lambda x: x, "--compare", str(written))
+    assert code == 1 and "wrong" in output
+    assert written.read_bytes() == saved
+    code, output = run(lambda x: 2 * x, "--compare", "no-such-revision")
+    assert code == 2

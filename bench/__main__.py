@@ -114,22 +114,16 @@ def _settings(device: str, dtype: str, quick: bool, backend: str | None) -> Sett
 
 
 def main(
-    ops: Annotated[
-        list[str] | None, typer.Argument(help="Ops or cases; all of them when none is named.")
-    ] = None,
+    ops: Annotated[list[str] | None, typer.Argument(help="Ops or cases; all of them when none is named.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help=", ".join(_DTYPES))] = "float32",
-    backend: Annotated[
-        str | None, typer.Option(help="Time this backend instead of the automatic choice.")
-    ] = None,
+    backend: Annotated[str | None, typer.Option(help="Time this backend instead of the automatic choice.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Smaller cases, fewer samples.")] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads; PyTorch's choice by default.")] = None,
     against: Annotated[list[str] | None, typer.Option(help="Time only this peer; may be repeated.")] = None,
     against_revision: Annotated[
         str | None,
-        typer.Option(
-            "--compare", metavar="FILE|REV", help="Judge against an earlier result or git revision."
-        ),
+        typer.Option("--compare", metavar="FILE|REV", help="Judge against an earlier result or git revision."),
     ] = None,
     save_results: Annotated[bool, typer.Option("--save", help="Write bench/results/<device>/.")] = False,
     results: Annotated[Path, typer.Option(help="Folder of the results' folders.")] = save.RESULTS,
@@ -153,9 +147,7 @@ def main(
     if trace_file:
         for c in cases:
             path = (
-                trace_file
-                if len(cases) == 1
-                else trace_file.with_stem(f"{trace_file.stem}-{c.name.replace('/', '-')}")
+                trace_file if len(cases) == 1 else trace_file.with_stem(f"{trace_file.stem}-{c.name.replace('/', '-')}")
             )
             trace(c, settings, str(path))
             console.print(f"wrote {path}")

@@ -49,9 +49,7 @@ def _values(shape: Sequence[int], s: Settings, seed: int, scale: float = 1.0) ->
     return scale * torch.randn(tuple(shape), generator=generator, device=s.device, dtype=s.dtype)
 
 
-def _rotated(
-    s: Settings, bytes_each: int, build: Callable[[int], tuple[Any, ...]]
-) -> Sequence[tuple[Any, ...]]:
+def _rotated(s: Settings, bytes_each: int, build: Callable[[int], tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
     return rotated(build, bytes_each, machine.cache_bytes(s.device))
 
 
@@ -84,9 +82,7 @@ def _soft_rows(s: Settings, rows: int, n: int, k: float, beta: float) -> Work:
     def sinkhorn(values: Tensor) -> Tensor:
         mu = torch.zeros(rows, 1, device=s.device, dtype=s.dtype)
         for _ in range(100):
-            step = math.log(k) - torch.nn.functional.logsigmoid(beta * values + mu).logsumexp(
-                -1, keepdim=True
-            )
+            step = math.log(k) - torch.nn.functional.logsigmoid(beta * values + mu).logsumexp(-1, keepdim=True)
             mu = mu + step
             if step.abs().max().item() < 1e-3:
                 break
@@ -150,9 +146,7 @@ class _TrainingStep:
 
     def __init__(self, s: Settings) -> None:
         shapes = [(512, 512)] * 4 if s.quick else resnet50_shapes()
-        self.weights = [
-            _values(shape, s, i, (2 / math.prod(shape[1:])) ** 0.5) for i, shape in enumerate(shapes)
-        ]
+        self.weights = [_values(shape, s, i, (2 / math.prod(shape[1:])) ** 0.5) for i, shape in enumerate(shapes)]
         self.noise = [1e-3 * _values(w.shape, s, 500 + i, float(w.std())) for i, w in enumerate(self.weights)]
         self.n = sum(w.numel() for w in self.weights)
         self.budget, self.beta, self.steps = 0.1 * self.n, 20.0, 0

@@ -31,9 +31,7 @@ def check_budget_mask(
     center = int((m - 0.5).abs().argmin())
     logit = torch.logit(m[center])
     if not bool(logit.isfinite()):
-        raise AssertionError(
-            f"no entry of the mask lies inside (0, 1); the closest to 1/2 is {float(m[center])}"
-        )
+        raise AssertionError(f"no entry of the mask lies inside (0, 1); the closest to 1/2 is {float(m[center])}")
     x = beta * (v - v[center]) + logit
     for _ in range(2):
         exact = torch.sigmoid(x)

@@ -54,8 +54,7 @@ def from_json(text: str, source: str) -> Report:
 
 def _result(data: dict[str, Any]) -> Result:
     peers = {
-        name: PeerResult(Sample(tuple(p["time"])), Sample(tuple(p["ratio"])))
-        for name, p in data.pop("peers").items()
+        name: PeerResult(Sample(tuple(p["time"])), Sample(tuple(p["ratio"]))) for name, p in data.pop("peers").items()
     }
     time = data.pop("time")
     return Result(time=None if time is None else Sample(tuple(time)), peers=peers, **data)
@@ -88,9 +87,7 @@ def _table(report: Report) -> str:
     for r in report.results:
         if r.time is None:
             continue
-        writer.writerow(
-            [r.case, "ours", f"{r.time.median:.4g}", f"{r.time.spread:.3f}", len(r.time.values), 1]
-        )
+        writer.writerow([r.case, "ours", f"{r.time.median:.4g}", f"{r.time.spread:.3f}", len(r.time.values), 1])
         for name, p in r.peers.items():
             row = [
                 f"{p.time.median:.4g}",

@@ -139,9 +139,7 @@ def peak_memory(call: Callable[[], Any], device: str) -> tuple[int, int]:
         peak, kept = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
         del result
         return peak, kept
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = call()
     totals = _running_totals(profile)
     del result
@@ -155,8 +153,6 @@ def _running_totals(profile: Any) -> list[int]:
     return list(itertools.accumulate((e.nbytes() for e in events), initial=0))
 
 
-def rotated(
-    build: Callable[[int], tuple[Any, ...]], bytes_each: int, cache: int
-) -> Sequence[tuple[Any, ...]]:
+def rotated(build: Callable[[int], tuple[Any, ...]], bytes_each: int, cache: int) -> Sequence[tuple[Any, ...]]:
     """Build sets of operands until their parts of `bytes_each` make twice the cache."""
     return [build(i) for i in range(min(64, math.ceil(2 * cache / bytes_each)))]

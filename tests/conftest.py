@@ -16,9 +16,7 @@ from spartan_kernels import info
 
 hypothesis.settings.register_profile("dev", max_examples=25, deadline=None)
 hypothesis.settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True)
-hypothesis.settings.load_profile(
-    os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev")
-)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
 
 @dataclass(frozen=True)
@@ -44,9 +42,7 @@ def targets(*operators: str) -> list[Target]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
-    config.addinivalue_line(
-        "markers", "operators(*names): run over every backend and device that serves them"
-    )
+    config.addinivalue_line("markers", "operators(*names): run over every backend and device that serves them")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -54,15 +50,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     marker = metafunc.definition.get_closest_marker("operators")
     if marker is None:
-        raise pytest.UsageError(
-            f"{metafunc.definition.nodeid}: fixture `target` needs the marker `operators`"
-        )
+        raise pytest.UsageError(f"{metafunc.definition.nodeid}: fixture `target` needs the marker `operators`")
     metafunc.parametrize(
         "target",
         [
-            pytest.param(
-                t, id=f"{t.backend}-{t.device}", marks=[pytest.mark.gpu] if t.device == "cuda" else []
-            )
+            pytest.param(t, id=f"{t.backend}-{t.device}", marks=[pytest.mark.gpu] if t.device == "cuda" else [])
             for t in targets(*marker.args)
         ],
     )

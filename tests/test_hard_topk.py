@@ -67,9 +67,7 @@ def test_equals_a_stable_sort(target: Any, distribution: str, costs: str) -> Non
     kind=st.sampled_from(["none", "scalar", "element"]),
     seed=st.integers(0, 1000),
 )
-def test_never_exceeds_the_budget(
-    target: Any, distribution: str, n: int, density: float, kind: str, seed: int
-) -> None:
+def test_never_exceeds_the_budget(target: Any, distribution: str, n: int, density: float, kind: str, seed: int) -> None:
     values = make_values(distribution, (n,), seed=seed, device=target.device)
     a = make_costs(kind, (n,), seed=seed, device=target.device)
     budget = float(total_cost(a, values)) * density
@@ -146,12 +144,8 @@ def test_float64_tells_apart_what_float32_cannot(target: Any) -> None:
 def test_non_contiguous_and_empty(target: Any) -> None:
     base = make_values("normal", (30, 41), device=target.device)
     for view in (base.T, base[::2, 3:], base[:, :1].expand(-1, 9)):
-        expected = ops.hard_topk(
-            view.contiguous(), 4.0 if view.shape[-1] > 4 else 1.0, backend=target.backend
-        )
-        assert torch.equal(
-            ops.hard_topk(view, 4.0 if view.shape[-1] > 4 else 1.0, backend=target.backend), expected
-        )
+        expected = ops.hard_topk(view.contiguous(), 4.0 if view.shape[-1] > 4 else 1.0, backend=target.backend)
+        assert torch.equal(ops.hard_topk(view, 4.0 if view.shape[-1] > 4 else 1.0, backend=target.backend), expected)
     for shape in [(0,), (3, 0), (0, 3)]:
         empty = torch.empty(shape, device=target.device)
         assert ops.hard_topk(empty, 0.0, backend=target.backend).shape == shape
@@ -214,9 +208,7 @@ def test_opcheck(target: Any) -> None:
     values = make_values("normal", (3, 20), device=target.device)
     budget = torch.full((3,), 4.0, dtype=torch.float64, device=target.device)
     costs = make_costs("element", (20,), device=target.device)
-    torch.library.opcheck(
-        torch.ops.spartan.hard_topk_forward.default, (values, budget, costs, target.backend)
-    )
+    torch.library.opcheck(torch.ops.spartan.hard_topk_forward.default, (values, budget, costs, target.backend))
     torch.library.opcheck(
         torch.ops.spartan.hard_topk_global_forward.default,
         ([values, values[0]], budget[0], [], True, target.backend),
@@ -251,9 +243,7 @@ def test_compiled_equals_eager(target: Any) -> None:
     ],
     ids=lambda x: str(x).replace("\n", "")[:40] if isinstance(x, dict) else "",
 )
-def test_bad_input_is_named(
-    target: Any, arguments: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_bad_input_is_named(target: Any, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     if target.device != "cpu":
         pytest.skip("on a GPU values are inspected only under checks(True)")
     call = {"values": torch.arange(6.0).reshape(2, 3), "budget": 1.0, **arguments}

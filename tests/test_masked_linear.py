@@ -231,9 +231,7 @@ def test_opcheck_and_compile(target: Any) -> None:
     ],
     ids=lambda x: str(x).replace("\n", "")[:40] if isinstance(x, dict) else "",
 )
-def test_bad_input_is_named(
-    target: Any, arguments: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_bad_input_is_named(target: Any, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     call = {
         "x": torch.ones(3, 6),
         "weight": torch.ones(8, 6),

@@ -87,9 +87,7 @@ def test_block_geometry(shape: tuple[int, ...], block_size: Any) -> None:
     grid = ops.block_grid(shape, block_size)
     assert grid == tuple(oracle_block_sum(torch.zeros(shape), block_size).shape)
     numbers = torch.arange(float(torch.Size(grid).numel())).reshape(grid)
-    assert torch.equal(
-        ops.expand_blocks(numbers, shape, block_size), oracle_expand_blocks(numbers, shape, block_size)
-    )
+    assert torch.equal(ops.expand_blocks(numbers, shape, block_size), oracle_expand_blocks(numbers, shape, block_size))
     counted = oracle_block_sum(torch.ones(shape), block_size)
     assert torch.equal(cost_tensor(ops.block_costs(shape, block_size), counted), counted)
 
@@ -146,9 +144,7 @@ def test_forward_and_gradient(
         moved = oracle_block_sum((upstream.double() * weight.double()).abs(), block_size)
         pull = 2.0 * m * (1 - m) * moved / cost_tensor(costs, m)
         floor = floor + 8 * eps * (oracle_expand_blocks(pull, shape, block_size) + upstream.double().abs())
-    assert_within_error_budget(
-        gradient.cpu(), exact_gradient, exact_gradient.to(dtype), floor=floor, name="gradient"
-    )
+    assert_within_error_budget(gradient.cpu(), exact_gradient, exact_gradient.to(dtype), floor=floor, name="gradient")
 
 
 def test_gradient_at_zero_weights_has_no_sign(target: Any) -> None:
@@ -230,14 +226,10 @@ def test_empty_weights(target: Any) -> None:
 def test_local_parts_and_coupling_make_the_exact_gradient(target: Any, block_size: Any, beta: float) -> None:
     """Two layers under one budget: local backward over micro-batches, then the two shared sums."""
     shapes = [(24, 20), (11, 37)]
-    weights = [
-        make_values("normal", s, seed=i, scale=0.3 + i, dtype=torch.float64) for i, s in enumerate(shapes)
-    ]
+    weights = [make_values("normal", s, seed=i, scale=0.3 + i, dtype=torch.float64) for i, s in enumerate(shapes)]
     costs = [ops.block_costs(s, block_size) for s in shapes]
     grids = [ops.block_grid(s, block_size) for s in shapes]
-    row_costs = torch.cat(
-        [cost_tensor(c, torch.empty(g)).flatten() for c, g in zip(costs, grids, strict=True)]
-    )
+    row_costs = torch.cat([cost_tensor(c, torch.empty(g)).flatten() for c, g in zip(costs, grids, strict=True)])
     budget = 0.3 * float(row_costs.sum())
     upstreams = [
         [make_values("normal", s, seed=10 * j + i, dtype=torch.float64) for j in range(1, 4)]
@@ -262,9 +254,7 @@ def test_local_parts_and_coupling_make_the_exact_gradient(target: Any, block_siz
     device_costs = to(target.device, *costs)
     for batch in range(3):
         for p, m, h, a, g in zip(params, masks, hards, device_costs, upstreams, strict=True):
-            out = F.masked_weight(
-                p, m, h.to(target.device), block_size, beta=beta, costs=a, backend=target.backend
-            )
+            out = F.masked_weight(p, m, h.to(target.device), block_size, beta=beta, costs=a, backend=target.backend)
             out.backward(g[batch].to(target.device))
     sums = sum(
         ops.masked_weight_coupling(p.grad, p, m, block_size, beta=beta, costs=a, backend=target.backend)
@@ -279,9 +269,7 @@ def test_local_parts_and_coupling_make_the_exact_gradient(target: Any, block_siz
 
 @layouts
 @dtypes
-def test_coupling_and_correction(
-    target: Any, shape: tuple[int, ...], block_size: Any, dtype: torch.dtype
-) -> None:
+def test_coupling_and_correction(target: Any, shape: tuple[int, ...], block_size: Any, dtype: torch.dtype) -> None:
     weight, soft, _, costs, grad = layer(shape, block_size, dtype=dtype)
     m, a = soft.double(), cost_tensor(costs, soft)
     q = oracle_block_sum(grad.double() * weight.double(), block_size)
@@ -326,9 +314,7 @@ def test_same_bits_for_every_thread_count(target: Any, thread_count: None) -> No
         leaf = weight.requires_grad_()
         out = F.masked_weight(leaf, soft, hard, (8, 4), beta=2.0, costs=costs, backend=target.backend)
         (gradient,) = torch.autograd.grad(out, leaf, upstream)
-        sums = ops.masked_weight_coupling(
-            gradient, leaf, soft, (8, 4), beta=2.0, costs=costs, backend=target.backend
-        )
+        sums = ops.masked_weight_coupling(gradient, leaf, soft, (8, 4), beta=2.0, costs=costs, backend=target.backend)
         scores = ops.block_scores(leaf, (8, 4), backend=target.backend)
         results.append((out.detach(), gradient, sums, scores))
     for one, two in zip(*results, strict=True):
@@ -342,9 +328,7 @@ def test_same_bits_for_every_thread_count(target: Any, thread_count: None) -> No
 def test_opcheck(target: Any, block_size: Any) -> None:
     rows, columns = (block_size, block_size) if isinstance(block_size, int) else block_size
     weight, soft, hard, _, upstream = to(target.device, *layer((12, 16), block_size))
-    beta, costs, scale = (
-        torch.tensor(x, dtype=torch.float64, device=target.device) for x in (2.0, 32.0, 0.1)
-    )
+    beta, costs, scale = (torch.tensor(x, dtype=torch.float64, device=target.device) for x in (2.0, 32.0, 0.1))
     spartan_ops = torch.ops.spartan
     leaf = weight.clone().requires_grad_()
     torch.library.opcheck(
@@ -412,9 +396,7 @@ M = torch.full((4, 6), 0.5)
     ],
     ids=lambda x: str(x).replace("\n", "")[:40] if isinstance(x, dict) else "",
 )
-def test_bad_input_is_named(
-    target: Any, arguments: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_bad_input_is_named(target: Any, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     call = {"weight": W, "soft": M, "hard": M > 0, "block_size": 1, "backend": target.backend, **arguments}
     with pytest.raises(error, match=f"(?is){message}"):
         ops.masked_weight(**call)

@@ -59,9 +59,7 @@ def sinkhorn_soft_topk(
     return torch.sigmoid(z + mu)
 
 
-def sort_and_sinkhorn(
-    weights: Sequence[Tensor], budget: float, beta: float
-) -> tuple[list[Tensor], list[Tensor]]:
+def sort_and_sinkhorn(weights: Sequence[Tensor], budget: float, beta: float) -> tuple[list[Tensor], list[Tensor]]:
     """Soft and hard masks of one training step over |theta|: sort for the hard ones, iterate for the soft."""
     scores = torch.cat([w.reshape(-1) for w in weights]).abs()
     ordered, order = scores.sort(descending=True)

@@ -25,6 +25,7 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _TRITON_DEVICES = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -37,25 +38,28 @@ class Support:
 
 
 def _rows(
-    stem: str, operators: tuple[str, ...], native: bool, triton: bool = False
+    stem: str, operators: tuple[str, ...], native: bool, triton: bool = False, cuda: bool = False
 ) -> dict[str, dict[str, Support]]:
     row = {"reference": Support(stem, (), _FLOATS)}
     if native:
         row["native"] = Support(stem, ("cpu",), _FLOATS)
     if triton:
         row["triton"] = Support(stem, _TRITON_DEVICES, _TRITON_DTYPES)
+    if cuda:
+        row["cuda"] = Support(stem, ("cuda",), _CUDA_DTYPES)
     return {operator: row for operator in operators}
 
 
 # operator -> backend -> what it serves. The only place that says so.
 SUPPORT: dict[str, dict[str, Support]] = {
-    **_rows("soft_topk", ("soft_topk_forward", "soft_topk_backward"), native=True),
+    **_rows("soft_topk", ("soft_topk_forward", "soft_topk_backward"), native=True, triton=True, cuda=True),
     **_rows(
         "soft_topk",
         ("soft_topk_global_forward", "soft_topk_global_backward", "solve_masks_"),
         native=True,
     ),
-    **_rows("hard_topk", ("hard_topk_forward", "hard_topk_global_forward"), native=True),
+    **_rows("hard_topk", ("hard_topk_forward",), native=True, cuda=True),
+    **_rows("hard_topk", ("hard_topk_global_forward",), native=True),
     **_rows(
         "masked_weight",
         (
@@ -67,6 +71,7 @@ SUPPORT: dict[str, dict[str, Support]] = {
         ),
         native=True,
         triton=True,
+        cuda=True,
     ),
     **_rows("masked_matmul", ("masked_linear_forward", "masked_linear_backward"), native=False),
 }
@@ -117,7 +122,9 @@ def unavailable(name: str) -> str | None:
         return native.unavailable()
     if name == "triton":
         return _triton_unavailable()
-    return f"this version has no {name} kernels yet"
+    from spartan_kernels.backends import native_cuda
+
+    return native_cuda.unavailable()
 
 
 def _triton_unavailable() -> str | None:
@@ -171,7 +178,8 @@ def _warn_once(message: str) -> None:
 @cache
 def implementation(operator: str, name: str) -> Callable[..., Any]:
     package = "spartan_kernels.backends."
-    module = "native" if name in ("native", "cuda") else f"{name}.{SUPPORT[operator][name].stem}"
+    compiled = {"native": "native", "cuda": "native_cuda"}
+    module = compiled.get(name) or f"{name}.{SUPPORT[operator][name].stem}"
     function: Callable[..., Any] = getattr(importlib.import_module(package + module), operator)
     return function
 

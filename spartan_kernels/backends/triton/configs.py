@@ -8,10 +8,13 @@ from typing import Any
 import torch
 import triton
 
-# Entries of one tile of the elementwise kernels, and of the row kernels per warp.
+# Entries of one tile of the elementwise kernels; entries of a row per warp, where one array is held or three.
 TILE = 2048
-ROW_ENTRIES_PER_WARP = 1024
-MAX_RESIDENT_ROW = 16384
+FORWARD_ENTRIES_PER_WARP = 1024
+BACKWARD_ENTRIES_PER_WARP = 512
+# Longest row that stays in registers, without and with a cost for each entry.
+MAX_RESIDENT_ROW = 8192
+MAX_RESIDENT_ROW_WITH_COSTS = 4096
 # Chunk of the kernels that walk a list of tensors, and programs for each multiprocessor.
 CHUNK = 4096
 CHUNK_WARPS = 8
@@ -46,11 +49,11 @@ def name_of(dtype: torch.dtype) -> str:
     return _TRITON_NAMES[dtype]
 
 
-def row_tile(n: int) -> tuple[int, int, int]:
+def row_tile(n: int, entries_per_warp: int = FORWARD_ENTRIES_PER_WARP) -> tuple[int, int, int]:
     """(BLOCK_M, BLOCK_N, num_warps) for rows of n entries that stay in registers: short rows share a program."""
     block_n = power_of_two(n)
-    block_m = max(1, min(64, TILE // 2 // block_n))
-    warps = max(1, min(16, block_m * block_n // ROW_ENTRIES_PER_WARP))
+    block_m = max(1, min(32, TILE // 2 // block_n))
+    warps = max(1, min(16, block_m * block_n // entries_per_warp))
     return block_m, block_n, power_of_two(warps)
 
 

@@ -1,7 +1,8 @@
 """Masked weight: one tile of whole blocks for each program, every weight read once for each sum and write.
 
-A weight is seen as [out, in, positions] and cut into blocks of (ROWS, COLUMNS) for each position; block size 1 makes it one
-long row. A tile is [BLOCK_R, BLOCK_B, BLOCK_C, BLOCK_K]: rows of a block, blocks side by side, columns of a block, positions.
+A weight is seen as [out, in, positions] and cut into blocks of (ROWS, COLUMNS) for each position; block size 1 makes it
+one long row. A tile is [BLOCK_R, BLOCK_B, BLOCK_C, BLOCK_K]: rows of a block, blocks side by side, columns of a block,
+positions.
 """
 
 from __future__ import annotations
@@ -232,7 +233,8 @@ def masked_weight_forward(
     weight = weight.contiguous()
     result = torch.empty_like(weight)
     _Blocks(weight.shape, rows, columns).launch(
-        _masked_weight_forward_kernel, weight, weight if soft is None else soft.contiguous(), _bytes(hard, weight), result,
+        _masked_weight_forward_kernel,
+        weight, weight if soft is None else soft.contiguous(), _bytes(hard, weight), result,
         HAS_SOFT=soft is not None, HAS_HARD=hard is not None,
     )  # fmt: skip
     return result
@@ -254,8 +256,9 @@ def masked_weight_backward(
     result = torch.empty_like(weight)
     hard = None if straight_through else hard
     _Blocks(weight.shape, rows, columns).launch(
-        _masked_weight_backward_kernel, grad, weight, weight if soft is None else soft.contiguous(), _bytes(hard, weight),
-        beta, costs.contiguous(), result,
+        _masked_weight_backward_kernel,
+        grad, weight, weight if soft is None else soft.contiguous(), _bytes(hard, weight), beta, costs.contiguous(),
+        result,
         HAS_SOFT=soft is not None, HAS_HARD=hard is not None, HAS_COSTS=costs.dim() > 0,
     )  # fmt: skip
     return result
@@ -274,8 +277,9 @@ def masked_weight_coupling(
     blocks = _Blocks(weight.shape, rows, columns)
     partial = torch.empty((blocks.programs, 2), dtype=torch.float64, device=weight.device)
     blocks.launch(
-        _masked_weight_coupling_kernel, grad.contiguous(), weight.contiguous(), soft.contiguous(), beta, costs.contiguous(),
-        partial, HAS_COSTS=costs.dim() > 0,
+        _masked_weight_coupling_kernel,
+        grad.contiguous(), weight.contiguous(), soft.contiguous(), beta, costs.contiguous(), partial,
+        HAS_COSTS=costs.dim() > 0,
     )  # fmt: skip
     return partial.sum(0) if weight.numel() else partial.new_zeros(2)
 

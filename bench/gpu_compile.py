@@ -1,0 +1,253 @@
+"""Compile every GPU kernel that is shipped, for every target, without a GPU; fail on what could not run well.
+
+`python -m bench.gpu_compile` builds each Triton kernel in each configuration of `COMPILE_CASES`, and each CUDA source
+where `nvcc` is found, and prints registers, spilled bytes, shared memory and tensor-core instructions. The exit status
+is 1 when a kernel does not compile, spills, needs more shared memory than the target has, or lacks tensor-core
+instructions it should have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = ("masked_weight", "soft_topk_rows", "hard_topk")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU architecture and the shared memory that one block of threads may have there, in bytes."""
+
+    name: str
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_limit: int
+
+
+TARGETS = (
+    Target("sm_80", "cuda", 80, 32, 163 << 10),
+    Target("sm_90", "cuda", 90, 32, 227 << 10),
+    Target("sm_100", "cuda", 100, 32, 227 << 10),
+    Target("gfx942", "hip", "gfx942", 64, 64 << 10),
+)
+_MATRIX_INSTRUCTIONS = re.compile(r"^\s*(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one kernel needs on one target; `problem` says why it must not be shipped so."""
+
+    kernel: str
+    label: str
+    target: str
+    registers: int = 0
+    spilled: int = 0
+    shared: int = 0
+    matrix: int = 0
+    problem: str = ""
+
+
+def _judged(row: Row, target: Target, tensor_cores: bool) -> Row:
+    if row.problem:
+        return row
+    if row.spilled:
+        return replace(row, problem=f"spills {row.spilled} bytes")
+    if row.shared > target.shared_limit:
+        return replace(row, problem=f"shared memory {row.shared} of {target.shared_limit} bytes")
+    if tensor_cores and not row.matrix:
+        return replace(row, problem="no tensor-core instruction")
+    return row
+
+
+def _cuda_resources(cubin: bytes, ptx: str) -> tuple[int, int]:
+    """Registers and spilled bytes. A stack without spills is what a called division or logarithm takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        text = _nvidia("cuobjdump", "-res-usage", str(path))
+        registers, stack = int(_found(r"REG:(\d+)", text)), int(_found(r"STACK:(\d+)", text))
+        if not stack:
+            return registers, 0
+        path = path.with_suffix(".ptx")
+        path.write_text(ptx)
+        arch = _found(r"\.target (\w+)", ptx)
+        text = _nvidia("ptxas-blackwell", "-v", f"-arch={arch}", "-o", str(path.with_suffix(".out")), str(path))
+    return registers, int(_found(r"(\d+) bytes spill stores", text)) + int(_found(r"(\d+) bytes spill loads", text))
+
+
+def _nvidia(tool: str, *arguments: str) -> str:
+    """What one of the tools that come with Triton reports."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    done = subprocess.run([path, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def _amd_resources(assembly: str) -> tuple[int, int]:
+    """Vector registers and bytes of scratch; scalar registers that move to vector lanes cost no memory."""
+    return (
+        int(_found(r"\.vgpr_count:\s+(\d+)", assembly)),
+        int(_found(r"\.private_segment_fixed_size:\s+(\d+)", assembly)),
+    )
+
+
+def _found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"the compiler's report has no {pattern}: {text[:200]}")
+    return match.group(1)
+
+
+def compile_triton(module: str, index: int, target: Target) -> Row:
+    """Compile case `index` of a module of the Triton backend."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    warnings.filterwarnings("ignore")
+    case = importlib.import_module(f"spartan_kernels.backends.triton.{module}").COMPILE_CASES[index]
+    names = case.kernel.arg_names
+    signature = {name: case.signature.get(name, "constexpr") for name in names}
+    # what Triton finds out at a launch: PyTorch's tensors are aligned
+    aligned: dict[Any, Any] = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")
+    }
+    row = Row(case.kernel.fn.__name__.strip("_"), case.label, target.name)
+    try:
+        source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constexprs, attrs=aligned)
+        compiled = triton.compile(
+            source,
+            target=GPUTarget(target.backend, target.arch, target.warp_size),
+            options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+        )
+    except Exception as error:  # any failure of the compiler is a line of the table
+        return replace(row, problem=f"does not compile: {str(error).splitlines()[0][:120]}")
+    if target.backend == "cuda":
+        text = compiled.asm["ptx"]
+        registers, spilled = _cuda_resources(compiled.asm["cubin"], text)
+    else:
+        text = compiled.asm["amdgcn"]
+        registers, spilled = _amd_resources(text)
+    row = replace(
+        row,
+        registers=registers,
+        spilled=spilled,
+        shared=compiled.metadata.shared,
+        matrix=len(_MATRIX_INSTRUCTIONS.findall(text)),
+    )
+    return _judged(row, target, case.tensor_cores)
+
+
+_PTXAS = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>\w+)'"
+    r".*?(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
+    r".*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.DOTALL,
+)
+
+
+def compile_cuda(source: Path, target: Target) -> list[Row]:
+    """Compile one file of csrc/cuda for one architecture: a row for each of its kernels."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            "nvcc", "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-cubin", f"-arch={target.name}", "-Xptxas=-v",
+            "-o", f"{folder}/out.cubin", str(source),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:120])
+        return [Row(source.name, "CUDA", target.name, problem=f"does not compile: {first[:120]}")]
+    rows = []
+    for match in _PTXAS.finditer(done.stderr):
+        shared = re.search(r"(\d+) bytes smem", match["rest"])
+        rows.append(
+            Row(
+                _readable(match["name"]),
+                f"CUDA, {source.name}",
+                target.name,
+                int(match["registers"]),
+                int(match["stores"]) + int(match["loads"]),
+                int(shared.group(1)) if shared else 0,
+            )
+        )
+    return [_judged(row, target, tensor_cores=False) for row in rows]
+
+
+def _readable(mangled: str) -> str:
+    tool = shutil.which("cu++filt") or shutil.which("c++filt")
+    if tool is None:
+        return mangled
+    text = subprocess.run([tool, mangled], capture_output=True, text=True, check=True).stdout.strip()
+    text = text.replace("(anonymous namespace)::", "").replace("spartan::cuda::", "").removeprefix("void ")
+    return text.partition("(")[0]
+
+
+def run(pattern: str, targets: tuple[Target, ...], workers: int) -> list[Row]:
+    """Compile everything whose kernel, module or file matches `pattern`; rows in a fixed order."""
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        jobs = []
+        for module in MODULES:
+            cases = importlib.import_module(f"spartan_kernels.backends.triton.{module}").COMPILE_CASES
+            for index, case in enumerate(cases):
+                if re.search(pattern, f"{module} {case.kernel.fn.__name__}"):
+                    jobs += [pool.submit(compile_triton, module, index, target) for target in targets]
+        rows = [job.result() for job in jobs]
+        if shutil.which("nvcc"):
+            sources = [s for s in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if re.search(pattern, s.name)]
+            cuda = [
+                pool.submit(compile_cuda, source, target)
+                for source in sources
+                for target in targets
+                if target.backend == "cuda"
+            ]
+            rows += [row for job in cuda for row in job.result()]
+    return rows
+
+
+def report(rows: list[Row]) -> None:
+    """Print the table."""
+    header = ("kernel", "configuration", "target", "regs", "spill", "shared", "matrix", "")
+    lines = [
+        (r.kernel, r.label, r.target, *map(str, (r.registers, r.spilled, r.shared, r.matrix)), r.problem) for r in rows
+    ]
+    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+    for line in [header, *lines]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    bad = sum(bool(r.problem) for r in rows)
+    print(f"\n{len(rows)} kernels compiled, {bad} not fit to ship. Compiled only: nothing here has run on a GPU.")
+    if not shutil.which("nvcc"):
+        print("nvcc was not found: the CUDA sources were left out.")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line: 1 when a kernel is not fit to ship or none matched, else 0."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("pattern", nargs="?", default="", help="regular expression on kernel, module or file names")
+    parser.add_argument("--target", choices=[t.name for t in TARGETS], action="append")
+    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 replaces the compiler; unset it")
+    targets = tuple(t for t in TARGETS if not options.target or t.name in options.target)
+    rows = run(options.pattern, targets, options.workers)
+    report(rows)
+    return int(not rows or any(row.problem for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Hard top-k by rows: the key at which a budget runs out, found bit by bit on a row that stays in registers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from spartan_kernels.arguments import clamp_budget, require_costs, require_finite
+from spartan_kernels.backends.triton.configs import (
+    MAX_RESIDENT_ROW,
+    MAX_RESIDENT_ROW_WITH_COSTS,
+    CompileCase,
+    name_of,
+    row_tile,
+)
+from spartan_kernels.backends.triton.primitives import ordered_key
+from spartan_kernels.backends.triton.soft_topk_rows import cost_strides, load_rows, row_totals
+
+
+@triton.jit
+def _spent(a, chosen, HAS_COSTS: tl.constexpr):
+    """Cost of the chosen entries of each row, exact: counts, or float64 sums of float32 numbers."""
+    if HAS_COSTS:
+        return tl.sum(tl.where(chosen, a, 0.0).to(tl.float64), 1)
+    return tl.sum(chosen.to(tl.int32), 1).to(tl.float64)
+
+
+@triton.jit
+def _hard_topk_forward_kernel(
+    values_ptr, costs_ptr, budget_ptr, mask_ptr,
+    n_rows, n, stride_vm, stride_vn, stride_cm, stride_cn, stride_bm,
+    HAS_COSTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    u, a, row, offsets, live = load_rows(
+        values_ptr, costs_ptr, n_rows, n, stride_vm, stride_vn, stride_cm, stride_cn, HAS_COSTS, BLOCK_M, BLOCK_N
+    )
+    key = ordered_key(u)
+    total = row_totals(a, live, n, HAS_COSTS, BLOCK_M)
+    budget = tl.load(budget_ptr + row * stride_bm, row < n_rows, other=0.0).to(tl.float64)
+    # the largest key from which on upwards the row costs more than its budget
+    cut = tl.zeros((BLOCK_M,), tl.uint32)
+    bit = tl.full((BLOCK_M,), 1 << 31, tl.uint32)
+    for _ in range(32):
+        higher = cut | bit
+        cut = tl.where(_spent(a, live & (key >= higher[:, None]), HAS_COSTS) > budget, higher, cut)
+        bit = bit >> 1
+    above = live & (key > cut[:, None])
+    tied = live & (key == cut[:, None])
+    room = budget - _spent(a, above, HAS_COSTS)
+    if HAS_COSTS:
+        fits = tl.cumsum(tl.where(tied, a, 0.0).to(tl.float64), 1) <= room[:, None]
+    else:
+        fits = tl.cumsum(tied.to(tl.int32), 1) <= tl.floor(room).to(tl.int32)[:, None]
+    keep = above | (tied & fits) | (budget >= total)[:, None]
+    tl.store(mask_ptr + offsets, keep.to(tl.uint8), live)
+
+
+def hard_topk_forward(values: torch.Tensor, budget: torch.Tensor, costs: torch.Tensor | None) -> torch.Tensor:
+    """h for each row of values [rows, n]."""
+    require_finite("values", values)
+    a = values.new_ones(()) if costs is None else costs
+    require_costs(a)
+    budget = clamp_budget(budget, a.expand_as(values).sum(-1, dtype=torch.float64))
+    rows, n = values.shape
+    mask = torch.empty((rows, n), dtype=torch.bool, device=values.device)
+    if mask.numel() == 0:
+        return mask
+    block_m, block_n, warps = row_tile(n)
+    with torch.cuda.device_of(values):
+        _hard_topk_forward_kernel[(triton.cdiv(rows, block_m),)](
+            values, values if costs is None else costs, budget, mask.view(torch.uint8),
+            rows, n, *values.stride(), *cost_strides(costs), budget.stride(0),
+            HAS_COSTS=costs is not None, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+        )  # fmt: skip
+    return mask
+
+
+def _compile_cases() -> list[CompileCase]:
+    cases = []
+    dtype = torch.float32
+    for n, costs in ((4, False), (4096, False), (MAX_RESIDENT_ROW, False), (MAX_RESIDENT_ROW_WITH_COSTS, True)):
+        block_m, block_n, warps = row_tile(n)
+        constants: dict[str, Any] = {"HAS_COSTS": costs, "BLOCK_M": block_m, "BLOCK_N": block_n, "stride_vn": 1}
+        types = {"mask_ptr": "*u8", "budget_ptr": "*fp64"}
+        signature = {
+            name: types.get(name, f"*{name_of(dtype)}" if name.endswith("_ptr") else "i32")
+            for name in _hard_topk_forward_kernel.arg_names
+            if name not in constants
+        }
+        label = f"rows of {n}, {'costs, ' if costs else ''}{name_of(dtype)}"
+        cases.append(CompileCase(_hard_topk_forward_kernel, signature, constants, warps, label))
+    return cases
+
+
+COMPILE_CASES = _compile_cases()

@@ -1,0 +1,236 @@
+"""Soft top-k by rows: a tile of whole rows stays in registers through the whole solve. One read, one write."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from spartan_kernels.backends.triton.configs import (
+    BACKWARD_ENTRIES_PER_WARP,
+    MAX_RESIDENT_ROW,
+    MAX_RESIDENT_ROW_WITH_COSTS,
+    CompileCase,
+    name_of,
+    row_tile,
+)
+from spartan_kernels.backends.triton.primitives import (
+    INFINITY,
+    first_threshold,
+    halley_step,
+    logistic,
+    logit_at,
+    smaller_side,
+)
+
+# |M - q| / q that ends a solve, the residual whose Halley step (its error is the cube) needs no check, and a limit that
+# only a bisection comes near.
+TOLERANCE = tl.constexpr(4e-7)
+LAST_STEP = tl.constexpr(1e-4)
+MAX_TRIALS = tl.constexpr(200)
+
+
+@triton.jit
+def load_rows(
+    values_ptr, costs_ptr, n_rows, n, stride_vm, stride_vn, stride_cm, stride_cn,
+    HAS_COSTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """u = v / a and a in float32, row numbers [BLOCK_M], output offsets and mask [BLOCK_M, BLOCK_N] of this program."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_N).to(tl.int64)[None, :]
+    live = (row < n_rows)[:, None] & (column < n)
+    u = tl.load(values_ptr + row[:, None] * stride_vm + column * stride_vn, live, other=0.0).to(tl.float32)
+    if HAS_COSTS:
+        a = tl.load(costs_ptr + row[:, None] * stride_cm + column * stride_cn, live, other=1.0).to(tl.float32)
+        u = u / a
+    else:
+        a = tl.full((BLOCK_M, BLOCK_N), 1.0, tl.float32)
+    return u, a, row, row[:, None] * n + column, live
+
+
+@triton.jit
+def row_totals(a, live, n, HAS_COSTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Sum of the costs of each row, float64; 1 in rows past the end."""
+    if HAS_COSTS:
+        return tl.maximum(tl.sum(tl.where(live, a, 0.0).to(tl.float64), 1), 1e-300)
+    return tl.zeros((BLOCK_M,), tl.float64) + n
+
+
+@triton.jit
+def _moments(u, a, live, t, beta, sign):
+    """Sums of a m, a s and a s (1 - 2 m) of each row, m on the smaller side of its budget."""
+    centre, shift = logit_at(t, beta)
+    x = beta.to(tl.float32) * (u - centre[:, None]) + shift.to(tl.float32)[:, None]
+    m, rest = logistic(x * sign.to(tl.float32)[:, None])
+    mass = tl.where(live, a * m, 0.0)
+    slope = mass * rest
+    return (
+        tl.sum(mass, 1).to(tl.float64),
+        tl.sum(slope, 1).to(tl.float64),
+        tl.sum(slope * (rest - m), 1).to(tl.float64),
+    )
+
+
+@triton.jit
+def _soft_topk_forward_kernel(
+    values_ptr, costs_ptr, budget_ptr, beta_ptr, mask_ptr, threshold_ptr,
+    n_rows, n, stride_vm, stride_vn, stride_cm, stride_cn, stride_bm,
+    HAS_COSTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    u, a, row, offsets, live = load_rows(
+        values_ptr, costs_ptr, n_rows, n, stride_vm, stride_vn, stride_cm, stride_cn, HAS_COSTS, BLOCK_M, BLOCK_N
+    )
+    beta = tl.load(beta_ptr).to(tl.float64)
+    total = row_totals(a, live, n, HAS_COSTS, BLOCK_M)
+    budget = tl.load(budget_ptr + row * stride_bm, row < n_rows, other=0.0).to(tl.float64)
+    sign, quota, target = smaller_side(budget, total)
+    constant = quota * beta <= 0.0
+    lowest = tl.min(tl.where(live, u, INFINITY), 1).to(tl.float64)
+    highest = tl.max(tl.where(live, u, -INFINITY), 1).to(tl.float64)
+    poison = tl.sum(u * 0.0, 1).to(tl.float64)  # NaN where an entry is not finite
+    active = (row < n_rows) & (constant == 0) & (poison == 0.0)
+
+    # relative to the smallest entry the spread does not cancel
+    span = tl.where(live, u - lowest.to(tl.float32)[:, None], 0.0)
+    mean = tl.sum(span, 1).to(tl.float64) / n
+    away = tl.where(live, span - mean.to(tl.float32)[:, None], 0.0)
+    variance = tl.sum(away * away, 1).to(tl.float64) / n
+    low, high = lowest - sign * target / beta, highest - sign * target / beta
+    t = first_threshold(lowest + mean, variance, beta, sign, target, low, high)
+    t = tl.where(active, t, 0.0)
+    previous = tl.full((BLOCK_M,), float("inf"), tl.float64)
+    trial = 0
+    pending = tl.max(active.to(tl.int32), 0)
+    while (trial < MAX_TRIALS) & (pending > 0):
+        mass, slope, curvature = _moments(u, a, live, t, beta, sign)
+        ahead, low, high, residual, stuck = halley_step(
+            t, low, high, previous, mass, slope, curvature, beta, sign, quota, total, target
+        )
+        met = tl.abs(mass - quota) <= TOLERANCE * quota
+        t = tl.where(active & (met == 0), ahead, t)
+        active = active & (met == 0) & (stuck == 0) & (residual > LAST_STEP)
+        previous = residual
+        trial += 1
+        pending = tl.max(active.to(tl.int32), 0)
+
+    centre, shift = logit_at(t, beta)
+    centre = tl.where(constant, 0.0, centre)
+    shift = tl.where(constant, sign * target, shift) + poison
+    slope = tl.where(constant, 0.0, beta.to(tl.float32))
+    m, _ = logistic(slope[:, None] * (u - centre[:, None]) + shift.to(tl.float32)[:, None])
+    tl.store(mask_ptr + offsets, m.to(mask_ptr.dtype.element_ty), live)
+    tl.store(threshold_ptr + 2 * row, centre.to(tl.float64), row < n_rows)
+    tl.store(threshold_ptr + 2 * row + 1, shift, row < n_rows)
+
+
+@triton.jit
+def _soft_topk_backward_kernel(
+    grad_ptr, values_ptr, threshold_ptr, costs_ptr, beta_ptr,
+    grad_values_ptr, grad_costs_ptr, grad_budget_ptr, grad_beta_ptr,
+    n_rows, n, stride_gm, stride_gn, stride_vm, stride_vn, stride_cm, stride_cn,
+    HAS_COSTS: tl.constexpr, COST_GRAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    u, a, row, offsets, live = load_rows(
+        values_ptr, costs_ptr, n_rows, n, stride_vm, stride_vn, stride_cm, stride_cn, HAS_COSTS, BLOCK_M, BLOCK_N
+    )
+    column = tl.arange(0, BLOCK_N).to(tl.int64)[None, :]
+    g = tl.load(grad_ptr + row[:, None] * stride_gm + column * stride_gn, live, other=0.0).to(tl.float32)
+    beta = tl.load(beta_ptr).to(tl.float32)
+    centre = tl.load(threshold_ptr + 2 * row, row < n_rows, other=0.0).to(tl.float32)[:, None]
+    shift = tl.load(threshold_ptr + 2 * row + 1, row < n_rows, other=0.0).to(tl.float32)[:, None]
+    m, rest = logistic(beta * (u - centre) + shift)
+    s = tl.where(live, m * rest, 0.0)
+    weight = tl.sum(a * s, 1)
+    r = tl.where(weight > 0.0, tl.sum(g * s, 1) / weight, 0.0)
+    r = tl.where(weight == weight, r, weight)[:, None]  # a NaN row stays NaN
+    pull = beta * s * (g / a - r)
+    tl.store(grad_values_ptr + offsets, pull.to(grad_values_ptr.dtype.element_ty), live)
+    if COST_GRAD:
+        tl.store(grad_costs_ptr + offsets, (-pull * u - r * m).to(grad_costs_ptr.dtype.element_ty), live)
+    tl.store(grad_budget_ptr + row, tl.sum(r, 1).to(tl.float64), row < n_rows)
+    # sum (g - a r) s vanishes, so u may be measured from the threshold
+    slope = tl.sum((g - a * r) * s * (u - centre), 1).to(tl.float64)
+    tl.store(grad_beta_ptr + row, slope, row < n_rows)
+
+
+def cost_strides(costs: torch.Tensor | None) -> tuple[int, int]:
+    """Row and entry stride of costs that are None, [], [n] or [rows, n]."""
+    if costs is None or costs.dim() == 0:
+        return 0, 0
+    return (0, costs.stride(0)) if costs.dim() == 1 else (costs.stride(0), costs.stride(1))
+
+
+def forward(
+    values: torch.Tensor, budget: torch.Tensor, costs: torch.Tensor | None, beta: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """m and (c, d) for each row of values [rows, n] with n at most `MAX_RESIDENT_ROW`."""
+    rows, n = values.shape
+    mask = torch.empty((rows, n), dtype=values.dtype, device=values.device)
+    threshold = torch.empty((rows, 2), dtype=torch.float64, device=values.device)
+    block_m, block_n, warps = row_tile(n)
+    with torch.cuda.device_of(values):
+        _soft_topk_forward_kernel[(triton.cdiv(rows, block_m),)](
+            values, values if costs is None else costs, budget, beta, mask, threshold,
+            rows, n, *values.stride(), *cost_strides(costs), budget.stride(0),
+            HAS_COSTS=costs is not None, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+        )  # fmt: skip
+    return mask, threshold
+
+
+def backward(
+    grad: torch.Tensor,
+    values: torch.Tensor,
+    threshold: torch.Tensor,
+    costs: torch.Tensor | None,
+    beta: torch.Tensor,
+    cost_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients for values, costs (elementwise), budget and beta (by row)."""
+    rows, n = values.shape
+    grad_values = torch.empty((rows, n), dtype=values.dtype, device=values.device)
+    grad_costs = torch.empty_like(grad_values) if cost_grad else values.new_empty(0)
+    grad_budget, grad_beta = torch.empty((2, rows), dtype=torch.float64, device=values.device).unbind()
+    block_m, block_n, warps = row_tile(n, BACKWARD_ENTRIES_PER_WARP)
+    with torch.cuda.device_of(values):
+        _soft_topk_backward_kernel[(triton.cdiv(rows, block_m),)](
+            grad, values, threshold.contiguous(), values if costs is None else costs, beta,
+            grad_values, grad_costs, grad_budget, grad_beta,
+            rows, n, *grad.stride(), *values.stride(), *cost_strides(costs),
+            HAS_COSTS=costs is not None, COST_GRAD=cost_grad, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+        )  # fmt: skip
+    return grad_values, grad_costs, grad_budget, grad_beta
+
+
+def _compile_cases() -> list[CompileCase]:
+    cases = []
+    inputs = {"values_ptr", "costs_ptr", "mask_ptr", "grad_ptr", "grad_values_ptr", "grad_costs_ptr"}
+    for dtype, n, costs in (
+        (torch.float32, 4, False),
+        (torch.float32, 4096, False),
+        (torch.float32, MAX_RESIDENT_ROW, False),
+        (torch.float32, MAX_RESIDENT_ROW_WITH_COSTS, True),
+        (torch.bfloat16, 4096, False),
+    ):
+        for kernel in (_soft_topk_forward_kernel, _soft_topk_backward_kernel):
+            backwards = kernel is _soft_topk_backward_kernel
+            block_m, block_n, warps = row_tile(n, BACKWARD_ENTRIES_PER_WARP) if backwards else row_tile(n)
+            constants: dict[str, Any] = {"HAS_COSTS": costs, "BLOCK_M": block_m, "BLOCK_N": block_n}
+            if backwards:
+                constants["COST_GRAD"] = costs
+            signature = {
+                name: f"*{name_of(dtype)}" if name in inputs else "*fp64" if name.endswith("_ptr") else "i32"
+                for name in kernel.arg_names
+                if name not in constants
+            }
+            # PyTorch's innermost stride is 1, and Triton specialises on it
+            for name in [s for s in ("stride_vn", "stride_gn", "stride_cn") if s in signature]:
+                del signature[name]
+                constants[name] = 1
+            label = f"rows of {n}, {'costs, ' if costs else ''}{name_of(dtype)}"
+            cases.append(CompileCase(kernel, signature, constants, warps, label))
+    return cases
+
+
+COMPILE_CASES = _compile_cases()

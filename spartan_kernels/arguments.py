@@ -8,6 +8,10 @@ import torch
 
 # How far above the sum of the costs a budget may lie and still mean "keep everything": the rounding of a float32 sum.
 BUDGET_SLACK = 1e-6
+# A budget this close to the sum of the costs means all of it: the rounding of a float64 sum in another order.
+BUDGET_ROUNDING = 1e-12
+# Below this sharpness 1 / beta overflows; the mask is that of beta = 0 to the last bit.
+SMALLEST_BETA = 1e-290
 
 _checks_enabled = False
 
@@ -64,7 +68,7 @@ def clamp_budget(budget: torch.Tensor, total: torch.Tensor | float) -> torch.Ten
             raise ValueError(
                 f"budget must be in [0, {limit:g}], the sum of the costs; got {float(budget[tuple(worst)]):g}"
             )
-    return budget.clamp(min=0.0).minimum(total)
+    return torch.where(budget >= total * (1 - BUDGET_ROUNDING), total, budget.clamp(min=0.0))
 
 
 def scalar(name: str, value: float | torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -90,7 +90,8 @@ double Problem<T>::clamped_budget(double budget) const {
     throw std::invalid_argument("budget must be in [0, " + std::to_string(total_cost_) + "], the sum of the costs; got " +
                                 std::to_string(budget));
   }
-  return std::min(budget, total_cost_);
+  constexpr double kRounding = 1e-12;  // of a float64 sum in another order
+  return budget >= total_cost_ * (1 - kRounding) ? total_cost_ : budget;
 }
 
 template <class T>

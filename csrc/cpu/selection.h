@@ -5,6 +5,8 @@
 #include <cstring>
 #include <limits>
 
+#include "../host_device.h"
+
 namespace spartan::cpu {
 
 template <class T>
@@ -20,7 +22,7 @@ struct Key<double> {
 
 // Unsigned keys in the order of the numbers; -0 and 0 are one key.
 template <class T>
-inline typename Key<T>::Bits key_of(T x) {
+SPARTAN_HD inline typename Key<T>::Bits key_of(T x) {
   using Bits = typename Key<T>::Bits;
   x += T(0);
   Bits bits;
@@ -30,7 +32,7 @@ inline typename Key<T>::Bits key_of(T x) {
 }
 
 template <class T>
-inline T value_of(typename Key<T>::Bits key) {
+SPARTAN_HD inline T value_of(typename Key<T>::Bits key) {
   using Bits = typename Key<T>::Bits;
   constexpr Bits top = Bits(1) << (8 * sizeof(Bits) - 1);
   const Bits bits = key & top ? key & ~top : ~key;

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "../host_device.h"
 #include "soft_topk_passes.h"
 
 namespace spartan::cpu {
@@ -14,13 +15,14 @@ namespace spartan::cpu {
 // f(t) = logit(M / total) - logit(q / total), which is nearly linear in t whatever beta is.
 struct ThresholdSearch {
   static constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  static constexpr double kSmallestBeta = 1e-290;  // below it 1 / beta overflows, and the mask is that of beta = 0
 
   double beta, sign, quota, total, target;
   double low = -kInfinity, high = kInfinity;
   double t = 0;
   double residual = kInfinity;  // |f| at the last trial
 
-  ThresholdSearch(double budget, double total_cost, double sharpness)
+  SPARTAN_HD ThresholdSearch(double budget, double total_cost, double sharpness)
       : beta(sharpness),
         sign(budget > total_cost / 2 ? -1.0 : 1.0),
         quota(sign > 0 ? budget : total_cost - budget),
@@ -28,21 +30,21 @@ struct ThresholdSearch {
         target(std::log(quota / (total_cost - quota))) {}
 
   // Every entry is kept or dropped alike: beta = 0, or a budget of nothing or everything.
-  bool constant() const { return beta == 0 || !(quota > 0); }
-  double constant_shift() const { return sign * target; }
+  SPARTAN_HD bool constant() const { return beta < kSmallestBeta || !(quota > 0); }
+  SPARTAN_HD double constant_shift() const { return sign * target; }
 
   // At these thresholds all logits lie on one side of the target's.
-  void bracket(double lowest_ratio, double highest_ratio) {
+  SPARTAN_HD void bracket(double lowest_ratio, double highest_ratio) {
     low = lowest_ratio - sign * target / beta;
     high = highest_ratio - sign * target / beta;
     if (!(t > low && t < high)) t = low + (high - low) / 2;
   }
-  bool bracketed() const { return low > -kInfinity && high < kInfinity; }
+  SPARTAN_HD bool bracketed() const { return low > -kInfinity && high < kInfinity; }
 
   template <class T>
-  Logit<T> logit() const {
+  SPARTAN_HD Logit<T> logit() const {
     if (constant()) return {T(0), T(0), static_cast<T>(constant_shift()), static_cast<T>(sign)};
-    const double limit = static_cast<double>(std::numeric_limits<T>::max()) / 4;
+    constexpr double limit = static_cast<double>(std::numeric_limits<T>::max()) / 4;
     const T centre = static_cast<T>(std::fmin(std::fmax(t, -limit), limit));
     const double shift = beta * (static_cast<double>(centre) - t);
     return {static_cast<T>(beta), centre, static_cast<T>(shift), static_cast<T>(sign)};
@@ -51,7 +53,7 @@ struct ThresholdSearch {
   enum class Step { done, moved, needs_bracket };
 
   // Takes the moments at t. `tolerance` is on |M - q| / q.
-  Step advance(const Moments& m, double tolerance) {
+  SPARTAN_HD Step advance(const Moments& m, double tolerance) {
     const double f = std::log(m.mass / (total - m.mass)) - target;
     const double previous = residual;
     residual = std::fabs(f);
@@ -68,7 +70,7 @@ struct ThresholdSearch {
     return bisect();
   }
 
-  Step bisect() {
+  SPARTAN_HD Step bisect() {
     const double middle = low + (high - low) / 2;
     if (middle == low || middle == high) return Step::done;
     t = middle;
@@ -77,7 +79,7 @@ struct ThresholdSearch {
   }
 
  private:
-  double halley(const Moments& m, double f) const {
+  SPARTAN_HD double halley(const Moments& m, double f) const {
     const double rest = total - m.mass;
     const double first = -sign * beta * m.slope;
     const double second = beta * beta * m.curvature;

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from spartan_kernels.arguments import clamp_budget, require_beta, require_costs, require_finite
+from spartan_kernels.arguments import SMALLEST_BETA, clamp_budget, require_beta, require_costs, require_finite
 from spartan_kernels.backends.reference.hard_topk import select
 
 MAX_STEPS = 200
@@ -49,7 +49,7 @@ def solve(
     budget = clamp_budget(budget, total)
     target = torch.log(budget) - torch.log(total - budget)
     centre = torch.zeros_like(budget)
-    if float(beta) == 0.0 or u.numel() == 0:
+    if float(beta) < SMALLEST_BETA or u.numel() == 0:
         return torch.stack([centre, target], -1)
     beta = beta.to(torch.float64)
     bounds = (reduce(u.amin(-1).to(torch.float64), "min"), reduce(u.amax(-1).to(torch.float64), "max"))
@@ -243,8 +243,9 @@ def solve_masks_(
             target.copy_(part)
     centre, shift = threshold[0]
     state[1], state[3] = state[0].clone(), state[2].clone()
-    state[0] = centre - shift / beta
     # the largest value not wholly kept; when all are, there is none and the last one stands
     runs_out = torch.where(kept, -torch.inf, u).max().to(torch.float64)
     state[2] = torch.where(torch.isfinite(runs_out), runs_out, state[2])
+    soft_threshold = centre - shift / beta
+    state[0] = torch.where(torch.isfinite(soft_threshold), soft_threshold, state[2])
     state[4] += 1

@@ -23,7 +23,84 @@ Dtype dtype_of(int element_size) { return element_size == 8 ? Dtype::float64 : D
 }  // namespace
 
 #ifdef SPARTAN_WITH_CUDA
-void bind_cuda(py::module_& m);
+namespace {
+
+cuda::Stream stream_of(Address handle, int device) { return {at(handle), device}; }
+
+void bind_cuda(py::module_& m) {
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+  m.attr("coupling_workspace") = cuda::kCouplingPartials;
+  m.def(
+      "masked_weight",
+      [](int dtype, Blocks blocks, Address weight, Address soft, Address hard, Address result, Address stream, int device) {
+        cuda::masked_weight(static_cast<Dtype>(dtype), blocks, at(weight), {at(soft), at<const uint8_t>(hard)}, at(result),
+                            stream_of(stream, device));
+      },
+      unlocked);
+  m.def(
+      "masked_weight_backward",
+      [](int dtype, Blocks blocks, Address grad, Address weight, Address soft, Address hard, Address beta, Address costs,
+         Address cost, bool straight_through, Address result, Address stream, int device) {
+        cuda::masked_weight_backward(static_cast<Dtype>(dtype), blocks, at(grad), at(weight),
+                                     {at(soft), at<const uint8_t>(hard)}, at<const double>(beta),
+                                     {at(costs), at<const double>(cost)}, straight_through, at(result),
+                                     stream_of(stream, device));
+      },
+      unlocked);
+  m.def(
+      "masked_weight_coupling",
+      [](int dtype, Blocks blocks, Address grad, Address weight, Address soft, Address beta, Address costs, Address cost,
+         Address sums, Address workspace, Address stream, int device) {
+        cuda::masked_weight_coupling(static_cast<Dtype>(dtype), blocks, at(grad), at(weight), at(soft), at<const double>(beta),
+                                     {at(costs), at<const double>(cost)}, at<double>(sums), at<double>(workspace),
+                                     stream_of(stream, device));
+      },
+      unlocked);
+  m.def(
+      "masked_weight_correct",
+      [](int dtype, Blocks blocks, Address grad, Address weight, Address soft, Address scale, Address stream, int device) {
+        cuda::masked_weight_correct(static_cast<Dtype>(dtype), blocks, at(grad), at(weight), at(soft),
+                                    at<const double>(scale), stream_of(stream, device));
+      },
+      unlocked);
+  m.def(
+      "block_scores",
+      [](int dtype, Blocks blocks, Address weight, Address scores, Address stream, int device) {
+        cuda::block_scores(static_cast<Dtype>(dtype), blocks, at(weight), at(scores), stream_of(stream, device));
+      },
+      unlocked);
+
+  py::class_<cuda::Rows>(m, "Rows")
+      .def(py::init([](Address values, Address costs, int64_t rows, int64_t length, int64_t cost_stride, int64_t cost_step) {
+        return cuda::Rows{at(values), at(costs), rows, length, cost_stride, cost_step};
+      }));
+  m.def(
+      "soft_topk_rows",
+      [](int dtype, cuda::Rows rows, Address budget, Address beta, Address mask, Address threshold, Address stream,
+         int device) {
+        cuda::soft_topk_rows(static_cast<Dtype>(dtype), rows, at<const double>(budget), at<const double>(beta), at(mask),
+                             at<double>(threshold), stream_of(stream, device));
+      },
+      unlocked);
+  m.def(
+      "soft_topk_rows_backward",
+      [](int dtype, cuda::Rows rows, Address grad, Address threshold, Address beta, Address grad_values, Address grad_costs,
+         Address grad_budget, Address grad_beta, Address stream, int device) {
+        cuda::soft_topk_rows_backward(static_cast<Dtype>(dtype), rows, at(grad), at<const double>(threshold),
+                                      at<const double>(beta), at(grad_values), at(grad_costs), at<double>(grad_budget),
+                                      at<double>(grad_beta), stream_of(stream, device));
+      },
+      unlocked);
+  m.def(
+      "hard_topk_rows",
+      [](int dtype, cuda::Rows rows, Address budget, Address mask, Address stream, int device) {
+        cuda::hard_topk_rows(static_cast<Dtype>(dtype), rows, at<const double>(budget), at<uint8_t>(mask),
+                             stream_of(stream, device));
+      },
+      unlocked);
+}
+
+}  // namespace
 #endif
 
 PYBIND11_MODULE(_native, m) {
@@ -140,6 +217,7 @@ PYBIND11_MODULE(_native, m) {
       },
       unlocked);
 #ifdef SPARTAN_WITH_CUDA
-  bind_cuda(m);
+  py::module_ cuda_module = m.def_submodule("cuda");
+  bind_cuda(cuda_module);
 #endif
 }

@@ -5,7 +5,7 @@
 
 namespace spartan {
 
-enum class Dtype : int { float32 = 0, float64 = 1 };
+enum class Dtype : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 
 // Scratch memory of the caller. The extension allocates none.
 struct Workspace {
@@ -81,4 +81,44 @@ void block_scores(Dtype, Blocks, const void* weight, void* scores, int threads);
 int64_t blocks_workspace_bytes(Blocks);
 
 }  // namespace cpu
+
+// On the current stream of one device: nothing here waits for the GPU or allocates. float32, bfloat16, float16; sums in
+// float64. Every pointer, scalars included, is to device memory.
+namespace cuda {
+
+struct Stream {
+  void* handle;
+  int device;
+};
+
+// Sizes and geometry of a weight in blocks are the CPU's.
+using cpu::Blocks;
+
+// One cost per block in the weight's type, or one number: exactly one pointer is not null.
+struct BlockCosts {
+  const void* array;
+  const double* number;
+};
+void masked_weight(Dtype, Blocks, const void* weight, cpu::Masks, void* result, Stream);
+void masked_weight_backward(Dtype, Blocks, const void* grad, const void* weight, cpu::Masks, const double* beta, BlockCosts,
+                            bool straight_through, void* result, Stream);
+// `workspace` holds kCouplingPartials doubles.
+constexpr int64_t kCouplingPartials = 2 * 1024;
+void masked_weight_coupling(Dtype, Blocks, const void* grad, const void* weight, const void* soft, const double* beta,
+                            BlockCosts, double* sums, double* workspace, Stream);
+void masked_weight_correct(Dtype, Blocks, void* grad, const void* weight, const void* soft, const double* scale, Stream);
+void block_scores(Dtype, Blocks, const void* weight, void* scores, Stream);
+
+// A contiguous [rows, length]; the cost of entry i of a row is costs[row * cost_stride + i * cost_step], null: 1.
+struct Rows {
+  const void* values;
+  const void* costs;
+  int64_t rows, length, cost_stride, cost_step;
+};
+void soft_topk_rows(Dtype, Rows, const double* budget, const double* beta, void* mask, double* threshold, Stream);
+void soft_topk_rows_backward(Dtype, Rows, const void* grad, const double* threshold, const double* beta, void* grad_values,
+                             void* grad_costs, double* grad_budget, double* grad_beta, Stream);
+void hard_topk_rows(Dtype, Rows, const double* budget, uint8_t* mask, Stream);
+
+}  // namespace cuda
 }  // namespace spartan

@@ -1,0 +1,133 @@
+// Element types, reductions in a fixed order, and launches: what every CUDA kernel here shares.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "../ops.h"
+
+// Runs `call` with T naming the element type of `dtype`.
+#define SPARTAN_CUDA_DISPATCH(call)    \
+  switch (dtype) {                     \
+    case Dtype::float32: {             \
+      using T = float;                 \
+      call;                            \
+      break;                           \
+    }                                  \
+    case Dtype::bfloat16: {            \
+      using T = __nv_bfloat16;         \
+      call;                            \
+      break;                           \
+    }                                  \
+    case Dtype::float16: {             \
+      using T = __half;                \
+      call;                            \
+      break;                           \
+    }                                  \
+    default:                           \
+      throw std::invalid_argument("the CUDA kernels serve float32, bfloat16 and float16"); \
+  }
+
+namespace spartan::cuda {
+
+constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+
+inline void check(cudaError_t status) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const Stream& stream, void (*kernel)(Parameters...), dim3 grid, int threads, Arguments... arguments) {
+  check(cudaSetDevice(stream.device));  // this library's runtime is its own; the caller's current device is not known to it
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = static_cast<cudaStream_t>(stream.handle);
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+}
+
+inline unsigned blocks_for(int64_t items, int64_t per_block, int64_t limit = 0x7fffffff) {
+  return static_cast<unsigned>(std::clamp<int64_t>((items + per_block - 1) / per_block, 1, limit));
+}
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+
+template <class T>
+__device__ T from_float(float x);
+template <>
+__device__ inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16(x);
+}
+template <>
+__device__ inline __half from_float<__half>(float x) {
+  return __float2half(x);
+}
+
+// V neighbours, moved by one instruction where they fill 16 bytes.
+template <class T, int V>
+struct alignas(sizeof(T) * V) Pack {
+  T lane[V];
+};
+
+template <int V, class T>
+__device__ inline Pack<T, V> load_pack(const T* from) {
+  return *reinterpret_cast<const Pack<T, V>*>(from);
+}
+
+template <int V, class T>
+__device__ inline void store_pack(T* to, const Pack<T, V>& pack) {
+  *reinterpret_cast<Pack<T, V>*>(to) = pack;
+}
+
+struct Add {
+  __device__ double operator()(double x, double y) const { return x + y; }
+};
+struct Max {
+  __device__ double operator()(double x, double y) const { return x > y ? x : y; }
+};
+
+// Reduces x over the kGroup neighbouring threads that work together, in an order that never changes; all of them get the
+// same bits. A group wider than a warp is the whole thread block, all of whose threads must call this.
+template <int kGroup, int N, class Op>
+__device__ inline void group_reduce(double (&x)[N], Op op) {
+  constexpr int kLanes = kGroup < kWarp ? kGroup : kWarp;
+  const unsigned lane = threadIdx.x % kWarp;
+  const unsigned group = kLanes == kWarp ? 0xffffffffu : ((1u << (kLanes % kWarp)) - 1) << (lane / kLanes * kLanes);
+#pragma unroll
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) x[n] = op(x[n], __shfl_xor_sync(group, x[n], offset));
+  }
+  if constexpr (kGroup > kWarp) {
+    __shared__ double parts[N][kGroup / kWarp];
+    if (lane == 0) {
+      for (int n = 0; n < N; ++n) parts[n][threadIdx.x / kWarp] = x[n];
+    }
+    __syncthreads();
+    for (int n = 0; n < N; ++n) {
+      x[n] = parts[n][0];
+      for (int warp = 1; warp < kGroup / kWarp; ++warp) x[n] = op(x[n], parts[n][warp]);
+    }
+    __syncthreads();  // before `parts` is written again
+  }
+}
+
+template <int kGroup, int N>
+__device__ inline void group_sums(double (&x)[N]) {
+  group_reduce<kGroup>(x, Add{});
+}
+
+}  // namespace spartan::cuda

@@ -1,0 +1,286 @@
+"""The extension's CUDA kernels: tensors to pointers, shapes and the current stream. Nothing here waits for the GPU.
+
+The CUDA half of native.py, which imports the extension for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+from spartan_kernels.arguments import clamp_budget, inspectable, require_beta, require_costs, require_finite
+from spartan_kernels.backends import native
+
+_native: Any = native._native
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # ops.h, Dtype
+
+
+@cache
+def unavailable() -> str | None:
+    """Why the CUDA kernels cannot be used, or None."""
+    if _native is None:
+        return native.unavailable()
+    if _native.cuda_version is None:
+        return f"the extension was built without CUDA kernels: {_native.cuda_reason}"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device"
+    built = [(int(arch[:-1]), int(arch[-1])) for arch in _native.cuda_archs.split(",")]
+    devices = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    if any(_runs(device, built) for device in devices):
+        return None
+    found = ", ".join(f"{major}.{minor}" for major, minor in devices)
+    return f"the extension was built for CUDA architectures {_native.cuda_archs}; the devices here are {found}"
+
+
+def _runs(device: tuple[int, int], built: list[tuple[int, int]]) -> bool:
+    """Binary code runs on later minor versions; of the newest there is PTX, which later devices compile."""
+    return device >= max(built) or any(device[0] == major and device[1] >= minor for major, minor in built)
+
+
+def _stream(like: torch.Tensor) -> tuple[int, int]:
+    return torch.cuda.current_stream(like.device).cuda_stream, like.device.index
+
+
+def _call(function: Callable[..., None], like: torch.Tensor, *arguments: Any) -> None:
+    """Launch on the device and current stream of `like`, and leave the caller's current device as it was."""
+    with torch.cuda.device_of(like):
+        function(*arguments, *_stream(like))
+
+
+def _pointer(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.detach().contiguous()
+
+
+class _Rows:
+    """Rows of one tensor; costs of every shape are one array with two strides."""
+
+    def __init__(self, values: torch.Tensor, costs: torch.Tensor | None) -> None:
+        self.values = values.detach().contiguous()
+        self.costs = _contiguous(costs)
+        rows, length = values.shape
+        step = int(costs is not None and costs.dim() > 0)
+        stride = length if costs is not None and costs.dim() == 2 else 0
+        self.dtype = _DTYPES[values.dtype]
+        self.rows = _native.cuda.Rows(self.values.data_ptr(), _pointer(self.costs), rows, length, stride, step)
+
+
+def _inspect_rows(
+    values: torch.Tensor, budget: torch.Tensor, costs: torch.Tensor | None, beta: torch.Tensor | None
+) -> None:
+    """Raise for values, costs, budgets or beta that cannot be used, where the host may look at them."""
+    if not inspectable(values):
+        return
+    require_finite("values", values)
+    if beta is not None:
+        require_beta(beta)
+    a = values.new_ones(()) if costs is None else costs
+    require_costs(a)
+    clamp_budget(budget, a.expand_as(values).sum(-1, dtype=torch.float64))
+
+
+def soft_topk_forward(
+    values: torch.Tensor, budget: torch.Tensor, costs: torch.Tensor | None, beta: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """m and (centre, shift) for each row of values [rows, n]."""
+    _inspect_rows(values, budget, costs, beta)
+    rows = _Rows(values, costs)
+    k = budget.contiguous()
+    mask = torch.empty_like(rows.values)
+    threshold = torch.empty((values.shape[0], 2), dtype=torch.float64, device=values.device)
+    _call(
+        _native.cuda.soft_topk_rows,
+        values,
+        rows.dtype,
+        rows.rows,
+        k.data_ptr(),
+        beta.data_ptr(),
+        mask.data_ptr(),
+        threshold.data_ptr(),
+    )
+    return mask, threshold
+
+
+def soft_topk_backward(
+    grad: torch.Tensor,
+    values: torch.Tensor,
+    threshold: torch.Tensor,
+    costs: torch.Tensor | None,
+    beta: torch.Tensor,
+    cost_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients for values, costs (elementwise), budget and beta (by row)."""
+    rows = _Rows(values, costs)
+    g, saved = grad.to(values.dtype).contiguous(), threshold.contiguous()
+    grad_values = torch.empty_like(rows.values)
+    grad_costs = torch.empty_like(rows.values) if cost_grad else None
+    of_budget = torch.empty(values.shape[0], dtype=torch.float64, device=values.device)
+    of_beta = torch.empty_like(of_budget)
+    _call(
+        _native.cuda.soft_topk_rows_backward,
+        values,
+        rows.dtype,
+        rows.rows,
+        g.data_ptr(),
+        saved.data_ptr(),
+        beta.data_ptr(),
+        grad_values.data_ptr(),
+        _pointer(grad_costs),
+        of_budget.data_ptr(),
+        of_beta.data_ptr(),
+    )
+    return grad_values, values.new_empty(0) if grad_costs is None else grad_costs, of_budget, of_beta
+
+
+def hard_topk_forward(values: torch.Tensor, budget: torch.Tensor, costs: torch.Tensor | None) -> torch.Tensor:
+    """h for each row of values [rows, n]."""
+    _inspect_rows(values, budget, costs, None)
+    rows = _Rows(values, costs)
+    k = budget.contiguous()
+    mask = torch.empty(values.shape, dtype=torch.bool, device=values.device)
+    _call(_native.cuda.hard_topk_rows, values, rows.dtype, rows.rows, k.data_ptr(), mask.data_ptr())
+    return mask
+
+
+class _Weight:
+    """A weight in blocks, and the arguments that every masked-weight kernel takes first."""
+
+    def __init__(self, weight: torch.Tensor, rows: int, columns: int) -> None:
+        self.weight = weight.detach().contiguous()
+        if weight.dim() < 2:
+            shape = (1, weight.numel(), 1)
+        else:
+            shape = (weight.shape[0], weight.shape[1], weight[0, 0].numel() if weight.numel() else 1)
+        self.first = (_DTYPES[weight.dtype], _native.Blocks(*shape, rows, columns))
+
+
+class _Costs:
+    """One cost for each block, or one number for all."""
+
+    def __init__(self, costs: torch.Tensor) -> None:
+        self.kept = costs.contiguous()
+        pointer = self.kept.data_ptr()
+        self.arguments = (0, pointer) if costs.dim() == 0 else (pointer, 0)
+
+
+def masked_weight_forward(
+    weight: torch.Tensor,
+    soft: torch.Tensor | None,
+    hard: torch.Tensor | None,
+    beta: torch.Tensor,
+    costs: torch.Tensor,
+    rows: int,
+    columns: int,
+    straight_through: bool,
+) -> torch.Tensor:
+    """theta * m * h."""
+    w = _Weight(weight, rows, columns)
+    m, h = _contiguous(soft), _contiguous(hard)
+    result = torch.empty_like(w.weight)
+    _call(
+        _native.cuda.masked_weight,
+        weight,
+        *w.first,
+        w.weight.data_ptr(),
+        _pointer(m),
+        _pointer(h),
+        result.data_ptr(),
+    )
+    return result
+
+
+def masked_weight_backward(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    soft: torch.Tensor | None,
+    hard: torch.Tensor | None,
+    beta: torch.Tensor,
+    costs: torch.Tensor,
+    rows: int,
+    columns: int,
+    straight_through: bool,
+) -> torch.Tensor:
+    """G_i m_b + sign(theta_i) beta s_b g_b / a_b."""
+    w, a = _Weight(weight, rows, columns), _Costs(costs)
+    g, m, h = grad.to(weight.dtype).contiguous(), _contiguous(soft), _contiguous(hard)
+    result = torch.empty_like(w.weight)
+    _call(
+        _native.cuda.masked_weight_backward,
+        weight,
+        *w.first,
+        g.data_ptr(),
+        w.weight.data_ptr(),
+        _pointer(m),
+        _pointer(h),
+        beta.data_ptr(),
+        *a.arguments,
+        straight_through,
+        result.data_ptr(),
+    )
+    return result
+
+
+def masked_weight_coupling(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    soft: torch.Tensor,
+    beta: torch.Tensor,
+    costs: torch.Tensor,
+    rows: int,
+    columns: int,
+) -> torch.Tensor:
+    """[sum_b (1 - m_b) g_b m_b, sum_b a_b s_b] of this weight."""
+    w, a = _Weight(weight, rows, columns), _Costs(costs)
+    g, m = grad.contiguous(), soft.contiguous()
+    sums = torch.empty(2, dtype=torch.float64, device=weight.device)
+    workspace = torch.empty(_native.cuda.coupling_workspace, dtype=torch.float64, device=weight.device)
+    _call(
+        _native.cuda.masked_weight_coupling,
+        weight,
+        *w.first,
+        g.data_ptr(),
+        w.weight.data_ptr(),
+        m.data_ptr(),
+        beta.data_ptr(),
+        *a.arguments,
+        sums.data_ptr(),
+        workspace.data_ptr(),
+    )
+    return sums
+
+
+def masked_weight_correct_(
+    grad: torch.Tensor, weight: torch.Tensor, soft: torch.Tensor, scale: torch.Tensor, rows: int, columns: int
+) -> None:
+    """grad_i -= sign(theta_i) s_b scale."""
+    w = _Weight(weight, rows, columns)
+    g, m = grad.contiguous(), soft.contiguous()
+    _call(
+        _native.cuda.masked_weight_correct,
+        weight,
+        *w.first,
+        g.data_ptr(),
+        w.weight.data_ptr(),
+        m.data_ptr(),
+        scale.data_ptr(),
+    )
+    if g.data_ptr() != grad.data_ptr():
+        grad.copy_(g)
+
+
+def block_scores(weight: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Sum of |theta| over each block."""
+    w = _Weight(weight, rows, columns)
+    shape: tuple[int, ...] = tuple(weight.shape)
+    if (rows, columns) != (1, 1):
+        shape = (-(-weight.shape[0] // rows), -(-weight.shape[1] // columns), *weight.shape[2:])
+    scores = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+    _call(_native.cuda.block_scores, weight, *w.first, w.weight.data_ptr(), scores.data_ptr())
+    return scores

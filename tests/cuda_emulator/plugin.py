@@ -1,0 +1,35 @@
+"""pytest plugin: the CUDA backend as served by an extension built on the emulator, on CPU tensors.
+
+`pytest -p tests.cuda_emulator.plugin` with SPARTAN_EMULATED naming that extension.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from dataclasses import replace
+
+import torch
+
+specification = importlib.util.spec_from_file_location("spartan_kernels._native", os.environ["SPARTAN_EMULATED"])
+assert specification is not None and specification.loader is not None
+extension = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(extension)
+sys.modules["spartan_kernels._native"] = extension
+
+from spartan_kernels import dispatch  # noqa: E402
+from spartan_kernels.backends import native_cuda  # noqa: E402
+
+
+def _no_stream(like: torch.Tensor) -> tuple[int, int]:
+    return 0, 0
+
+
+native_cuda._stream = _no_stream
+native_cuda.unavailable = lambda: None
+for rows in dispatch.SUPPORT.values():
+    if "cuda" in rows:
+        rows["cuda"] = replace(rows["cuda"], devices=("cpu",))
+dispatch.unavailable.cache_clear()
+dispatch.select.cache_clear()

@@ -214,7 +214,10 @@ bool Problem<T>::cut_from_candidates(const Window<T>& window, double above, doub
     *cut = Cut<T>::everything();
     return true;
   }
-  *cut = tie_cut(radix.ratio(), budget - above - radix.spent);
+  const double remaining = budget - above - radix.spent;
+  // When not even one of the entries at the threshold fits, which one comes first does not matter.
+  *cut = one_cost_ && remaining < static_cast<double>(parts_[0].span.cost) ? Cut<T>{radix.ratio(), -1}
+                                                                            : tie_cut(radix.ratio(), remaining);
   return true;
 }
 

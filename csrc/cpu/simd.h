@@ -107,47 +107,38 @@ static inline uint32_t bits(Mask<double> m) {
   return out;
 }
 
-// exp(y) for y in [-87, 86], to about 1 ulp; beyond, the value at the end of that range. 2^n times a polynomial on
-// |r| <= ln(2) / 2, fitted for the least relative error: 2e-9.
-static inline Vec<float> exp_clamped(Vec<float> y) {
+constexpr float kExp2[7] = {1.0f,           6.93147203e-1f, 2.40226479e-1f, 5.55033244e-2f,
+                            9.61843748e-3f, 1.33988873e-3f, 1.53533515e-4f};
+
+// 2^z for z in [-126, 124], to about 1 ulp; beyond, the value at the end of that range. 2^n times a polynomial on |r| <= 1/2,
+// fitted for the least relative error (2e-9) and evaluated by pairs: these loops wait on the length of their dependency
+// chain, not on the number of their operations.
+static inline Vec<float> exp2_clamped(Vec<float> z) {
   using V = Vec<float>;
-  using I = Mask<float>;
+  z = z > splat(-126.0f) ? z : splat(-126.0f);
+  z = z < splat(124.0f) ? z : splat(124.0f);
+#if defined(__AVX512DQ__)
+  const V r = (V)_mm512_reduce_ps((__m512)z, _MM_FROUND_TO_NEAREST_INT);
+  const V n = z - r;
+#else
   const V magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer held in the low mantissa bits
-  V clamped = y > splat(-87.0f) ? y : splat(-87.0f);
-  clamped = clamped < splat(86.0f) ? clamped : splat(86.0f);
-  const V shifted = clamped * 1.44269504f + magic;
-  const V n = shifted - magic;
-  V r = clamped - n * 0.693359375f;  // ln 2 split in two, the first part exact for every n
-  r = r + n * 2.12194440e-4f;
-  V p = r * 1.38436441e-3f + 8.37416339e-3f;
-  p = p * r + 4.16680026e-2f;
-  p = p * r + 1.66664312e-1f;
-  p = p * r + 4.99999942e-1f;
-  p = p * r + 1.00000003f;
-  p = p * r + 1.0f;
-#if defined(__AVX512F__)
+  const V shifted = z + magic;
+  const V r = z - (shifted - magic);
+#endif
+  const V square = r * r;
+  const V low = r * kExp2[1] + 1.0f, middle = r * kExp2[3] + kExp2[2], high = r * kExp2[5] + kExp2[4];
+  const V p = low + square * (middle + square * (high + square * kExp2[6]));
+#if defined(__AVX512DQ__)
   return (V)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
-  return (V)((I)p + ((I)shifted << 23));
+  return (V)((Mask<float>)p + ((Mask<float>)shifted << 23));
 #endif
 }
 
-// 1 / x, to about 1 ulp.
-static inline Vec<float> reciprocal(Vec<float> x) {
-#if defined(__AVX512F__)
-  // an estimate good to 2^-14 and one Newton step: a third of the time of the division
-  const Vec<float> estimate = (Vec<float>)_mm512_rcp14_ps((__m512)x);
-  return estimate + estimate * (1.0f - x * estimate);
-#else
-  return 1.0f / x;
-#endif
-}
-
-static inline Vec<double> reciprocal(Vec<double> x) { return 1.0 / x; }
-
-static inline Vec<double> exp_clamped(Vec<double> y) {
+static inline Vec<double> exp2_clamped(Vec<double> z) {
   Vec<double> out;
-  for (int i = 0; i < Simd<double>::width; ++i) out[i] = std::exp(y[i] > -700.0 ? (y[i] < 700.0 ? y[i] : 700.0) : -700.0);
+  for (int i = 0; i < Simd<double>::width; ++i)
+    out[i] = std::exp2(z[i] > -1020.0 ? (z[i] < 1020.0 ? z[i] : 1020.0) : -1020.0);
   return out;
 }
 

@@ -66,18 +66,23 @@ struct Sigmoid {
   Vec<T> m, complement, s;  // sigmoid(x), sigmoid(-x), their product
 };
 
+constexpr double kLog2E = 1.4426950408889634;
+
 // The logit's parameters, held in registers.
 template <class T>
 struct Logistic {
   Vec<T> slope, centre, shift;
 
+  // 2^(-x log2 e) = exp(-x)
   explicit Logistic(const Logit<T>& p)
-      : slope(splat(-p.beta * p.sign)), centre(splat(p.centre)), shift(splat(-p.shift * p.sign)) {}
+      : slope(splat(static_cast<T>(-kLog2E * p.beta * p.sign))),
+        centre(splat(p.centre)),
+        shift(splat(static_cast<T>(-kLog2E * p.shift * p.sign))) {}
 
   // exp(-x) stays in range by its clamp, so both sides come without a branch and without cancellation.
   Sigmoid<T> operator()(Vec<T> u) const {
-    const Vec<T> e = exp_clamped(slope * (u - centre) + shift);
-    const Vec<T> m = reciprocal(T(1) + e);
+    const Vec<T> e = exp2_clamped(slope * (u - centre) + shift);
+    const Vec<T> m = T(1) / (T(1) + e);
     const Vec<T> complement = e * m;
     return {m, complement, complement * m};
   }
@@ -94,6 +99,7 @@ struct ExactSum {
     dropped += x - (next - value);
     value = next;
   }
+  void add_roughly(Vec<T> x) { value += x; }
   double take() {
     const double total = sum<T>(value) + sum<T>(dropped);
     value = dropped = Vec<T>{};
@@ -112,6 +118,7 @@ inline void collect(Vec<T> u, Vec<T> a, uint32_t set, Sink<T>* sink) {
   }
 }
 
+// With the window, in the first pass, the mass is a plain sum: the masks' own exact sum then says whether that was enough.
 template <class T, bool WithMoments, bool WithWindow>
 Moments scan(const Span<T>& span, const Logit<T>& p, const Window<T>& window, Sink<T>* sink) {
   const Logistic<T> logistic(p);
@@ -126,13 +133,14 @@ Moments scan(const Span<T>& span, const Logit<T>& p, const Window<T>& window, Si
       if (WithMoments) {
         const Sigmoid<T> g = logistic(lane.u);
         const Vec<T> s = weight * g.s;
-        mass.add(weight * g.m);
+        WithWindow ? mass.add_roughly(weight * g.m) : mass.add(weight * g.m);
         slope += s;
         curvature += s * (g.complement - g.m);
       }
       if (WithWindow) {
-        above += lane.u > high ? weight : Vec<T>{};
-        const uint32_t inside = bits((lane.u >= low) & (lane.u <= high)) & lanes;
+        const Mask<T> over = lane.u > high;
+        above += over ? weight : Vec<T>{};
+        const uint32_t inside = bits((lane.u >= low) & ~over) & lanes;
         if (__builtin_expect(inside != 0, 0)) collect<T>(lane.u, lane.a, inside, sink);
       }
     };
@@ -228,20 +236,22 @@ inline void store_hard(uint8_t* hard, uint32_t set, int count) {
   for (int lane = 0; lane < count; ++lane) hard[lane] = (set >> lane) & 1;
 }
 
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
-inline void store_hard16(uint8_t* hard, uint32_t set) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(hard), _mm_maskz_set1_epi8(static_cast<__mmask16>(set), 1));
-}
-#endif
-
+// One byte, 0 or 1, for each lane.
 template <class T>
 inline void store_hard_full(uint8_t* hard, Mask<T> keep) {
+  constexpr int W = Simd<T>::width;
+  const uint32_t set = bits(keep);
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
-  if (sizeof(T) == 4) return store_hard16(hard, bits(keep));
+  if (W == 16) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(hard), _mm_maskz_set1_epi8(static_cast<__mmask16>(set), 1));
+    return;
+  }
 #endif
-  typedef uint8_t Bytes __attribute__((vector_size(Simd<T>::width)));
-  const Bytes bytes = __builtin_convertvector(keep, Bytes) & 1;
-  std::memcpy(hard, &bytes, sizeof bytes);
+  // copy the bits to every byte, keep bit k in byte k, and bring it down to bit 0
+  constexpr uint64_t ones = 0x0101010101010101ull;
+  const uint64_t own = (set * ones) & 0x8040201008040201ull;
+  const uint64_t bytes = ((own + 0x7f * ones) >> 7) & ones;
+  std::memcpy(hard, &bytes, W < 8 ? W : 8);
 }
 
 template <class T, bool Soft, bool Hard>

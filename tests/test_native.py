@@ -164,3 +164,20 @@ def test_scratch_memory_stays_under_four_mebibytes() -> None:
     for length in (10, 131_072, 131_073, 25_600_000, 2**40):
         assert native._native.cpu.workspace_bytes(1, length, 4) < 4 << 20
         assert native._native.cpu.workspace_bytes(1, length, 8) < 5 << 20
+
+
+def test_masks_larger_than_the_caches() -> None:
+    """Past 64 MiB the masks are written around the cache: every entry, also at the edges of tensors and of ties."""
+    n = (1 << 24) + 1000
+    g = torch.Generator().manual_seed(6)
+    parts = [torch.randn(n - 333, generator=g).bfloat16().float(), torch.randn(333, generator=g)]
+    soft = [torch.full_like(p, torch.nan) for p in parts]
+    hard = [torch.ones_like(p, dtype=torch.bool) for p in parts]
+    budget = n // 10 + 3
+    state = new_solver_state()
+    solve_masks_(parts, budget, None, 7.0, soft, hard, state, absolute=True, backend="native")
+    values, mask, kept = (torch.cat(t) for t in (parts, soft, hard))
+    assert abs(mask.double().sum().item() - budget) <= 1e-6 * budget
+    torch.testing.assert_close(mask, torch.sigmoid(7.0 * (values.abs() - state[0]).float()), rtol=0, atol=1e-6)
+    assert int(kept.sum()) == budget
+    assert values.abs()[kept].min() >= values.abs()[~kept].max()

@@ -339,13 +339,14 @@ struct Total {
 
 template <class T>
 double Problem<T>::write(const Logit<T>& logit, const Cut<T>* cut) {
+  const bool past_cache = length_ * static_cast<int64_t>(sizeof(T)) > kCacheBytes;
   return reduce<Total>([&](const Part& part, int64_t offset, const Span<T>& span) {
            T* soft = static_cast<T*>(part.row->extra[0]);
-           if (cut == nullptr) return Total{passes_.write(span, logit, T(0), soft + offset, nullptr)};
+           if (cut == nullptr) return Total{passes_.write(span, logit, T(0), soft + offset, nullptr, past_cache)};
            Total sum;
            uint8_t* hard = static_cast<uint8_t*>(part.row->extra[1]);
            split_at(*cut, part, offset, span.length, [&](int64_t at, int64_t length, T hard_from) {
-             sum.value += passes_.write(piece(part.span, at, length), logit, hard_from, soft + at, hard + at);
+             sum.value += passes_.write(piece(part.span, at, length), logit, hard_from, soft + at, hard + at, past_cache);
            });
            return sum;
          })

@@ -37,6 +37,7 @@ class Arena {
 constexpr int64_t kSampleBytes = 1 << 19;  // of entries looked at to start cold; smaller problems are solved in cache
 constexpr int64_t kRun = 16;               // the sample is made of runs of about a cache line
 constexpr int64_t kCandidateBytes = 1 << 21;
+constexpr int64_t kCacheBytes = 64 << 20;  // more than this does not stay in cache until it is read again
 constexpr int64_t kMinChunk = 16384;
 constexpr int64_t kMaxChunks = 2048;       // and one more for each tensor
 constexpr int64_t kHistogramWorkers = 16;  // fixed, so that sums of costs are added in one order

@@ -55,6 +55,33 @@ static inline void store(T* p, Vec<T> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// Stores around the cache, for output that would only push other data out of it: a plain store reads the line first. The
+// address must be a multiple of the vector's size; stream_end() before another thread reads.
+static inline bool can_stream(const void* p) {
+#if defined(__AVX2__)
+  return reinterpret_cast<uintptr_t>(p) % SPARTAN_VECTOR_BYTES == 0;
+#else
+  return p == nullptr;
+#endif
+}
+
+template <class T>
+static inline void stream(T* p, Vec<T> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#else
+  store(p, v);
+#endif
+}
+
+static inline void stream_end() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // The first `count` lanes from p, the others `fill`.
 template <class T>
 static inline Vec<T> load_partial(const T* p, int count, T fill) {

@@ -254,7 +254,7 @@ inline void store_hard_full(uint8_t* hard, Mask<T> keep) {
   std::memcpy(hard, &bytes, W < 8 ? W : 8);
 }
 
-template <class T, bool Soft, bool Hard>
+template <class T, bool Soft, bool Hard, bool Stream>
 double write_masks(const Span<T>& span, const Logit<T>& p, T hard_from, T* soft, uint8_t* hard) {
   const Logistic<T> logistic(p);
   const bool kept_side = p.sign > T(0);
@@ -270,7 +270,7 @@ double write_masks(const Span<T>& span, const Logit<T>& p, T hard_from, T* soft,
     walk<T, C, Absolute>(
         span,
         [&](int64_t i, const Lane<T>& lane) {
-          if (Soft) store(soft + i, compute(lane, splat(T(1))));
+          if (Soft) Stream ? stream(soft + i, compute(lane, splat(T(1)))) : store(soft + i, compute(lane, splat(T(1))));
           if (Hard) store_hard_full<T>(hard + i, lane.u >= hard_from);
         },
         [&](int64_t i, int count, const Lane<T>& lane) {
@@ -285,20 +285,29 @@ double write_masks(const Span<T>& span, const Logit<T>& p, T hard_from, T* soft,
 }
 
 template <class T>
-double write(const Span<T>& span, const Logit<T>& p, T hard_from, T* soft, uint8_t* hard) {
+double write(const Span<T>& span, const Logit<T>& p, T hard_from, T* soft, uint8_t* hard, bool past_cache) {
   if (p.beta == T(0)) {  // one number for all, exactly 0 or 1 for a budget of nothing or everything
     const T m = T(1) / (T(1) + std::exp(-p.shift));
     for (int64_t i = 0; i < span.length; ++i) soft[i] = m;
-    if (hard != nullptr) write_masks<T, false, true>(span, p, hard_from, nullptr, hard);
+    if (hard != nullptr) write_masks<T, false, true, false>(span, p, hard_from, nullptr, hard);
     return 0;
   }
-  return hard != nullptr ? write_masks<T, true, true>(span, p, hard_from, soft, hard)
-                         : write_masks<T, true, false>(span, p, hard_from, soft, hard);
+  const bool around = past_cache && can_stream(soft);
+  double mass;
+  if (hard != nullptr) {
+    mass = around ? write_masks<T, true, true, true>(span, p, hard_from, soft, hard)
+                  : write_masks<T, true, true, false>(span, p, hard_from, soft, hard);
+  } else {
+    mass = around ? write_masks<T, true, false, true>(span, p, hard_from, soft, hard)
+                  : write_masks<T, true, false, false>(span, p, hard_from, soft, hard);
+  }
+  if (around) stream_end();
+  return mass;
 }
 
 template <class T>
 void write_hard(const Span<T>& span, T hard_from, uint8_t* hard) {
-  write_masks<T, false, true>(span, {}, hard_from, nullptr, hard);
+  write_masks<T, false, true, false>(span, {}, hard_from, nullptr, hard);
 }
 
 template <class T>

@@ -82,7 +82,8 @@ struct SoftTopkPasses {
   double (*tied)(const Span<T>&, T ratio);                                         // sum a over u == ratio
   Extent (*extent)(const Span<T>&);
   // Masks where not null; hard is u >= hard_from. Returns the sum of a sigmoid(x).
-  double (*write)(const Span<T>&, const Logit<T>&, T hard_from, T* soft, uint8_t* hard);
+  // `past_cache` says that the output is larger than the caches.
+  double (*write)(const Span<T>&, const Logit<T>&, T hard_from, T* soft, uint8_t* hard, bool past_cache);
   void (*write_hard)(const Span<T>&, T hard_from, uint8_t* hard);
   void (*ratio)(const Span<T>&, T* ratio);
   GradientSums (*gradient_sums)(const Span<T>&, const T* grad, const Logit<T>&);

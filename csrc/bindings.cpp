@@ -98,6 +98,29 @@ void bind_cuda(py::module_& m) {
                              stream_of(stream, device));
       },
       unlocked);
+
+  static_assert(sizeof(cuda::TableRow) == 7 * 8, "native_cuda.py fills rows of seven 64-bit words");
+  m.def("global_workspace_bytes", [](Address rows, int64_t count) {
+    return cuda::global_workspace_bytes({at<const cuda::TableRow>(rows), count});
+  });
+  m.def(
+      "topk_global",
+      [](int dtype, Address rows, int64_t count, Address budget, Address beta, bool absolute, Address state,
+         Address threshold, Address workspace, Address stream, int device) {
+        cuda::topk_global(static_cast<Dtype>(dtype), {at<const cuda::TableRow>(rows), count}, at<const double>(budget),
+                          at<const double>(beta), absolute, at<double>(state), at<double>(threshold), at(workspace),
+                          stream_of(stream, device));
+      },
+      unlocked);
+  m.def(
+      "soft_topk_global_backward",
+      [](int dtype, Address rows, int64_t count, Address threshold, Address beta, Address scalars, Address workspace,
+         Address stream, int device) {
+        cuda::soft_topk_global_backward(static_cast<Dtype>(dtype), {at<const cuda::TableRow>(rows), count},
+                                        at<const double>(threshold), at<const double>(beta), at<double>(scalars),
+                                        at(workspace), stream_of(stream, device));
+      },
+      unlocked);
 }
 
 }  // namespace

@@ -120,5 +120,25 @@ void soft_topk_rows_backward(Dtype, Rows, const void* grad, const double* thresh
                              void* grad_costs, double* grad_budget, double* grad_beta, Stream);
 void hard_topk_rows(Dtype, Rows, const double* budget, uint8_t* mask, Stream);
 
+// One contiguous tensor of a list that shares a budget, the cost of its entry i being costs[i * cost_step], null: 1; and
+// what to write or read beside it. A table lies in host memory: it is sent by value with the launches.
+struct TableRow {
+  const void* values;
+  const void* costs;
+  int64_t cost_step, length;
+  void* extra[3];
+};
+struct Table {
+  const TableRow* rows;
+  int64_t count;
+};
+int64_t global_workspace_bytes(Table);
+// extra = {soft mask or null, hard mask or null}. `state` is new_solver_state() or null; `threshold` {centre, shift} or null.
+void topk_global(Dtype, Table, const double* budget, const double* beta, bool absolute, double* state, double* threshold,
+                 void* workspace, Stream);
+// extra = {gradient of the mask, gradient of values, gradient of costs or null}. scalars = {of budget, of beta}.
+void soft_topk_global_backward(Dtype, Table, const double* threshold, const double* beta, double* scalars, void* workspace,
+                               Stream);
+
 }  // namespace cuda
 }  // namespace spartan

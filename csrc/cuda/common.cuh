@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -53,6 +54,25 @@ void launch(const Stream& stream, void (*kernel)(Parameters...), dim3 grid, int 
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
 }
 
+// All thread blocks at once on the device, so that they can wait for each other; fewer than asked for if it has no room.
+template <class... Parameters, class... Arguments>
+void launch_together(const Stream& stream, void (*kernel)(Parameters...), unsigned grid, int threads, Arguments... arguments) {
+  check(cudaSetDevice(stream.device));
+  int processors = 0, blocks = 0;
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, stream.device));
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0));
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(std::min(grid, static_cast<unsigned>(std::max(processors * blocks, 1))));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = static_cast<cudaStream_t>(stream.handle);
+  config.attrs = &together;
+  config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+}
+
 inline unsigned blocks_for(int64_t items, int64_t per_block, int64_t limit = 0x7fffffff) {
   return static_cast<unsigned>(std::clamp<int64_t>((items + per_block - 1) / per_block, 1, limit));
 }
@@ -92,11 +112,11 @@ __device__ inline void store_pack(T* to, const Pack<T, V>& pack) {
   *reinterpret_cast<Pack<T, V>*>(to) = pack;
 }
 
-struct Add {
-  __device__ double operator()(double x, double y) const { return x + y; }
-};
-struct Max {
-  __device__ double operator()(double x, double y) const { return x > y ? x : y; }
+// What to do with the numbers that are reduced together: the first `sums` are added, of the rest the largest is kept.
+template <int sums>
+struct SumsThenMaxima {
+  __device__ double operator()(double x, double y, int n) const { return n < sums ? x + y : (x > y ? x : y); }
+  __device__ double identity(int n) const { return n < sums ? 0.0 : -INFINITY; }
 };
 
 // Reduces x over the kGroup neighbouring threads that work together, in an order that never changes; all of them get the
@@ -109,7 +129,7 @@ __device__ inline void group_reduce(double (&x)[N], Op op) {
 #pragma unroll
   for (int offset = kLanes / 2; offset > 0; offset /= 2) {
 #pragma unroll
-    for (int n = 0; n < N; ++n) x[n] = op(x[n], __shfl_xor_sync(group, x[n], offset));
+    for (int n = 0; n < N; ++n) x[n] = op(x[n], __shfl_xor_sync(group, x[n], offset), n);
   }
   if constexpr (kGroup > kWarp) {
     __shared__ double parts[N][kGroup / kWarp];
@@ -119,7 +139,7 @@ __device__ inline void group_reduce(double (&x)[N], Op op) {
     __syncthreads();
     for (int n = 0; n < N; ++n) {
       x[n] = parts[n][0];
-      for (int warp = 1; warp < kGroup / kWarp; ++warp) x[n] = op(x[n], parts[n][warp]);
+      for (int warp = 1; warp < kGroup / kWarp; ++warp) x[n] = op(x[n], parts[n][warp], n);
     }
     __syncthreads();  // before `parts` is written again
   }
@@ -127,7 +147,7 @@ __device__ inline void group_reduce(double (&x)[N], Op op) {
 
 template <int kGroup, int N>
 __device__ inline void group_sums(double (&x)[N]) {
-  group_reduce<kGroup>(x, Add{});
+  group_reduce<kGroup>(x, SumsThenMaxima<N>{});
 }
 
 }  // namespace spartan::cuda

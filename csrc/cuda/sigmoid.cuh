@@ -10,11 +10,11 @@ using cpu::Logit;
 using cpu::Moments;
 using cpu::ThresholdSearch;
 
-// |sum a m - k| / min(k, total - k) at which a solve ends; and the residual from which on rounding may keep a solve from it,
-// so that only a few trials more are made.
-constexpr double kTolerance = 1.25e-7;
+// |sum a m - k| / min(k, total - k) at which a solve ends. From the second residual on another Halley step, whose error is
+// the residual cubed, is exact to rounding, and rounding may keep a solve from the first: only a few more trials are made.
+constexpr double kTolerance = 1e-8;
 constexpr double kNearlyDone = 1e-5;
-constexpr int kLastTrials = 3;
+constexpr int kLastTrials = 2;
 constexpr int kMaxTrials = 200;
 
 // m = sigmoid(x) and 1 - m, each with full relative precision.
@@ -30,7 +30,7 @@ struct Sigmoid {
   __device__ float slope() const { return m * complement; }
 };
 
-__device__ inline float logit_at(const Logit<float>& p, float u) { return p.beta * (u - p.centre) + p.shift; }
+__device__ inline float logit_at(const Logit<float>& p, float u) { return fmaf(p.beta, u - p.centre, p.shift); }
 
 // Sums over a few entries in float32, moved to float64 by flush().
 struct MomentSums {
@@ -60,13 +60,15 @@ struct Trials {
   double t = 0.0, error = INFINITY;
   int count = 0, last = 0;
 
-  // Takes the moments at search->t and moves it, for the last time to the best trial. True when the search is over.
-  __device__ bool take(const Moments& moments, ThresholdSearch* search) {
+  // Takes the moments at search->t and moves it. True when the search is over: at the best of the last trials where a trial
+  // is cheap, else at the first Halley step that is sure to be exact.
+  __device__ bool take(const Moments& moments, bool cheap, ThresholdSearch* search) {
     const double missed = fabs(moments.mass - search->quota);
     if (missed < error) error = missed, t = search->t;
     const bool done = search->advance(moments, kTolerance) != ThresholdSearch::Step::moved;
     last += search->residual < kNearlyDone;
-    if (!done && ++count < kMaxTrials && last < kLastTrials) return false;
+    if (!cheap && (done || last > 0)) return true;
+    if (!done && ++count < kMaxTrials && last <= kLastTrials) return false;
     if (error < INFINITY) search->t = t;
     return true;
   }
@@ -110,7 +112,8 @@ struct ExtentSums {
 // The budget within [0, total], as far as it is a number; arguments that no solve can use come out as NaN.
 __device__ inline double usable_budget(double budget, double total, double beta, double poison) {
   if (!(beta >= 0.0 && beta < INFINITY) || poison != poison) return NAN;
-  return budget < 0.0 ? 0.0 : budget > total ? total : budget;
+  constexpr double kRounding = 1e-12;  // of a float64 sum in another order
+  return budget < 0.0 ? 0.0 : budget >= total * (1.0 - kRounding) ? total : budget;
 }
 
 // A start for n entries of this mean and spread, as if they were logistic; the bracket corrects what is not.

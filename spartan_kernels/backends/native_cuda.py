@@ -149,6 +149,143 @@ def hard_topk_forward(values: torch.Tensor, budget: torch.Tensor, costs: torch.T
     return mask
 
 
+class _List:
+    """A list of tensors as the extension's table: one row of seven 64-bit words for each (ops.h, cuda::TableRow)."""
+
+    def __init__(self, values: list[torch.Tensor], costs: list[torch.Tensor]) -> None:
+        self.values = [v.detach().contiguous() for v in values]
+        self.costs = [c.contiguous() for c in costs]
+        self.dtype = _DTYPES[values[0].dtype]
+        self.length = sum(v.numel() for v in values)
+
+    def arguments(self, *extra: list[torch.Tensor] | None) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
+        """The table in host memory, the workspace, and what every kernel of a list takes first."""
+        words = torch.zeros((len(self.values), 7), dtype=torch.int64)
+        columns = [[v.data_ptr() for v in self.values], [c.data_ptr() for c in self.costs]]
+        columns += [[int(c.dim() > 0) for c in self.costs], [v.numel() for v in self.values]]
+        columns += [[t.data_ptr() for t in tensors or []] for tensors in extra]
+        for index, column in enumerate(columns):
+            if column:
+                words[:, index] = torch.tensor(column, dtype=torch.int64)
+        size = _native.cuda.global_workspace_bytes(words.data_ptr(), len(words))
+        workspace = torch.empty(size, dtype=torch.uint8, device=self.values[0].device)
+        return words, workspace, (self.dtype, words.data_ptr(), len(words))
+
+
+def _inspect_list(
+    values: list[torch.Tensor], budget: torch.Tensor, costs: list[torch.Tensor], beta: torch.Tensor | None
+) -> None:
+    if not inspectable(values[0]):
+        return
+    if beta is not None:
+        require_beta(beta)
+    for index, tensor in enumerate(values):
+        require_finite(f"values[{index}]", tensor)
+    for cost in costs:
+        require_costs(cost)
+    entries = zip(costs or [v.new_ones(()) for v in values], values, strict=True)
+    clamp_budget(budget, sum(float(c.expand_as(v).sum(dtype=torch.float64)) for c, v in entries))
+
+
+def _no_group(group: str) -> None:
+    if group:
+        raise ValueError("group is served by the reference backend only; got backend='cuda'")
+
+
+def _solve_list(
+    values: list[torch.Tensor],
+    budget: torch.Tensor,
+    costs: list[torch.Tensor],
+    beta: torch.Tensor,
+    absolute: bool,
+    masks: tuple[list[torch.Tensor] | None, list[torch.Tensor] | None],
+    state: torch.Tensor | None,
+    threshold: torch.Tensor | None,
+) -> None:
+    _inspect_list(values, budget, costs, beta)
+    problem = _List(values, costs)
+    if problem.length == 0:
+        return
+    _table, workspace, first = problem.arguments(*masks)
+    _call(
+        _native.cuda.topk_global,
+        values[0],
+        *first,
+        budget.data_ptr(),
+        beta.data_ptr(),
+        absolute,
+        _pointer(state),
+        _pointer(threshold),
+        workspace.data_ptr(),
+    )
+
+
+def soft_topk_global_forward(
+    values: list[torch.Tensor], budget: torch.Tensor, costs: list[torch.Tensor], beta: torch.Tensor, group: str
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """m for a list that shares one budget."""
+    _no_group(group)
+    masks = [torch.empty_like(v, memory_format=torch.contiguous_format) for v in values]
+    threshold = torch.zeros(2, dtype=torch.float64, device=values[0].device)
+    _solve_list(values, budget, costs, beta, False, (masks, None), None, threshold)
+    return masks, threshold
+
+
+def soft_topk_global_backward(
+    grads: list[torch.Tensor],
+    values: list[torch.Tensor],
+    threshold: torch.Tensor,
+    costs: list[torch.Tensor],
+    beta: torch.Tensor,
+    cost_grad: bool,
+    group: str,
+) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Gradients for values, costs (elementwise), budget and beta of a list that shares one budget."""
+    _no_group(group)
+    problem = _List(values, costs)
+    g = [grad.to(v.dtype).contiguous() for grad, v in zip(grads, values, strict=True)]
+    grad_values = [torch.empty_like(v) for v in problem.values]
+    grad_costs = [torch.empty_like(v) for v in problem.values] if cost_grad else []
+    scalars = torch.zeros(2, dtype=torch.float64, device=values[0].device)
+    if problem.length:
+        saved = threshold.contiguous()
+        _table, workspace, first = problem.arguments(g, grad_values, grad_costs)
+        _call(
+            _native.cuda.soft_topk_global_backward,
+            values[0],
+            *first,
+            saved.data_ptr(),
+            beta.data_ptr(),
+            scalars.data_ptr(),
+            workspace.data_ptr(),
+        )
+    return grad_values, grad_costs, scalars[0].clone(), scalars[1].clone()
+
+
+def solve_masks_(
+    values: list[torch.Tensor],
+    budget: torch.Tensor,
+    costs: list[torch.Tensor],
+    beta: torch.Tensor,
+    absolute: bool,
+    soft: list[torch.Tensor],
+    hard: list[torch.Tensor],
+    state: torch.Tensor,
+) -> None:
+    """Soft and hard mask of a training step, in place."""
+    _solve_list(values, budget, costs, beta, absolute, (soft, hard), state, None)
+
+
+def hard_topk_global_forward(
+    values: list[torch.Tensor], budget: torch.Tensor, costs: list[torch.Tensor], absolute: bool
+) -> list[torch.Tensor]:
+    """h for a list that shares one budget."""
+    hard = [torch.empty(v.shape, dtype=torch.bool, device=v.device) for v in values]
+    beta = torch.ones((), dtype=torch.float64, device=values[0].device)
+    _solve_list(values, budget, costs, beta, absolute, (None, hard), None, None)
+    return hard
+
+
 class _Weight:
     """A weight in blocks, and the arguments that every masked-weight kernel takes first."""
 

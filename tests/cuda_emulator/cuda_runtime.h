@@ -40,11 +40,24 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { ret
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   return std::memset(to, value, bytes), cudaSuccess;
 }
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int cooperative;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+  return *blocks = 1, cudaSuccess;
+}
 
 namespace emulator {
 
@@ -67,7 +80,6 @@ inline unsigned current, progress;
 inline std::function<void()> body;
 inline Barrier block_barrier, warp_barriers[32][32];
 inline uint64_t exchange[32][32];
-inline bool block_any;
 
 inline void enter() {
   body();
@@ -135,7 +147,7 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
   static std::mutex one_launch;
   const std::lock_guard<std::mutex> lock(one_launch);
-  gridDim = config->gridDim;
+  gridDim = config->numAttrs > 0 ? dim3(1) : config->gridDim;  // blocks that wait for each other: one, as they run in turn
   blockDim = config->blockDim;
   emulator::body = [=] { kernel(arguments...); };
   for (unsigned y = 0; y < gridDim.y; ++y)
@@ -147,13 +159,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 }
 
 inline void __syncthreads() { emulator::wait(&emulator::block_barrier, blockDim.x); }
-inline int __syncthreads_or(int value) {
-  emulator::block_any = false;
-  __syncthreads();
-  emulator::block_any |= value != 0;
-  __syncthreads();
-  return emulator::block_any;
-}
 inline void __threadfence() {}
 
 template <class T>
@@ -176,4 +181,8 @@ T atomicAdd(T* to, V value) {
   *to = static_cast<T>(old + static_cast<T>(value));
   return old;
 }
-inline int __clz(unsigned x) { return x == 0 ? 32 : __builtin_clz(x); }
+template <class T>
+T __ldcg(const T* from) {
+  return *from;
+}
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }

@@ -57,9 +57,9 @@ SUPPORT: dict[str, dict[str, Support]] = {
         "soft_topk",
         ("soft_topk_global_forward", "soft_topk_global_backward", "solve_masks_"),
         native=True,
+        cuda=True,
     ),
-    **_rows("hard_topk", ("hard_topk_forward",), native=True, cuda=True),
-    **_rows("hard_topk", ("hard_topk_global_forward",), native=True),
+    **_rows("hard_topk", ("hard_topk_forward", "hard_topk_global_forward"), native=True, cuda=True),
     **_rows(
         "masked_weight",
         (

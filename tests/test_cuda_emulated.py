@@ -1,0 +1,86 @@
+"""The CUDA kernels' logic without a GPU: the tests of every operator, over an extension built on the emulator.
+
+It shows that the kernels compute what they should; not that they are free of races, nor how fast they are.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("cmake") is None or shutil.which("c++") is None, reason="needs cmake and a C++ compiler"
+)
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The extension with its CUDA kernels compiled as C++."""
+    import pybind11
+
+    build = tmp_path_factory.mktemp("emulated")
+    configure = [
+        "cmake",
+        "-S",
+        str(ROOT),
+        "-B",
+        str(build),
+        "-DSPARTAN_CUDA=emulated",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build}",
+    ]
+    if shutil.which("ninja"):
+        configure += ["-G", "Ninja"]
+    for step in (configure, ["cmake", "--build", str(build), "--parallel", "2"]):
+        done = subprocess.run(step, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (extension,) = build.glob("_native*.so")
+    return extension
+
+
+def test_the_operators_pass_their_own_tests(emulated: Path) -> None:
+    environment = {
+        **os.environ,
+        "SPARTAN_EMULATED": str(emulated),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]),
+    }
+    files = ("masked_weight", "soft_topk", "soft_topk_global", "hard_topk", "step_gradient")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.cuda_emulator.plugin", "-p", "no:cacheprovider"]
+    # what only concerns torch.library and torch.compile is the same on every backend
+    command += ["-k", "cuda-cpu and not opcheck and not compiled and not thread_count"]
+    command += [str(ROOT / "tests" / f"test_{name}.py") for name in files]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def test_rows_of_every_length_the_kernels_distinguish(emulated: Path) -> None:
+    script = """
+import tests.cuda_emulator.plugin
+import torch
+from spartan_kernels import ops
+from spartan_kernels.testing import make_costs, make_values, oracle_hard_topk, oracle_soft_topk, total_cost
+
+for n in (1, 2, 8, 9, 256, 257, 4096, 4097, 5000):
+    for kind in ("none", "power_of_two"):
+        values = make_values("quantised", (3, n))
+        a = make_costs(kind, values.shape)
+        budget = total_cost(a, values, -1) * torch.tensor([0.13, 0.5, 0.999], dtype=torch.float64)
+        hard = ops.hard_topk(values, budget, a, backend="cuda")
+        assert torch.equal(hard, oracle_hard_topk(values, budget, a)), (n, kind)
+        soft = ops.soft_topk(values, budget, a, 3.0, backend="cuda")
+        error = (soft - oracle_soft_topk(values, budget, a, 3.0)).abs().max()
+        assert error < 2e-6, (n, kind, error)
+"""
+    environment = {**os.environ, "SPARTAN_EMULATED": str(emulated), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
+
+from bench import tables
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
 
-def test_quickstart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -25,3 +26,20 @@ def test_quickstart(
 def test_links_lead_somewhere() -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README.read_text(encoding="utf-8"))
     assert links and all((README.parent / link).exists() for link in links)
+
+
+def test_tables_are_those_of_the_committed_results() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert "<!-- results:accuracy -->" in text and "<!-- results:speed -->" in text
+    assert tables.rendered(text, tables.save.RESULTS) == text
+
+
+def test_a_table_that_differs_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = tmp_path / "README.md"
+    text = README.read_text(encoding="utf-8")
+    changed.write_text(re.sub(r"Spartan \| \d\d", "Spartan | 99", text), encoding="utf-8")
+    monkeypatch.setattr(tables, "README", changed)
+    with pytest.raises(typer.Exit):
+        tables.main(check=True)
+    tables.main(check=False)
+    assert changed.read_text(encoding="utf-8") == text

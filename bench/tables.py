@@ -1,0 +1,118 @@
+"""The README's tables, from committed results: `python -m bench.tables` writes them, `--check` only compares.
+
+A table stands between `<!-- results:NAME -->` and `<!-- /results -->`; nothing between the two is written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench import save
+from bench.machine import ROOT
+from bench.run import Report, Result
+
+README = ROOT / "README.md"
+_SECTION = re.compile(r"(<!-- results:([\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def accuracy(results: Path) -> str:
+    """Accuracy of each method at each sparsity over the seeds, from demo_seeds.json."""
+    data = json.loads((results / "demo_seeds.json").read_text(encoding="utf-8"))
+    summary = data["summary"]
+    sparsities = sorted({row["sparsity"] for row in summary if row["sparsity"]})
+    cells = {(row["method"], row["sparsity"]): row for row in summary}
+    dense = cells[("Dense", 0.0)]
+
+    def cell(row: dict[str, float]) -> str:
+        return f"{100 * row['accuracy_mean']:.2f} ± {100 * row['accuracy_deviation']:.2f}"
+
+    methods = [m for m in dict.fromkeys(row["method"] for row in summary) if m != "Dense"]
+    rows = [[m, *(cell(cells[(m, s)]) for s in sparsities)] for m in methods]
+    table = _table(["method", *(f"{100 * s:.0f}% zeros" for s in sparsities)], rows)
+    return (
+        f"{table}\n{data['data']}, {data['what']}. Test accuracy in percent, mean and standard deviation of"
+        f" {dense['seeds']} seeds; dense: {cell(dense)}. {data['processor']}, PyTorch {data['versions']['torch']},"
+        f" {data['date'][:10]}.\n"
+    )
+
+
+def _reports(folder: Path) -> list[Report]:
+    names = [p for p in sorted(folder.glob("*.json")) if not p.stem.endswith("-quick")]
+    return [save.from_json(p.read_text(encoding="utf-8"), str(p)) for p in names]
+
+
+def _milliseconds(result: Result) -> str:
+    assert result.time is not None
+    return f"{1e3 * result.time.median:.3g} ms"
+
+
+def speed(results: Path) -> str:
+    """Every case of every device, and how many times as long as ours its peers take."""
+    parts = []
+    for folder in sorted(p for p in results.iterdir() if p.is_dir()):
+        reports = _reports(folder)
+        if not reports:
+            continue
+        rows = []
+        for report in reports:
+            for result in report.results:
+                if result.time is None:
+                    continue
+                copies = result.peers.get("copy")
+                others = [f"{n} {p.ratio.median:.3g}×" for n, p in result.peers.items() if n != "copy"]
+                in_copies = f"{1 / copies.ratio.median:.2f}" if copies else ""
+                rows.append([f"`{result.case}`", _milliseconds(result), in_copies, ", ".join(others)])
+        machine = reports[0].machine
+        noise = "" if not any(r.noise for r in reports) else " The machine was not quiet in every run."
+        parts.append(
+            _table(["case", "time", "in copies of its tensor", "peers, as a multiple of our time"], rows)
+            + f"\n{machine['device']}, {machine['threads']} threads, {reports[0].dtype}, PyTorch {machine['torch']},"
+            f" {machine['date'][:10]}.{noise}\n"
+        )
+    return "\n".join(parts)
+
+
+TABLES = {"accuracy": accuracy, "speed": speed}
+
+
+def rendered(text: str, results: Path) -> str:
+    """`text` with every table made anew.
+
+    Raises:
+        ValueError: a section whose name no table has.
+    """
+
+    def section(match: re.Match[str]) -> str:
+        if match[2] not in TABLES:
+            raise ValueError(f"README section results:{match[2]} is none of {', '.join(TABLES)}")
+        return f"{match[1]}{TABLES[match[2]](results)}{match[3]}"
+
+    return _SECTION.sub(section, text)
+
+
+def main(
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 when a table differs.")] = False,
+) -> None:
+    """Write the README's tables from bench/results."""
+    text = README.read_text(encoding="utf-8")
+    new = rendered(text, save.RESULTS)
+    if check and new != text:
+        print("README.md differs from bench/results: run `python -m bench.tables`")
+        raise typer.Exit(1)
+    if not check:
+        README.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = ("masked_weight", "soft_topk_rows", "hard_topk")
+MODULES = ("masked_weight", "soft_topk_rows", "hard_topk", "global_solve")
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,10 @@ SUPPORT: dict[str, dict[str, Support]] = {
         ("soft_topk_global_forward", "soft_topk_global_backward", "solve_masks_"),
         native=True,
         cuda=True,
+        triton=True,
     ),
-    **_rows("hard_topk", ("hard_topk_forward", "hard_topk_global_forward"), native=True, cuda=True),
+    **_rows("hard_topk", ("hard_topk_forward",), native=True, triton=True, cuda=True),
+    **_rows("hard_topk", ("hard_topk_global_forward",), native=True, triton=True),
     **_rows(
         "masked_weight",
         (

@@ -16,12 +16,12 @@ BACKWARD_ENTRIES_PER_WARP = 512
 MAX_RESIDENT_ROW = 8192
 MAX_RESIDENT_ROW_WITH_COSTS = 4096
 # Chunk of the kernels that walk a list of tensors, and programs for each multiprocessor.
-CHUNK = 4096
+CHUNK = 2048
 CHUNK_WARPS = 8
 PROGRAMS_PER_PROCESSOR = 4
 INTERPRETED_PROGRAMS = 3
 SAMPLE = 8192
-SAMPLE_WARPS = 16
+SAMPLE_WARPS = 8
 
 _TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -47,6 +47,12 @@ def power_of_two(n: int) -> int:
 def name_of(dtype: torch.dtype) -> str:
     """Triton's name of a value dtype."""
     return _TRITON_NAMES[dtype]
+
+
+def fits_in_registers(values: torch.Tensor, costs: torch.Tensor | None) -> bool:
+    """Whether the rows of values [rows, n] can stay in registers; longer ones are solved one by one."""
+    limit = MAX_RESIDENT_ROW if costs is None or costs.dim() == 0 else MAX_RESIDENT_ROW_WITH_COSTS
+    return values.shape[1] <= limit
 
 
 def row_tile(n: int, entries_per_warp: int = FORWARD_ENTRIES_PER_WARP) -> tuple[int, int, int]:

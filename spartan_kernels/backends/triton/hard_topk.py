@@ -13,11 +13,16 @@ from spartan_kernels.backends.triton.configs import (
     MAX_RESIDENT_ROW,
     MAX_RESIDENT_ROW_WITH_COSTS,
     CompileCase,
+    fits_in_registers,
     name_of,
     row_tile,
 )
+from spartan_kernels.backends.triton.global_solve import hard_topk_global_forward
 from spartan_kernels.backends.triton.primitives import ordered_key
+from spartan_kernels.backends.triton.soft_topk import rows_of_costs
 from spartan_kernels.backends.triton.soft_topk_rows import cost_strides, load_rows, row_totals
+
+__all__ = ["hard_topk_forward", "hard_topk_global_forward"]
 
 
 @triton.jit
@@ -68,6 +73,12 @@ def hard_topk_forward(values: torch.Tensor, budget: torch.Tensor, costs: torch.T
     mask = torch.empty((rows, n), dtype=torch.bool, device=values.device)
     if mask.numel() == 0:
         return mask
+    if not fits_in_registers(values, costs):
+        masks = [
+            hard_topk_global_forward([row], k, cost, False)[0]
+            for row, k, cost in zip(values, budget, rows_of_costs(costs, values), strict=True)
+        ]
+        return torch.stack(masks)
     block_m, block_n, warps = row_tile(n)
     with torch.cuda.device_of(values):
         _hard_topk_forward_kernel[(triton.cdiv(rows, block_m),)](

@@ -5,7 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from spartan_kernels.arguments import BUDGET_ROUNDING, SMALLEST_BETA
+
 INFINITY = tl.constexpr(float("inf"))
+_ROUNDING = tl.constexpr(BUDGET_ROUNDING)
+_SMALLEST_BETA = tl.constexpr(SMALLEST_BETA)
 
 
 @triton.jit
@@ -38,9 +42,21 @@ def value_of_key(key):
 
 
 @triton.jit
+def load_beta(beta_ptr):
+    """Sharpness in float64; 0 where its reciprocal would overflow."""
+    beta = tl.load(beta_ptr).to(tl.float64)
+    return tl.where(beta < _SMALLEST_BETA, 0.0, beta)
+
+
+@triton.jit
+def clamped_budget(budget, total):
+    """The budget in [0, total]; a rounding short of everything is everything."""
+    return tl.where(budget >= total * (1 - _ROUNDING), total, tl.maximum(budget, 0.0))
+
+
+@triton.jit
 def smaller_side(budget, total):
     """(sign, quota, target): the smaller of kept and dropped cost, whose sum is searched for, and its logit."""
-    budget = tl.minimum(tl.maximum(budget, 0.0), total)
     keep = budget <= total / 2
     quota = tl.where(keep, budget, total - budget)
     return tl.where(keep, 1.0, -1.0).to(tl.float64), quota, tl.log(quota / (total - quota))

@@ -18,8 +18,10 @@ from spartan_kernels.backends.triton.configs import (
 )
 from spartan_kernels.backends.triton.primitives import (
     INFINITY,
+    clamped_budget,
     first_threshold,
     halley_step,
+    load_beta,
     logistic,
     logit_at,
     smaller_side,
@@ -27,7 +29,7 @@ from spartan_kernels.backends.triton.primitives import (
 
 # |M - q| / q that ends a solve, the residual whose Halley step (its error is the cube) needs no check, and a limit that
 # only a bisection comes near.
-TOLERANCE = tl.constexpr(4e-7)
+TOLERANCE = tl.constexpr(2e-7)
 LAST_STEP = tl.constexpr(1e-4)
 MAX_TRIALS = tl.constexpr(200)
 
@@ -74,29 +76,15 @@ def _moments(u, a, live, t, beta, sign):
 
 
 @triton.jit
-def _soft_topk_forward_kernel(
-    values_ptr, costs_ptr, budget_ptr, beta_ptr, mask_ptr, threshold_ptr,
-    n_rows, n, stride_vm, stride_vn, stride_cm, stride_cn, stride_bm,
-    HAS_COSTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    u, a, row, offsets, live = load_rows(
-        values_ptr, costs_ptr, n_rows, n, stride_vm, stride_vn, stride_cm, stride_cn, HAS_COSTS, BLOCK_M, BLOCK_N
-    )
-    beta = tl.load(beta_ptr).to(tl.float64)
-    total = row_totals(a, live, n, HAS_COSTS, BLOCK_M)
-    budget = tl.load(budget_ptr + row * stride_bm, row < n_rows, other=0.0).to(tl.float64)
-    sign, quota, target = smaller_side(budget, total)
-    constant = quota * beta <= 0.0
+def solve_rows(u, a, live, count, active, beta, sign, quota, target, total, BLOCK_M: tl.constexpr):
+    """Threshold of each active row, from a start by its mean and spread; 0 for the others."""
     lowest = tl.min(tl.where(live, u, INFINITY), 1).to(tl.float64)
     highest = tl.max(tl.where(live, u, -INFINITY), 1).to(tl.float64)
-    poison = tl.sum(u * 0.0, 1).to(tl.float64)  # NaN where an entry is not finite
-    active = (row < n_rows) & (constant == 0) & (poison == 0.0)
-
     # relative to the smallest entry the spread does not cancel
     span = tl.where(live, u - lowest.to(tl.float32)[:, None], 0.0)
-    mean = tl.sum(span, 1).to(tl.float64) / n
+    mean = tl.sum(span, 1).to(tl.float64) / count
     away = tl.where(live, span - mean.to(tl.float32)[:, None], 0.0)
-    variance = tl.sum(away * away, 1).to(tl.float64) / n
+    variance = tl.sum(away * away, 1).to(tl.float64) / count
     low, high = lowest - sign * target / beta, highest - sign * target / beta
     t = first_threshold(lowest + mean, variance, beta, sign, target, low, high)
     t = tl.where(active, t, 0.0)
@@ -109,11 +97,32 @@ def _soft_topk_forward_kernel(
             t, low, high, previous, mass, slope, curvature, beta, sign, quota, total, target
         )
         met = tl.abs(mass - quota) <= TOLERANCE * quota
-        t = tl.where(active & (met == 0), ahead, t)
+        # a step from where the sum is met still sharpens t; a bisection would not
+        t = tl.where(active & ((met == 0) | (residual < INFINITY)), ahead, t)
         active = active & (met == 0) & (stuck == 0) & (residual > LAST_STEP)
         previous = residual
         trial += 1
         pending = tl.max(active.to(tl.int32), 0)
+    return t
+
+
+@triton.jit
+def _soft_topk_forward_kernel(
+    values_ptr, costs_ptr, budget_ptr, beta_ptr, mask_ptr, threshold_ptr,
+    n_rows, n, stride_vm, stride_vn, stride_cm, stride_cn, stride_bm,
+    HAS_COSTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    u, a, row, offsets, live = load_rows(
+        values_ptr, costs_ptr, n_rows, n, stride_vm, stride_vn, stride_cm, stride_cn, HAS_COSTS, BLOCK_M, BLOCK_N
+    )
+    beta = load_beta(beta_ptr)
+    total = row_totals(a, live, n, HAS_COSTS, BLOCK_M)
+    budget = tl.load(budget_ptr + row * stride_bm, row < n_rows, other=0.0).to(tl.float64)
+    sign, quota, target = smaller_side(clamped_budget(budget, total), total)
+    constant = quota * beta <= 0.0
+    poison = tl.sum(u * 0.0, 1).to(tl.float64)  # NaN where an entry is not finite
+    active = (row < n_rows) & (constant == 0) & (poison == 0.0)
+    t = solve_rows(u, a, live, n, active, beta, sign, quota, target, total, BLOCK_M)
 
     centre, shift = logit_at(t, beta)
     centre = tl.where(constant, 0.0, centre)

@@ -1,0 +1,300 @@
+"""Kernels of one program that decide between the passes over a list: start, step, last resort, what is remembered."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from spartan_kernels.backends.triton.global_passes import (
+    ABOVE,
+    BETA,
+    BINS,
+    BUDGET,
+    EVERYTHING,
+    HARD_DONE,
+    HIGH,
+    HISTOGRAM,
+    LO,
+    LOW,
+    MOMENTS,
+    POISON,
+    QUOTA,
+    RESIDUAL,
+    REWRITE,
+    ROOM,
+    SCALE,
+    SHIFT,
+    SIGN,
+    SOFT_DONE,
+    SPENT,
+    TARGET,
+    TOTAL,
+    T,
+    chunk_moments,
+)
+from spartan_kernels.backends.triton.primitives import (
+    INFINITY,
+    clamped_budget,
+    halley_step,
+    load_beta,
+    logit_at,
+    ordered_key,
+    smaller_side,
+    value_of_key,
+)
+from spartan_kernels.backends.triton.soft_topk_rows import solve_rows
+from spartan_kernels.backends.triton.tables import FIRST_ENTRY, WIDTH, chunk_at, load_ratio, locate
+
+# |M - q| / q that written masks may have, and the residual whose Halley step, once checked, is exact to rounding.
+TOLERANCE = tl.constexpr(4e-7)
+LAST_STEP = tl.constexpr(5e-4)
+MAX_TRIALS = tl.constexpr(200)
+FULL_SHIFT = tl.constexpr(21)  # 2048 bins of 2^21 keys are all keys
+SAMPLE_MARGIN = tl.constexpr(5.0)  # standard deviations of a rank in the sample, each side of the range
+
+
+@triton.jit
+def _sampled(
+    table_ptr, n_tensors, length, DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr,
+    SAMPLE: tl.constexpr,
+):  # fmt: skip
+    """u, a and mask of entries spread over the list, one drawn from each of SAMPLE equal parts; all of a short list."""
+    index = tl.arange(0, SAMPLE).to(tl.int64)
+    part = tl.maximum(length // SAMPLE, 1)
+    # a multiplicative hash: a fixed stride could follow the rows of a matrix
+    draw = (index.to(tl.uint32) * 2654435761) >> 8
+    entry = tl.where(length > SAMPLE, index * part + draw.to(tl.int64) % part, index)
+    live = entry < length
+    entry = tl.where(live, entry, 0)
+    row_ptr = table_ptr + locate(table_ptr, n_tensors, entry, FIRST_ENTRY) * WIDTH
+    u, a = load_ratio(row_ptr, entry - tl.load(row_ptr + FIRST_ENTRY), live, DTYPE, HAS_COSTS, ABSOLUTE)
+    return u, a, live
+
+
+@triton.jit
+def _sample_range(u, a, live, share, count, cost):
+    """Keys between which the budget runs out, SAMPLE_MARGIN standard deviations of its rank either way."""
+    margin = cost / count * (SAMPLE_MARGIN * tl.sqrt(count * share * (1 - share)) + 16)
+    key = ordered_key(u)
+    upper, lower = tl.zeros((1,), tl.uint32), tl.zeros((1,), tl.uint32)
+    bit = tl.full((1,), 1 << 31, tl.uint32)
+    for _ in range(32):
+        spent = tl.sum(tl.where(live & (key >= (upper | bit)), a, 0.0), 0).to(tl.float64)
+        upper = tl.where(spent > share * cost - margin, upper | bit, upper)
+        spent = tl.sum(tl.where(live & (key >= (lower | bit)), a, 0.0), 0).to(tl.float64)
+        lower = tl.where(spent > share * cost + margin, lower | bit, lower)
+        bit = bit >> 1
+    # with less than the margin to spend, nothing is known about the top
+    upper = tl.where(share * cost > margin, upper.to(tl.int64), 0xFFFFFFFF)
+    return tl.sum(lower.to(tl.int64), 0), tl.sum(upper, 0)
+
+
+@triton.jit
+def _expected_hard(state_ptr):
+    hard = tl.load(state_ptr + 2)
+    return tl.where(tl.load(state_ptr + 4) >= 2, 2 * hard - tl.load(state_ptr + 3), hard)
+
+
+@triton.jit
+def _start_kernel(
+    table_ptr, budget_ptr, beta_ptr, state_ptr, solve_ptr, select_ptr, partial_ptr, n_tensors, length, n_programs,
+    DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr, SOFT: tl.constexpr, HARD: tl.constexpr,
+    SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The problem's constants; t and the range of keys from the last two solves, or from a sample."""
+    beta = load_beta(beta_ptr)
+    total = beta * 0.0 + length
+    scale = beta * 0.0 + 1.0
+    if HAS_COSTS:
+        at = tl.arange(0, BLOCK)
+        total = tl.sum(tl.load(partial_ptr + at, at < n_programs, other=0.0), 0)
+        exponent = (total.to(tl.int64, bitcast=True) >> 52) - 1023
+        scale = ((60 - exponent + 1023) << 52).to(tl.float64, bitcast=True)
+    budget = clamped_budget(tl.load(budget_ptr).to(tl.float64), total)
+    sign, quota, target = smaller_side(budget, total)
+    share = budget / total
+    constant = quota * beta <= 0.0
+
+    t = beta * 0.0
+    bottom = tl.load(select_ptr + LO) * 0
+    top = bottom + 0xFFFFFFFF
+    if tl.load(state_ptr + 4) >= 1:
+        soft = tl.load(state_ptr)
+        t = tl.where(tl.load(state_ptr + 4) >= 2, 2 * soft - tl.load(state_ptr + 1), soft)
+        hard, width = _expected_hard(state_ptr), tl.load(state_ptr + 5)
+        bottom = ordered_key((hard - width).to(tl.float32)).to(tl.int64)
+        top = ordered_key((hard + width).to(tl.float32)).to(tl.int64)
+    else:
+        u, a, live = _sampled(table_ptr, n_tensors, length, DTYPE, HAS_COSTS, ABSOLUTE, SAMPLE)
+        count = tl.sum(live.to(tl.int32), 0).to(tl.float64)
+        cost = tl.sum(tl.where(live, a, 0.0), 0).to(tl.float64)
+        if SOFT:
+            one = tl.zeros((1,), tl.float64)
+            active = (one + quota * beta) > 0.0
+            found = solve_rows(
+                u[None, :], a[None, :], live[None, :], one + count, active, beta,
+                one + sign, one + quota * (cost / total), one + target, one + cost, 1,
+            )  # fmt: skip
+            t = tl.sum(found, 0)
+        if HARD:
+            bottom, top = _sample_range(u, a, live, share, count, cost)
+    t = tl.where((t == t) & (tl.abs(t) < INFINITY), t, 0.0)
+    shift = bottom * 0
+    while (BINS << shift) < top - bottom + 1:
+        shift += 1
+
+    tl.store(solve_ptr + T, t)
+    tl.store(solve_ptr + LOW, -INFINITY)
+    tl.store(solve_ptr + HIGH, INFINITY)
+    tl.store(solve_ptr + RESIDUAL, INFINITY)
+    tl.store(solve_ptr + SIGN, sign)
+    tl.store(solve_ptr + QUOTA, quota)
+    tl.store(solve_ptr + TARGET, target)
+    tl.store(solve_ptr + TOTAL, total)
+    tl.store(solve_ptr + SOFT_DONE, constant.to(tl.float64))
+    tl.store(solve_ptr + BETA, beta)
+    tl.store(solve_ptr + POISON, 0.0)
+    tl.store(solve_ptr + SCALE, scale)
+    tl.store(solve_ptr + REWRITE, 0.0)
+    tl.store(select_ptr + LO, bottom)
+    tl.store(select_ptr + SHIFT, shift)
+    tl.store(select_ptr + HARD_DONE, (budget >= total).to(tl.int64))
+    tl.store(select_ptr + EVERYTHING, (budget >= total).to(tl.int64))
+    tl.store(select_ptr + BUDGET, tl.floor(budget * scale).to(tl.int64))
+    tl.store(select_ptr + ROOM, 0)
+
+
+@triton.jit
+def _soft_step(solve_ptr, mass, slope, curvature, last_step):
+    """Take the moments at t; the next t and whether it is final are stored and returned."""
+    t, quota = tl.load(solve_ptr + T), tl.load(solve_ptr + QUOTA)
+    ahead, low, high, residual, stuck = halley_step(
+        t, tl.load(solve_ptr + LOW), tl.load(solve_ptr + HIGH), tl.load(solve_ptr + RESIDUAL),
+        mass, slope, curvature, tl.load(solve_ptr + BETA), tl.load(solve_ptr + SIGN), quota,
+        tl.load(solve_ptr + TOTAL), tl.load(solve_ptr + TARGET),
+    )  # fmt: skip
+    met = tl.abs(mass - quota) <= TOLERANCE / 4 * quota
+    done = met | stuck | (residual < last_step)
+    # a step from where the sum is met still sharpens t; a bisection would not
+    tl.store(solve_ptr + T, tl.where(met & (residual == INFINITY), t, ahead))
+    tl.store(solve_ptr + LOW, low)
+    tl.store(solve_ptr + HIGH, high)
+    tl.store(solve_ptr + RESIDUAL, residual)
+    tl.store(solve_ptr + SOFT_DONE, done.to(tl.float64))
+    return done
+
+
+@triton.jit
+def _advance_kernel(
+    solve_ptr, select_ptr, partial_ptr, n_programs,
+    SOFT: tl.constexpr, HARD: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """After a survey: one Halley step, and the bin in which the budget runs out as the next range of keys."""
+    if SOFT:
+        if tl.load(solve_ptr + SOFT_DONE) == 0.0:
+            at = tl.arange(0, BLOCK)
+            own, mask = partial_ptr + MOMENTS * at, at < n_programs
+            sign, beta = tl.load(solve_ptr + SIGN), tl.load(solve_ptr + BETA)
+            edge = sign * tl.load(solve_ptr + TARGET) / beta
+            lowest = tl.min(tl.load(own + 3, mask, other=INFINITY), 0)
+            highest = tl.max(tl.load(own + 4, mask, other=-INFINITY), 0)
+            poison = tl.sum(tl.load(own + 5, mask, other=0.0), 0)
+            tl.store(solve_ptr + LOW, tl.maximum(tl.load(solve_ptr + LOW), lowest - edge))
+            tl.store(solve_ptr + HIGH, tl.minimum(tl.load(solve_ptr + HIGH), highest - edge))
+            tl.debug_barrier()
+            mass = tl.sum(tl.load(own, mask, other=0.0), 0)
+            slope = tl.sum(tl.load(own + 1, mask, other=0.0), 0)
+            curvature = tl.sum(tl.load(own + 2, mask, other=0.0), 0)
+            _soft_step(solve_ptr, mass, slope, curvature, LAST_STEP)
+            if poison != poison:
+                tl.store(solve_ptr + T, 0.0)
+                tl.store(solve_ptr + POISON, poison)
+                tl.store(solve_ptr + SOFT_DONE, 1.0)
+    if HARD:
+        if tl.load(select_ptr + HARD_DONE) == 0:
+            bins = tl.arange(0, BINS)
+            cost = tl.load(select_ptr + HISTOGRAM + bins)
+            lo, shift = tl.load(select_ptr + LO), tl.load(select_ptr + SHIFT)
+            budget, above = tl.load(select_ptr + BUDGET), tl.load(select_ptr + ABOVE)
+            from_here = above + tl.sum(cost, 0) - tl.cumsum(cost, 0) + cost
+            over = tl.sum((from_here > budget).to(tl.int32), 0)
+            chosen = bins == over - 1
+            spent = tl.sum(tl.where(chosen, from_here - cost, 0), 0)
+            full = (lo == 0) & (shift == FULL_SHIFT)
+            missed = (over == 0) | (above > budget)
+            finished = (missed == 0) & (shift == 0)
+            next_lo = tl.where(missed, 0, lo + ((over - 1).to(tl.int64) << shift))
+            next_shift = tl.where(missed, FULL_SHIFT, tl.maximum(shift - 11, 0))
+            tl.debug_barrier()
+            tl.store(select_ptr + HISTOGRAM + bins, tl.zeros((BINS,), tl.int64))
+            tl.store(select_ptr + ABOVE, 0)
+            tl.store(select_ptr + LO, next_lo)
+            tl.store(select_ptr + SHIFT, next_shift)
+            tl.store(select_ptr + SPENT, spent)
+            tl.store(select_ptr + ROOM, tl.where(finished, budget - spent, 0))
+            # all of the keys and still not more than the budget
+            tl.store(select_ptr + EVERYTHING, (full & (over == 0)).to(tl.int64))
+            tl.store(select_ptr + HARD_DONE, (finished | (full & (over == 0))).to(tl.int64))
+
+
+@triton.jit
+def _finish_kernel(
+    table_ptr, solve_ptr, partial_ptr, n_tensors, n_chunks, n_programs,
+    DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr, AFTER_WRITE: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The last resort for what the fixed number of surveys left open: one program alone, as many trials as it takes."""
+    quota = tl.load(solve_ptr + QUOTA)
+    if AFTER_WRITE:
+        at = tl.arange(0, BLOCK)
+        written = tl.sum(tl.load(partial_ptr + MOMENTS * at, at < n_programs, other=0.0), 0)
+        missed = tl.abs(written - quota) > TOLERANCE * quota
+        pending = missed & (quota * tl.load(solve_ptr + BETA) > 0.0) & (tl.load(solve_ptr + POISON) == 0.0)
+        tl.store(solve_ptr + REWRITE, pending.to(tl.float64))
+        tl.store(solve_ptr + RESIDUAL, INFINITY)
+    else:
+        pending = tl.load(solve_ptr + SOFT_DONE) == 0.0
+    trial = 0
+    while (trial < MAX_TRIALS) & pending:
+        tl.debug_barrier()
+        t, beta, sign = tl.load(solve_ptr + T), tl.load(solve_ptr + BETA), tl.load(solve_ptr + SIGN)
+        mass, slope, curvature = t * 0.0, t * 0.0, t * 0.0
+        for chunk in range(tl.program_id(0).to(tl.int64), n_chunks):
+            row_ptr, offsets, live = chunk_at(table_ptr, n_tensors, chunk, CHUNK)
+            u, a = load_ratio(row_ptr, offsets, live, DTYPE, HAS_COSTS, ABSOLUTE)
+            m0, m1, m2 = chunk_moments(u, a, live, t, beta, sign)
+            mass += m0
+            slope += m1
+            curvature += m2
+        tl.debug_barrier()
+        pending = _soft_step(solve_ptr, mass, slope, curvature, 0.0) == 0
+        trial += 1
+
+
+@triton.jit
+def _remember_kernel(
+    state_ptr, threshold_ptr, solve_ptr, select_ptr, HAS_STATE: tl.constexpr
+):  # fmt: skip
+    """The solution (c, d) and the state for the next solve; one program."""
+    t, beta, quota = tl.load(solve_ptr + T), tl.load(solve_ptr + BETA), tl.load(solve_ptr + QUOTA)
+    constant = quota * beta <= 0.0
+    if HAS_STATE:
+        solves, hard, width = tl.load(state_ptr + 4), tl.load(state_ptr + 2), tl.load(state_ptr + 5)
+        expected = _expected_hard(state_ptr)
+        cut = value_of_key(tl.load(select_ptr + LO).to(tl.uint32)).to(tl.float64)
+        known = (tl.load(select_ptr + EVERYTHING) == 0) & (tl.abs(cut) < INFINITY)
+        found = tl.where(known, cut, hard)
+        soft = tl.load(state_ptr)
+        # as wide as the last surprise asks for, narrowing slowly when there is none
+        wanted = tl.where(solves >= 1, tl.maximum(4 * tl.abs(found - expected), 0.7 * width), 0.01 * tl.abs(found))
+        tl.debug_barrier()
+        tl.store(state_ptr, tl.where(constant, found, t))
+        tl.store(state_ptr + 1, soft)
+        tl.store(state_ptr + 2, found)
+        tl.store(state_ptr + 3, hard)
+        tl.store(state_ptr + 4, solves + 1)
+        tl.store(state_ptr + 5, tl.maximum(wanted, 1e-5 * tl.abs(found)))
+    centre, shift = logit_at(t, beta)
+    tl.store(threshold_ptr, tl.where(constant, 0.0, centre.to(tl.float64)))
+    shift = tl.where(constant, tl.load(solve_ptr + SIGN) * tl.load(solve_ptr + TARGET), shift)
+    tl.store(threshold_ptr + 1, shift + tl.load(solve_ptr + POISON))

@@ -1,0 +1,55 @@
+"""Every Triton kernel compiles for one GPU architecture without a GPU; the whole gate is `python -m bench.gpu_compile`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("Triton's interpreter replaces its compiler", allow_module_level=True)
+
+from bench.gpu_compile import MODULES, TARGETS, Row, _judged, compile_triton
+
+SM_90 = next(target for target in TARGETS if target.name == "sm_90")
+
+
+def first_cases() -> list[tuple[str, int]]:
+    """One configuration of every kernel."""
+    chosen: dict[str, tuple[str, int]] = {}
+    for module in MODULES:
+        cases = importlib.import_module(f"spartan_kernels.backends.triton.{module}").COMPILE_CASES
+        for index, case in enumerate(cases):
+            chosen.setdefault(case.kernel.fn.__name__, (module, index))
+    return list(chosen.values())
+
+
+@pytest.mark.parametrize(("module", "index"), first_cases())
+def test_compiles_for_sm_90_without_spills(module: str, index: int) -> None:
+    row = compile_triton(module, index, SM_90)
+    assert row.problem == ""
+    assert 0 < row.registers <= 255
+
+
+@pytest.mark.parametrize(
+    ("row", "tensor_cores", "problem"),
+    [
+        (Row("k", "", "sm_90", spilled=8), False, "spills"),
+        (Row("k", "", "sm_90", shared=SM_90.shared_limit + 1), False, "shared memory"),
+        (Row("k", "", "sm_90"), True, "tensor-core"),
+        (Row("k", "", "sm_90", matrix=4, shared=SM_90.shared_limit), True, ""),
+    ],
+)
+def test_the_gate_refuses_what_cannot_run_well(row: Row, tensor_cores: bool, problem: str) -> None:
+    assert problem in _judged(row, SM_90, tensor_cores).problem
+    assert bool(_judged(row, SM_90, tensor_cores).problem) == bool(problem)
+
+
+def test_a_kernel_that_does_not_compile_is_a_line_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = importlib.import_module("spartan_kernels.backends.triton.hard_topk").COMPILE_CASES
+    monkeypatch.setitem(cases[0].constexprs, "BLOCK_N", 3)  # tiles are powers of two
+    assert "does not compile" in compile_triton("hard_topk", 0, SM_90).problem

@@ -1,0 +1,39 @@
+"""The Triton kernels on CPU tensors, in Triton's interpreter: the operator tests, and problems of several programs.
+
+The interpreter is chosen before triton is imported, so the tests run in a process of their own. It rounds to bfloat16
+towards zero and costs milliseconds for each program: a few small cases of each operator stand for the rest.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+TESTS = Path(__file__).parent
+SELECTIONS = {
+    "test_masked_weight.py": "block_scores or zero_weights or dropped or (forward_and_gradient and float32 and both)",
+    "test_soft_topk.py": "odd_lengths or nothing_and or ties or plateau or non_finite or (float32_gradient and 20.0)",
+    "test_hard_topk.py": "lowest_index or first_entry or fractional or (concatenation and mixed_scales)",
+    "test_soft_topk_global.py": "list_equals or sharded or nothing or stale or carries or only_some or (oracle and mixed)",
+}
+
+
+@pytest.mark.parametrize("file", sorted(SELECTIONS))
+def test_operators_in_the_interpreter(file: str) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    selection = f"triton and not float64 and not bfloat16 and not float16 and ({SELECTIONS[file]})"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:warnings", "-rs", str(TESTS / file)]
+        + ["-k", selection],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -1,7 +1,7 @@
 """Drives CMake for the compiled extension; everything else is in pyproject.toml.
 
 Environment:
-    SPARTAN_CUDA        auto (default: compile CUDA kernels when a CUDA compiler is found), on, off
+    SPARTAN_CUDA        auto (default: compile CUDA kernels when a working CUDA compiler is found), on, off
     SPARTAN_CUDA_ARCHS  CUDA architectures, such as "80;90"
     SPARTAN_NATIVE      auto (default: go on without the extension when it cannot be built), on (fail), off
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -42,12 +43,21 @@ class CMakeBuild(build_ext):
     def copy_extensions_to_source(self) -> None:
         """An editable install needs the record beside the sources too."""
         super().copy_extensions_to_source()
-        built = Path(self.get_ext_fullpath("spartan_kernels._native")).resolve().parent / RECORD
+        built = Path(self.build_lib) / "spartan_kernels" / RECORD
         if built.exists():
             shutil.copy(built, ROOT / "spartan_kernels" / RECORD)
 
     def _compile(self, target: Path) -> str | None:
         """Build the extension at `target`; None, or why it could not be built."""
+        cuda = os.environ.get("SPARTAN_CUDA", "auto")
+        reason = self._build(target, cuda)
+        if reason is None or cuda != "auto":
+            return reason
+        plain = re.sub(r"[^\w .,:/()'-]", " ", reason)[:300]  # it travels through CMake and the compiler's command line
+        return self._build(target, "off", f"they could not be compiled: {plain}")
+
+    def _build(self, target: Path, cuda: str, cuda_failure: str = "") -> str | None:
+        """Run CMake; `cuda_failure` is why an earlier run with the CUDA kernels did not succeed."""
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         if shutil.which("cmake") is None:
@@ -63,7 +73,8 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
-            f"-DSPARTAN_CUDA={os.environ.get('SPARTAN_CUDA', 'auto')}",
+            f"-DSPARTAN_CUDA={cuda}",
+            f"-DSPARTAN_CUDA_FAILURE={cuda_failure}",
             "-DCMAKE_BUILD_TYPE=Release",
         ]
         if archs := os.environ.get("SPARTAN_CUDA_ARCHS"):
@@ -80,11 +91,13 @@ class CMakeBuild(build_ext):
 
 
 def _first_error(output: str) -> str | None:
+    """What CMake or the compiler said first, in one line, without the place in CMake's own files."""
     lines = [line.strip() for line in output.splitlines()]
     for index, line in enumerate(lines):
         if line.startswith("CMake Error"):
-            return " ".join(text for text in lines[index : index + 3] if text)
-        if "error:" in line:
+            said = [text for text in lines[index + 1 : index + 5] if text]
+            return " ".join(said[:2]).rstrip(":") if said else line
+        if "error:" in line or line.startswith("nvcc fatal"):
             return line
     return None
 

@@ -30,6 +30,7 @@ cuda::Stream stream_of(Address handle, int device) { return {at(handle), device}
 void bind_cuda(py::module_& m) {
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   m.attr("coupling_workspace") = cuda::kCouplingPartials;
+  m.def("problem", &cuda::problem);
   m.def(
       "masked_weight",
       [](int dtype, Blocks blocks, Address weight, Address soft, Address hard, Address result, Address stream, int device) {

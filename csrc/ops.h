@@ -86,6 +86,9 @@ int64_t blocks_workspace_bytes(Blocks);
 // float64. Every pointer, scalars included, is to device memory.
 namespace cuda {
 
+// Why the CUDA runtime cannot work here, or null.
+const char* problem();
+
 struct Stream {
   void* handle;
   int device;

@@ -20,7 +20,7 @@ using cpu::value_of;
 constexpr int kDigitBits = 11;
 constexpr int kBins = 1 << kDigitBits;
 constexpr int kDigits = 3;
-constexpr double kFixedPointBits = 61.0;  // of the sum of all costs
+constexpr int kFixedPointBits = 61;  // of the sum of all costs
 constexpr int kStateSoft = 0, kStateHard = 2, kStateSolves = 4;
 
 // The hard threshold as far as it is known: the leading bits of its key, counted from the lowest key there is, and the cost
@@ -96,7 +96,9 @@ __device__ Selection first_selection(double budget, double total, double low, do
   Selection cut{};
   cut.counted = cheapest == dearest;
   // a power of two, so that costs lose nothing as long as the largest sum leaves them their bits
-  cut.unit = cut.counted ? cheapest : exp2(ceil(log2(total)) - kFixedPointBits);
+  int exponent = 0;
+  frexp(total, &exponent);
+  cut.unit = cut.counted ? cheapest : ldexp(1.0, exponent - kFixedPointBits);
   cut.everything = budget >= total;
   cut.nothing = !(budget > 0.0);
   cut.ties_fit = false;

@@ -28,6 +28,8 @@ def unavailable() -> str | None:
         return f"the extension was built without CUDA kernels: {_native.cuda_reason}"
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device"
+    if problem := _native.cuda.problem():
+        return f"the CUDA {_native.cuda_version} runtime of the extension cannot work here: {problem}"
     built = [(int(arch[:-1]), int(arch[-1])) for arch in _native.cuda_archs.split(",")]
     devices = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
     if any(_runs(device, built) for device in devices):

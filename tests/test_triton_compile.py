@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for one GPU architecture without a GPU; the whole gate is `python -m bench.gpu_compile`."""
+"""Every Triton kernel compiles for one GPU architecture without a GPU; the whole gate is bench.gpu_compile."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ def soft_topk_global_backward(
             passes._gradient_write_kernel[(p.programs,)](
                 table, threshold, beta, scalars, *sizes, COST_GRAD=cost_grad, **kind
             )
-    return grad_values, grad_costs, *scalars.unbind()
+    return grad_values, grad_costs, scalars[0], scalars[1]
 
 
 def _compile_cases() -> list[CompileCase]:

@@ -175,8 +175,8 @@ def _soft_step(solve_ptr, mass, slope, curvature, last_step):
     )  # fmt: skip
     met = tl.abs(mass - quota) <= TOLERANCE / 4 * quota
     done = met | stuck | (residual < last_step)
-    # a step from where the sum is met still sharpens t; a bisection would not
-    tl.store(solve_ptr + T, tl.where(met & (residual == INFINITY), t, ahead))
+    # a step from where the sum is met still sharpens t, and is checked when written; the last resort keeps what it met
+    tl.store(solve_ptr + T, tl.where(met & ((residual == INFINITY) | (last_step == 0.0)), t, ahead))
     tl.store(solve_ptr + LOW, low)
     tl.store(solve_ptr + HIGH, high)
     tl.store(solve_ptr + RESIDUAL, residual)

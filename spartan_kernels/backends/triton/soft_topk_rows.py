@@ -27,10 +27,8 @@ from spartan_kernels.backends.triton.primitives import (
     smaller_side,
 )
 
-# |M - q| / q that ends a solve, the residual whose Halley step (its error is the cube) needs no check, and a limit that
-# only a bisection comes near.
-TOLERANCE = tl.constexpr(2e-7)
-LAST_STEP = tl.constexpr(1e-4)
+# |M - q| / q that ends a solve, about the rounding of a logit near 10, and a limit that only a bisection comes near.
+TOLERANCE = tl.constexpr(4e-7)
 MAX_TRIALS = tl.constexpr(200)
 
 
@@ -97,9 +95,8 @@ def solve_rows(u, a, live, count, active, beta, sign, quota, target, total, BLOC
             t, low, high, previous, mass, slope, curvature, beta, sign, quota, total, target
         )
         met = tl.abs(mass - quota) <= TOLERANCE * quota
-        # a step from where the sum is met still sharpens t; a bisection would not
-        t = tl.where(active & ((met == 0) | (residual < INFINITY)), ahead, t)
-        active = active & (met == 0) & (stuck == 0) & (residual > LAST_STEP)
+        t = tl.where(active & (met == 0), ahead, t)
+        active = active & (met == 0) & (stuck == 0)
         previous = residual
         trial += 1
         pending = tl.max(active.to(tl.int32), 0)

@@ -35,6 +35,7 @@ class Work:
         prepare: runs untimed before every call of ours and of the peers, on the operands.
         breakdown: runs once and returns seconds by part.
         notes: numbers worth keeping with the result.
+        seconds: the most that ours and each peer are timed for, where a table of many cases has to end in time.
     """
 
     ours: Peer
@@ -46,43 +47,48 @@ class Work:
     prepare: Callable[..., None] | None = None
     breakdown: Callable[[], dict[str, float]] | None = None
     notes: dict[str, float] = field(default_factory=dict)
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
 class Case:
-    """A registered case: `name` is unique, `op` is what the command line selects by."""
+    """A registered case: `name` is unique, `op` is what the command line selects by; `quick`: --quick runs it too."""
 
     op: str
     name: str
     build: Callable[[Settings], Work]
+    quick: bool = True
 
 
 CASES: dict[str, Case] = {}
 
 
-def case(op: str, name: str) -> Callable[[Callable[[Settings], Work]], Callable[[Settings], Work]]:
+def case(
+    op: str, name: str, *, quick: bool = True
+) -> Callable[[Callable[[Settings], Work]], Callable[[Settings], Work]]:
     """Register the builder of a case as `op/name`."""
 
     def register(build: Callable[[Settings], Work]) -> Callable[[Settings], Work]:
         key = f"{op}/{name}"
         if key in CASES:
             raise ValueError(f"case {key!r} is registered twice")
-        CASES[key] = Case(op, key, build)
+        CASES[key] = Case(op, key, build, quick)
         return build
 
     return register
 
 
-def select(patterns: Sequence[str]) -> list[Case]:
+def select(patterns: Sequence[str], quick: bool = False) -> list[Case]:
     """Cases whose op or name is one of `patterns`; all of them for none.
+
+    With `quick`, a case that is not a quick one has to be named itself.
 
     Raises:
         ValueError: a pattern that matches nothing; the message lists the ops.
     """
-    if not patterns:
-        return list(CASES.values())
     for pattern in patterns:
         if not any(pattern in (c.op, c.name) for c in CASES.values()):
             ops = ", ".join(sorted({c.op for c in CASES.values()}))
             raise ValueError(f"no benchmark is called {pattern!r}; allowed: {ops}, or a case from --list")
-    return [c for c in CASES.values() if c.op in patterns or c.name in patterns]
+    by_op = [c for c in CASES.values() if not patterns or c.op in patterns]
+    return [c for c in CASES.values() if c.name in patterns or (c in by_op and (c.quick or not quick))]

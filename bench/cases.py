@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 import spartan.functional as F
-from bench import machine, training
+from bench import cases_matmul, training
 from bench.case import CASES, Settings, Work, case, select
 from bench.checks import check_budget_mask, check_close, check_hard_mask
+from bench.inputs import normal, rotating
 from bench.peers import eager
 from bench.peers.sinkhorn import sinkhorn_soft_topk, sort_and_sinkhorn
-from bench.timing import rotated
 from spartan_kernels import ops
 from spartan_kernels.testing import (
     oracle_block_sum,
@@ -29,7 +29,7 @@ from spartan_kernels.testing import (
     soft_topk_tolerance,
 )
 
-__all__ = ["CASES", "select", "training"]
+__all__ = ["CASES", "cases_matmul", "select", "training"]
 
 
 def resnet50_shapes() -> list[tuple[int, ...]]:
@@ -42,15 +42,6 @@ def resnet50_shapes() -> list[tuple[int, ...]]:
             shapes += [(width, in_, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
             in_ = 4 * width
     return [*shapes, (1000, 2048)]
-
-
-def _values(shape: Sequence[int], s: Settings, seed: int, scale: float = 1.0) -> Tensor:
-    generator = torch.Generator(s.device).manual_seed(seed)
-    return scale * torch.randn(tuple(shape), generator=generator, device=s.device, dtype=s.dtype)
-
-
-def _rotated(s: Settings, bytes_each: int, build: Callable[[int], tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
-    return rotated(build, bytes_each, machine.cache_bytes(s.device))
 
 
 def _copy(*sources: Tensor) -> Callable[..., None]:
@@ -70,7 +61,7 @@ def _copy(*sources: Tensor) -> Callable[..., None]:
 def _soft_rows(s: Settings, rows: int, n: int, k: float, beta: float) -> Work:
     rows = max(1, rows // 8) if s.quick else rows
     nbytes = 2 * rows * n * s.dtype.itemsize
-    operands = _rotated(s, nbytes // 2, lambda i: (_values((rows, n), s, i),))
+    operands = rotating(s, nbytes // 2, lambda i: (normal((rows, n), s, i),))
 
     def check(mask: Tensor, values: Tensor) -> None:
         few = slice(0, 24 * 1024 // n)  # the oracle bisects in float64: a part of the rows has to do
@@ -116,8 +107,8 @@ def soft_topk_backward(s: Settings) -> Work:
     nbytes = 3 * rows * n * s.dtype.itemsize  # values and upstream in, gradient out
 
     def build(i: int) -> tuple[Any, ...]:
-        values = _values((rows, n), s, i).requires_grad_()
-        return values, F.soft_topk(values, k, beta=beta, backend=s.backend), _values((rows, n), s, 1000 + i)
+        values = normal((rows, n), s, i).requires_grad_()
+        return values, F.soft_topk(values, k, beta=beta, backend=s.backend), normal((rows, n), s, 1000 + i)
 
     def check(gradient: Tensor, values: Tensor, mask: Tensor, upstream: Tensor) -> None:
         few = slice(0, 24)
@@ -128,7 +119,7 @@ def soft_topk_backward(s: Settings) -> Work:
 
     return Work(
         ours=lambda v, m, g: torch.autograd.grad(m, v, g, retain_graph=True)[0],
-        operands=_rotated(s, nbytes // 3, build),
+        operands=rotating(s, nbytes // 3, build),
         check=check,
         bytes=nbytes,
         peers={
@@ -146,8 +137,8 @@ class _TrainingStep:
 
     def __init__(self, s: Settings) -> None:
         shapes = [(512, 512)] * 4 if s.quick else resnet50_shapes()
-        self.weights = [_values(shape, s, i, (2 / math.prod(shape[1:])) ** 0.5) for i, shape in enumerate(shapes)]
-        self.noise = [1e-3 * _values(w.shape, s, 500 + i, float(w.std())) for i, w in enumerate(self.weights)]
+        self.weights = [normal(shape, s, i, (2 / math.prod(shape[1:])) ** 0.5) for i, shape in enumerate(shapes)]
+        self.noise = [1e-3 * normal(w.shape, s, 500 + i, float(w.std())) for i, w in enumerate(self.weights)]
         self.n = sum(w.numel() for w in self.weights)
         self.budget, self.beta, self.steps = 0.1 * self.n, 20.0, 0
         self.soft = [torch.empty_like(w) for w in self.weights]
@@ -218,7 +209,7 @@ def global_warm(s: Settings) -> Work:
 def global_one_tensor(s: Settings) -> Work:
     """Soft mask alone of one flat tensor of 25.6 million values, as a differentiable call."""
     n, beta = (1 << 20 if s.quick else 25_600_000), 5.0
-    values, k = _values((n,), s, 0), 0.1 * n
+    values, k = normal((n,), s, 0), 0.1 * n
     return Work(
         ours=lambda v: ops.soft_topk_global([v], k, beta=beta, backend=s.backend)[0],
         operands=[(values,)],
@@ -240,7 +231,7 @@ def _hard(s: Settings, shape: tuple[int, ...], density: float) -> Work:
 
     return Work(
         ours=lambda v: ops.hard_topk(v, float(k), backend=s.backend),
-        operands=_rotated(s, math.prod(shape) * s.dtype.itemsize, lambda i: (_values(shape, s, i),)),
+        operands=rotating(s, math.prod(shape) * s.dtype.itemsize, lambda i: (normal(shape, s, i),)),
         check=check,
         bytes=nbytes,
         peers={
@@ -273,12 +264,12 @@ def _weight_operands(s: Settings, size: int) -> tuple[int, int, Sequence[tuple[A
     grid = (n // size, n // size)
 
     def build(i: int) -> tuple[Any, ...]:
-        soft = _values(grid, s, 3 * i + 1).sigmoid()
-        return _values((n, n), s, 3 * i), soft, soft > 0.7, _values((n, n), s, 3 * i + 2)
+        soft = normal(grid, s, 3 * i + 1).sigmoid()
+        return normal((n, n), s, 3 * i), soft, soft > 0.7, normal((n, n), s, 3 * i + 2)
 
     dense = n * n * s.dtype.itemsize
     masks = math.prod(grid) * (s.dtype.itemsize + 1)
-    return dense, 2 * dense + masks, _rotated(s, dense, build)
+    return dense, 2 * dense + masks, rotating(s, dense, build)
 
 
 def _forward(s: Settings, size: int) -> Work:

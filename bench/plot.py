@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +20,9 @@ from bench import save
 from bench.run import Report, Result
 
 _OURS, _PEER = "#1f6f8b", "#c9c9c9"
+_PASSES = {1.0: "forward", 3.0: "forward and backward"}
+
+Curve = list[tuple[float, float]]  # (sparsity, speed-up)
 
 
 def _caption(report: Report) -> str:
@@ -92,10 +97,123 @@ def figure_of_step(report: Report, path: Path) -> None:
     _write(figure, path)
 
 
+def speed_ups(results: Sequence[Result]) -> dict[str, Curve]:
+    """Speed-up over the dense product against sparsity, for ours and each peer, from the ratios pair by pair."""
+    curves: dict[str, Curve] = {}
+    for r in sorted(results, key=lambda r: r.notes["sparsity"]):
+        if "dense" not in r.peers:
+            continue
+        over_ours = r.peers["dense"].ratio.median
+        curves.setdefault("ours", []).append((r.notes["sparsity"], over_ours))
+        for name, p in r.peers.items():
+            if name != "dense":
+                curves.setdefault(name, []).append((r.notes["sparsity"], over_ours / p.ratio.median))
+    return curves
+
+
+def break_even(curve: Curve) -> float | None:
+    """Sparsity from which a curve stays above a speed-up of 1, log-linear between points; None where it ends below."""
+    sparsity = None
+    for (s0, y0), (s1, y1) in zip([curve[0], *curve], curve, strict=False):
+        if y1 < 1:
+            sparsity = None
+        elif sparsity is None:
+            sparsity = s1 if y0 >= 1 else s0 + (s1 - s0) * math.log(y0) / math.log(y0 / y1)
+    return sparsity
+
+
+def _curves(axis: Axes, results: Sequence[Result], colours: dict[str, str]) -> None:
+    for name, curve in speed_ups(results).items():
+        even = break_even(curve)
+        remark = (
+            "slower" if even is None else f"even at {even:.0%}" if even > curve[0][0] else f"faster from {even:.0%}"
+        )
+        width = 2.2 if name == "ours" else 1.2
+        axis.plot(*zip(*curve, strict=True), "o-", ms=3, lw=width, color=colours[name], label=f"{name}: {remark}")
+        if even is not None:
+            axis.plot(even, 1, "o", ms=8, mfc="none", color=colours[name])
+    sparsities = sorted({r.notes["sparsity"] for r in results})
+    steps = [sparsities[0] + (sparsities[-1] - sparsities[0]) * i / 50 for i in range(51)]
+    axis.plot(steps, [1 / (1 - s) for s in steps], "k--", lw=0.8, label="ideal, 1 / (1 - s)")
+    axis.axhline(1, color="k", lw=0.8)
+    axis.set_yscale("log")
+    axis.set_xticks(sparsities, [f"{s:.0%}" for s in sparsities])
+    axis.tick_params(labelsize=7)
+    axis.legend(fontsize=6, frameon=False, loc="upper left")
+
+
+def figure_of_sparsity(report: Report, path: Path) -> None:
+    """Draw the speed-up over the dense product against sparsity: a row for each pass, a column for each block size."""
+    results = [r for r in report.results if r.time is not None and "sparsity" in r.notes]
+    passes, blocks = (sorted({r.notes[key] for r in results}) for key in ("passes", "block"))
+    names = dict.fromkeys(["ours", *(name for r in results for name in r.peers if name != "dense")])
+    palette = plt.get_cmap("tab10")
+    colours = {name: _OURS if i == 0 else palette(i % 10) for i, name in enumerate(names)}
+    size = (1 + 2.9 * len(blocks), 0.6 + 2.9 * len(passes))
+    figure, axes = plt.subplots(len(passes), len(blocks), figsize=size, squeeze=False, sharey="row")
+    for row, count in enumerate(passes):
+        for column, block in enumerate(blocks):
+            axis = axes[row, column]
+            here = [r for r in results if (r.notes["passes"], r.notes["block"]) == (count, block)]
+            if here:
+                _curves(axis, here, colours)
+            axis.set_title(f"{_PASSES[count]}, blocks of {block:.0f} x {block:.0f}", fontsize=8, loc="left")
+            axis.set_xlabel("sparsity", fontsize=8)
+        axes[row, 0].set_ylabel("speed-up over dense", fontsize=8)
+    notes = results[0].notes
+    shape = f"{notes['rows']:.0f} x {notes['in']:.0f} times {notes['in']:.0f} x {notes['out']:.0f}; "
+    figure.text(0.01, 0.005, shape + _caption(report), fontsize=6)
+    figure.tight_layout(rect=(0, 0.02, 1, 1))
+    _write(figure, path)
+
+
+def figure_of_roofline(report: Report, path: Path) -> None:
+    """Draw the rate of every case that states flops and bytes, under the ceilings measured in its own process."""
+    results = [r for r in report.results if r.time is not None and r.flops and r.bytes]
+    bandwidth, peak = 1 / report.copy.median, 1 / report.matmul.median
+    groups: dict[str, Curve] = {}
+    for r in results:
+        assert r.time is not None
+        group = f"{_PASSES[r.notes['passes']]}, blocks of {r.notes['block']:.0f}" if "sparsity" in r.notes else r.case
+        groups.setdefault(group, []).append((r.flops / r.bytes, r.flops / r.time.median / 1e9))
+    figure, axis = plt.subplots(figsize=(7, 4.4))
+    intensities = [r.flops / r.bytes for r in results]
+    ends = min(*intensities, peak / bandwidth) / 2, max(*intensities, peak / bandwidth) * 2
+    corners = [ends[0], peak / bandwidth, ends[1]]
+    axis.plot(corners, [min(peak, x * bandwidth) / 1e9 for x in corners], "k-", lw=1)
+    axis.annotate(f"matmul, {peak / 1e9:.3g} GFLOP/s", (ends[1], peak / 1e9), ha="right", va="bottom", fontsize=7)
+    axis.annotate(f"copy, {bandwidth / 1e9:.3g} GB/s", (ends[0], ends[0] * bandwidth / 1e9), va="bottom", fontsize=7)
+    for i, (name, points) in enumerate(groups.items()):
+        marker = "os^Dv*"[i % 6]
+        axis.plot(*zip(*points, strict=True), marker, ms=5, alpha=0.8, color=plt.get_cmap("tab10")(i % 10), label=name)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel("operational intensity, flop per byte (needed ones only)", fontsize=8)
+    axis.set_ylabel("GFLOP/s (needed ones only)", fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.legend(fontsize=6, frameon=False, loc="lower right")
+    figure.text(0.01, 0.01, _caption(report), fontsize=6)
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    _write(figure, path)
+
+
 def _write(figure: Figure, path: Path) -> None:
     # no date or version inside: the same results give the same bytes
     figure.savefig(path, dpi=130, metadata={"Software": None})
     plt.close(figure)
+
+
+def _drawings(report: Report, path: Path) -> list[tuple[Callable[[Report, Path], None], Path]]:
+    timed = [r for r in report.results if r.time is not None]
+    main: Callable[[Report, Path], None] = figure_of_op
+    if any(r.parts for r in timed):
+        main = figure_of_step
+    elif any("sparsity" in r.notes for r in timed):
+        main = figure_of_sparsity
+    drawings = [(main, path)]
+    if any(r.flops and r.bytes for r in timed):
+        drawings.append((figure_of_roofline, path.with_stem(f"{path.stem}-roofline")))
+    return drawings
 
 
 def figures(folder: Path) -> list[Path]:
@@ -105,9 +223,9 @@ def figures(folder: Path) -> list[Path]:
         report = save.from_json(source.read_text(encoding="utf-8"), str(source))
         if not any(r.time for r in report.results):
             continue
-        path = source.with_suffix(".png")
-        (figure_of_step if any(r.parts for r in report.results) else figure_of_op)(report, path)
-        written.append(path)
+        for draw, path in _drawings(report, source.with_suffix(".png")):
+            draw(report, path)
+            written.append(path)
     return written
 
 

@@ -71,6 +71,7 @@ def run_case(case: Case, settings: Settings, against: Sequence[str] | None = Non
     wanted = {n: p for n, p in work.peers.items() if against is None or n in against}
     peers: dict[str, Peer] = {n: p for n, p in wanted.items() if not isinstance(p, str)}
     rounds, seconds = (7, 1.0) if settings.quick else (31, 12.0)
+    seconds = min(seconds, work.seconds or seconds)
     ours, timed = interleave(work, peers, settings.device, rounds=rounds, seconds=seconds)
     peak, kept = peak_memory(lambda: work.ours(*_prepared(work)), settings.device)
     return Result(

@@ -1,0 +1,202 @@
+"""Products with a block-sparse weight as PyTorch and other packages offer them: y = x W^T, W with whole blocks zero.
+
+A builder packs W once, untimed, and returns a `Layer`; `peers` builds, runs and checks each on a few rows first, and
+gives a line instead where one cannot run.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bench.case import Peer
+
+_STK_BLOCK = 128  # the block that STK's kernels are written for
+_PROBE_ROWS = 128
+_AGREEMENT = 3e-2  # of the largest entry: packages may multiply in lower precision; wrong blocks are off by far more
+
+
+class Missing(Exception):
+    """Why a peer cannot take this problem."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A packed weight.
+
+    Attributes:
+        forward: x [M, in] -> y [M, out].
+        parameter: the packed weight, which a gradient can be asked for; None where the package computes none.
+        dense: the weight that `forward` multiplies by, where it is not the one given.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    parameter: Tensor | None
+    dense: Tensor | None = None
+
+
+Builder = Callable[[Tensor, int], Layer]  # weight [out, in], block size
+
+
+def dense(weight: Tensor, size: int) -> Layer:
+    """Zeros multiplied like everything else: MKL or another BLAS on the CPU, cuBLAS on a GPU."""
+    w = weight.clone()
+    return Layer(lambda x: functional.linear(x, w), w)
+
+
+def _bsr(weight: Tensor, size: int) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the layout is in beta
+        return weight.to_sparse_bsr((size, size))
+
+
+def torch_bsr(weight: Tensor, size: int) -> Layer:
+    """torch.sparse BSR: MKL on the CPU (several times the speed of `linear` with a BSR weight), cuSPARSE on a GPU."""
+    packed = _bsr(weight, size)
+    return Layer(lambda x: (packed @ x.mT).mT, packed)
+
+
+def torch_bsr_triton(weight: Tensor, size: int) -> Layer:
+    """PyTorch's own Triton kernel for BSR."""
+    from torch.sparse import _triton_ops
+
+    packed = _bsr(weight, size)
+
+    def forward(x: Tensor) -> Tensor:
+        out = x.new_empty(weight.shape[0], x.shape[0])
+        return _triton_ops.bsr_dense_addmm(out, packed, x.mT, beta=0).mT
+
+    return Layer(forward, None)
+
+
+def torch_semi_structured(weight: Tensor, size: int) -> Layer:
+    """2:4 on the tensor cores: half the weights of every row, other ones than the blocks, at the same sparsity."""
+    zeros = float((weight == 0).double().mean())
+    if abs(zeros - 0.5) > 0.01:
+        raise Missing(f"2:4 is a sparsity of 50%, this weight's is {zeros:.0%}")
+    full = torch.randn_like(weight) * weight.std()
+    groups = full.view(-1, 4)
+    pruned = torch.zeros_like(groups).scatter(1, groups.abs().topk(2, 1).indices, 1.0).mul(groups).view_as(full)
+    packed = torch.sparse.to_sparse_semi_structured(pruned)
+    return Layer(lambda x: functional.linear(x, packed), None, pruned)
+
+
+def scipy_bsr(weight: Tensor, size: int) -> Layer:
+    """SciPy BSR, on one thread."""
+    from scipy import sparse
+
+    packed = sparse.bsr_array(weight.numpy(), blocksize=(size, size))
+    return Layer(lambda x: torch.from_numpy(packed @ x.numpy().T).mT, None)
+
+
+def gathered_bmm(weight: Tensor, size: int) -> Layer:
+    """Kept blocks times gathered column panels of x in one bmm, added up into the rows of blocks."""
+    out, in_ = weight.shape
+    blocks = weight.view(out // size, size, in_ // size, size).transpose(1, 2)
+    rows, columns = (blocks != 0).any(-1).any(-1).nonzero(as_tuple=True)
+    packed = blocks[rows, columns].clone()
+
+    def forward(x: Tensor) -> Tensor:
+        panels = x.view(-1, in_ // size, size).transpose(0, 1).index_select(0, columns)
+        y = x.new_zeros(out // size, x.shape[0], size)
+        return y.index_add(0, rows, torch.bmm(panels, packed.mT)).transpose(0, 1).reshape(-1, out)
+
+    return Layer(forward, packed)
+
+
+def stk_dds(weight: Tensor, size: int) -> Layer:
+    """STK (the kernels of MegaBlocks)."""
+    import stk
+
+    if size != _STK_BLOCK:
+        raise Missing(f"STK's blocks are {_STK_BLOCK} x {_STK_BLOCK}")
+    packed = stk.ops.to_sparse(weight.mT.contiguous(), _STK_BLOCK)
+    return Layer(lambda x: stk.ops.dds(x, packed), packed.data)
+
+
+def blksprs_matmul(weight: Tensor, size: int) -> Layer:
+    """The package blksprs; x enters and y leaves dense, as in a network."""
+    import blksprs as bs
+
+    transposed = weight.mT.contiguous()[None]
+    layout = bs.layouting.build_sparsity_layout(transposed, size)
+    packed = bs.ops.to_sparse(transposed, layout, size)
+
+    def forward(x: Tensor) -> Tensor:
+        whole_x = bs.layouting.build_sparsity_layout_full(x[None], size)
+        whole_y = torch.ones(1, x.shape[0] // size, weight.shape[0] // size, dtype=torch.bool, device=x.device)
+        packed_x = bs.ops.to_sparse(x[None], whole_x, size)
+        packed_y = bs.ops.matmul(packed_x, whole_x, packed, layout, whole_y, size)
+        return bs.ops.to_dense(packed_y, whole_y, size)[0]
+
+    return Layer(forward, packed)
+
+
+CPU: dict[str, Builder] = {
+    "dense": dense,
+    "torch BSR": torch_bsr,
+    "SciPy BSR": scipy_bsr,
+    "gathered bmm": gathered_bmm,
+}
+GPU: dict[str, Builder] = {
+    "dense": dense,
+    "torch BSR": torch_bsr,
+    "torch BSR, Triton": torch_bsr_triton,
+    "torch 2:4": torch_semi_structured,
+    "gathered bmm": gathered_bmm,
+    "STK": stk_dds,
+    "blksprs": blksprs_matmul,
+}
+
+
+def peers(weight: Tensor, size: int, example: tuple[Tensor, ...]) -> dict[str, Peer | str]:
+    """Every peer of the weight's device, or why it is missing.
+
+    Args:
+        weight: [out, in], blocks of `size` x `size` kept or zero.
+        size: side of a block; it divides the weight.
+        example: what the peers will be called with: x, or x and the gradient of y for forward and backward.
+    """
+    builders = GPU if weight.is_cuda else CPU
+    return {name: _ready(build, weight, size, example) for name, build in builders.items()}
+
+
+def _ready(build: Builder, weight: Tensor, size: int, example: tuple[Tensor, ...]) -> Peer | str:
+    few = tuple(t.detach()[:_PROBE_ROWS].requires_grad_(t.requires_grad) for t in example)
+    try:
+        layer = build(weight, size)
+        run = _forward_backward(layer) if len(example) == 2 else layer.forward
+        result = run(*few)
+    except ImportError as error:
+        return f"{error.name or error} is not installed"
+    except Missing as reason:
+        return str(reason)
+    except Exception as error:
+        # whatever a package dies of on this device, dtype or version is the line that the reader gets
+        return f"{type(error).__name__}: {_first_line(error)}"
+    multiplied = weight if layer.dense is None else layer.dense
+    expected = few[1] @ multiplied if len(example) == 2 else functional.linear(few[0], multiplied)
+    got = result[0] if isinstance(result, tuple) else result
+    error = float((got - expected).abs().max() / expected.abs().max())
+    return run if error <= _AGREEMENT else f"its result is wrong by {error:.0%} of the largest entry"
+
+
+def _forward_backward(layer: Layer) -> Peer:
+    if layer.parameter is None:
+        raise Missing("it computes no gradients")
+    parameter = layer.parameter.requires_grad_()
+
+    def run(x: Tensor, grad: Tensor) -> tuple[Any, ...]:
+        return torch.autograd.grad(layer.forward(x), (x, parameter), grad)
+
+    return run
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["without a message"])[0][:120]

@@ -128,15 +128,24 @@ def _curves(axis: Axes, results: Sequence[Result], colours: dict[str, str]) -> N
         remark = (
             "slower" if even is None else f"even at {even:.0%}" if even > curve[0][0] else f"faster from {even:.0%}"
         )
-        width = 2.2 if name == "ours" else 1.2
-        axis.plot(*zip(*curve, strict=True), "o-", ms=3, lw=width, color=colours[name], label=f"{name}: {remark}")
-        if even is not None:
+        width, order = (2.2, 3) if name == "ours" else (1.2, 2)
+        axis.plot(
+            *zip(*curve, strict=True),
+            "o-",
+            ms=3,
+            lw=width,
+            color=colours[name],
+            label=f"{name}: {remark}",
+            zorder=order,
+        )
+        if even is not None and even > curve[0][0]:
             axis.plot(even, 1, "o", ms=8, mfc="none", color=colours[name])
     sparsities = sorted({r.notes["sparsity"] for r in results})
     steps = [sparsities[0] + (sparsities[-1] - sparsities[0]) * i / 50 for i in range(51)]
     axis.plot(steps, [1 / (1 - s) for s in steps], "k--", lw=0.8, label="ideal, 1 / (1 - s)")
     axis.axhline(1, color="k", lw=0.8)
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.set_xticks(sparsities, [f"{s:.0%}" for s in sparsities])
     axis.tick_params(labelsize=7)
     axis.legend(fontsize=6, frameon=False, loc="upper left")
@@ -182,12 +191,14 @@ def figure_of_roofline(report: Report, path: Path) -> None:
     corners = [ends[0], peak / bandwidth, ends[1]]
     axis.plot(corners, [min(peak, x * bandwidth) / 1e9 for x in corners], "k-", lw=1)
     axis.annotate(f"matmul, {peak / 1e9:.3g} GFLOP/s", (ends[1], peak / 1e9), ha="right", va="bottom", fontsize=7)
-    axis.annotate(f"copy, {bandwidth / 1e9:.3g} GB/s", (ends[0], ends[0] * bandwidth / 1e9), va="bottom", fontsize=7)
+    axis.annotate(f"  copy, {bandwidth / 1e9:.3g} GB/s", (ends[0], ends[0] * bandwidth / 1e9), va="top", fontsize=7)
     for i, (name, points) in enumerate(groups.items()):
         marker = "os^Dv*"[i % 6]
         axis.plot(*zip(*points, strict=True), marker, ms=5, alpha=0.8, color=plt.get_cmap("tab10")(i % 10), label=name)
     axis.set_xscale("log")
     axis.set_yscale("log")
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter("{x:g}")
     axis.set_xlabel("operational intensity, flop per byte (needed ones only)", fontsize=8)
     axis.set_ylabel("GFLOP/s (needed ones only)", fontsize=8)
     axis.tick_params(labelsize=7)

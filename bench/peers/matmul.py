@@ -103,7 +103,7 @@ def gathered_bmm(weight: Tensor, size: int) -> Layer:
     packed = blocks[rows, columns].clone()
 
     def forward(x: Tensor) -> Tensor:
-        panels = x.view(-1, in_ // size, size).transpose(0, 1).index_select(0, columns)
+        panels = x.view(-1, in_ // size, size).transpose(0, 1)[columns]
         y = x.new_zeros(out // size, x.shape[0], size)
         return y.index_add(0, rows, torch.bmm(panels, packed.mT)).transpose(0, 1).reshape(-1, out)
 

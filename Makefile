@@ -12,10 +12,10 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints-dev.txt \
 	$(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench figures clean
+.PHONY: help demo test lint bench figures gpu gpu-compile clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  Variables: PYTHON=$(PYTHON) VENV=$(VENV) DATA=folder OUT=$(OUT) ARGS='more arguments'"
 
 demo: $(INSTALLED) ## train on Fashion-MNIST, dense and sparse, and compare (ARGS=--quick: under a minute)
@@ -26,6 +26,7 @@ test: $(INSTALLED) ## run the tests
 
 lint: $(INSTALLED) ## check style and types
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 
 bench: $(INSTALLED) ## measure against PyTorch and sort + Sinkhorn (QUICK=1: a few minutes)
@@ -33,6 +34,12 @@ bench: $(INSTALLED) ## measure against PyTorch and sort + Sinkhorn (QUICK=1: a f
 
 figures: $(INSTALLED) ## draw the figures from the committed results
 	$(BIN)/python -m bench.plot $(ARGS)
+
+gpu-compile: $(INSTALLED) ## without a GPU: compile every kernel for every architecture; fails on spills
+	$(BIN)/python -m bench.gpu_compile $(ARGS)
+
+gpu: ## with a GPU: build, test, sanitize and measure with PYTHON as it is (no network; results in OUT)
+	$(PYTHON) -m bench.gpu
 
 clean: ## remove the environment, builds and caches (results of the demo stay)
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

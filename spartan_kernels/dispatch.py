@@ -21,7 +21,7 @@ AUTO_ORDER: dict[str, tuple[str, ...]] = {
     "cuda": ("triton", "cuda", "reference"),
 }
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Triton's interpreter runs the same kernels on CPU tensors; it is chosen for the whole process, before triton is imported.
+# Triton's interpreter runs the same kernels on CPU tensors; chosen for the whole process, before triton is imported.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _TRITON_DEVICES = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -138,6 +138,7 @@ def _triton_unavailable() -> str | None:
 
 
 def refusal(operator: str, name: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why the backend `name` does not serve this call, or None when it does."""
     support = SUPPORT[operator].get(name)
     if support is None:
         return f"the {name} backend has no {operator}"
@@ -179,6 +180,7 @@ def _warn_once(message: str) -> None:
 
 @cache
 def implementation(operator: str, name: str) -> Callable[..., Any]:
+    """The function of the backend `name` that computes `operator`."""
     package = "spartan_kernels.backends."
     compiled = {"native": "native", "cuda": "native_cuda"}
     module = compiled.get(name) or f"{name}.{SUPPORT[operator][name].stem}"
@@ -195,8 +197,8 @@ def info() -> dict[str, Any]:
     """What is installed and which backend serves which operator on which device, with the reason where none does.
 
     Returns:
-        "version", "torch", "native" (the extension's build: compilers, instruction set, reason if absent), "devices", and
-        "operators": {operator: {device: {"auto": name, backend: None or the reason it does not serve}}}.
+        "version", "torch", "native" (the extension's build: compilers, instruction set, reason if absent), "devices"
+        and "operators": {operator: {device: {"auto": name, backend: None or the reason it does not serve}}}.
     """
     from spartan_kernels import __version__
     from spartan_kernels.backends import native

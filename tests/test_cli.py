@@ -38,13 +38,9 @@ FACTS: dict[str, Any] = {
     "native": {"available": False, "reason": "no compiler", "cuda": None},
     "devices": ["cpu"],
     "operators": {
-        "first": {
-            "cpu": {"auto": "reference", "native": "the native backend has no first", "reference": None}
-        },
+        "first": {"cpu": {"auto": "reference", "native": "the native backend has no first", "reference": None}},
         "second": {"cpu": {"auto": "native", "native": None, "reference": None}},
-        "third": {
-            "cpu": {"auto": "reference", "native": "the native backend has no third", "reference": None}
-        },
+        "third": {"cpu": {"auto": "reference", "native": "the native backend has no third", "reference": None}},
     },
 }
 

@@ -146,9 +146,7 @@ def test_sources_in_order(tmp_path: Path, no_sources: Path, monkeypatch: pytest.
     assert len(notices) == 1 and FILES[2].name in notices[0]
 
 
-def test_address_is_verified_before_it_reaches_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_address_is_verified_before_it_reaches_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     published, cache = tmp_path / "published", tmp_path / "cache"
     files = write_set(published)
     monkeypatch.setattr(demo_data, "FILES", tuple(files))
@@ -188,9 +186,7 @@ def test_digits_are_the_last_resort(no_sources: Path) -> None:
     assert data.side == 8 and data.classes == 10 and len(data.train_labels) + len(data.test_labels) == 1797
 
 
-def test_without_any_source_the_message_says_what_to_do(
-    no_sources: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_any_source_the_message_says_what_to_do(no_sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
         raise ImportError("No module named 'sklearn'")
 

@@ -57,9 +57,7 @@ def make_demo(data: ImageData, out: Path, plan: Plan = TINY, seed: int = 0) -> D
 
 
 def weights_of(folder: Path) -> dict[str, bytes]:
-    return {
-        str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.glob("*/*.safetensors"))
-    }
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.glob("*/*.safetensors"))}
 
 
 def without_times(results: list[RunResult]) -> list[RunResult]:
@@ -103,11 +101,7 @@ def test_patches_are_squares_of_the_image() -> None:
 def test_learning_rate_rises_then_falls_to_zero() -> None:
     rates = [RECIPE.learning_rate_at(step, 100) for step in range(101)]
     assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
-    assert (
-        rates[10] == pytest.approx(1e-3)
-        and rates[100] == pytest.approx(0, abs=1e-12)
-        and min(rates[:100]) > 0
-    )
+    assert rates[10] == pytest.approx(1e-3) and rates[100] == pytest.approx(0, abs=1e-12) and min(rates[:100]) > 0
 
 
 def test_same_seed_same_weights_and_batches_whatever_the_method(data: ImageData) -> None:
@@ -128,9 +122,7 @@ def test_every_image_is_seen_once_in_an_epoch(data: ImageData) -> None:
         training.step += 1
         if training.step == training.steps_per_epoch:
             break
-    assert torch.equal(
-        torch.cat(seen).sum((1, 2, 3)).sort().values, data.train_images.sum((1, 2, 3)).sort().values
-    )
+    assert torch.equal(torch.cat(seen).sum((1, 2, 3)).sort().values, data.train_images.sum((1, 2, 3)).sort().values)
 
 
 def test_a_batch_larger_than_the_data_is_refused(data: ImageData) -> None:
@@ -274,8 +266,7 @@ def test_the_plan_compares_both_methods_at_the_same_sparsities(plan: Plan) -> No
         own = [run for run in plan.runs if run.model == model]
         assert own[0].method == "Dense"
         targets = {
-            method: {(r.sparsity, r.block) for r in own if r.method == method}
-            for method in ("Spartan", "One-shot")
+            method: {(r.sparsity, r.block) for r in own if r.method == method} for method in ("Spartan", "One-shot")
         }
         assert targets["Spartan"] == targets["One-shot"] == {(0.9, 1), (0.95, 1), (0.98, 1), (0.9, 16)}
         assert model in plan.recipes
@@ -304,9 +295,7 @@ def test_kept_fractions_count_zeros() -> None:
 
 
 def test_report_of_a_single_run(tmp_path: Path) -> None:
-    result = RunResult(
-        "MLP", "Spartan", 0.9, 1, 0.9, 0.8, 0.8, None, 1e-3, 1e-4, 1000, {"0.weight": 0.1}, [0.8]
-    )
+    result = RunResult("MLP", "Spartan", 0.9, 1, 0.9, 0.8, 0.8, None, 1e-3, 1e-4, 1000, {"0.weight": 0.1}, [0.8])
     assert results_table([result], "title").row_count == 1
     save_figure(tmp_path / "figure.png", [result], "title")
     assert (tmp_path / "figure.png").stat().st_size > 1000

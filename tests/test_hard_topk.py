@@ -63,7 +63,8 @@ def test_equals_a_stable_sort(target: Any, distribution: str, costs: str) -> Non
 @given(
     distribution=st.sampled_from(sorted(DISTRIBUTIONS)),
     n=st.integers(1, 500),
-    density=st.floats(0.0, 1.0),
+    # closer to 1 than this is everything: arguments.BUDGET_ROUNDING
+    density=st.floats(0.0, 1.0).filter(lambda d: d == 1.0 or d < 1 - 1e-9),
     kind=st.sampled_from(["none", "scalar", "element"]),
     seed=st.integers(0, 1000),
 )

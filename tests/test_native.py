@@ -39,9 +39,7 @@ def _sorted_selection(u: torch.Tensor, costs: torch.Tensor, budget: float) -> to
 
 
 @pytest.mark.parametrize("density", [1e-4, 0.03, 0.5, 0.97, 1 - 1e-4])
-@pytest.mark.parametrize(
-    "name", ["normal", "sorted", "heavy", "bfloat16", "equal", "two", "plateau", "scales"]
-)
+@pytest.mark.parametrize("name", ["normal", "sorted", "heavy", "bfloat16", "equal", "two", "plateau", "scales"])
 def test_large_lists_meet_the_budget_and_select_exactly(name: str, density: float) -> None:
     values = _values(name, seed=len(name))
     parts = list(values.split([N // 3, 0, 1, N - N // 3 - 1]))
@@ -64,13 +62,9 @@ def test_large_lists_with_unequal_costs(name: str) -> None:
     costs = torch.randint(1, 9, (N,), generator=torch.Generator().manual_seed(4)).float()
     split = [N // 2, N - N // 2]
     budget = 0.2 * costs.double().sum().item()
-    masks = soft_topk_global(
-        list(values.split(split)), budget, list(costs.split(split)), 5.0, backend="native"
-    )
+    masks = soft_topk_global(list(values.split(split)), budget, list(costs.split(split)), 5.0, backend="native")
     assert abs((torch.cat(masks).double() * costs).sum().item() - budget) <= 1e-6 * budget
-    hard = torch.cat(
-        hard_topk_global(list(values.split(split)), budget, list(costs.split(split)), backend="native")
-    )
+    hard = torch.cat(hard_topk_global(list(values.split(split)), budget, list(costs.split(split)), backend="native"))
     assert torch.equal(hard, _sorted_selection(values / costs, costs, budget))
     per_tensor = [2.0, 0.5]
     flat = torch.cat([torch.full((n,), c) for n, c in zip(split, per_tensor, strict=True)])
@@ -108,9 +102,7 @@ def test_non_finite_values_raise_wherever_they_are(bad: float, n: int, budget: f
     with pytest.raises(ValueError, match="values must be finite"):
         hard_topk_global([values], budget, backend="native")
     with pytest.raises(ValueError, match="values must be finite"):
-        solve_masks_(
-            [values], budget, None, 1.0, [values.clone()], [values > 0], new_solver_state(), backend="native"
-        )
+        solve_masks_([values], budget, None, 1.0, [values.clone()], [values > 0], new_solver_state(), backend="native")
 
 
 def test_long_rows_and_double_precision() -> None:

@@ -25,20 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="spartan", description="Train networks to a sparsity chosen beforehand."
-    )
+    parser = argparse.ArgumentParser(prog="spartan", description="Train networks to a sparsity chosen beforehand.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.set_defaults(run=lambda options: _version(parser, options))
     commands = parser.add_subparsers(title="commands")
     info = commands.add_parser("info", help="what is installed, and which backend serves which operator here")
     info.set_defaults(run=lambda options: _info())
-    demo = commands.add_parser(
-        "demo", help="train two models on Fashion-MNIST, dense and sparse, and compare them"
-    )
-    demo.add_argument(
-        "--quick", action="store_true", help="under a minute: fewer epochs, 6,000 training images"
-    )
+    demo = commands.add_parser("demo", help="train two models on Fashion-MNIST, dense and sparse, and compare them")
+    demo.add_argument("--quick", action="store_true", help="under a minute: fewer epochs, 6,000 training images")
     demo.add_argument(
         "--data", type=Path, metavar="DIR", help="folder with the four idx files (default: look for them)"
     )
@@ -49,12 +43,8 @@ def _parser() -> argparse.ArgumentParser:
         default=Path("spartan-demo"),
         help="where results go (default: %(default)s)",
     )
-    demo.add_argument(
-        "--seed", type=int, default=0, help="of weights and order of images (default: %(default)s)"
-    )
-    demo.add_argument(
-        "--resume", action="store_true", help="go on from the checkpoint that Ctrl-C left in --out"
-    )
+    demo.add_argument("--seed", type=int, default=0, help="of weights and order of images (default: %(default)s)")
+    demo.add_argument("--resume", action="store_true", help="go on from the checkpoint that Ctrl-C left in --out")
     demo.set_defaults(run=_demo)
     return parser
 
@@ -77,9 +67,7 @@ def _demo(options: argparse.Namespace) -> int:
         raise RuntimeError(f"the demo needs {error.name}: pip install 'spartan-kernels[demo]'") from error
     from spartan.demo.run import run_demo
 
-    return run_demo(
-        quick=options.quick, data=options.data, out=options.out, seed=options.seed, resume=options.resume
-    )
+    return run_demo(quick=options.quick, data=options.data, out=options.out, seed=options.seed, resume=options.resume)
 
 
 def _info() -> int:

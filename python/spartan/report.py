@@ -63,9 +63,7 @@ def kept_fractions(model: nn.Module, names: Sequence[str]) -> tuple[dict[str, fl
     weights = {name: model.get_parameter(name) for name in names}
     kept = {name: int(weight.count_nonzero()) for name, weight in weights.items()}
     total = sum(weight.numel() for weight in weights.values())
-    return {name: kept[name] / weight.numel() for name, weight in weights.items()}, 1 - sum(
-        kept.values()
-    ) / total
+    return {name: kept[name] / weight.numel() for name, weight in weights.items()}, 1 - sum(kept.values()) / total
 
 
 def results_table(results: Sequence[RunResult], title: str) -> Table:
@@ -78,18 +76,14 @@ def results_table(results: Sequence[RunResult], title: str) -> Table:
         "(all linear layers but the last); test: accuracy; to dense: points;\n"
         "step/dense: beside a dense twin; masks: the sparsifier's part of a step"
     )
-    table = Table(
-        title=title, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
+    table = Table(title=title, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("model, method", no_wrap=True)
     for heading in COLUMNS:
         table.add_column(heading, justify="right", no_wrap=True)
     dense = {result.model: result.accuracy for result in results if result.method == "Dense"}
     for index, result in enumerate(results):
         last = index + 1 == len(results) or results[index + 1].model != result.model
-        table.add_row(
-            f"{result.model} {result.label}", *_cells(result, dense.get(result.model)), end_section=last
-        )
+        table.add_row(f"{result.model} {result.label}", *_cells(result, dense.get(result.model)), end_section=last)
     return table
 
 
@@ -122,9 +116,7 @@ def _cells(result: RunResult, dense: float | None) -> tuple[str, ...]:
 def save_json(path: Path, content: dict[str, Any], results: Sequence[RunResult]) -> None:
     """Write `content` with the results as JSON, to a temporary name first."""
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(
-        json.dumps({**content, "results": [asdict(result) for result in results]}, indent=1) + "\n"
-    )
+    temporary.write_text(json.dumps({**content, "results": [asdict(result) for result in results]}, indent=1) + "\n")
     os.replace(temporary, path)
 
 
@@ -163,9 +155,7 @@ def _draw_accuracy(axes: Any, model: str, results: Sequence[RunResult]) -> None:
         points = sorted((100 * r.sparsity, 100 * r.accuracy) for r in results if r.label == label)
         marker = "o" if len(points) > 1 else "s"
         axes.plot(*zip(*points, strict=True), marker=marker, label=label)
-    axes.set(
-        xlabel="sparsity of the hidden matrices, %", ylabel="test accuracy, %", title=f"{model}: accuracy"
-    )
+    axes.set(xlabel="sparsity of the hidden matrices, %", ylabel="test accuracy, %", title=f"{model}: accuracy")
     axes.grid(alpha=0.3)
     axes.legend()
 

@@ -87,9 +87,7 @@ class ImageData:
 
     def first(self, count: int) -> ImageData:
         """Keep only the first `count` training images."""
-        name = (
-            self.name if count >= len(self.train_labels) else f"{self.name}, first {count:,} training images"
-        )
+        name = self.name if count >= len(self.train_labels) else f"{self.name}, first {count:,} training images"
         return ImageData(
             name,
             self.source,
@@ -158,13 +156,9 @@ def load_folder(folder: Path, *, verified: bool) -> ImageData:
         arrays.append(array)
     for images, labels in (arrays[:2], arrays[2:]):
         if len(images) != len(labels) or len(images) == 0 or images.shape[1] != images.shape[2]:
-            raise ValueError(
-                f"{folder}: images {tuple(images.shape)} and labels {tuple(labels.shape)} do not match"
-            )
+            raise ValueError(f"{folder}: images {tuple(images.shape)} and labels {tuple(labels.shape)} do not match")
     if arrays[0].shape[1:] != arrays[2].shape[1:]:
-        raise ValueError(
-            f"{folder}: training images {tuple(arrays[0].shape)}, test images {tuple(arrays[2].shape)}"
-        )
+        raise ValueError(f"{folder}: training images {tuple(arrays[0].shape)}, test images {tuple(arrays[2].shape)}")
     return _standardised("Fashion-MNIST" if genuine else f"images of {folder}", str(folder), *arrays)
 
 
@@ -225,9 +219,7 @@ def fetch_address(address: str, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         work = Path(name)
         for file in FILES:
-            with urllib.request.urlopen(
-                f"{address}/{file.name}.gz", timeout=DOWNLOAD_TIMEOUT_SECONDS
-            ) as answer:
+            with urllib.request.urlopen(f"{address}/{file.name}.gz", timeout=DOWNLOAD_TIMEOUT_SECONDS) as answer:
                 (work / f"{file.name}.gz").write_bytes(answer.read())
         load_folder(work, verified=True)
         _install(work, folder)

@@ -38,9 +38,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attend: softmax(Q K^T / sqrt(d)) V by head, then the output projection."""
         n, tokens, dim = x.shape
-        heads = (
-            self.query_key_value(x).view(n, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
-        )
+        heads = self.query_key_value(x).view(n, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
         query, key, value = heads.unbind(0)
         attended = F.scaled_dot_product_attention(query, key, value)
         return self.projection(attended.transpose(1, 2).reshape(n, tokens, dim))

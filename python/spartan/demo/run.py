@@ -96,9 +96,7 @@ class Demo:
         if state["partial"] is not None:
             self.partial = (state["partial"]["key"], state["partial"]["training"], state["partial"]["curve"])
 
-    def _save(
-        self, run: Run | None = None, training: Training | None = None, curve: list[float] | None = None
-    ) -> None:
+    def _save(self, run: Run | None = None, training: Training | None = None, curve: list[float] | None = None) -> None:
         partial = None
         if run is not None and training is not None:
             partial = {"key": run.key, "training": training.state_dict(), "curve": curve}
@@ -154,9 +152,7 @@ class Demo:
         progress.update(task, note=f"accuracy {result.accuracy:.2%}")
         return result
 
-    def _finish(
-        self, run: Run, training: Training, probe: DenseProbe | None, curve: list[float]
-    ) -> RunResult:
+    def _finish(self, run: Run, training: Training, probe: DenseProbe | None, curve: list[float]) -> RunResult:
         """Make the zeros final, save the model, and measure what comes back from the file."""
         training.sparsifier.finalize()
         model, folder = training.model, self.out / run.key
@@ -191,9 +187,7 @@ def announce(data: ImageData, console: Console) -> None:
     counts = f"{len(data.train_labels):,} training and {len(data.test_labels):,} test images"
     images = f"{counts} of {data.side}x{data.side}"
     if data.source == "scikit-learn":
-        console.print(
-            f"[yellow]Fashion-MNIST could not be found or fetched; using {data.name} instead[/]: {images}."
-        )
+        console.print(f"[yellow]Fashion-MNIST could not be found or fetched; using {data.name} instead[/]: {images}.")
     else:
         console.print(f"Data: {data.name}, {images}, from {data.source}.")
 

@@ -156,9 +156,7 @@ def accuracy(model: nn.Module, data: ImageData) -> float:
         torch.split(data.test_labels, EVALUATION_BATCH),
         strict=True,
     )
-    return sum(int((model(images).argmax(1) == labels).sum()) for images, labels in batches) / len(
-        data.test_labels
-    )
+    return sum(int((model(images).argmax(1) == labels).sum()) for images, labels in batches) / len(data.test_labels)
 
 
 def train(

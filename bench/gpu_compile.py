@@ -9,6 +9,8 @@ instructions it should have.
 from __future__ import annotations
 
 import argparse
+import csv
+import dataclasses
 import importlib
 import os
 import re
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+SAVED = ROOT / "bench" / "results" / "gpu-compile.csv"
 MODULES = ("masked_weight", "soft_topk_rows", "hard_topk", "global_solve")
 
 
@@ -234,18 +237,33 @@ def report(rows: list[Row]) -> None:
         print("nvcc was not found: the CUDA sources were left out.")
 
 
+def save(rows: list[Row], path: Path) -> None:
+    """Write every row as CSV, sorted, to a temporary name and rename."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([field.name for field in dataclasses.fields(Row)])
+        writer.writerows(sorted(dataclasses.astuple(row) for row in rows))
+    os.replace(temporary, path)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line: 1 when a kernel is not fit to ship or none matched, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("pattern", nargs="?", default="", help="regular expression on kernel, module or file names")
     parser.add_argument("--target", choices=[t.name for t in TARGETS], action="append")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--save", action="store_true", help=f"write {SAVED.name}, of which the README has a table")
+        "--save", action="store_true", help=f"write {SAVED.name}, from which the README's table is made"
+    )
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 replaces the compiler; unset it")
     targets = tuple(t for t in TARGETS if not options.target or t.name in options.target)
     rows = run(options.pattern, targets, options.workers)
     report(rows)
+    if options.save:
+        save(rows, SAVED)
     return int(not rows or any(row.problem for row in rows))
 
 

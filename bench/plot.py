@@ -89,7 +89,7 @@ def figure_of_step(report: Report, path: Path) -> None:
                 fontsize=7,
             )
     axis.set_xlabel("seconds per step", fontsize=8)
-    axis.set_xlim(right=axis.get_xlim()[1] * 1.3)
+    axis.set_xlim(right=axis.get_xlim()[1] * 1.6)
     axis.tick_params(labelsize=7)
     axis.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     figure.text(0.01, 0.01, _caption(report), fontsize=6)

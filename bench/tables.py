@@ -5,6 +5,7 @@ A table stands between `<!-- results:NAME -->` and `<!-- /results -->`; nothing 
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Sequence
@@ -84,7 +85,34 @@ def speed(results: Path) -> str:
     return "\n".join(parts)
 
 
-TABLES = {"accuracy": accuracy, "speed": speed}
+def compiled(results: Path) -> str:
+    """What the GPU kernels need on each target, from gpu-compile.csv."""
+    with (results / "gpu-compile.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        language = "CUDA C++" if row["label"].startswith("CUDA") else "Triton"
+        groups.setdefault((language, row["target"]), []).append(row)
+
+    def most(group: list[dict[str, str]], key: str) -> int:
+        return max(int(row[key]) for row in group)
+
+    lines = [
+        [
+            language,
+            target,
+            str(len(group)),
+            str(most(group, "registers")),
+            str(sum(int(row["spilled"]) for row in group)),
+            f"{most(group, 'shared') / 1024:.1f} KiB",
+        ]
+        for (language, target), group in sorted(groups.items(), reverse=True)
+    ]
+    header = ["kernels", "target", "compiled", "most registers", "bytes spilled", "most shared memory"]
+    return f"{_table(header, lines)}\nCompiled only: not yet run on a GPU.\n"
+
+
+TABLES = {"accuracy": accuracy, "speed": speed, "compiled": compiled}
 
 
 def rendered(text: str, results: Path) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import pytest
 import spartan
 import spartan_kernels
 
+ROOT = Path(__file__).resolve().parent.parent
 KERNELS = Path(spartan_kernels.__file__).parent
 SPARTAN = Path(spartan.__file__).parent
 BACKENDS = ("reference", "triton", "native")
@@ -89,3 +93,14 @@ def test_only_one_file_calls_the_extension() -> None:
 def test_imports_are_seen_in_every_form(tmp_path: Path, source: str, package: str, expected: str) -> None:
     (tmp_path / "module.py").write_text(source)
     assert expected in imports(tmp_path / "module.py", package)
+
+
+def test_importing_spartan_imports_neither_triton_nor_matplotlib() -> None:
+    program = (
+        "import sys, torch; before = set(sys.modules); import spartan;"
+        "print(sorted(m for m in set(sys.modules) - before if m.split('.')[0] in ('triton', 'matplotlib', 'rich')))"
+    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    shown = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"

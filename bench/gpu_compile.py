@@ -254,8 +254,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", choices=[t.name for t in TARGETS], action="append")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--save", action="store_true", help=f"write {SAVED.name}, of which the README has a table")
-        "--save", action="store_true", help=f"write {SAVED.name}, from which the README's table is made"
-    )
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 replaces the compiler; unset it")

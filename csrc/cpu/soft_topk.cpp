@@ -100,6 +100,7 @@ class GlobalSolve {
       ThresholdSearch estimate(budget_ * share, sample.extent.cost, search_.beta);
       solve_in_cache(sample.span, sample.extent, &estimate);
       search_.t = estimate.t;
+      search_.centre_from(sample.extent.low, sample.extent.high);
     }
     if (want_cut_) window_ = window_from(sample, budget_ * share);
   }
@@ -183,8 +184,9 @@ class GlobalSolve {
     const Cut<T>* cut = want_cut_ ? &cut_ : nullptr;
     const double mass = problem_.write(search_.logit<T>(), cut);
     if (search_.constant() || std::fabs(mass - search_.quota) <= kTolerance<T> * search_.quota) return;
-    for (int trial = 0; trial < kMaxTrials; ++trial)
-      if (advance(problem_.moments(search_.logit<T>()), kTolerance<T> / 4) == Step::done) break;
+    int trial = 0;
+    while (trial < kMaxTrials && advance(problem_.moments(search_.logit<T>()), kTolerance<T> / 4) != Step::done) ++trial;
+    if (trial == kMaxTrials) search_.settle();
     problem_.write(search_.logit<T>(), cut);
   }
 

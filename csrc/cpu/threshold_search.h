@@ -19,8 +19,11 @@ struct ThresholdSearch {
 
   double beta, sign, quota, total, target;
   double low = -kInfinity, high = kInfinity;
+  double centre_low = -1e37, centre_high = 1e37;  // the data's range once it is known
   double t = 0;
   double residual = kInfinity;  // |f| at the last trial
+  // In the values' precision the mass is a staircase whose steps can pass over the quota: the nearest trial is the answer.
+  double best_t = 0, best_miss = kInfinity;
 
   SPARTAN_HD ThresholdSearch(double budget, double total_cost, double sharpness)
       : beta(sharpness),
@@ -37,15 +40,20 @@ struct ThresholdSearch {
   SPARTAN_HD void bracket(double lowest_ratio, double highest_ratio) {
     low = lowest_ratio - sign * target / beta;
     high = highest_ratio - sign * target / beta;
+    centre_from(lowest_ratio, highest_ratio);
     if (!(t > low && t < high)) t = low + (high - low) / 2;
+  }
+  // Centres outside of the data would cost u - centre its last bits, all alike where the entries are.
+  SPARTAN_HD void centre_from(double lowest_ratio, double highest_ratio) {
+    centre_low = lowest_ratio;
+    centre_high = highest_ratio;
   }
   SPARTAN_HD bool bracketed() const { return low > -kInfinity && high < kInfinity; }
 
   template <class T>
   SPARTAN_HD Logit<T> logit() const {
     if (constant()) return {T(0), T(0), static_cast<T>(constant_shift()), static_cast<T>(sign)};
-    constexpr double limit = static_cast<double>(std::numeric_limits<T>::max()) / 4;
-    const T centre = static_cast<T>(std::fmin(std::fmax(t, -limit), limit));
+    const T centre = static_cast<T>(std::fmin(std::fmax(t, centre_low), centre_high));
     const double shift = beta * (static_cast<double>(centre) - t);
     return {static_cast<T>(beta), centre, static_cast<T>(shift), static_cast<T>(sign)};
   }
@@ -57,7 +65,12 @@ struct ThresholdSearch {
     const double f = std::log(m.mass / (total - m.mass)) - target;
     const double previous = residual;
     residual = std::fabs(f);
-    if (std::fabs(m.mass - quota) <= tolerance * quota) return Step::done;
+    const double miss = std::fabs(m.mass - quota);
+    if (miss < best_miss) {
+      best_miss = miss;
+      best_t = t;
+    }
+    if (miss <= tolerance * quota) return Step::done;
     if (sign * f > 0) low = std::fmax(low, t);
     if (sign * f < 0) high = std::fmin(high, t);
     const double next = t + halley(m, f);
@@ -70,9 +83,17 @@ struct ThresholdSearch {
     return bisect();
   }
 
+  // The best trial so far, when no further one is made.
+  SPARTAN_HD void settle() {
+    if (best_miss < kInfinity) t = best_t;
+  }
+
   SPARTAN_HD Step bisect() {
     const double middle = low + (high - low) / 2;
-    if (middle == low || middle == high) return Step::done;
+    if (middle == low || middle == high) {
+      settle();
+      return Step::done;
+    }
     t = middle;
     residual = kInfinity;
     return Step::moved;

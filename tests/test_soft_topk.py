@@ -341,7 +341,7 @@ def test_gradients_of_broadcast_arguments(target: Any, kind: str) -> None:
 
 
 def plain_gradient(mask: Tensor, upstream: Tensor, costs: Any, beta: float) -> Tensor:
-    """∂L/∂v of methods.md in the mask's own dtype."""
+    """∂L/∂v = β s (g/a − r) in the mask's own dtype."""
     a = cost_tensor(costs, mask).to(mask.dtype)
     s = mask * (1 - mask)
     r = (upstream * s).sum(-1, keepdim=True) / (a * s).sum(-1, keepdim=True)

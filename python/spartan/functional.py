@@ -1,4 +1,4 @@
-"""The operators with their gradients: formulas of `methods.md` registered on the operators of `spartan_kernels`."""
+"""The operators with their gradients: closed formulas, registered on the operators of `spartan_kernels`."""
 
 from __future__ import annotations
 

@@ -212,7 +212,7 @@ def test_opcheck(target: Any) -> None:
     torch.library.opcheck(torch.ops.spartan.hard_topk_forward.default, (values, budget, costs, target.backend))
     torch.library.opcheck(
         torch.ops.spartan.hard_topk_global_forward.default,
-        ([values, values[0]], budget[0], [], True, target.backend),
+        ([values, values[0]], budget[0], [], True, "", target.backend),
     )
 
 

@@ -180,7 +180,7 @@ def test_opcheck(target: Any) -> None:
     # its state makes a second call start elsewhere by design: no test that runs it twice
     torch.library.opcheck(
         torch.ops.spartan.solve_masks_.default,
-        (values, budget, costs, beta, True, soft, hard, state, target.backend),
+        (values, budget, costs, beta, True, soft, hard, state, "", target.backend),
         test_utils=("test_schema", "test_faketensor"),
     )
 

@@ -29,7 +29,7 @@ Isa detect() {
   const auto named = [&](const char* name) { return asked != nullptr && std::strcmp(asked, name) == 0; };
 #ifdef SPARTAN_X86
   if (named("baseline")) return Isa::baseline;
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (avx512 && !named("avx2")) return Isa::avx512;

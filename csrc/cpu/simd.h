@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "storage.h"
+
 #if defined(__AVX512F__)
 #define SPARTAN_VECTOR_BYTES 64
 #include <immintrin.h>
@@ -38,6 +40,12 @@ struct Simd<double> {
   static constexpr int width = SPARTAN_VECTOR_BYTES / sizeof(double);
 };
 
+// Stored in 16 bits, computed in float: a vector of them is a vector of float, and takes half its bytes in memory.
+template <>
+struct Simd<bfloat16> : Simd<float> {};
+template <>
+struct Simd<float16> : Simd<float> {};
+
 template <class T>
 using Vec = typename Simd<T>::V;
 template <class T>
@@ -54,6 +62,67 @@ template <class T>
 static inline void store(T* p, Vec<T> v) {
   std::memcpy(p, &v, sizeof v);
 }
+
+typedef uint16_t Halves __attribute__((vector_size(SPARTAN_VECTOR_BYTES / 2)));
+
+static inline Vec<float> widen(Halves h, bfloat16) {
+  return (Vec<float>)(__builtin_convertvector(h, Mask<float>) << 16);
+}
+
+// To the nearest, ties to even; NaN stays NaN.
+static inline Halves narrow(Vec<float> v, bfloat16) {
+  const Mask<float> raw = (Mask<float>)v;
+  const Mask<float> rounded = (raw + 0x7fff + ((raw >> 16) & 1)) >> 16;
+  return __builtin_convertvector(v == v ? rounded : Mask<float>{} + 0x7fc0, Halves);
+}
+
+static inline Vec<float> widen(Halves h, float16) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__F16C__)
+  return (Vec<float>)_mm256_cvtph_ps((__m128i)h);
+#else
+  const Mask<float> raw = __builtin_convertvector(h, Mask<float>);
+  const Mask<float> magnitude = (raw & 0x7fff) << 13;
+  const Mask<float> scaled = (Mask<float>)((Vec<float>)magnitude * 0x1p112f);  // subnormal halves are normal floats
+  const Mask<float> special = magnitude >= 0x0f800000 ? Mask<float>{} + 0x7f800000 : Mask<float>{};
+  return (Vec<float>)(scaled | special | ((raw & 0x8000) << 16));
+#endif
+}
+
+static inline Halves narrow(Vec<float> v, float16) {
+#if defined(__AVX512F__)
+  return (Halves)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+  return (Halves)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const Mask<float> sign = ((Mask<float>)v >> 16) & 0x8000, magnitude = (Mask<float>)v & 0x7fffffff;
+  // 1/2 has the unit in the last place of subnormal halves: adding it rounds to one
+  const Mask<float> subnormal = (Mask<float>)((Vec<float>)magnitude + 0.5f) - 0x3f000000;
+  const Mask<float> normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  Mask<float> half = magnitude < 0x38800000 ? subnormal : normal;
+  half = magnitude >= 0x47800000 ? Mask<float>{} + 0x7c00 : half;
+  half = magnitude > 0x7f800000 ? Mask<float>{} + 0x7e00 : half;
+  return __builtin_convertvector(half | sign, Halves);
+#endif
+}
+
+template <class S>
+static inline Vec<S> load_narrow(const S* p) {
+  Halves h;
+  std::memcpy(&h, p, sizeof h);
+  return widen(h, S{});
+}
+static inline Vec<float> load(const bfloat16* p) { return load_narrow(p); }
+static inline Vec<float> load(const float16* p) { return load_narrow(p); }
+
+template <class S>
+static inline void store_narrow(S* p, Vec<S> v) {
+  const Halves h = narrow(v, S{});
+  std::memcpy(p, &h, sizeof h);
+}
+static inline void store(bfloat16* p, Vec<float> v) { store_narrow(p, v); }
+static inline void store(float16* p, Vec<float> v) { store_narrow(p, v); }
 
 // Stores around the cache, for output that would only push other data out of it: a plain store reads the line first. The
 // address must be a multiple of the vector's size; stream_end() before another thread reads.
@@ -76,6 +145,20 @@ static inline void stream(T* p, Vec<T> v) {
 #endif
 }
 
+template <class S>
+static inline void stream_narrow(S* p, Vec<S> v) {
+  const Halves h = narrow(v, S{});
+#if defined(__AVX512F__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)h);
+#elif defined(__AVX2__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)h);
+#else
+  std::memcpy(p, &h, sizeof h);
+#endif
+}
+static inline void stream(bfloat16* p, Vec<float> v) { stream_narrow(p, v); }
+static inline void stream(float16* p, Vec<float> v) { stream_narrow(p, v); }
+
 static inline void stream_end() {
 #if defined(__AVX2__)
   _mm_sfence();
@@ -84,15 +167,28 @@ static inline void stream_end() {
 
 // The first `count` lanes from p, the others `fill`.
 template <class T>
-static inline Vec<T> load_partial(const T* p, int count, T fill) {
+static inline Vec<T> load_partial(const T* p, int count, Compute<T> fill) {
   Vec<T> v;
-  for (int i = 0; i < Simd<T>::width; ++i) v[i] = i < count ? p[i] : fill;
+  if constexpr (sizeof(T) == 2) {
+    T all[Simd<T>::width] = {};
+    std::memcpy(all, p, static_cast<size_t>(count) * sizeof(T));
+    v = load(all);
+    for (int i = count; i < Simd<T>::width; ++i) v[i] = fill;
+  } else {
+    for (int i = 0; i < Simd<T>::width; ++i) v[i] = i < count ? p[i] : fill;
+  }
   return v;
 }
 
 template <class T>
 static inline void store_partial(T* p, Vec<T> v, int count) {
-  for (int i = 0; i < count; ++i) p[i] = v[i];
+  if constexpr (sizeof(T) == 2) {
+    T all[Simd<T>::width];
+    store(all, v);
+    std::memcpy(p, all, static_cast<size_t>(count) * sizeof(T));
+  } else {
+    for (int i = 0; i < count; ++i) p[i] = v[i];
+  }
 }
 
 template <class T>

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from spartan_kernels.arguments import require_beta
+from spartan_kernels.groups import refuse_group
 
 _native: Any = None
 _import_error: str | None = None
@@ -112,8 +113,7 @@ def soft_topk_global_forward(
     values: list[torch.Tensor], budget: torch.Tensor, costs: list[torch.Tensor], beta: torch.Tensor, group: str
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """m for a list that shares one budget."""
-    if group:
-        raise ValueError("group is served by the reference backend only; got backend='native'")
+    refuse_group(group, "native")
     require_beta(beta)
     problem = _List(values, costs)
     masks = [torch.empty_like(v) for v in problem.values]
@@ -145,8 +145,7 @@ def soft_topk_global_backward(
     group: str,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """Gradients for values, costs (elementwise), budget and beta of a list that shares one budget."""
-    if group:
-        raise ValueError("group is served by the reference backend only; got backend='native'")
+    refuse_group(group, "native")
     problem = _List(values, costs)
     g = [_compute(grad) for grad in grads]
     grad_values = [torch.empty_like(v) for v in problem.values]
@@ -177,8 +176,10 @@ def solve_masks_(
     soft: list[torch.Tensor],
     hard: list[torch.Tensor],
     state: torch.Tensor,
+    group: str,
 ) -> None:
     """Soft and hard mask of a training step, in place."""
+    refuse_group(group, "native")
     require_beta(beta)
     problem = _List(values, costs)
     same = soft[0].dtype == problem.values[0].dtype
@@ -204,9 +205,10 @@ def solve_masks_(
 
 
 def hard_topk_global_forward(
-    values: list[torch.Tensor], budget: torch.Tensor, costs: list[torch.Tensor], absolute: bool
+    values: list[torch.Tensor], budget: torch.Tensor, costs: list[torch.Tensor], absolute: bool, group: str
 ) -> list[torch.Tensor]:
     """h for a list that shares one budget."""
+    refuse_group(group, "native")
     problem = _List(values, costs)
     hard = [torch.empty(v.shape, dtype=torch.bool) for v in problem.values]
     table, workspace = problem.table(hard), problem.workspace()

@@ -13,6 +13,7 @@ import torch
 
 from spartan_kernels.arguments import clamp_budget, inspectable, require_beta, require_costs, require_finite
 from spartan_kernels.backends import native
+from spartan_kernels.groups import refuse_group
 
 _native: Any = native._native
 
@@ -189,11 +190,6 @@ def _inspect_list(
     clamp_budget(budget, sum(float(c.expand_as(v).sum(dtype=torch.float64)) for c, v in entries))
 
 
-def _no_group(group: str) -> None:
-    if group:
-        raise ValueError("group is served by the reference backend only; got backend='cuda'")
-
-
 def _solve_list(
     values: list[torch.Tensor],
     budget: torch.Tensor,
@@ -226,7 +222,7 @@ def soft_topk_global_forward(
     values: list[torch.Tensor], budget: torch.Tensor, costs: list[torch.Tensor], beta: torch.Tensor, group: str
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """m for a list that shares one budget."""
-    _no_group(group)
+    refuse_group(group, "cuda")
     masks = [torch.empty_like(v, memory_format=torch.contiguous_format) for v in values]
     threshold = torch.zeros(2, dtype=torch.float64, device=values[0].device)
     _solve_list(values, budget, costs, beta, False, (masks, None), None, threshold)
@@ -243,7 +239,7 @@ def soft_topk_global_backward(
     group: str,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """Gradients for values, costs (elementwise), budget and beta of a list that shares one budget."""
-    _no_group(group)
+    refuse_group(group, "cuda")
     problem = _List(values, costs)
     g = [grad.to(v.dtype).contiguous() for grad, v in zip(grads, values, strict=True)]
     grad_values = [torch.empty_like(v) for v in problem.values]
@@ -273,15 +269,18 @@ def solve_masks_(
     soft: list[torch.Tensor],
     hard: list[torch.Tensor],
     state: torch.Tensor,
+    group: str,
 ) -> None:
     """Soft and hard mask of a training step, in place."""
+    refuse_group(group, "cuda")
     _solve_list(values, budget, costs, beta, absolute, (soft, hard), state, None)
 
 
 def hard_topk_global_forward(
-    values: list[torch.Tensor], budget: torch.Tensor, costs: list[torch.Tensor], absolute: bool
+    values: list[torch.Tensor], budget: torch.Tensor, costs: list[torch.Tensor], absolute: bool, group: str
 ) -> list[torch.Tensor]:
     """h for a list that shares one budget."""
+    refuse_group(group, "cuda")
     hard = [torch.empty(v.shape, dtype=torch.bool, device=v.device) for v in values]
     beta = torch.ones((), dtype=torch.float64, device=values[0].device)
     _solve_list(values, budget, costs, beta, absolute, (None, hard), None, None)

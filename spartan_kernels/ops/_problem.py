@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
+from spartan_kernels import dispatch
 from spartan_kernels.arguments import require_float, scalar
+from spartan_kernels.groups import group_name
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def row_problem(
@@ -46,6 +52,17 @@ def global_problem(
         found = len(costs) if isinstance(costs, Sequence) else type(costs).__name__
         raise ValueError(f"costs must be None or one entry for each of the {len(tensors)} values; got {found}")
     return tensors, [_tensor_cost(i, c, v) for i, (c, v) in enumerate(zip(costs, tensors, strict=True))]
+
+
+def served_group(group: ProcessGroup | str | None, backend: str | None) -> tuple[str, str | None]:
+    """The group's name, and the backend that serves it."""
+    name = group_name(group)
+    if not name:
+        return name, backend
+    asked = dispatch.requested(backend)
+    if asked not in ("auto", "reference"):
+        raise ValueError(f"group is served by the reference backend only; got backend={asked!r}")
+    return name, "reference"
 
 
 def _tensor_cost(index: int, cost: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from spartan_kernels.arguments import scalar
 from spartan_kernels.ops._define import define
-from spartan_kernels.ops._problem import global_problem, row_problem
+from spartan_kernels.ops._problem import global_problem, row_problem, served_group
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def _like(values: torch.Tensor) -> torch.Tensor:
@@ -20,7 +23,7 @@ def _fake_forward(values: Any, budget: Any, costs: Any, backend: str) -> Any:
     return _like(values)
 
 
-def _fake_global(values: Any, budget: Any, costs: Any, absolute: bool, backend: str) -> Any:
+def _fake_global(values: Any, budget: Any, costs: Any, absolute: bool, group: str, backend: str) -> Any:
     return [_like(v) for v in values]
 
 
@@ -28,7 +31,8 @@ hard_topk_forward = define(
     "hard_topk_forward(Tensor values, Tensor budget, Tensor? costs, str backend) -> Tensor", _fake_forward
 )
 hard_topk_global_forward = define(
-    "hard_topk_global_forward(Tensor[] values, Tensor budget, Tensor[] costs, bool absolute, str backend) -> Tensor[]",
+    "hard_topk_global_forward(Tensor[] values, Tensor budget, Tensor[] costs, bool absolute, str group, str backend)"
+    " -> Tensor[]",
     _fake_global,
 )
 
@@ -70,6 +74,7 @@ def hard_topk_global(
     costs: Sequence[float | torch.Tensor] | None = None,
     *,
     absolute: bool = False,
+    group: ProcessGroup | str | None = None,
     backend: str | None = None,
 ) -> list[torch.Tensor]:
     """`hard_topk` under one budget over many tensors; the index that breaks ties counts through the list.
@@ -79,6 +84,9 @@ def hard_topk_global(
         budget: k, a number or 0-dim tensor, for all of them together.
         costs: None (ones), or for each tensor a number, a 0-dim tensor or a tensor of its shape.
         absolute: choose by |values| (no copy is made).
+        group: a `torch.distributed` process group (or its name) whose ranks each pass their own part, which may be
+            empty; the index that breaks ties counts through the ranks in their order. None for this process alone.
+            Served by the reference backend.
         backend: "auto" or the name of a backend.
 
     Returns:
@@ -89,4 +97,5 @@ def hard_topk_global(
     """
     tensors, cost_list = global_problem([v.detach() if isinstance(v, torch.Tensor) else v for v in values], costs)
     k = scalar("budget", budget, tensors[0].device)
-    return list(hard_topk_global_forward(tensors, k, cost_list, absolute, backend or ""))
+    name, backend = served_group(group, backend)
+    return list(hard_topk_global_forward(tensors, k, cost_list, absolute, name, backend or ""))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from spartan_kernels.arguments import scalar
 from spartan_kernels.ops._define import define
-from spartan_kernels.ops._problem import global_problem, row_problem
+from spartan_kernels.ops._problem import global_problem, row_problem, served_group
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 SOLVER_STATE_SIZE = 8
 
@@ -66,7 +69,7 @@ soft_topk_global_backward = define(
 )
 _solve_masks = define(
     "solve_masks_(Tensor[] values, Tensor budget, Tensor[] costs, Tensor beta, bool absolute, Tensor(a!)[] soft,"
-    " Tensor(b!)[] hard, Tensor(c!) state, str backend) -> ()",
+    " Tensor(b!)[] hard, Tensor(c!) state, str group, str backend) -> ()",
     _fake_solve,
 )
 
@@ -112,7 +115,7 @@ def soft_topk_global(
     budget: float | torch.Tensor,
     costs: Sequence[float | torch.Tensor] | None = None,
     beta: float | torch.Tensor = 1.0,
-    group: Any = None,
+    group: ProcessGroup | str | None = None,
     *,
     backend: str | None = None,
 ) -> list[torch.Tensor]:
@@ -125,8 +128,8 @@ def soft_topk_global(
         budget: k, a number or 0-dim tensor, for all of them together.
         costs: None (ones), or for each tensor a number, a 0-dim tensor or a tensor of its shape.
         beta: sharpness, at least 0.
-        group: a `torch.distributed` process group whose ranks each pass their own part; None for this process alone.
-            Served by the reference backend.
+        group: a `torch.distributed` process group (or its name) whose ranks each pass their own part, which may be
+            empty; None for this process alone. Served by the reference backend.
         backend: "auto" or the name of a backend.
 
     Returns:
@@ -138,7 +141,7 @@ def soft_topk_global(
     Source: Tai, Tian, Lim, "Spartan", NeurIPS 2022, section 3.
     """
     tensors, cost_list = global_problem(values, costs)
-    name, backend = _group_name(group, backend)
+    name, backend = served_group(group, backend)
     masks, _ = soft_topk_global_forward(
         tensors,
         scalar("budget", budget, tensors[0].device),
@@ -170,6 +173,7 @@ def solve_masks_(
     state: torch.Tensor,
     *,
     absolute: bool = False,
+    group: ProcessGroup | str | None = None,
     backend: str | None = None,
 ) -> None:
     """Write the soft and the hard mask of one training step in place, starting from the thresholds of the last one.
@@ -185,6 +189,7 @@ def solve_masks_(
         hard: for each tensor, where its hard mask goes: its shape, bool, contiguous.
         state: from `new_solver_state`, updated.
         absolute: choose by magnitude.
+        group: as in `soft_topk_global`; the index that breaks ties counts through the ranks in their order.
         backend: "auto" or the name of a backend.
 
     Raises:
@@ -196,6 +201,7 @@ def solve_masks_(
     if state.shape != (SOLVER_STATE_SIZE,) or state.dtype != torch.float64:
         raise ValueError(f"state must come from new_solver_state; got {state.dtype} of shape {tuple(state.shape)}")
     device = tensors[0].device
+    name, backend = served_group(group, backend)
     _solve_masks(
         tensors,
         scalar("budget", budget, device),
@@ -205,6 +211,7 @@ def solve_masks_(
         list(soft),
         list(hard),
         state,
+        name,
         backend or "",
     )
 
@@ -221,11 +228,3 @@ def _require_masks(
                 f"{name}[{index}] must be contiguous {wanted} of shape {tuple(tensor.shape)};"
                 f" got {mask.dtype} of shape {tuple(mask.shape)}"
             )
-
-
-def _group_name(group: Any, backend: str | None) -> tuple[str, str | None]:
-    if group is None:
-        return "", backend
-    if backend not in (None, "auto", "reference"):
-        raise ValueError(f"group is served by the reference backend only; got backend={backend!r}")
-    return group.group_name, "reference"

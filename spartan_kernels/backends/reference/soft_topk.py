@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 
 from spartan_kernels.arguments import SMALLEST_BETA, clamp_budget, require_beta, require_costs, require_finite
-from spartan_kernels.backends.reference.hard_topk import select
+from spartan_kernels.backends.reference.hard_topk import over_ranks, select
+from spartan_kernels.groups import process_group
 
 MAX_STEPS = 200
 Reduce = Callable[[torch.Tensor, str], torch.Tensor]
@@ -182,14 +183,12 @@ def _over(group: str) -> Reduce:
     if not group:
         return _alone
     import torch.distributed as dist
-    from torch.distributed import distributed_c10d
 
-    process_group = distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined, arg-type]
     operations = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
 
     def reduce(tensor: torch.Tensor, operation: str) -> torch.Tensor:
         tensor = tensor.contiguous()
-        dist.all_reduce(tensor, op=operations[operation], group=process_group)
+        dist.all_reduce(tensor, op=operations[operation], group=process_group(group))
         return tensor
 
     return reduce
@@ -231,15 +230,19 @@ def solve_masks_(
     soft: list[torch.Tensor],
     hard: list[torch.Tensor],
     state: torch.Tensor,
+    group: str,
 ) -> None:
     """Soft and hard mask of a training step, in place."""
     row, a = _concatenated(values, costs)
+    own = slice(0, row.shape[1])
+    if group:
+        row, a, own = over_ranks(row, a, group)
     row = row.abs() if absolute else row
     mask, threshold = soft_topk_forward(row, budget[None], a, beta)
     u, ones = _ratio(row, a)
     kept = select(u, ones, clamp_budget(budget[None], ones.expand_as(u).sum(-1, dtype=torch.float64)))
     for source, targets in ((mask, soft), (kept, hard)):
-        for part, target in zip(_split(source, values), targets, strict=True):
+        for part, target in zip(_split(source[:, own], values), targets, strict=True):
             target.copy_(part)
     centre, shift = threshold[0]
     state[1], state[3] = state[0].clone(), state[2].clone()

@@ -29,6 +29,7 @@ from spartan_kernels.backends.triton.configs import (
     power_of_two,
 )
 from spartan_kernels.backends.triton.tables import TensorList
+from spartan_kernels.groups import refuse_group
 
 ROUNDS = 4  # exact for any hard cut: a range that misses costs one round, all 32 bits of the key three
 _STEP_WARPS = 8
@@ -117,8 +118,7 @@ def soft_topk_global_forward(
     values: list[torch.Tensor], budget: torch.Tensor, costs: list[torch.Tensor], beta: torch.Tensor, group: str
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """m and (c, d) for a list that shares one budget."""
-    if group:
-        raise ValueError("group is served by the reference backend only; got backend='triton'")
+    refuse_group(group, "triton")
     _check(values, budget, costs, beta)
     masks = _empty(values)
     problem = TensorList(values, costs)
@@ -137,8 +137,10 @@ def solve_masks_(
     soft: list[torch.Tensor],
     hard: list[torch.Tensor],
     state: torch.Tensor,
+    group: str,
 ) -> None:
     """Soft and hard mask of a training step, in place."""
+    refuse_group(group, "triton")
     _check(values, budget, costs, beta)
     problem = TensorList(values, costs)
     if problem.length:
@@ -147,9 +149,10 @@ def solve_masks_(
 
 
 def hard_topk_global_forward(
-    values: list[torch.Tensor], budget: torch.Tensor, costs: list[torch.Tensor], absolute: bool
+    values: list[torch.Tensor], budget: torch.Tensor, costs: list[torch.Tensor], absolute: bool, group: str
 ) -> list[torch.Tensor]:
     """h for a list that shares one budget."""
+    refuse_group(group, "triton")
     _check(values, budget, costs, None)
     masks = _empty(values, torch.bool)
     problem = TensorList(values, costs)
@@ -169,8 +172,7 @@ def soft_topk_global_backward(
     group: str,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """Gradients for values, costs (elementwise), budget and beta of a list that shares one budget."""
-    if group:
-        raise ValueError("group is served by the reference backend only; got backend='triton'")
+    refuse_group(group, "triton")
     p = TensorList(values, costs)
     upstream = [g.contiguous() for g in grads]
     grad_values, grad_costs = _empty(values), _empty(values) if cost_grad else []

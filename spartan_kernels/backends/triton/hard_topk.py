@@ -75,7 +75,7 @@ def hard_topk_forward(values: torch.Tensor, budget: torch.Tensor, costs: torch.T
         return mask
     if not fits_in_registers(values, costs):
         masks = [
-            hard_topk_global_forward([row], k, cost, False)[0]
+            hard_topk_global_forward([row], k, cost, False, "")[0]
             for row, k, cost in zip(values, budget, rows_of_costs(costs, values), strict=True)
         ]
         return torch.stack(masks)

@@ -1,5 +1,4 @@
 #include <cmath>
-#include <exception>
 
 #include "dispatch.h"
 #include "problem.h"
@@ -242,84 +241,7 @@ void global_hard(Table table, double budget, bool absolute, Workspace workspace,
   if (problem.length() > 0) solve.run_hard();
 }
 
-// One row as a list of one tensor.
-template <class T>
-TableRow row_of(const Rows& rows, int64_t row) {
-  const T* costs = static_cast<const T*>(rows.costs);
-  return {static_cast<const T*>(rows.values) + row * rows.length, costs != nullptr ? costs + row * rows.cost_stride : nullptr,
-          rows.cost, rows.length, {nullptr, nullptr, nullptr}};
-}
-
-// Many rows: each thread takes whole rows. Few or long ones: all threads share each.
-bool share_rows(const Rows& rows, int threads) { return rows.rows < threads || rows.length > (1 << 20); }
-
-// Calls f(row, its workspace, threads for it); the first error of any row is thrown after the loop.
-template <class F>
-void for_rows(const Rows& rows, int element_size, Workspace workspace, int threads, F&& f) {
-  if (share_rows(rows, threads)) {
-    for (int64_t row = 0; row < rows.rows; ++row) f(row, workspace, threads);
-    return;
-  }
-  const int64_t worth = rows.rows * rows.length / kMinChunk + 1;  // a thread costs more than a little work
-  threads = static_cast<int>(std::min<int64_t>(threads, worth));
-  const int64_t piece = cpu::workspace_bytes(1, rows.length, element_size);
-  std::exception_ptr error;
-  std::atomic<bool> failed{false};
-  parallel_for(threads, threads, [&](int64_t worker) {
-    Workspace own{static_cast<char*>(workspace.data) + worker * piece, piece};
-    for (int64_t row = rows.rows * worker / threads; row < rows.rows * (worker + 1) / threads; ++row) {
-      try {
-        f(row, own, 1);
-      } catch (...) {
-        if (!failed.exchange(true)) error = std::current_exception();
-        return;
-      }
-    }
-  });
-  if (error) std::rethrow_exception(error);
-}
-
-template <class T>
-void rows_forward(const Rows& rows, const double* budget, double beta, T* mask, double* threshold, Workspace workspace,
-                  int threads) {
-  for_rows(rows, sizeof(T), workspace, threads, [&](int64_t row, Workspace own, int team) {
-    TableRow entry = row_of<T>(rows, row);
-    entry.extra[0] = mask + row * rows.length;
-    global_forward<T>({&entry, 1}, budget[row], beta, false, nullptr, threshold + 2 * row, own, team);
-  });
-}
-
-template <class T>
-void rows_backward(const Rows& rows, const T* grad, const double* threshold, double beta, T* grad_values, T* grad_costs,
-                   double* grad_budget, double* grad_beta, Workspace workspace, int threads) {
-  for_rows(rows, sizeof(T), workspace, threads, [&](int64_t row, Workspace own, int team) {
-    TableRow entry = row_of<T>(rows, row);
-    const int64_t at = row * rows.length;
-    entry.extra[0] = const_cast<T*>(grad + at);
-    entry.extra[1] = grad_values + at;
-    entry.extra[2] = grad_costs != nullptr ? grad_costs + at : nullptr;
-    double scalars[2];
-    global_backward<T>({&entry, 1}, threshold + 2 * row, beta, scalars, own, team);
-    grad_budget[row] = scalars[0];
-    grad_beta[row] = scalars[1];
-  });
-}
-
-template <class T>
-void rows_hard(const Rows& rows, const double* budget, uint8_t* mask, Workspace workspace, int threads) {
-  for_rows(rows, sizeof(T), workspace, threads, [&](int64_t row, Workspace own, int team) {
-    TableRow entry = row_of<T>(rows, row);
-    entry.extra[0] = mask + row * rows.length;
-    global_hard<T>({&entry, 1}, budget[row], false, own, team);
-  });
-}
-
 }  // namespace
-
-int64_t rows_workspace_bytes(int64_t rows, int64_t length, int element_size, int threads) {
-  const int64_t one = workspace_bytes(1, length, element_size);
-  return share_rows({nullptr, nullptr, 1, rows, length, 0}, threads) ? one : one * threads;
-}
 
 void soft_topk_global(Dtype dtype, Table table, double budget, double beta, bool absolute, double* state,
                       double* threshold, Workspace workspace, int threads) {
@@ -333,22 +255,6 @@ void soft_topk_global_backward(Dtype dtype, Table table, const double* threshold
 
 void hard_topk_global(Dtype dtype, Table table, double budget, bool absolute, Workspace workspace, int threads) {
   SPARTAN_DISPATCH(global_hard<T>(table, budget, absolute, workspace, threads))
-}
-
-void soft_topk_rows(Dtype dtype, Rows rows, const double* budget, double beta, void* mask, double* threshold,
-                    Workspace workspace, int threads) {
-  SPARTAN_DISPATCH(rows_forward<T>(rows, budget, beta, static_cast<T*>(mask), threshold, workspace, threads))
-}
-
-void soft_topk_rows_backward(Dtype dtype, Rows rows, const void* grad, const double* threshold, double beta,
-                             void* grad_values, void* grad_costs, double* grad_budget, double* grad_beta,
-                             Workspace workspace, int threads) {
-  SPARTAN_DISPATCH(rows_backward<T>(rows, static_cast<const T*>(grad), threshold, beta, static_cast<T*>(grad_values),
-                                    static_cast<T*>(grad_costs), grad_budget, grad_beta, workspace, threads))
-}
-
-void hard_topk_rows(Dtype dtype, Rows rows, const double* budget, uint8_t* mask, Workspace workspace, int threads) {
-  SPARTAN_DISPATCH(rows_hard<T>(rows, budget, mask, workspace, threads))
 }
 
 }  // namespace spartan::cpu

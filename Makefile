@@ -12,7 +12,7 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints-dev.txt \
 	$(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench figures gpu gpu-compile clean
+.PHONY: help demo test sanitize lint bench figures gpu gpu-compile clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ demo: $(INSTALLED) ## train on Fashion-MNIST, dense and sparse, and compare (ARG
 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+sanitize: $(INSTALLED) ## run the CPU kernels' tests under address and undefined-behaviour sanitizers (ARGS=thread: races)
+	$(BIN)/python -m tests.sanitizers $(ARGS)
 
 lint: $(INSTALLED) ## check style and types
 	$(BIN)/ruff check .

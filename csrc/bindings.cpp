@@ -18,6 +18,53 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+void bind_matmul(py::module_& m) {
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+  py::class_<cpu::BlockMatrix>(m, "BlockMatrix")
+      .def(py::init([](Address data, int64_t out, int64_t in, int64_t rows, int64_t columns, int64_t stride, Address gate,
+                       Address row_offsets, Address column_indices, Address column_offsets, Address row_indices,
+                       Address positions) {
+        return cpu::BlockMatrix{at(data), out, in, rows, columns, stride, at<const float>(gate),
+                                {at<const int32_t>(row_offsets), at<const int32_t>(column_indices),
+                                 at<const int32_t>(column_offsets), at<const int32_t>(row_indices)},
+                                at<const int32_t>(positions)};
+      }));
+  m.def(
+      "block_layout",
+      [](Address gate, int gate_bytes, Address mask, int64_t grid_rows, int64_t grid_columns, Address row_offsets,
+         Address column_indices, Address column_offsets, Address row_indices) {
+        cpu::block_layout(at(gate), gate_bytes, at<const uint8_t>(mask), grid_rows, grid_columns, at<int32_t>(row_offsets),
+                          at<int32_t>(column_indices), at<int32_t>(column_offsets), at<int32_t>(row_indices));
+      },
+      unlocked);
+  m.def("masked_matmul_workspace_bytes", &cpu::masked_matmul_workspace_bytes);
+  m.def(
+      "masked_matmul",
+      [](int dtype, const cpu::BlockMatrix& w, Address x, int64_t tokens, int64_t stride, Address bias, int activation,
+         Address y, Address saved, Address workspace, int64_t bytes, int threads) {
+        cpu::masked_matmul(static_cast<Dtype>(dtype), w, {at(x), tokens, stride}, at(bias),
+                           static_cast<cpu::Activation>(activation), at(y), at(saved), {at(workspace), bytes}, threads);
+      },
+      unlocked);
+  m.def(
+      "masked_matmul_input_gradient",
+      [](int dtype, const cpu::BlockMatrix& w, Address dz, int64_t tokens, int64_t stride, Address dx, Address workspace,
+         int64_t bytes, int threads) {
+        cpu::masked_matmul_input_gradient(static_cast<Dtype>(dtype), w, {at(dz), tokens, stride}, at(dx),
+                                          {at(workspace), bytes}, threads);
+      },
+      unlocked);
+  m.def("sampled_matmul_workspace_bytes", &cpu::sampled_matmul_workspace_bytes);
+  m.def(
+      "sampled_matmul",
+      [](int dtype, const cpu::BlockMatrix& w, Address dz, int64_t dz_stride, Address x, int64_t x_stride, int64_t tokens,
+         Address raw, Address grad_gate, Address workspace, int64_t bytes, int threads) {
+        cpu::sampled_matmul(static_cast<Dtype>(dtype), w, {at(dz), tokens, dz_stride}, {at(x), tokens, x_stride},
+                            at<float>(raw), at<float>(grad_gate), {at(workspace), bytes}, threads);
+      },
+      unlocked);
+}
+
 Dtype dtype_of(int element_size) { return element_size == 8 ? Dtype::float64 : Dtype::float32; }
 
 }  // namespace
@@ -240,6 +287,7 @@ PYBIND11_MODULE(_native, m) {
         cpu::block_scores(dtype_of(element), blocks, at(weight), at(scores), threads);
       },
       unlocked);
+  bind_matmul(cpu_module);
 #ifdef SPARTAN_WITH_CUDA
   py::module_ cuda_module = m.def_submodule("cuda");
   bind_cuda(cuda_module);

@@ -80,6 +80,39 @@ void masked_weight_correct(Dtype, Blocks, void* grad, const void* weight, const 
 void block_scores(Dtype, Blocks, const void* weight, void* scores, int threads);
 int64_t blocks_workspace_bytes(Blocks);
 
+// Products with a matrix [out, in] in blocks of rows x columns, of which those of the layout take part. `data` is the whole
+// matrix (`stride` from row to row), or with `positions` the active blocks alone, in the order of the rows of blocks;
+// positions says where the blocks of a column of blocks lie. Arithmetic is float32; gates are float32, null: ones.
+enum class Activation : int { none, relu, gelu, gelu_tanh, silu };
+struct Layout {
+  const int32_t *row_offsets, *column_indices, *column_offsets, *row_indices;
+};
+struct BlockMatrix {
+  const void* data;
+  int64_t out, in, rows, columns, stride;
+  const float* gate;
+  Layout layout;
+  const int32_t* positions;
+};
+// [tokens, in or out], each token contiguous, `stride` from one to the next.
+struct Tokens {
+  const void* data;
+  int64_t count, stride;
+};
+// `mask`, null: none, takes part where it and the gate are not zero; NaN is not zero. Entries past the count are set to 0.
+void block_layout(const void* gate, int gate_bytes, const uint8_t* mask, int64_t grid_rows, int64_t grid_columns,
+                  int32_t* row_offsets, int32_t* column_indices, int32_t* column_offsets, int32_t* row_indices);
+int64_t masked_matmul_workspace_bytes(const BlockMatrix&, int64_t tokens, int threads);
+// y = act(z), z = x w^T + bias, contiguous [tokens, out]; z is written to `saved` unless that is null.
+void masked_matmul(Dtype, const BlockMatrix&, Tokens x, const void* bias, Activation, void* y, void* saved, Workspace,
+                   int threads);
+// dx = dz w, contiguous [tokens, in].
+void masked_matmul_input_gradient(Dtype, const BlockMatrix&, Tokens dz, void* dx, Workspace, int threads);
+// raw = dz^T x on the blocks of the layout (all of them: null offsets), zero elsewhere: float32 [out, in], or packed blocks
+// where the matrix is. Then grad_gate_b = <raw_b, data_b> (unless null) and raw *= gate.
+int64_t sampled_matmul_workspace_bytes(const BlockMatrix&, int64_t tokens);
+void sampled_matmul(Dtype, const BlockMatrix&, Tokens dz, Tokens x, float* raw, float* grad_gate, Workspace, int threads);
+
 }  // namespace cpu
 
 // On the current stream of one device: nothing here waits for the GPU or allocates. float32, bfloat16, float16; sums in

@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "masked_matmul_passes.h"
 #include "masked_weight_passes.h"
 #include "soft_topk_passes.h"
 
@@ -10,6 +11,7 @@ namespace spartan::cpu {
 
 #define SPARTAN_DECLARE(isa)                               \
   namespace isa {                                          \
+  const MatmulPasses& matmul();                            \
   const SoftTopkPasses<float>& soft_topk_float();          \
   const SoftTopkPasses<double>& soft_topk_double();        \
   const MaskedWeightPasses<float>& masked_weight_float();  \
@@ -81,5 +83,7 @@ template <>
 const MaskedWeightPasses<double>& masked_weight_passes<double>() {
   SPARTAN_SELECT(masked_weight_double);
 }
+
+const MatmulPasses& matmul_passes() { SPARTAN_SELECT(matmul); }
 
 }  // namespace spartan::cpu

@@ -7,32 +7,13 @@
 #include <stdexcept>
 #include <string>
 
-#include "../ops.h"
+#include "arena.h"
 #include "parallel.h"
 #include "selection.h"
 #include "soft_topk_passes.h"
 #include "threshold_search.h"
 
 namespace spartan::cpu {
-
-// Memory that the caller gave, handed out in aligned pieces.
-class Arena {
- public:
-  explicit Arena(Workspace workspace)
-      : next_(static_cast<char*>(workspace.data)), end_(next_ + workspace.bytes) {}
-
-  template <class U>
-  U* take(int64_t count) {
-    char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(next_) + 63) & ~uintptr_t(63));
-    next_ = aligned + count * static_cast<int64_t>(sizeof(U));
-    if (next_ > end_) throw std::logic_error("workspace too small");
-    return reinterpret_cast<U*>(aligned);
-  }
-
- private:
-  char* next_;
-  char* end_;
-};
 
 constexpr int64_t kSampleBytes = 1 << 19;  // of entries looked at to start cold; smaller problems are solved in cache
 constexpr int64_t kRun = 16;               // the sample is made of runs of about a cache line

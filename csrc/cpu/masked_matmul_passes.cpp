@@ -1,0 +1,403 @@
+// Compiled once per instruction set; see simd.h for what may not be used here.
+#include "masked_matmul_passes.h"
+
+#include <type_traits>
+
+#include "simd.h"
+
+namespace spartan::cpu::SPARTAN_ISA {
+namespace {
+
+constexpr int kLanes = Simd<float>::width;
+#if defined(__AVX512F__)
+constexpr int kRegisters = 24;  // for sums, of 32
+constexpr int kWidestPanel = 4 * kLanes;
+#else
+constexpr int kRegisters = 12;  // of 16
+constexpr int kWidestPanel = 2 * kLanes;
+#endif
+
+template <int L>
+struct Floats {
+  typedef float V __attribute__((vector_size(L * 4)));
+  typedef int32_t I __attribute__((vector_size(L * 4)));
+};
+
+template <int L>
+inline typename Floats<L>::V load_lanes(const float* p) {
+  typename Floats<L>::V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline float wide(float x) { return x; }
+template <class S>
+inline float wide(S x) {
+  return load_partial(&x, 1, 0.0f)[0];
+}
+
+// Calls f with a null pointer to the type that `dtype` is stored in.
+template <class F>
+inline auto stored(Dtype dtype, F&& f) {
+  if (dtype == Dtype::bfloat16) return f(static_cast<const bfloat16*>(nullptr));
+  if (dtype == Dtype::float16) return f(static_cast<const float16*>(nullptr));
+  return f(static_cast<const float*>(nullptr));
+}
+
+// ------------------------------------------------------------------------------------------------------- packing
+
+template <int L>
+inline void transpose_square(typename Floats<L>::V* rows) {
+  typedef typename Floats<L>::V V;
+  typename Floats<L>::I low{}, high{};
+  for (int i = 0; i < L; ++i) low[i] = i / 2 + (i & 1) * L, high[i] = L / 2 + i / 2 + (i & 1) * L;
+  // interleaving the first half of the rows with the second, log2(L) times, is the transpose
+  for (int stage = 1; stage < L; stage *= 2) {
+    V next[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + L / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + L / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) rows[i] = next[i];
+  }
+}
+
+template <class S>
+inline Vec<float> load_some(const S* p, int64_t count) {
+  return count >= kLanes ? load(p) : load_partial(p, static_cast<int>(count), 0.0f);
+}
+
+template <class S>
+void pack_transposed_as(const S* block, int64_t stride, int64_t rows, int64_t depth, float gate, int width, float* panel) {
+  for (int64_t k = 0; k < depth; k += kLanes) {
+    const int64_t deep = depth - k < kLanes ? depth - k : kLanes;
+    for (int r = 0; r < width; r += kLanes) {
+      Vec<float> square[kLanes];
+      for (int i = 0; i < kLanes; ++i)
+        square[i] = r + i < rows ? load_some(block + (r + i) * stride + k, deep) * gate : Vec<float>{};
+      transpose_square<kLanes>(square);
+      const int count = width - r < kLanes ? width - r : kLanes;
+      for (int64_t i = 0; i < deep; ++i) {
+        if (count == kLanes)
+          store(panel + (k + i) * width + r, square[i]);
+        else
+          store_partial(panel + (k + i) * width + r, square[i], count);
+      }
+    }
+  }
+}
+
+void pack_transposed(Dtype dtype, const void* block, int64_t stride, int64_t rows, int64_t depth, float gate, int width,
+                     float* panel) {
+  stored(dtype, [&](auto* type) {
+    pack_transposed_as(static_cast<decltype(type)>(block), stride, rows, depth, gate, width, panel);
+  });
+}
+
+void pack(Dtype dtype, const void* block, int64_t stride, int64_t depth, int64_t columns, float gate, int64_t width,
+          float* panel) {
+  stored(dtype, [&](auto* type) {
+    const auto* source = static_cast<decltype(type)>(block);
+    for (int64_t k = 0; k < depth; ++k, source += stride, panel += width) {
+      int64_t c = 0;
+      for (; c + kLanes <= columns; c += kLanes) store(panel + c, load(source + c) * gate);
+  X
+    }
+  });
+}
+
+// -------------------------------------------------------------------------------------------------------- tiles
+
+// A store around the cache where the address allows it.
+template <class V>
+inline void stream_lanes(float* to, V value) {
+  std::memcpy(to, &value, sizeof value);
+}
+#if defined(__AVX2__)
+inline void stream_lanes(float* to, Vec<float> value) {
+  can_stream(to) ? stream<float>(to, value) : store<float>(to, value);
+}
+#endif
+
+// Sums of T rows and N vectors of L lanes, in registers.
+template <int L, int T, int N>
+struct Tile {
+  typedef typename Floats<L>::V V;
+  V sums[T][N];
+
+  inline void start(const float* bias) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      const V first = bias != nullptr ? load_lanes<L>(bias + n * L) : V{};
+#pragma GCC unroll 24
+      for (int t = 0; t < T; ++t) sums[t][n] = first;
+    }
+  }
+
+  // sums += left (T numbers, `stride` apart) times one row of the panel
+  inline void add(const float* left, int64_t stride, const float* panel) {
+    V right[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) right[n] = load_lanes<L>(panel + n * L);
+#pragma GCC unroll 24
+    for (int t = 0; t < T; ++t) {
+      const V one = left[t * stride] - V{};  // a broadcast: 0 + x would be an addition
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) sums[t][n] += one * right[n];
+    }
+  }
+
+  enum class Put { store, add, stream };
+  template <Put How>
+  inline void put(float* out, int64_t stride, int64_t columns) const {
+    constexpr bool Add = How == Put::add;
+#pragma GCC unroll 24
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        float* to = out + t * stride + n * L;
+        if ((n + 1) * L <= columns) {
+          const V value = Add ? sums[t][n] + load_lanes<L>(to) : sums[t][n];
+          How == Put::stream ? stream_lanes(to, value) : static_cast<void>(std::memcpy(to, &value, sizeof value));
+        } else {
+          for (int i = 0; n * L + i < columns; ++i) to[i] = Add ? to[i] + sums[t][n][i] : sums[t][n][i];
+        }
+      }
+    }
+  }
+};
+
+template <int L, int T, int N>
+void product_tile(const PanelProduct& p, const ActiveBlocks& active) {
+  Tile<L, T, N> tile;
+  tile.start(p.bias);
+  const float* panel = p.panel;
+  for (int64_t e = 0; e < active.count; ++e) {
+    const int64_t from = active.indices[e] * active.span;
+    const int64_t depth = active.limit - from < active.span ? active.limit - from : active.span;
+    const float* x = p.x + from;
+    for (int64_t k = 0; k < depth; ++k, panel += L * N) tile.add(x + k, p.x_stride, panel);
+  }
+  using Put = typename Tile<L, T, N>::Put;
+  p.stream ? tile.template put<Put::stream>(p.y, p.y_stride, p.columns)
+           : tile.template put<Put::store>(p.y, p.y_stride, p.columns);
+}
+
+template <int L, int T, int N>
+void outer_tile(const OuterSum& p) {
+  Tile<L, T, N> tile;
+  tile.start(nullptr);
+  const float *a = p.a, *b = p.b;
+  for (int64_t t = 0; t < p.tokens; ++t, a += p.a_stride, b += p.b_stride) tile.add(a, 1, b);
+  using Put = typename Tile<L, T, N>::Put;
+  p.add ? tile.template put<Put::add>(p.out, p.out_stride, p.columns)
+        : tile.template put<Put::store>(p.out, p.out_stride, p.columns);
+}
+
+constexpr int tallest(int vectors) { return kRegisters / vectors; }
+
+// Calls f.operator()<T>() for tile heights T that add up to `rows`, the tallest first.
+template <int Most, class F>
+inline void in_tiles(int64_t rows, F&& f) {
+  while (rows >= Most) rows -= Most, f.template operator()<Most>();
+  if constexpr (Most > 1) {
+    constexpr int next = Most > 12 ? 12 : Most > 8 ? 8 : Most > 6 ? 6 : Most > 4 ? 4 : Most / 2;
+    if (rows > 0) in_tiles<next>(rows, static_cast<F&&>(f));
+  }
+}
+
+// Calls f.operator()<L, N>() for a panel of `width`.
+template <class F>
+inline void for_width(int width, F&& f) {
+#if defined(__AVX512F__)
+  if (width == 64) return f.template operator()<16, 4>();
+  if (width == 48) return f.template operator()<16, 3>();
+  if (width == 32) return f.template operator()<16, 2>();
+  if (width == 16) return f.template operator()<16, 1>();
+  f.template operator()<8, 1>();
+#elif defined(__AVX2__)
+  width == 16 ? f.template operator()<8, 2>() : f.template operator()<8, 1>();
+#else
+  width == 8 ? f.template operator()<4, 2>() : f.template operator()<4, 1>();
+#endif
+}
+
+int panel_width(int64_t outputs) {
+  if (outputs >= kWidestPanel) return kWidestPanel;
+#if defined(__AVX512F__)
+  if (outputs <= 8) return 8;
+#endif
+  return static_cast<int>((outputs + kLanes - 1) / kLanes) * kLanes;
+}
+
+int tile_tokens(int width) { return width < kLanes ? kRegisters : tallest(width / kLanes); }
+
+void product(const PanelProduct& problem, const ActiveBlocks& active, int64_t tokens) {
+  for_width(problem.width, [&]<int L, int N>() {
+    PanelProduct p = problem;
+    in_tiles<tallest(N)>(tokens, [&]<int T>() {
+      product_tile<L, T, N>(p, active);
+      p.x += T * p.x_stride;
+      p.y += T * p.y_stride;
+    });
+  });
+}
+
+void outer_sum(const OuterSum& problem) {
+  for (int64_t c = 0; c < problem.columns;) {
+    const int width = panel_width(problem.columns - c);
+    OuterSum p = problem;
+    p.b += c;
+    p.out += c;
+    p.columns = problem.columns - c < width ? problem.columns - c : width;
+    for_width(width, [&]<int L, int N>() {
+      in_tiles<tallest(N)>(problem.rows, [&]<int T>() {
+        outer_tile<L, T, N>(p);
+        p.a += T;
+        p.out += T * p.out_stride;
+      });
+    });
+    c += width;
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ a few tokens
+
+inline float total(Vec<float> v) { return static_cast<float>(sum<float>(v)); }
+
+template <class S, int R, int T>
+void dot_tile(const DotProduct& p, const S* weights, const ActiveBlocks& active, int64_t row, int64_t token) {
+  Vec<float> sums[R][T] = {};
+  const float* x = p.x + token * p.x_stride;
+  for (int64_t e = 0; e < active.count; ++e) {
+    const int64_t from = active.indices[e] * active.span;
+    const int64_t depth = active.limit - from < active.span ? active.limit - from : active.span;
+    const S* w = weights + p.offsets[e] + row * p.stride;
+    const float gate = p.gates != nullptr ? p.gates[e] : 1.0f;
+    const auto add = [&](int64_t k, int64_t count) {
+      Vec<float> right[T];
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) right[t] = gate * load_some(x + t * p.x_stride + from + k, count);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Vec<float> left = load_some(w + r * p.stride + k, count);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) sums[r][t] += left * right[t];
+      }
+    };
+    int64_t k = 0;
+    for (; k + kLanes <= depth; k += kLanes) add(k, kLanes);
+    if (k < depth) add(k, depth - k);
+  }
+  for (int r = 0; r < R; ++r)
+    for (int t = 0; t < T; ++t) p.y[(token + t) * p.y_stride + row + r] += total(sums[r][t]);
+}
+
+template <class S>
+void dot_as(const DotProduct& p, const ActiveBlocks& active) {
+  const S* weights = static_cast<const S*>(p.weights);
+  int64_t token = 0;
+  in_tiles<2>(p.tokens, [&]<int T>() {
+    int64_t row = 0;
+    in_tiles<8 / T>(p.rows, [&]<int R>() {
+      dot_tile<S, R, T>(p, weights, active, row, token);
+      row += R;
+    });
+    token += T;
+  });
+}
+
+void dot(Dtype dtype, const DotProduct& p, const ActiveBlocks& active) {
+  stored(dtype, [&](const auto* type) {
+    using S = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
+    dot_as<S>(p, active);
+  });
+}
+
+// -------------------------------------------------------------------------------------------------- elementwise
+
+constexpr float kLog2e = 1.44269504f;
+
+inline Vec<float> exponential(Vec<float> x) { return exp2_clamped(x * kLog2e); }
+
+inline Vec<float> logistic(Vec<float> x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// The normal distribution function from erfc(y) = exp(-y^2) P(t), t = 1 / (1 + 0.45 y), for y >= 0; P fitted for the least
+// absolute error (2e-9 before rounding).
+inline Vec<float> normal_distribution(Vec<float> x) {
+  const Vec<float> y = absolute(x) * 0.707106781f;
+  const Vec<float> t = 1.0f / (1.0f + 0.45f * y);
+  Vec<float> p = t * 0.09272394f - 0.49484322f;
+  p = p * t + 0.8586328f;
+  p = p * t - 0.37734196f;
+  p = p * t + 0.46107405f;
+  p = p * t + 0.20072855f;
+  p = p * t + 0.25902581f;
+  const Vec<float> tail = 0.5f * p * t * exponential(-y * y);
+  return x > 0.0f ? 1.0f - tail : tail;
+}
+
+template <class F>
+inline void each(float* z, int64_t count, F&& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(z + i, f(load(z + i)));
+  if (i < count) store_partial(z + i, f(load_partial(z + i, static_cast<int>(count - i), 0.0f)), static_cast<int>(count - i));
+}
+
+void activate(Activation activation, float* z, int64_t count) {
+  // a comparison with NaN is false: NaN has to come out of the second branch
+  if (activation == Activation::relu) each(z, count, [](Vec<float> x) { return x < 0.0f ? Vec<float>{} : x; });
+  if (activation == Activation::silu) each(z, count, [](Vec<float> x) { return x * logistic(x); });
+  if (activation == Activation::gelu) each(z, count, [](Vec<float> x) { return x * normal_distribution(x); });
+  if (activation == Activation::gelu_tanh)
+    each(z, count, [](Vec<float> x) { return x * logistic(1.59576912f * (x + 0.044715f * x * x * x)); });
+}
+
+void widen(Dtype dtype, const void* from, float* to, int64_t count) { pack(dtype, from, 0, 1, count, 1.0f, count, to); }
+
+void narrow(Dtype dtype, const float* from, void* to, int64_t count, bool around) {
+  stored(dtype, [&](const auto* type) {
+    using S = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
+    S* out = static_cast<S*>(to);
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      if constexpr (std::is_same_v<S, float>)
+        around ? stream_lanes(out + i, load(from + i)) : store(out + i, load(from + i));
+      else
+        store(out + i, load(from + i));
+    }
+    if (i < count) store_partial(out + i, load(from + i), static_cast<int>(count - i));
+  });
+}
+
+void settle() { stream_end(); }
+
+double finish(Dtype dtype, const void* values, float* raw, float gate, int64_t count) {
+  return stored(dtype, [&](auto* type) {
+    const auto* theta = static_cast<decltype(type)>(values);
+    Vec<float> sums{};
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      const Vec<float> g = load(raw + i);
+      sums += g * load(theta + i);
+      store(raw + i, g * gate);
+    }
+    double result = sum<float>(sums);
+    for (; i < count; ++i) {
+      result += static_cast<double>(raw[i] * wide(theta[i]));
+      raw[i] *= gate;
+    }
+    return result;
+  });
+}
+
+constexpr MatmulPasses kPasses{panel_width, tile_tokens, kLanes, pack_transposed, pack,   product,
+                               outer_sum,   dot,         activate, widen,         narrow, settle, finish};
+
+}  // namespace
+
+const MatmulPasses& matmul() { return kPasses; }
+
+}  // namespace spartan::cpu::SPARTAN_ISA

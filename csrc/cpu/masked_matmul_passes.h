@@ -1,0 +1,80 @@
+// The inner loops of products with block-sparse matrices: float32 arithmetic on packed panels that stay in cache.
+#pragma once
+
+#include <cstdint>
+
+#include "../ops.h"
+
+namespace spartan::cpu {
+
+// The active blocks of one row of blocks: block e covers the columns [indices[e] * span, ...) of the other matrix, `span` of
+// them or as many as there are before `limit`.
+struct ActiveBlocks {
+  const int32_t* indices;
+  int64_t count, span, limit;
+};
+
+// y[t, c] = bias[c] + sum over the active blocks' columns k of x[t, k] * panel[., c]. A panel holds the rows k of all active
+// blocks one after another, `width` entries each; the first `columns` of a row of y are written.
+struct PanelProduct {
+  const float* x;
+  int64_t x_stride;
+  const float* panel;
+  const float* bias;  // null: zeros; `width` entries
+  float* y;
+  int64_t y_stride;
+  int width, columns;
+  bool stream;  // y goes around the cache; settle() before another thread reads it
+};
+
+// out[r, c] (+)= sum_t a[t, r] * b[t, c] for r < rows, c < columns; `width` is the stride of b, rounded up to whole vectors.
+struct OuterSum {
+  const float* a;
+  int64_t a_stride, rows;
+  const float* b;
+  int64_t b_stride, columns, tokens;
+  float* out;
+  int64_t out_stride;
+  bool add;
+};
+
+// Dot products of rows of weights with a few vectors x, without packing: y[t, r] = sum over active blocks of gate * W[r, .] x[t, .].
+// Row r of the block of entry e starts at weights + offsets[e] + r * stride; gates null: ones.
+struct DotProduct {
+  const float* x;
+  int64_t x_stride, tokens;
+  const void* weights;
+  const int64_t* offsets;
+  int64_t stride, rows;
+  const float* gates;
+  float* y;
+  int64_t y_stride;
+};
+
+struct MatmulPasses {
+  // The width of the panel to cut next from `outputs` that remain, and the tokens that a product takes best at that width.
+  int (*panel_width)(int64_t outputs);
+  int (*tile_tokens)(int width);
+  int lanes;
+
+  // panel[k, r] = gate * block[r, k] for r < rows and k < depth; zero for r in [rows, width).
+  void (*pack_transposed)(Dtype, const void* block, int64_t stride, int64_t rows, int64_t depth, float gate, int width,
+                          float* panel);
+  // panel[k, c] = gate * block[k, c] for k < depth and c < columns; zero for c in [columns, width).
+  void (*pack)(Dtype, const void* block, int64_t stride, int64_t depth, int64_t columns, float gate, int64_t width,
+               float* panel);
+  void (*product)(const PanelProduct&, const ActiveBlocks&, int64_t tokens);
+  void (*outer_sum)(const OuterSum&);
+  void (*dot)(Dtype, const DotProduct&, const ActiveBlocks&);
+  void (*activate)(Activation, float* z, int64_t count);
+  // To or from float32.
+  void (*widen)(Dtype, const void* from, float* to, int64_t count);
+  void (*narrow)(Dtype, const float* from, void* to, int64_t count, bool stream);
+  void (*settle)();
+  // sum of values[i] * raw[i], and raw[i] *= gate.
+  double (*finish)(Dtype, const void* values, float* raw, float gate, int64_t count);
+};
+
+const MatmulPasses& matmul_passes();
+
+}  // namespace spartan::cpu

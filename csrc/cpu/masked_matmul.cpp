@@ -5,18 +5,19 @@
 #include <stdexcept>
 
 #include "arena.h"
+#include "huge_pages.h"
 #include "masked_matmul_passes.h"
 #include "parallel.h"
 
 namespace spartan::cpu {
 namespace {
 
-constexpr int64_t kPanelFloats = 8 << 20;      // of weights packed at a time
+constexpr int64_t kPanelFloats = 2 << 20;      // of weights packed at a time
 constexpr int64_t kChunkFloats = 64 << 10;     // of tokens that stay in a core's cache
 constexpr int64_t kCacheWays = 8, kPage = 4096;
-constexpr int64_t kFewTokens = 8;              // for which weights are used where they lie
+constexpr int64_t kFewTokens = 4;              // for which weights are used where they lie
 constexpr int64_t kItemsPerThread = 4;
-constexpr int64_t kOuterFloats = 16 << 20;     // of tokens packed at a time for the weight gradient
+constexpr int64_t kOuterFloats = 2 << 20;      // of tokens packed at a time for the weight gradient
 constexpr int64_t kBlocksPerItem = 8;
 constexpr int64_t kStreamBytes = 4 << 20;      // results larger than this are written around the cache
 
@@ -123,6 +124,7 @@ class Product {
   }
 
   void run() {
+    if (stream_) advise_huge_pages(y_, x_.count * lines_.extent * element_bytes(dtype_));
     const int64_t line_floats = padded_ * lines_.other_span;
     for (int64_t begin = 0; begin < lines_.count;) {
       int64_t end = begin + 1;
@@ -345,6 +347,7 @@ class Sampled {
   }
 
   void run() {
+    if (!packed()) advise_huge_pages(raw_, w_.out * w_.in * 4);
     if (dz_.count == 0) std::memset(raw_, 0, static_cast<size_t>(packed() ? blocks() * w_.rows * w_.columns : w_.out * w_.in) * 4);
     else if (!everything()) clear_rest();
     for (int64_t token = 0; token < dz_.count; token += chunk_) {

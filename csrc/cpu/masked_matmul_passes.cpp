@@ -103,7 +103,10 @@ void pack(Dtype dtype, const void* block, int64_t stride, int64_t depth, int64_t
     for (int64_t k = 0; k < depth; ++k, source += stride, panel += width) {
       int64_t c = 0;
       for (; c + kLanes <= columns; c += kLanes) store(panel + c, load(source + c) * gate);
-  X
+        if (c < width) {
+        const int rest = static_cast<int>(columns - c), room = static_cast<int>(width - c < kLanes ? width - c : kLanes);
+        store_partial(panel + c, rest > 0 ? load_partial(source + c, rest, 0.0f) * gate : Vec<float>{}, room);
+      }
     }
   });
 }
@@ -265,7 +268,12 @@ void outer_sum(const OuterSum& problem) {
 
 // ------------------------------------------------------------------------------------------------ a few tokens
 
-inline float total(Vec<float> v) { return static_cast<float>(sum<float>(v)); }
+inline float total(Vec<float> v) {
+  Mask<float> lanes;
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+  for (int half = kLanes / 2; half > 0; half /= 2) v += __builtin_shuffle(v, lanes ^ half);
+  return v[0];
+}
 
 template <class S, int R, int T>
 void dot_tile(const DotProduct& p, const S* weights, const ActiveBlocks& active, int64_t row, int64_t token) {

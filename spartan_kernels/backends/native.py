@@ -63,7 +63,7 @@ class _Scratch(threading.local):
 
 
 _scratch = _Scratch()
-_KEPT_BYTES = 4 << 20
+_KEPT_BYTES = 16 << 20
 
 
 def _workspace(size: int) -> torch.Tensor:

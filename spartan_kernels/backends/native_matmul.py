@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from spartan_kernels.backends import native
 
@@ -130,3 +129,115 @@ class _Matrix:
             scratch.numel(),
             torch.get_num_threads(),
         )
+
+
+_GRADIENTS = {
+    "": lambda grad, saved: grad,
+    "relu": lambda grad, saved: _aten.threshold_backward(grad, saved, 0),
+    "gelu": lambda grad, saved: _aten.gelu_backward(grad, saved),
+    "gelu_tanh": lambda grad, saved: _aten.gelu_backward(grad, saved, approximate="tanh"),
+    "silu": lambda grad, saved: _aten.silu_backward(grad, saved),
+}
+
+
+def _bias_gradient(dz: torch.Tensor) -> torch.Tensor:
+    return dz.reshape(-1, dz.shape[-1]).sum(0)
+
+
+def masked_linear_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    gate: torch.Tensor,
+    layout: list[torch.Tensor],
+    bias: torch.Tensor | None,
+    activation: str,
+    rows: int,
+    columns: int,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """act(z), z = x (theta * gate on the layout's blocks)^T + b, and z when it is to be saved."""
+    matrix = _Matrix(weight, (weight.shape[0], weight.shape[1]), (rows, columns), layout, gate)
+    return matrix.forward(x, bias, activation, save)
+
+
+def masked_linear_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    gate: torch.Tensor,
+    layout: list[torch.Tensor],
+    backward_layout: list[torch.Tensor],
+    saved: torch.Tensor,
+    activation: str,
+    rows: int,
+    columns: int,
+    needs: list[bool],
+) -> list[torch.Tensor]:
+    """Gradients of x, weight, gate and bias; empty where not needed."""
+    shape, block = (weight.shape[0], weight.shape[1]), (rows, columns)
+    dz = _GRADIENTS[activation](grad, saved)
+    results = [x.new_empty(0)] * 4
+    if needs[0]:
+        results[0] = _Matrix(weight, shape, block, layout, gate).input_gradient(dz)
+    if needs[1] or needs[2]:
+        raw = torch.empty(shape, dtype=torch.float32)
+        grad_gate = torch.empty(gate.shape, dtype=torch.float32) if needs[2] else None
+        _Matrix(weight, shape, block, backward_layout, gate).sampled(dz, x, raw, grad_gate)
+        if needs[1]:
+            results[1] = raw.to(weight.dtype)
+        if grad_gate is not None:
+            results[2] = grad_gate.to(gate.dtype)
+    if needs[3]:
+        results[3] = _bias_gradient(dz)
+    return results
+
+
+def sampled_matmul_forward(
+    a: torch.Tensor, b: torch.Tensor, layout: list[torch.Tensor], rows: int, columns: int
+) -> torch.Tensor:
+    """a b on the layout's blocks, zero elsewhere."""
+    shape = (a.shape[0], b.shape[1])
+    raw = torch.empty(shape, dtype=torch.float32)
+    _Matrix(raw.to(a.dtype), shape, (rows, columns), layout).sampled(a.mT, b, raw, None)
+    return raw.to(a.dtype)
+
+
+def block_sparse_linear_forward(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    layout: list[torch.Tensor],
+    positions: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    out: int,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """act(z), z = x w^T + b with w given by its blocks, and z when it is to be saved."""
+    block = (values.shape[1], values.shape[2])
+    return _Matrix(values, (out, x.shape[-1]), block, layout, positions=positions).forward(x, bias, activation, save)
+
+
+def block_sparse_linear_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    values: torch.Tensor,
+    layout: list[torch.Tensor],
+    positions: torch.Tensor,
+    saved: torch.Tensor,
+    activation: str,
+    needs: list[bool],
+) -> list[torch.Tensor]:
+    """Gradients of x, values and bias; empty where not needed."""
+    shape, block = (grad.shape[-1], x.shape[-1]), (values.shape[1], values.shape[2])
+    dz = _GRADIENTS[activation](grad, saved)
+    matrix = _Matrix(values, shape, block, layout, positions=positions)
+    results = [x.new_empty(0)] * 3
+    if needs[0]:
+        results[0] = matrix.input_gradient(dz)
+    if needs[1]:
+        raw = torch.empty(values.shape, dtype=torch.float32)
+        matrix.sampled(dz, x, raw, None)
+        results[1] = raw.to(values.dtype)
+    if needs[2]:
+        results[2] = _bias_gradient(dz)
+    return results

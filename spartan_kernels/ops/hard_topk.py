@@ -10,6 +10,7 @@ import torch
 from spartan_kernels.arguments import scalar
 from spartan_kernels.ops._define import define
 from spartan_kernels.ops._problem import global_problem, row_problem, served_group
+from spartan_kernels.ops._shards import shards
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -95,7 +96,8 @@ def hard_topk_global(
     Raises:
         TypeError, ValueError: as `soft_topk_global`.
     """
-    tensors, cost_list = global_problem([v.detach() if isinstance(v, torch.Tensor) else v for v in values], costs)
+    parts = shards([v.detach() if isinstance(v, torch.Tensor) else v for v in values], costs, group)
+    tensors, cost_list = global_problem(parts.values, parts.costs)
     k = scalar("budget", budget, tensors[0].device)
-    name, backend = served_group(group, backend)
-    return list(hard_topk_global_forward(tensors, k, cost_list, absolute, name, backend or ""))
+    name, backend = served_group(parts.group, backend)
+    return parts.restore(hard_topk_global_forward(tensors, k, cost_list, absolute, name, backend or ""))

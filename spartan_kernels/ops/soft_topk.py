@@ -10,6 +10,7 @@ import torch
 from spartan_kernels.arguments import scalar
 from spartan_kernels.ops._define import define
 from spartan_kernels.ops._problem import global_problem, row_problem, served_group
+from spartan_kernels.ops._shards import shards
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -140,8 +141,9 @@ def soft_topk_global(
 
     Source: Tai, Tian, Lim, "Spartan", NeurIPS 2022, section 3.
     """
-    tensors, cost_list = global_problem(values, costs)
-    name, backend = served_group(group, backend)
+    parts = shards(values, costs, group)
+    tensors, cost_list = global_problem(parts.values, parts.costs)
+    name, backend = served_group(parts.group, backend)
     masks, _ = soft_topk_global_forward(
         tensors,
         scalar("budget", budget, tensors[0].device),
@@ -150,7 +152,7 @@ def soft_topk_global(
         name,
         backend or "",
     )
-    return list(masks)
+    return parts.restore(masks)
 
 
 def new_solver_state(device: torch.device | str = "cpu") -> torch.Tensor:
@@ -195,25 +197,29 @@ def solve_masks_(
     Raises:
         TypeError, ValueError: as `soft_topk_global`; also for masks or a state of the wrong shape or dtype.
     """
-    tensors, cost_list = global_problem(values, costs)
-    _require_masks("soft", soft, tensors, None)
-    _require_masks("hard", hard, tensors, torch.bool)
+    parts = shards(values, costs, group)
+    tensors, cost_list = global_problem(parts.values, parts.costs)
+    soft_parts, hard_parts = parts.targets("soft", soft), parts.targets("hard", hard)
+    _require_masks("soft", soft_parts, tensors, None)
+    _require_masks("hard", hard_parts, tensors, torch.bool)
     if state.shape != (SOLVER_STATE_SIZE,) or state.dtype != torch.float64:
         raise ValueError(f"state must come from new_solver_state; got {state.dtype} of shape {tuple(state.shape)}")
     device = tensors[0].device
-    name, backend = served_group(group, backend)
+    name, backend = served_group(parts.group, backend)
     _solve_masks(
         tensors,
         scalar("budget", budget, device),
         cost_list,
         scalar("beta", beta, device),
         absolute,
-        list(soft),
-        list(hard),
+        soft_parts,
+        hard_parts,
         state,
         name,
         backend or "",
     )
+    parts.store(soft_parts, soft)
+    parts.store(hard_parts, hard)
 
 
 def _require_masks(

@@ -1,7 +1,12 @@
-"""Process groups: their names as operators take them, and the one exchange that a solve over ranks needs."""
+"""Process groups: their names as operators take them, and the exchanges that a solve over ranks needs.
+
+What ranks exchange is gathered, then combined by each rank in the ranks' order: every rank computes with the same bits,
+whichever algorithm the communication library takes. The empty name is this process alone, and costs nothing.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,20 +47,69 @@ def process_group(name: str) -> ProcessGroup:
 
 def gather(tensor: torch.Tensor, name: str) -> torch.Tensor:
     """The tensors of all ranks, of one shape and dtype, stacked in the ranks' order: the same bits on every rank."""
+    if not name:
+        return tensor[None]
     import torch.distributed as dist
 
     group = process_group(name)
-    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())]
-    dist.all_gather(parts, tensor.contiguous(), group=group)
-    return torch.stack(parts)
+    every = tensor.new_empty((group.size(), *tensor.shape))
+    dist.all_gather_into_tensor(every.view(-1), tensor.contiguous().view(-1), group=group)
+    return every
 
 
-def gather_rows(row: torch.Tensor, name: str) -> tuple[torch.Tensor, slice]:
-    """The 1-dim tensors of all ranks, of any lengths, one after the other; and where this rank's own lies in them."""
-    lengths = gather(torch.tensor([row.numel()], device=row.device), name)[:, 0].tolist()
-    padded = row.new_zeros(max(lengths))
-    padded[: row.numel()] = row
-    rank = process_group(name).rank()
-    start = sum(lengths[:rank])
-    whole = torch.cat([part[:n] for part, n in zip(gather(padded, name), lengths, strict=True)])
-    return whole, slice(start, start + row.numel())
+def total(every: torch.Tensor) -> torch.Tensor:
+    """Sum of what `gather` returned, in the ranks' order."""
+    result = every[0]
+    for part in every[1:]:
+        result = result + part
+    return result
+
+
+def summed(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """Sum over the ranks, in their order."""
+    return total(gather(tensor, name))
+
+
+def sum_before(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """Sum over the ranks before this one."""
+    if not name:
+        return torch.zeros_like(tensor)
+    every = gather(tensor, name)
+    return total(every[: process_group(name).rank()]) if process_group(name).rank() else torch.zeros_like(tensor)
+
+
+def refusal(check: Callable[[], None]) -> str:
+    """What `check` raises as ValueError, or nothing: told to the other ranks before it is raised on all of them."""
+    try:
+        check()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def raise_together(own: str, refused: torch.Tensor, name: str) -> None:
+    """Raise ValueError on every rank where one refused its input: what the first such rank says.
+
+    Args:
+        own: this rank's `refusal`.
+        refused: for each rank, whether it has one; the same on every rank.
+        name: the group.
+    """
+    flags = refused.tolist()
+    if not any(flags):
+        return
+    if not name:
+        raise ValueError(own)
+    import torch.distributed as dist
+
+    messages: list[str] = [""] * len(flags)
+    dist.all_gather_object(messages, own, group=process_group(name))
+    rank = next(rank for rank, flag in enumerate(flags) if flag)
+    raise ValueError(f"rank {rank}: {messages[rank]}")
+
+
+def require_shared(what: str, every: torch.Tensor) -> None:
+    """Raise ValueError where a number is not the same on every rank."""
+    values = every.flatten().tolist()
+    if any(value != values[0] for value in values):
+        raise ValueError(f"{what} must be the same on every rank of the group; got {values}")

@@ -47,7 +47,8 @@ class Shards:
         if len(masks) != len(self.originals):
             raise ValueError(f"{name} must hold one mask for each of {len(self.originals)} values; got {len(masks)}")
         found = []
-        for index, (mask, value, layout) in enumerate(zip(masks, self.originals, self.layouts, strict=True)):
+        for index, (value, layout) in enumerate(zip(self.originals, self.layouts, strict=True)):
+            mask: Any = masks[index]
             where = (value.device_mesh, value.placements, value.shape)
             if not is_dtensor(mask) or (mask.device_mesh, mask.placements, mask.shape) != where:
                 raise ValueError(
@@ -80,17 +81,17 @@ def shards(values: Sequence[torch.Tensor], costs: Costs, group: ProcessGroup | s
         ValueError: DTensors and plain tensors mixed, on several meshes, pending a reduction (`Partial`), or with a
             `group` (theirs is the mesh's); entrywise costs that are not DTensors of their values' shape.
     """
-    values = list(values)
-    if not any(is_dtensor(value) for value in values):
-        return Shards(values, costs, group)
+    tensors: list[Any] = list(values)
+    if not any(is_dtensor(tensor) for tensor in tensors):
+        return Shards(tensors, costs, group)
     if group is not None:
         raise ValueError("group must be None where values are DTensors: the ranks are those of their mesh")
-    for index, value in enumerate(values):
-        _require_placed(index, value, values)
-    cut = sorted({d for value in values for d, p in enumerate(value.placements) if not p.is_replicate()})
-    layouts = tuple(_layout(index, value, cut) for index, value in enumerate(values))
-    parts = [_part(value, layout) for value, layout in zip(values, layouts, strict=True)]
-    return Shards(parts, _cost_parts(costs, values, layouts), _group(values[0].device_mesh, cut), tuple(values), layouts)
+    for index, tensor in enumerate(tensors):
+        _require_placed(index, tensor, tensors)
+    cut = sorted({d for tensor in tensors for d, p in enumerate(tensor.placements) if not p.is_replicate()})
+    layouts = tuple(_layout(index, tensor, cut) for index, tensor in enumerate(tensors))
+    parts = [_part(tensor, layout) for tensor, layout in zip(tensors, layouts, strict=True)]
+    return Shards(parts, _cost_parts(costs, tensors, layouts), _group(tensors[0].device_mesh, cut), (*tensors,), layouts)
 
 
 def _require_placed(index: int, value: Any, values: list[Any]) -> None:
@@ -139,7 +140,8 @@ def _cost_parts(costs: Costs, values: list[Any], layouts: tuple[tuple[Any, ...],
     if costs is None or not isinstance(costs, Sequence) or len(costs) != len(values):
         return costs  # refused where all costs are checked
     parts: list[float | torch.Tensor] = []
-    for index, (cost, value, layout) in enumerate(zip(costs, values, layouts, strict=True)):
+    for index, (value, layout) in enumerate(zip(values, layouts, strict=True)):
+        cost: Any = costs[index]
         if not isinstance(cost, torch.Tensor) or (cost.dim() == 0 and not is_dtensor(cost)):
             parts.append(cost)
         elif is_dtensor(cost) and (cost.device_mesh, cost.shape) == (value.device_mesh, value.shape):

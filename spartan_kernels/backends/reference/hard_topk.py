@@ -1,35 +1,61 @@
-"""Hard top-k by sorting."""
+"""Hard top-k: by sorting; over several ranks, which cannot sort together, by radix."""
 
 from __future__ import annotations
 
 import torch
 
-from spartan_kernels.arguments import clamp_budget, require_costs, require_finite
-from spartan_kernels.groups import gather_rows
+from spartan_kernels.backends.reference.survey import survey
+from spartan_kernels.groups import sum_before, summed
+
+_DIGIT_BITS = 8
 
 
-def select(ratio: torch.Tensor, costs: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:
-    """The longest prefix of each row, in descending `ratio`, whose costs sum to at most its budget; bool [rows, n]."""
+def select(ratio: torch.Tensor, costs: torch.Tensor, budget: torch.Tensor, group: str = "") -> torch.Tensor:
+    """The longest prefix of each row, in descending `ratio`, whose costs sum to at most its budget; bool [rows, n].
+
+    Ties go to the lowest index; over ranks to the lowest rank, then to the lowest index there.
+    """
+    if group:
+        return _select_over_ranks(ratio[0], costs.expand_as(ratio)[0].to(torch.float64), budget[0], group)[None]
     order = ratio.sort(dim=-1, descending=True, stable=True).indices
     spent = costs.expand_as(ratio).gather(-1, order).to(torch.float64).cumsum(-1)
     return torch.zeros_like(ratio, dtype=torch.bool).scatter(-1, order, spent <= budget[:, None])
 
 
-def hard_topk_forward(values: torch.Tensor, budget: torch.Tensor, costs: torch.Tensor | None) -> torch.Tensor:
+def _select_over_ranks(ratio: torch.Tensor, costs: torch.Tensor, budget: torch.Tensor, group: str) -> torch.Tensor:
+    """The selection of this rank's part [n]: where the budget runs out, one digit of the values' bits at a time."""
+    keys, bits = _ordered_bits(ratio)
+    kept = torch.zeros_like(keys, dtype=torch.bool)
+    tied = torch.ones_like(kept)  # equal to the value at which it runs out, in the digits seen so far
+    spent = torch.zeros_like(budget)
+    for shift in range(bits - _DIGIT_BITS, -1, -_DIGIT_BITS):
+        digit = (keys >> shift) & (2**_DIGIT_BITS - 1)
+        own = torch.bincount(digit[tied], weights=costs[tied], minlength=2**_DIGIT_BITS)
+        above = spent + summed(own, group).flip(0).cumsum(0).flip(0)  # costs of this digit and all greater
+        last = (above > budget).sum() - 1  # the digit that exceeds the budget; -1: everything fits
+        kept |= tied & (digit > last)
+        tied &= digit == last
+        spent = torch.where(last + 1 < 2**_DIGIT_BITS, above[(last + 1).clamp(max=2**_DIGIT_BITS - 1)], spent)
+    before = spent + sum_before(costs[tied].sum(), group)
+    kept[tied] = before + costs[tied].cumsum(0) <= budget
+    return kept
+
+
+def _ordered_bits(ratio: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Integers whose low bits, unsigned, are in the order of the floats; and how many bits."""
+    size = ratio.element_size()
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    bits = (ratio + 0.0).view(integer)  # -0 is +0
+    return torch.where(bits < 0, ~bits, bits ^ torch.iinfo(integer).min).to(torch.int64), 8 * size
+
+
+def hard_topk_forward(
+    values: torch.Tensor, budget: torch.Tensor, costs: torch.Tensor | None, group: str = ""
+) -> torch.Tensor:
     """h for each row of values [rows, n]."""
-    require_finite("values", values)
     a = values.new_ones(()) if costs is None else costs
-    require_costs(a)
-    budget = clamp_budget(budget, a.expand_as(values).sum(-1, dtype=torch.float64))
-    return select(values / a, a, budget)
-
-
-def over_ranks(row: torch.Tensor, costs: torch.Tensor | None, group: str) -> tuple[torch.Tensor, torch.Tensor, slice]:
-    """The rows [1, n] of all ranks, one after the other, with the costs of their entries; and where this rank's lies."""
-    a = row.new_ones(()) if costs is None else costs
-    whole, own = gather_rows(row[0], group)
-    whole_costs, _ = gather_rows(a.expand_as(row)[0], group)
-    return whole[None], whole_costs[None], own
+    u = values / a
+    return select(u, a, survey(values, u, costs, budget, None, group).allowance, group)
 
 
 def hard_topk_global_forward(
@@ -38,9 +64,6 @@ def hard_topk_global_forward(
     """h for a list that shares one budget: one row, concatenated."""
     row = torch.cat([v.reshape(-1) for v in values])[None]
     a = torch.cat([c.expand_as(v).reshape(-1) for v, c in zip(values, costs, strict=True)])[None] if costs else None
-    own = slice(0, row.shape[1])
-    if group:
-        row, a, own = over_ranks(row, a, group)
-    mask = hard_topk_forward(row.abs() if absolute else row, budget[None], a)
-    parts = mask[0, own].split([v.numel() for v in values])
+    mask = hard_topk_forward(row.abs() if absolute else row, budget[None], a, group)
+    parts = mask[0].split([v.numel() for v in values])
     return [part.reshape(v.shape).clone() for part, v in zip(parts, values, strict=True)]

@@ -8,20 +8,14 @@ near the threshold however large beta is; d carries the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from spartan_kernels.arguments import SMALLEST_BETA, clamp_budget, require_beta, require_costs, require_finite
-from spartan_kernels.backends.reference.hard_topk import over_ranks, select
-from spartan_kernels.groups import process_group
+from spartan_kernels.arguments import SMALLEST_BETA
+from spartan_kernels.backends.reference.hard_topk import select
+from spartan_kernels.backends.reference.survey import Survey, survey
+from spartan_kernels.groups import gather, summed
 
 MAX_STEPS = 200
-Reduce = Callable[[torch.Tensor, str], torch.Tensor]
-
-
-def _alone(tensor: torch.Tensor, operation: str) -> torch.Tensor:
-    return tensor
 
 
 def _compute_dtype(values: torch.Tensor) -> torch.dtype:
@@ -41,23 +35,19 @@ def _logits(u: torch.Tensor, centre: torch.Tensor, shift: torch.Tensor, beta: to
     return beta.to(u.dtype) * (u - centre.to(u.dtype)[:, None]) + shift.to(u.dtype)[:, None]
 
 
-def solve(
-    u: torch.Tensor, a: torch.Tensor, budget: torch.Tensor, beta: torch.Tensor, reduce: Reduce = _alone
-) -> torch.Tensor:
-    """(c, d) of each row, float64 [rows, 2], for u = v / a [rows, n], costs a broadcastable to it, budget [rows]."""
+def solve(u: torch.Tensor, a: torch.Tensor, known: Survey, beta: torch.Tensor, group: str) -> torch.Tensor:
+    """(c, d) of each row, float64 [rows, 2], for u = v / a [rows, n] and costs a broadcastable to it."""
     a = a.expand_as(u)
-    total = reduce(a.sum(-1, dtype=torch.float64), "sum")
-    budget = clamp_budget(budget, total)
-    target = torch.log(budget) - torch.log(total - budget)
-    centre = torch.zeros_like(budget)
-    if float(beta) < SMALLEST_BETA or u.numel() == 0:
+    target = torch.log(known.budget) - torch.log(known.total - known.budget)
+    centre = torch.zeros_like(target)
+    bounds = known.lowest, known.highest
+    if float(beta) < SMALLEST_BETA or bool((known.lowest > known.highest).all()):  # flat, or nothing on any rank
         return torch.stack([centre, target], -1)
     beta = beta.to(torch.float64)
-    bounds = (reduce(u.amin(-1).to(torch.float64), "min"), reduce(u.amax(-1).to(torch.float64), "max"))
     # At these thresholds every logit is on one side of the target's, whatever the values: a rigorous bracket.
     low, high = bounds[0] - target / beta, bounds[1] - target / beta
     interior = torch.isfinite(target)
-    t = torch.where(interior, _start(u, a, budget, low, high, reduce), 0.0)
+    t = torch.where(interior, _start(u, a, known.budget, low, high, group), 0.0)
     done = ~interior
     tolerance = 1e-14 if u.dtype == torch.float64 else 1e-8
     for _ in range(MAX_STEPS):
@@ -72,7 +62,7 @@ def solve(
                 (weights * kept * dropped * (dropped - kept).to(torch.float64)).sum(-1),
             ]
         )
-        step, residual = _halley(reduce(sums, "sum"), target, beta)
+        step, residual = _halley(summed(sums, group), target, beta)
         low, high = torch.where(residual > 0, t, low), torch.where(residual < 0, t, high)
         middle = low + (high - low) / 2
         proposal = torch.where((t + step > low) & (t + step < high), t + step, middle)
@@ -99,10 +89,10 @@ def _halley(sums: torch.Tensor, target: torch.Tensor, beta: torch.Tensor) -> tup
 
 
 def _start(
-    u: torch.Tensor, a: torch.Tensor, budget: torch.Tensor, low: torch.Tensor, high: torch.Tensor, reduce: Reduce
+    u: torch.Tensor, a: torch.Tensor, budget: torch.Tensor, low: torch.Tensor, high: torch.Tensor, group: str
 ) -> torch.Tensor:
     """The hard threshold of each row; over several ranks, which cannot sort together, the bracket's middle."""
-    if reduce is not _alone:
+    if group:
         return low + (high - low) / 2
     hard = select(u, a, budget)
     lowest = torch.where(hard, u, torch.inf).amin(-1).to(torch.float64)
@@ -124,15 +114,11 @@ def soft_topk_forward(
     budget: torch.Tensor,
     costs: torch.Tensor | None,
     beta: torch.Tensor,
-    reduce: Reduce = _alone,
+    group: str = "",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """m and (c, d) for each row of values [rows, n]."""
-    require_finite("values", values)
-    require_beta(beta)
-    if costs is not None:
-        require_costs(costs)
     u, a = _ratio(values, costs)
-    threshold = solve(u, a, budget, beta, reduce)
+    threshold = solve(u, a, survey(values, u, costs, budget, beta, group), beta, group)
     return _mask(u, threshold, beta).to(values.dtype), threshold
 
 
@@ -143,7 +129,7 @@ def soft_topk_backward(
     costs: torch.Tensor | None,
     beta: torch.Tensor,
     cost_grad: bool,
-    reduce: Reduce = _alone,
+    group: str = "",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for values, costs (elementwise), budget and beta (by row).
 
@@ -157,14 +143,14 @@ def soft_topk_backward(
     s = m * torch.sigmoid(-x)
     wide = torch.float64
     sums = torch.stack([(g * s).sum(-1, dtype=wide), (a * s).sum(-1, dtype=wide)])
-    numerator, denominator = reduce(sums, "sum")
+    numerator, denominator = summed(sums, group)
     r = torch.where(denominator > 0, numerator / denominator, 0.0)
     r_ = r.to(u.dtype)[:, None]
     b = beta.to(u.dtype)
     grad_values = b * s * (g / a - r_)
     grad_beta = ((g - a * r_) * s * u).sum(-1, dtype=wide)
     grad_costs = -(g - a * r_) * s * b * u / a - r_ * m if cost_grad else values.new_empty(0)
-    return grad_values.to(values.dtype), grad_costs.to(values.dtype), r, reduce(grad_beta, "sum")
+    return grad_values.to(values.dtype), grad_costs.to(values.dtype), r, summed(grad_beta, group)
 
 
 def _concatenated(values: list[torch.Tensor], costs: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -179,27 +165,12 @@ def _split(row: torch.Tensor, values: list[torch.Tensor]) -> list[torch.Tensor]:
     return [part.reshape(v.shape).clone() for part, v in zip(parts, values, strict=True)]
 
 
-def _over(group: str) -> Reduce:
-    if not group:
-        return _alone
-    import torch.distributed as dist
-
-    operations = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
-
-    def reduce(tensor: torch.Tensor, operation: str) -> torch.Tensor:
-        tensor = tensor.contiguous()
-        dist.all_reduce(tensor, op=operations[operation], group=process_group(group))
-        return tensor
-
-    return reduce
-
-
 def soft_topk_global_forward(
     values: list[torch.Tensor], budget: torch.Tensor, costs: list[torch.Tensor], beta: torch.Tensor, group: str
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """m for a list that shares one budget: one row, concatenated."""
     row, a = _concatenated(values, costs)
-    mask, threshold = soft_topk_forward(row, budget[None], a, beta, _over(group))
+    mask, threshold = soft_topk_forward(row, budget[None], a, beta, group)
     return _split(mask, values), threshold[0]
 
 
@@ -215,9 +186,7 @@ def soft_topk_global_backward(
     """Gradients for values, costs (elementwise), budget and beta of a list that shares one budget."""
     row, a = _concatenated(values, costs)
     grad, _ = _concatenated(grads, [])
-    grad_values, grad_costs, r, grad_beta = soft_topk_backward(
-        grad, row, threshold[None], a, beta, cost_grad, _over(group)
-    )
+    grad_values, grad_costs, r, grad_beta = soft_topk_backward(grad, row, threshold[None], a, beta, cost_grad, group)
     return _split(grad_values, values), _split(grad_costs, values) if cost_grad else [], r[0], grad_beta[0]
 
 
@@ -233,21 +202,21 @@ def solve_masks_(
     group: str,
 ) -> None:
     """Soft and hard mask of a training step, in place."""
-    row, a = _concatenated(values, costs)
-    own = slice(0, row.shape[1])
-    if group:
-        row, a, own = over_ranks(row, a, group)
+    row, costs_row = _concatenated(values, costs)
     row = row.abs() if absolute else row
-    mask, threshold = soft_topk_forward(row, budget[None], a, beta)
-    u, ones = _ratio(row, a)
-    kept = select(u, ones, clamp_budget(budget[None], ones.expand_as(u).sum(-1, dtype=torch.float64)))
+    u, a = _ratio(row, costs_row)
+    known = survey(row, u, costs_row, budget[None], beta, group)
+    threshold = solve(u, a, known, beta, group)
+    mask = _mask(u, threshold, beta).to(row.dtype)
+    kept = select(u, a, known.allowance, group)
     for source, targets in ((mask, soft), (kept, hard)):
-        for part, target in zip(_split(source[:, own], values), targets, strict=True):
+        for part, target in zip(_split(source, values), targets, strict=True):
             target.copy_(part)
     centre, shift = threshold[0]
     state[1], state[3] = state[0].clone(), state[2].clone()
     # the largest value not wholly kept; when all are, there is none and the last one stands
-    runs_out = torch.where(kept, -torch.inf, u).max().to(torch.float64)
+    dropped = torch.cat([u[~kept], u.new_full((1,), -torch.inf)])
+    runs_out = gather(dropped.amax().to(torch.float64), group).amax()
     state[2] = torch.where(torch.isfinite(runs_out), runs_out, state[2])
     soft_threshold = centre - shift / beta
     state[0] = torch.where(torch.isfinite(soft_threshold), soft_threshold, state[2])

@@ -1,0 +1,68 @@
+"""What a solve knows of its problem before the first pass: checked, and the same on every rank of a group."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from spartan_kernels.arguments import clamp_budget, inspectable, require_beta, require_costs, require_finite
+from spartan_kernels.groups import gather, raise_together, refusal, require_shared, total
+
+
+class Survey(NamedTuple):
+    """For each row, over all ranks: u = v / a lies in [lowest, highest]; budget is limited to the sum of the costs."""
+
+    lowest: torch.Tensor
+    highest: torch.Tensor
+    total: torch.Tensor
+    budget: torch.Tensor
+
+    @property
+    def allowance(self) -> torch.Tensor:
+        """The budget of a selection: no limit where it is all, however a sum in another order is rounded."""
+        return torch.where(self.budget >= self.total, torch.inf, self.budget)
+
+
+def survey(
+    values: torch.Tensor,
+    u: torch.Tensor,
+    costs: torch.Tensor | None,
+    budget: torch.Tensor,
+    beta: torch.Tensor | None,
+    group: str,
+) -> Survey:
+    """Check values [rows, n], costs, budget [rows] and beta, and sum them up, in one exchange.
+
+    Raises:
+        ValueError: on every rank alike, whichever rank has the bad value.
+    """
+
+    def check() -> None:
+        require_finite("values", values)
+        if costs is not None:
+            require_costs(costs)
+        if beta is not None:
+            require_beta(beta)
+
+    refused = refusal(check)
+    wide = torch.float64
+    a = torch.ones((), dtype=u.dtype, device=u.device) if costs is None else costs.to(u.dtype)
+    infinite = torch.full_like(budget, torch.inf)  # the edges of an empty part
+    facts = torch.stack(
+        [
+            budget.new_full(budget.shape, float(bool(refused))),
+            budget,
+            torch.zeros_like(budget) if beta is None else beta.to(wide).expand_as(budget),
+            a.expand_as(u).sum(-1, dtype=wide),
+            u.amin(-1).to(wide) if u.shape[1] else infinite,
+            u.amax(-1).to(wide) if u.shape[1] else -infinite,
+        ]
+    )
+    every = gather(facts, group)
+    if inspectable(values):
+        raise_together(refused, every[:, 0].any(-1), group)
+        for index, what in ((1, "budget"), (2, "beta")) if group else ():
+            require_shared(what, every[:, index])
+    sum_of_costs = total(every[:, 3])
+    return Survey(every[:, 4].amin(0), every[:, 5].amax(0), sum_of_costs, clamp_budget(budget, sum_of_costs))

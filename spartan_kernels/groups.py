@@ -53,7 +53,7 @@ def gather(tensor: torch.Tensor, name: str) -> torch.Tensor:
 
     group = process_group(name)
     every = tensor.new_empty((group.size(), *tensor.shape))
-    dist.all_gather_into_tensor(every.view(-1), tensor.contiguous().view(-1), group=group)
+    dist.all_gather(list(every.unbind()), tensor.contiguous(), group=group)
     return every
 
 

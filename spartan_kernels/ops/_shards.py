@@ -91,7 +91,9 @@ def shards(values: Sequence[torch.Tensor], costs: Costs, group: ProcessGroup | s
     cut = sorted({d for tensor in tensors for d, p in enumerate(tensor.placements) if not p.is_replicate()})
     layouts = tuple(_layout(index, tensor, cut) for index, tensor in enumerate(tensors))
     parts = [_part(tensor, layout) for tensor, layout in zip(tensors, layouts, strict=True)]
-    return Shards(parts, _cost_parts(costs, tensors, layouts), _group(tensors[0].device_mesh, cut), (*tensors,), layouts)
+    return Shards(
+        parts, _cost_parts(costs, tensors, layouts), _group(tensors[0].device_mesh, cut), (*tensors,), layouts
+    )
 
 
 def _require_placed(index: int, value: Any, values: list[Any]) -> None:
@@ -142,10 +144,10 @@ def _cost_parts(costs: Costs, values: list[Any], layouts: tuple[tuple[Any, ...],
     parts: list[float | torch.Tensor] = []
     for index, (value, layout) in enumerate(zip(values, layouts, strict=True)):
         cost: Any = costs[index]
-        if not isinstance(cost, torch.Tensor) or (cost.dim() == 0 and not is_dtensor(cost)):
-            parts.append(cost)
-        elif is_dtensor(cost) and (cost.device_mesh, cost.shape) == (value.device_mesh, value.shape):
+        if is_dtensor(cost) and (cost.device_mesh, cost.shape) == (value.device_mesh, value.shape):
             parts.append(_part(cost, layout))
+        elif not isinstance(cost, torch.Tensor) or (cost.dim() == 0 and not is_dtensor(cost)):
+            parts.append(cost)
         else:
             raise ValueError(
                 f"costs[{index}] must be a number, a plain 0-dim tensor or a DTensor of shape {tuple(value.shape)} on"

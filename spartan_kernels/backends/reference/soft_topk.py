@@ -47,7 +47,7 @@ def solve(u: torch.Tensor, a: torch.Tensor, known: Survey, beta: torch.Tensor, g
     # At these thresholds every logit is on one side of the target's, whatever the values: a rigorous bracket.
     low, high = bounds[0] - target / beta, bounds[1] - target / beta
     interior = torch.isfinite(target)
-    t = torch.where(interior, _start(u, a, known.budget, low, high, group), 0.0)
+    t = torch.where(interior, _start(u, a, known, group), 0.0)
     done = ~interior
     tolerance = 1e-14 if u.dtype == torch.float64 else 1e-8
     for _ in range(MAX_STEPS):
@@ -88,15 +88,13 @@ def _halley(sums: torch.Tensor, target: torch.Tensor, beta: torch.Tensor) -> tup
     return step, residual
 
 
-def _start(
-    u: torch.Tensor, a: torch.Tensor, budget: torch.Tensor, low: torch.Tensor, high: torch.Tensor, group: str
-) -> torch.Tensor:
-    """The hard threshold of each row; over several ranks, which cannot sort together, the bracket's middle."""
-    if group:
-        return low + (high - low) / 2
-    hard = select(u, a, budget)
-    lowest = torch.where(hard, u, torch.inf).amin(-1).to(torch.float64)
-    return torch.where(torch.isfinite(lowest), lowest, u.amax(-1).to(torch.float64))
+def _start(u: torch.Tensor, a: torch.Tensor, known: Survey, group: str) -> torch.Tensor:
+    """The hard threshold of each row."""
+    hard = select(u, a, known.budget, group)
+    infinite = u.new_full((u.shape[0], 1), torch.inf)  # an empty part has no least entry
+    lowest = torch.cat([torch.where(hard, u, torch.inf), infinite], -1).amin(-1).to(torch.float64)
+    lowest = gather(lowest, group).amin(0)
+    return torch.where(torch.isfinite(lowest), lowest, known.highest)
 
 
 def _ratio(values: torch.Tensor, costs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,57 @@
+"""The solve over several processes: one start for each world size runs all checks of `distributed_worker.py`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import distributed_worker as worker
+import pytest
+import torch.distributed as dist
+
+TESTS = Path(__file__).resolve().parent
+SECONDS = 120
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="PyTorch was built without torch.distributed")
+
+
+@cache
+def reports(world: int) -> list[dict[str, str]]:
+    """What each rank says of each check: nothing, or the traceback of its failure."""
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS.parent / "python")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    with TemporaryDirectory() as folder:
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, str(TESTS / "distributed_worker.py"), str(rank), str(world), folder],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(world)
+        ]
+        try:
+            output = [process.communicate(timeout=SECONDS)[0] for process in ranks]
+        except subprocess.TimeoutExpired:
+            output = ["timed out"] * world
+        finally:
+            for process in ranks:
+                process.kill()
+        files = [Path(folder) / f"rank-{rank}.json" for rank in range(world)]
+        return [json.loads(f.read_text()) if f.exists() else {"": text} for f, text in zip(files, output, strict=True)]
+
+
+@pytest.mark.parametrize("backend", worker.BACKENDS)
+@pytest.mark.parametrize(("world", "name"), [(w, n) for w, n in product(worker.WORLDS, worker.CHECKS)])
+def test_over_processes(world: int, name: str, backend: str) -> None:
+    for rank, report in enumerate(reports(world)):
+        failed = next((text for text in report.values() if text), "no report")
+        found = report.get(f"{name}/{backend}", f"not run, after: {failed}")
+        assert found == "", f"rank {rank} of {world}: {found}"

@@ -79,6 +79,9 @@ def scalar(name: str, value: float | torch.Tensor, device: torch.device) -> torc
         return value.to(device=device, dtype=torch.float64)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number or a 0-dim tensor; got {type(value).__name__}")
+    if torch.compiler.is_compiling():
+        # `full` would burn the number into the graph, and an annealed beta compile it again at every step
+        return torch.ones((), dtype=torch.float64, device=device) * value
     return torch.full((), float(value), dtype=torch.float64, device=device)
 
 

@@ -227,7 +227,8 @@ void global_backward(Table table, const double* threshold, double beta, double* 
   Problem<T> problem(table, false, threads, arena);
   const Logit<T> logit = saved_logit<T>(threshold, beta);
   const GradientSums sums = problem.gradient_sums(logit);
-  const double r = sums.as > 0 ? sums.gs / sums.as : 0.0;
+  // a budget of nothing or everything saturates every entry; their logistic is cut off a little above zero
+  const double r = sums.as > 0 && std::isfinite(threshold[1]) ? sums.gs / sums.as : 0.0;
   problem.write_gradient(logit, static_cast<T>(r));
   scalars[0] = r;
   scalars[1] = sums.gsu - r * sums.asu;

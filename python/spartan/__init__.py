@@ -6,6 +6,7 @@ from spartan.export import load_pretrained, save_pretrained, sparsity_of
 from spartan.functional import hard_topk, masked_linear, masked_weight, soft_topk, soft_topk_global
 from spartan.masks import Mask
 from spartan.methods import GMP, Dense, OneShot, Spartan, StaticRandom
+from spartan.patterns import sparsity_pattern
 from spartan.sparsifier import Sparsifier
 from spartan_kernels import __version__, backend, checks, info
 
@@ -29,4 +30,5 @@ __all__ = [
     "soft_topk",
     "soft_topk_global",
     "sparsity_of",
+    "sparsity_pattern",
 ]

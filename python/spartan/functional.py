@@ -1,24 +1,132 @@
-"""The operators with their gradients: closed formulas, registered on the operators of `spartan_kernels`."""
+"""The operators as people import them: with gradients, and with the hard mask that takes the soft one's gradient.
+
+The backward of a soft top-k saves the values themselves (no copy where rows are views of them), two float64 numbers
+for each row or list, and costs given as a tensor. Never the mask: s = m (1 - m) cancels where m is near 1 (bfloat16
+rounds all m > 0.998 to 1), so the backward computes m and 1 - m again from the values and the threshold.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spartan_kernels.ops import (
-    hard_topk,
-    hard_topk_global,
-    masked_linear,
-    masked_weight,
-    soft_topk,
-    soft_topk_global,
-)
+from spartan._autograd import differentiable, differentiable_once
+from spartan_kernels import ops
+from spartan_kernels.ops import hard_topk, hard_topk_global, masked_linear, masked_weight
+from spartan_kernels.ops._problem import as_in_autocast
 from spartan_kernels.ops.masked_matmul import masked_linear_backward
 from spartan_kernels.ops.masked_weight import masked_weight_backward
 from spartan_kernels.ops.soft_topk import soft_topk_backward, soft_topk_global_backward
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 __all__ = ["hard_topk", "hard_topk_global", "masked_linear", "masked_weight", "soft_topk", "soft_topk_global"]
+
+
+def soft_topk(
+    values: torch.Tensor,
+    budget: float | torch.Tensor,
+    costs: float | torch.Tensor | None = None,
+    beta: float | torch.Tensor = 1.0,
+    dim: int = -1,
+    *,
+    straight_through: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Soft mask of the entries worth keeping within a budget, along one dimension; differentiable (once).
+
+    m_i = sigmoid(beta v_i / a_i + mu), with mu such that sum_i a_i m_i = k. With s = m (1 - m), g = dL/dm and
+    r = sum_i g_i s_i / sum_i a_i s_i:  dL/dv_i = beta s_i (g_i / a_i - r),  dL/dk = r,
+    dL/da_i = -(g_i - a_i r) s_i beta v_i / a_i^2 - r m_i,  dL/dbeta = sum_i (g_i - a_i r) s_i v_i / a_i.
+
+    Args:
+        values: v, any shape, floating point. Half precision is read as float32 under autocast, as softmax does on CUDA.
+        budget: k, a number or a tensor shaped like `values` without `dim`; in [0, sum of costs].
+        costs: a > 0; None (ones), a number, one per entry of `dim`, or shaped like `values`.
+        beta: sharpness, at least 0; 0 gives k / sum(a) everywhere, infinity the hard top-k.
+        dim: the dimension that shares a budget.
+        straight_through: return the hard mask of `hard_topk` as 0 and 1, with the gradient of the soft one.
+        backend: "auto" or the name of a backend.
+
+    Returns:
+        m in [0, 1], shape and dtype of `values` (float32 for half precision under autocast); differentiable in
+        values, budget, costs and beta. Every gradient is 0 where sum_i a_i s_i is 0: k is 0 or everything, or m is
+        saturated.
+
+    Raises:
+        TypeError: integer or non-tensor values, costs or beta of a wrong type.
+        ValueError: budget outside [0, sum of costs], costs not positive, beta negative, shapes that do not match,
+            or (on the CPU) values that are not finite.
+        RuntimeError: when the gradient is differentiated in turn.
+
+    Source: Tai, Tian, Lim, "Spartan", NeurIPS 2022, section 3, equation (1) of its soft top-k.
+    """
+    soft = ops.soft_topk(values, budget, costs, beta, dim, backend=backend)
+    if not straight_through:
+        return soft
+    hard = hard_topk(as_in_autocast(values), budget, costs, dim, backend=backend)
+    return _StraightThrough.apply(hard, soft)
+
+
+def soft_topk_global(
+    values: Sequence[torch.Tensor],
+    budget: float | torch.Tensor,
+    costs: Sequence[float | torch.Tensor] | None = None,
+    beta: float | torch.Tensor = 1.0,
+    group: ProcessGroup | str | None = None,
+    *,
+    straight_through: bool = False,
+    backend: str | None = None,
+) -> list[torch.Tensor]:
+    """Soft masks under one budget over many tensors, and over the ranks of a process group; differentiable (once).
+
+    m_i = sigmoid(beta v_i / a_i + mu), with one mu such that the sum of a_i m_i over all tensors (and ranks) is k;
+    the gradients are those of `soft_topk`, with its sums over all tensors (and ranks).
+
+    Args:
+        values: tensors of any shapes, of one dtype and device; half precision is read as float32 under autocast.
+        budget: k, a number or 0-dim tensor, for all of them together.
+        costs: None (ones), or for each tensor a number, a 0-dim tensor or a tensor of its shape.
+        beta: sharpness, at least 0.
+        group: a `torch.distributed` process group (or its name) whose ranks each pass their own part, which may be
+            empty; None for this process alone. Served by the reference backend.
+        straight_through: return the hard masks of `hard_topk_global` as 0 and 1, with the gradient of the soft ones.
+        backend: "auto" or the name of a backend.
+
+    Returns:
+        One mask for each tensor, of its shape and dtype (float32 for half precision under autocast).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `soft_topk`; also for an empty list.
+
+    Source: Tai, Tian, Lim, "Spartan", NeurIPS 2022, section 3.
+    """
+    soft = ops.soft_topk_global(values, budget, costs, beta, group, backend=backend)
+    if not straight_through:
+        return soft
+    hard = hard_topk_global([as_in_autocast(v) for v in values], budget, costs, group=group, backend=backend)
+    return [_StraightThrough.apply(h, m) for h, m in zip(hard, soft, strict=True)]
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The hard mask in the soft one's dtype; its gradient goes to the soft one."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(hard: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
+        return hard.to(soft.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return None, grad
 
 
 def _reduce_to(elementwise: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -30,18 +138,21 @@ def _setup_rows(ctx: Any, inputs: Any, output: Any) -> None:
     values, _, costs, beta, backend = inputs
     ctx.save_for_backward(values, output[1], costs, beta)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or each backward would fill zeros for the threshold
     ctx.backend = backend
 
 
-def _backward_rows(ctx: Any, grad_mask: torch.Tensor, grad_threshold: torch.Tensor) -> Any:
+def _backward_rows(ctx: Any, grad_mask: torch.Tensor | None, grad_threshold: None) -> Any:
+    if grad_mask is None:
+        return (None,) * 5
     values, threshold, costs, beta = ctx.saved_tensors
     grad_values, grad_costs, grad_budget, grad_beta = soft_topk_backward(
-        grad_mask, values, threshold, costs, beta, ctx.needs_input_grad[2], ctx.backend
+        grad_mask, values, threshold, costs, beta, ctx.needs[2], ctx.backend
     )
     return (
         grad_values,
         grad_budget,
-        _reduce_to(grad_costs, costs) if ctx.needs_input_grad[2] else None,
+        _reduce_to(grad_costs, costs) if ctx.needs[2] else None,
         grad_beta.sum(),
         None,
     )
@@ -52,20 +163,18 @@ def _setup_global(ctx: Any, inputs: Any, output: Any) -> None:
     threshold = output[1]
     ctx.save_for_backward(*values, *costs, threshold, beta)
     ctx.mark_non_differentiable(threshold)
-    ctx.counts = len(values), len(costs)
-    ctx.cost_grad = any(cost.requires_grad for cost in costs)
+    ctx.count = len(values)
     ctx.group, ctx.backend = group, backend
 
 
 def _backward_global(ctx: Any, grad_masks: Any, grad_threshold: torch.Tensor) -> Any:
-    n_values, n_costs = ctx.counts
     saved = list(ctx.saved_tensors)
-    values, costs, (threshold, beta) = saved[:n_values], saved[n_values:-2], saved[-2:]
-    grads = [torch.zeros_like(v) if g is None else g for g, v in zip(grad_masks, values, strict=True)]
+    values, costs, (threshold, beta) = saved[: ctx.count], saved[ctx.count : -2], saved[-2:]
+    cost_grad = any(ctx.needs[2])
     grad_values, grad_costs, grad_budget, grad_beta = soft_topk_global_backward(
-        grads, values, threshold, costs, beta, ctx.cost_grad, ctx.group, ctx.backend
+        grad_masks, values, threshold, costs, beta, cost_grad, ctx.group, ctx.backend
     )
-    reduced = [_reduce_to(g, c) for g, c in zip(grad_costs, costs, strict=True)] if ctx.cost_grad else [None] * n_costs
+    reduced = [_reduce_to(g, c) for g, c in zip(grad_costs, costs, strict=True)] if cost_grad else None
     return grad_values, grad_budget, reduced, grad_beta, None, None
 
 
@@ -87,12 +196,16 @@ def _setup_linear(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward_linear(ctx: Any, grad: torch.Tensor) -> Any:
-    needs = list(ctx.needs_input_grad[:4])
+    needs = list(ctx.needs[:4])
     grads = masked_linear_backward(grad, *ctx.saved_tensors, *ctx.rest, needs, ctx.backend)
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 6)
 
 
-torch.library.register_autograd("spartan::soft_topk_forward", _backward_rows, setup_context=_setup_rows)
-torch.library.register_autograd("spartan::soft_topk_global_forward", _backward_global, setup_context=_setup_global)
-torch.library.register_autograd("spartan::masked_weight_forward", _backward_weight, setup_context=_setup_weight)
-torch.library.register_autograd("spartan::masked_linear_forward", _backward_linear, setup_context=_setup_linear)
+differentiable("soft_topk_forward", _setup_rows, _backward_rows)
+differentiable("soft_topk_global_forward", _setup_global, _backward_global)
+differentiable("masked_weight_forward", _setup_weight, _backward_weight)
+differentiable("masked_linear_forward", _setup_linear, _backward_linear)
+differentiable_once("soft_topk_backward", "soft_topk")
+differentiable_once("soft_topk_global_backward", "soft_topk_global")
+differentiable_once("masked_weight_backward", "masked_weight")
+differentiable_once("masked_linear_backward", "masked_linear")

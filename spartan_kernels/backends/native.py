@@ -267,14 +267,14 @@ def soft_topk_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for values, costs (elementwise), budget and beta (by row)."""
     rows = _Rows(values, costs)
-    g = _compute(grad)
+    g, saved = _compute(grad), threshold.contiguous()
     grad_values = torch.empty_like(rows.values)
     grad_costs = torch.empty_like(rows.values) if cost_grad else None
     scalars = torch.empty((2, values.shape[0]), dtype=torch.float64)
     _native.cpu.soft_topk_rows_backward(
         *rows.arguments,
         g.data_ptr(),
-        threshold.contiguous().data_ptr(),
+        saved.data_ptr(),
         float(beta),
         grad_values.data_ptr(),
         _pointer(grad_costs),

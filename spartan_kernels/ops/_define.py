@@ -8,14 +8,16 @@ from typing import Any
 import torch
 
 from spartan_kernels import dispatch
+from spartan_kernels.ops._vmap import Rule, loop
 
 LIBRARY = torch.library.Library("spartan", "DEF")
 
 
-def define(schema: str, fake: Callable[..., Any]) -> Any:
+def define(schema: str, fake: Callable[..., Any], vmap: Callable[[Any], Rule] = loop) -> Any:
     """Define `spartan::<schema>`, whose last argument is the backend's name, and return the callable operator.
 
     The backend is chosen when the operator runs, not when it is traced: a compiled graph obeys the `backend` block.
+    `vmap` makes the operator's rule for `torch.vmap`; operators that write into their arguments have none.
     """
     name = schema.split("(", 1)[0]
 
@@ -27,4 +29,7 @@ def define(schema: str, fake: Callable[..., Any]) -> Any:
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, call, "CompositeExplicitAutograd")
     torch.library.register_fake(f"spartan::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.spartan, name).default
+    operator = getattr(torch.ops.spartan, name).default
+    if not operator._schema.is_mutable:
+        torch.library.register_vmap(f"spartan::{name}", vmap(operator), lib=LIBRARY)
+    return operator

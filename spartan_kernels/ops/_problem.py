@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -63,6 +63,12 @@ def served_group(group: ProcessGroup | str | None, backend: str | None) -> tuple
     if asked not in ("auto", "reference"):
         raise ValueError(f"group is served by the reference backend only; got backend={asked!r}")
     return name, "reference"
+
+
+def as_in_autocast(values: Any) -> Any:
+    """Values of half precision in an autocast region: in float32, its rule for softmax and for sums."""
+    half = isinstance(values, torch.Tensor) and values.dtype in (torch.bfloat16, torch.float16)
+    return values.float() if half and torch.is_autocast_enabled(values.device.type) else values
 
 
 def _tensor_cost(index: int, cost: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from spartan_kernels.arguments import scalar
 from spartan_kernels.ops._define import define
 from spartan_kernels.ops._problem import global_problem, row_problem, served_group
 from spartan_kernels.ops._shards import shards
+from spartan_kernels.ops._vmap import fold_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -29,7 +30,9 @@ def _fake_global(values: Any, budget: Any, costs: Any, absolute: bool, group: st
 
 
 hard_topk_forward = define(
-    "hard_topk_forward(Tensor values, Tensor budget, Tensor? costs, str backend) -> Tensor", _fake_forward
+    "hard_topk_forward(Tensor values, Tensor budget, Tensor? costs, str backend) -> Tensor",
+    _fake_forward,
+    fold_rows(2),
 )
 hard_topk_global_forward = define(
     "hard_topk_global_forward(Tensor[] values, Tensor budget, Tensor[] costs, bool absolute, str group, str backend)"
@@ -65,8 +68,9 @@ def hard_topk(
 
     Source: Tai, Tian, Lim, "Spartan", NeurIPS 2022: the projection of the forward pass.
     """
-    rows, row_budget, row_costs, restore = row_problem(values.detach(), budget, costs, dim)
-    return restore(hard_topk_forward(rows, row_budget, row_costs, backend or ""))
+    with torch.no_grad():
+        rows, row_budget, row_costs, restore = row_problem(values, budget, costs, dim)
+        return restore(hard_topk_forward(rows, row_budget, row_costs, backend or ""))
 
 
 def hard_topk_global(
@@ -96,8 +100,9 @@ def hard_topk_global(
     Raises:
         TypeError, ValueError: as `soft_topk_global`.
     """
-    parts = shards([v.detach() if isinstance(v, torch.Tensor) else v for v in values], costs, group)
-    tensors, cost_list = global_problem(parts.values, parts.costs)
-    k = scalar("budget", budget, tensors[0].device)
-    name, backend = served_group(parts.group, backend)
-    return parts.restore(hard_topk_global_forward(tensors, k, cost_list, absolute, name, backend or ""))
+    with torch.no_grad():
+        parts = shards(values, costs, group)
+        tensors, cost_list = global_problem(parts.values, parts.costs)
+        k = scalar("budget", budget, tensors[0].device)
+        name, backend = served_group(parts.group, backend)
+        return parts.restore(hard_topk_global_forward(tensors, k, cost_list, absolute, name, backend or ""))

@@ -9,8 +9,9 @@ import torch
 
 from spartan_kernels.arguments import scalar
 from spartan_kernels.ops._define import define
-from spartan_kernels.ops._problem import global_problem, row_problem, served_group
+from spartan_kernels.ops._problem import as_in_autocast, global_problem, row_problem, served_group
 from spartan_kernels.ops._shards import shards
+from spartan_kernels.ops._vmap import fold_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -50,12 +51,14 @@ def _fake_solve(*arguments: Any) -> None:
 soft_topk_forward = define(
     "soft_topk_forward(Tensor values, Tensor budget, Tensor? costs, Tensor beta, str backend) -> (Tensor, Tensor)",
     _fake_forward,
+    fold_rows(2),
 )
 # -> gradients of values [rows, n], costs (elementwise, empty unless cost_grad), budget [rows] and beta [rows]
 soft_topk_backward = define(
     "soft_topk_backward(Tensor grad, Tensor values, Tensor threshold, Tensor? costs, Tensor beta, bool cost_grad,"
     " str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
+    fold_rows(3),
 )
 # The same over a list: costs is empty or holds one tensor, [] or shaped like its values, for each.
 soft_topk_global_forward = define(
@@ -106,7 +109,7 @@ def soft_topk(
 
     Source: Tai, Tian, Lim, "Spartan", NeurIPS 2022, section 3, equation (1) of its soft top-k.
     """
-    rows, row_budget, row_costs, restore = row_problem(values, budget, costs, dim)
+    rows, row_budget, row_costs, restore = row_problem(as_in_autocast(values), budget, costs, dim)
     mask, _ = soft_topk_forward(rows, row_budget, row_costs, scalar("beta", beta, values.device), backend or "")
     return restore(mask)
 
@@ -142,7 +145,7 @@ def soft_topk_global(
     Source: Tai, Tian, Lim, "Spartan", NeurIPS 2022, section 3.
     """
     parts = shards(values, costs, group)
-    tensors, cost_list = global_problem(parts.values, parts.costs)
+    tensors, cost_list = global_problem([as_in_autocast(v) for v in parts.values], parts.costs)
     name, backend = served_group(parts.group, backend)
     masks, _ = soft_topk_global_forward(
         tensors,

@@ -50,6 +50,7 @@ def solve(u: torch.Tensor, a: torch.Tensor, known: Survey, beta: torch.Tensor, g
     t = torch.where(interior, _start(u, a, known, group), 0.0)
     done = ~interior
     tolerance = 1e-14 if u.dtype == torch.float64 else 1e-8
+    previous = torch.full_like(t, torch.inf)
     for _ in range(MAX_STEPS):
         x = _logits(u, *_position(u, t, beta, bounds), beta)
         kept, dropped = torch.sigmoid(x), torch.sigmoid(-x)
@@ -65,7 +66,9 @@ def solve(u: torch.Tensor, a: torch.Tensor, known: Survey, beta: torch.Tensor, g
         step, residual = _halley(summed(sums, group), target, beta)
         low, high = torch.where(residual > 0, t, low), torch.where(residual < 0, t, high)
         middle = low + (high - low) / 2
-        proposal = torch.where((t + step > low) & (t + step < high), t + step, middle)
+        # on a plateau with a distant edge Halley's steps are about 2 / beta each, whatever is left to go
+        trusted = (t + step > low) & (t + step < high) & (residual.abs() <= previous / 2)
+        proposal, previous = torch.where(trusted, t + step, middle), residual.abs()
         done = done | (residual.abs() <= tolerance) | (middle == low) | (middle == high)
         t = torch.where(done, t, proposal)
         if bool(done.all()):

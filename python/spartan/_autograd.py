@@ -1,0 +1,120 @@
+"""Gradients of the operators, as kernels of the dispatcher's autograd key.
+
+`torch.library.register_autograd` does the same for eager and compiled code but refuses `torch.func.grad`: its function
+is not one that functorch can take apart. Here functorch does what it does for PyTorch's own operators: each of its
+levels calls the kernel below for itself, and the kernel hands the call on to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+
+__all__ = ["differentiable", "differentiable_once"]
+
+_LIBRARY = torch.library.Library("spartan", "FRAGMENT")
+
+
+class _Rule(NamedTuple):
+    operator: Any
+    setup: Callable[[Any, Any, Any], None]
+    backward: Callable[..., Any]
+
+
+class _Gradient(_SingleLevelFunction):
+    """One call of an operator in the graph. Lists of tensors travel flat: autograd sees tensors only as arguments."""
+
+    @staticmethod
+    def forward(ctx: Any, rule: _Rule, keyset: Any, lengths: Any, output_lengths: list[Any], *flat: Any) -> Any:
+        operands = _nested(flat, lengths)
+        # Grad mode is off inside a function's forward; functorch levels below this one must still record.
+        with torch.set_grad_enabled(torch._C._are_functorch_transforms_active()):
+            output = _below(rule.operator, keyset, operands)
+        ctx.rule, ctx.lengths, ctx.output_lengths = rule, lengths, output_lengths
+        rule.setup(ctx, operands, output)
+        if isinstance(output, torch.Tensor):
+            return output
+        output_lengths += _lengths(output)
+        return tuple(_flat(output))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(f"{ctx.rule.operator} has no forward-mode derivative (jvp, jacfwd, hessian)")
+
+    @staticmethod
+    def backward(ctx: Any, *flat_grads: Any) -> Any:
+        grads = _nested(flat_grads, ctx.output_lengths) if ctx.output_lengths else flat_grads
+        ctx.needs = _nested(ctx.needs_input_grad[4:], ctx.lengths)
+        result = ctx.rule.backward(ctx, *grads)
+        spread = [
+            [None] * length if grad is None and length is not None else grad
+            for grad, length in zip(result, ctx.lengths, strict=True)
+        ]
+        return None, None, None, None, *_flat(spread)
+
+
+def differentiable(name: str, setup: Callable[[Any, Any, Any], None], backward: Callable[..., Any]) -> None:
+    """Give `spartan::name` the gradient `backward(ctx, *grads)`, one entry or None for each operand.
+
+    `setup(ctx, operands, output)` saves what it needs; in `backward`, `ctx.needs` says which operands need a gradient,
+    nested as they are.
+    """
+    operator = getattr(torch.ops.spartan, name).default
+    rule = _Rule(operator, setup, backward)
+    returns_list = len(operator._schema.returns) == 1 and str(operator._schema.returns[0].type) == "List[Tensor]"
+
+    def kernel(keyset: Any, *operands: Any) -> Any:
+        if not _recorded(operands):
+            return _below(operator, keyset, operands)
+        output_lengths: list[Any] = []
+        with enable_single_level_autograd_function():
+            output = _Gradient.apply(rule, keyset, _lengths(operands), output_lengths, *_flat(operands))  # type: ignore[attr-defined]
+        if isinstance(output, torch.Tensor):
+            return output
+        nested = _nested(output, output_lengths)
+        return list(nested) if returns_list else nested
+
+    _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def differentiable_once(name: str, of: str) -> None:
+    """Let `spartan::name`, the gradient of the public function `of`, refuse to be differentiated in turn."""
+
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            f"spartan.{of} is differentiable once; a derivative of its gradient (create_graph=True and a second"
+            " backward, gradgradcheck, hessian) is not implemented"
+        )
+
+    differentiable(name, lambda ctx, operands, output: None, refuse)
+
+
+def _recorded(operands: Any) -> bool:
+    """Whether autograd must see the call: for a graph, or to refuse the tangents of forward mode."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*operands)
+
+
+def _below(operator: Any, keyset: Any, operands: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *operands)
+
+
+def _lengths(nested: Any) -> tuple[int | None, ...]:
+    return tuple(len(x) if isinstance(x, list | tuple) else None for x in nested)
+
+
+def _flat(nested: Any) -> list[Any]:
+    return list(chain.from_iterable(x if isinstance(x, list | tuple) else (x,) for x in nested))
+
+
+def _nested(flat: Any, lengths: Any) -> tuple[Any, ...]:
+    entries = iter(flat)
+    return tuple(next(entries) if n is None else [next(entries) for _ in range(n)] for n in lengths)

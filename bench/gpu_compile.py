@@ -27,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SAVED = ROOT / "bench" / "results" / "gpu-compile.csv"
-MODULES = ("masked_weight", "soft_topk_rows", "hard_topk", "global_solve")
+MODULES = ("masked_weight", "soft_topk_rows", "hard_topk", "global_solve", "masked_matmul")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,11 @@ TARGETS = (
     Target("sm_100", "cuda", 100, 32, 227 << 10),
     Target("gfx942", "hip", "gfx942", 64, 64 << 10),
 )
-_MATRIX_INSTRUCTIONS = re.compile(r"^\s*(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)", re.MULTILINE)
+_MATRIX_INSTRUCTIONS = re.compile(
+    r"^\s*(?:@!?%\w+\s+)?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)", re.MULTILINE
+)
+# loads that run ahead of the arithmetic: into shared memory past the registers
+_COPY_INSTRUCTIONS = re.compile(r"^\s*(?:@!?%\w+\s+)?(?:cp\.async\.(?:c[ag]|bulk)|buffer_load\w+ .* lds)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Row:
     spilled: int = 0
     shared: int = 0
     matrix: int = 0
+    copies: int = 0
     problem: str = ""
 
 
@@ -73,6 +78,8 @@ def _judged(row: Row, target: Target, tensor_cores: bool) -> Row:
         return replace(row, problem=f"shared memory {row.shared} of {target.shared_limit} bytes")
     if tensor_cores and not row.matrix:
         return replace(row, problem="no tensor-core instruction")
+    if tensor_cores and target.backend == "cuda" and not row.copies:
+        return replace(row, problem="no loads ahead of the arithmetic")
     return row
 
 
@@ -128,7 +135,9 @@ def compile_triton(module: str, index: int, target: Target) -> Row:
     signature = {name: case.signature.get(name, "constexpr") for name in names}
     # what Triton finds out at a launch: PyTorch's tensors are aligned
     aligned: dict[Any, Any] = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or name in case.divisible
     }
     row = Row(case.kernel.fn.__name__.strip("_"), case.label, target.name)
     try:
@@ -152,6 +161,7 @@ def compile_triton(module: str, index: int, target: Target) -> Row:
         spilled=spilled,
         shared=compiled.metadata.shared,
         matrix=len(_MATRIX_INSTRUCTIONS.findall(text)),
+        copies=len(_COPY_INSTRUCTIONS.findall(text)),
     )
     return _judged(row, target, case.tensor_cores)
 
@@ -224,9 +234,10 @@ def run(pattern: str, targets: tuple[Target, ...], workers: int) -> list[Row]:
 
 def report(rows: list[Row]) -> None:
     """Print the table."""
-    header = ("kernel", "configuration", "target", "regs", "spill", "shared", "matrix", "")
+    header = ("kernel", "configuration", "target", "regs", "spill", "shared", "matrix", "copies", "")
     lines = [
-        (r.kernel, r.label, r.target, *map(str, (r.registers, r.spilled, r.shared, r.matrix)), r.problem) for r in rows
+        (r.kernel, r.label, r.target, *map(str, (r.registers, r.spilled, r.shared, r.matrix, r.copies)), r.problem)
+        for r in rows
     ]
     widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
     for line in [header, *lines]:

@@ -37,6 +37,7 @@ class CompileCase:
     label: str
     num_stages: int = 3
     tensor_cores: bool = False
+    divisible: tuple[str, ...] = ()  # integer arguments taken to be multiples of 16, as Triton finds out at a launch
 
 
 def power_of_two(n: int) -> int:

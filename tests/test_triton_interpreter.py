@@ -18,6 +18,8 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 TESTS = Path(__file__).parent
 SELECTIONS = {
+    "test_autograd.py": "(corners and (flat or nothing or everything)) or every_shape_of_costs",
+    "test_patterns.py": "(the_largest and quantised) or soft_pattern",
     "test_masked_weight.py": "block_scores or zero_weights or dropped or (forward_and_gradient and float32 and both)",
     "test_soft_topk.py": "odd_lengths or nothing_and or ties or plateau or non_finite or (float32_gradient and 20.0)",
     "test_hard_topk.py": "lowest_index or first_entry or fractional or (concatenation and mixed_scales)",

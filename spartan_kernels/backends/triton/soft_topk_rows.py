@@ -156,8 +156,11 @@ def _soft_topk_backward_kernel(
     if COST_GRAD:
         tl.store(grad_costs_ptr + offsets, (-pull * u - r * m).to(grad_costs_ptr.dtype.element_ty), live)
     tl.store(grad_budget_ptr + row, tl.sum(r, 1).to(tl.float64), row < n_rows)
-    # sum (g - a r) s vanishes, so u may be measured from the threshold
-    slope = tl.sum((g - a * r) * s * (u - centre), 1).to(tl.float64)
+    # sum (g - a r) s vanishes, so u may be measured from the threshold, if that lies in the data (not for flat masks)
+    lowest = tl.min(tl.where(live, u, float("inf")), 1)[:, None]
+    highest = tl.max(tl.where(live, u, float("-inf")), 1)[:, None]
+    origin = tl.minimum(tl.maximum(centre, lowest), highest)
+    slope = tl.sum((g - a * r) * s * (u - origin), 1).to(tl.float64)
     tl.store(grad_beta_ptr + row, slope, row < n_rows)
 
 

@@ -11,14 +11,18 @@ from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import distributed_worker as worker
 import pytest
 import torch.distributed as dist
 
+if not dist.is_available():
+    pytest.skip("PyTorch was built without torch.distributed", allow_module_level=True)
+
+import distributed_dtensors  # noqa: F401  registers its checks, as the next one does
+import distributed_parts  # noqa: F401
+from distributed_common import BACKENDS, CHECKS, WORLDS
+
 TESTS = Path(__file__).resolve().parent
 SECONDS = 120
-
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="PyTorch was built without torch.distributed")
 
 
 @cache
@@ -48,8 +52,8 @@ def reports(world: int) -> list[dict[str, str]]:
         return [json.loads(f.read_text()) if f.exists() else {"": text} for f, text in zip(files, output, strict=True)]
 
 
-@pytest.mark.parametrize("backend", worker.BACKENDS)
-@pytest.mark.parametrize(("world", "name"), [(w, n) for w, n in product(worker.WORLDS, worker.CHECKS)])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("world", "name"), [(w, n) for w, n in product(WORLDS, CHECKS) if w in CHECKS[n].worlds])
 def test_over_processes(world: int, name: str, backend: str) -> None:
     for rank, report in enumerate(reports(world)):
         failed = next((text for text in report.values() if text), "no report")

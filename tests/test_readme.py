@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import typer
 
 from bench import tables
@@ -14,13 +18,33 @@ from bench import tables
 README = Path(__file__).resolve().parent.parent / "README.md"
 
 
+def examples() -> list[str]:
+    """The Python code of the README."""
+    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
 def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    example = next(e for e in examples() if "Sparsifier" in e)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     exec(compile(example, str(README), "exec"), {})
     assert capsys.readouterr().out == "0.9000 of the parameters are zero\n"
     assert (tmp_path / "sparse-model" / "model.safetensors").exists()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="PyTorch was built without torch.distributed")
+def test_over_two_processes(tmp_path: Path) -> None:
+    script = tmp_path / "masks.py"
+    script.write_text(next(e for e in examples() if "torchrun" in e), encoding="utf-8")
+    root = README.parent
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(root), str(root / "python")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert shown.stdout == "budget 1894.4: soft masks sum to 1894.4, hard masks keep 1894\n", shown.stderr
 
 
 def test_links_lead_somewhere() -> None:

@@ -87,20 +87,26 @@ def soft_topk_global(
     the gradients are those of `soft_topk`, with its sums over all tensors (and ranks).
 
     Args:
-        values: tensors of any shapes, of one dtype and device; half precision is read as float32 under autocast.
+        values: tensors of any shapes, of one dtype and device; half precision is read as float32 under autocast. Or
+            DTensors on one mesh (the parameters of FSDP2 or of tensor parallelism), which are solved on their local
+            shards without gathering them; a tensor replicated over ranks counts once.
         budget: k, a number or 0-dim tensor, for all of them together.
         costs: None (ones), or for each tensor a number, a 0-dim tensor or a tensor of its shape.
         beta: sharpness, at least 0.
         group: a `torch.distributed` process group (or its name) whose ranks each pass their own part, which may be
-            empty; None for this process alone. Served by the reference backend.
+            empty; None for this process alone, and with DTensors, whose mesh has it. Served by the reference backend.
+            All ranks call with the same budget and beta, forward and backward.
         straight_through: return the hard masks of `hard_topk_global` as 0 and 1, with the gradient of the soft ones.
         backend: "auto" or the name of a backend.
 
     Returns:
-        One mask for each tensor, of its shape and dtype (float32 for half precision under autocast).
+        One mask for each tensor, of its shape and dtype (float32 for half precision under autocast); DTensors placed
+        as the values where those are.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `soft_topk`; also for an empty list.
+        TypeError, ValueError, RuntimeError: as `soft_topk`; also for an empty list, for DTensors mixed with plain
+            tensors, on several meshes or pending a reduction. On the CPU what is refused on one rank for its values,
+            costs, budget or beta is refused on all.
 
     Source: Tai, Tian, Lim, "Spartan", NeurIPS 2022, section 3.
     """

@@ -85,17 +85,17 @@ def hard_topk_global(
     """`hard_topk` under one budget over many tensors; the index that breaks ties counts through the list.
 
     Args:
-        values: tensors of any shapes, of one dtype and device.
+        values: tensors of any shapes, of one dtype and device; or DTensors, as in `soft_topk_global`.
         budget: k, a number or 0-dim tensor, for all of them together.
         costs: None (ones), or for each tensor a number, a 0-dim tensor or a tensor of its shape.
         absolute: choose by |values| (no copy is made).
         group: a `torch.distributed` process group (or its name) whose ranks each pass their own part, which may be
-            empty; the index that breaks ties counts through the ranks in their order. None for this process alone.
-            Served by the reference backend.
+            empty; the index that breaks ties counts through the ranks in their order, on each through the list of its
+            parts. None for this process alone, and with DTensors, whose mesh has it. Served by the reference backend.
         backend: "auto" or the name of a backend.
 
     Returns:
-        One bool mask for each tensor, of its shape.
+        One bool mask for each tensor, of its shape; a DTensor placed as its values where they are one.
 
     Raises:
         TypeError, ValueError: as `soft_topk_global`.

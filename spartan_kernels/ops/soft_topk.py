@@ -128,19 +128,24 @@ def soft_topk_global(
     m_i = sigmoid(beta v_i / a_i + mu), with one mu such that the sum of a_i m_i over all tensors (and ranks) is k.
 
     Args:
-        values: tensors of any shapes, of one dtype and device.
+        values: tensors of any shapes, of one dtype and device; or DTensors on one mesh (the parameters of FSDP2 or of
+            tensor parallelism), which are solved on their local shards without gathering them.
         budget: k, a number or 0-dim tensor, for all of them together.
         costs: None (ones), or for each tensor a number, a 0-dim tensor or a tensor of its shape.
         beta: sharpness, at least 0.
         group: a `torch.distributed` process group (or its name) whose ranks each pass their own part, which may be
-            empty; None for this process alone. Served by the reference backend.
+            empty; None for this process alone, and with DTensors, whose mesh has it. Served by the reference backend.
+            All ranks call with the same budget and beta, and every mask comes out of the same bits of threshold.
         backend: "auto" or the name of a backend.
 
     Returns:
-        One mask for each tensor, of its shape and dtype.
+        One mask for each tensor, of its shape and dtype; a DTensor placed as its values where they are one. A tensor
+        replicated over ranks of its mesh counts once.
 
     Raises:
-        TypeError, ValueError: as `soft_topk`; also for an empty list.
+        TypeError, ValueError: as `soft_topk`; also for an empty list, for DTensors mixed with plain tensors, on several
+            meshes or pending a reduction. On the CPU what is refused on one rank for its values, costs, budget or beta
+            is refused on all.
 
     Source: Tai, Tian, Lim, "Spartan", NeurIPS 2022, section 3.
     """
@@ -186,13 +191,13 @@ def solve_masks_(
     soft = m of `soft_topk_global`; hard = `hard_topk_global`; v = values, or |values| with `absolute` (no copy).
 
     Args:
-        values: weights or block scores, of one dtype and device.
+        values: weights or block scores, of one dtype and device; or DTensors, as in `soft_topk_global`.
         budget: k, a number or 0-dim tensor.
         costs: None, or for each tensor a number, a 0-dim tensor or a tensor of its shape.
         beta: sharpness, at least 0.
-        soft: for each tensor, where its soft mask goes: its shape and dtype, contiguous.
-        hard: for each tensor, where its hard mask goes: its shape, bool, contiguous.
-        state: from `new_solver_state`, updated.
+        soft: for each tensor, where its soft mask goes: its shape and dtype, contiguous; placed as it is for a DTensor.
+        hard: for each tensor, where its hard mask goes: its shape, bool, contiguous; placed as it is for a DTensor.
+        state: from `new_solver_state`, updated; over ranks each has its own, all of the same bits.
         absolute: choose by magnitude.
         group: as in `soft_topk_global`; the index that breaks ties counts through the ranks in their order.
         backend: "auto" or the name of a backend.

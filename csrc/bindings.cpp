@@ -220,31 +220,34 @@ PYBIND11_MODULE(_native, m) {
                               {at(workspace), bytes}, threads);
       },
       unlocked);
+  py::class_<cpu::Rows>(cpu_module, "Rows")
+      .def(py::init([](Address values, Address costs, double cost, int64_t rows, int64_t length, int64_t stride,
+                       int64_t cost_stride) {
+        return cpu::Rows{at(values), at(costs), cost, rows, length, stride, cost_stride};
+      }));
   cpu_module.def(
       "soft_topk_rows",
-      [](int element, Address values, Address costs, double cost, int64_t rows, int64_t length, int64_t cost_stride,
-         Address budget, double beta, Address mask, Address threshold, Address workspace, int64_t bytes, int threads) {
-        cpu::soft_topk_rows(dtype_of(element), {at(values), at(costs), cost, rows, length, cost_stride},
-                            at<const double>(budget), beta, at(mask), at<double>(threshold), {at(workspace), bytes},
-                            threads);
+      [](int dtype, cpu::Rows rows, Address budget, int64_t budget_stride, double beta, Address mask, Address threshold,
+         Address workspace, int64_t bytes, int threads) {
+        cpu::soft_topk_rows(static_cast<Dtype>(dtype), rows, {at<const double>(budget), budget_stride}, beta, at(mask),
+                            at<double>(threshold), {at(workspace), bytes}, threads);
       },
       unlocked);
   cpu_module.def(
       "soft_topk_rows_backward",
-      [](int element, Address values, Address costs, double cost, int64_t rows, int64_t length, int64_t cost_stride,
-         Address grad, Address threshold, double beta, Address grad_values, Address grad_costs, Address grad_budget,
-         Address grad_beta, Address workspace, int64_t bytes, int threads) {
-        cpu::soft_topk_rows_backward(dtype_of(element), {at(values), at(costs), cost, rows, length, cost_stride}, at(grad),
-                                     at<const double>(threshold), beta, at(grad_values), at(grad_costs),
-                                     at<double>(grad_budget), at<double>(grad_beta), {at(workspace), bytes}, threads);
+      [](int dtype, cpu::Rows rows, Address grad, Address threshold, double beta, Address grad_values, Address grad_costs,
+         Address grad_budget, Address grad_beta, Address workspace, int64_t bytes, int threads) {
+        cpu::soft_topk_rows_backward(static_cast<Dtype>(dtype), rows, at(grad), beta,
+                                     {at<const double>(threshold), at<double>(grad_budget), at<double>(grad_beta)},
+                                     at(grad_values), at(grad_costs), {at(workspace), bytes}, threads);
       },
       unlocked);
   cpu_module.def(
       "hard_topk_rows",
-      [](int element, Address values, Address costs, double cost, int64_t rows, int64_t length, int64_t cost_stride,
-         Address budget, Address mask, Address workspace, int64_t bytes, int threads) {
-        cpu::hard_topk_rows(dtype_of(element), {at(values), at(costs), cost, rows, length, cost_stride},
-                            at<const double>(budget), at<uint8_t>(mask), {at(workspace), bytes}, threads);
+      [](int dtype, cpu::Rows rows, Address budget, int64_t budget_stride, Address mask, Address workspace, int64_t bytes,
+         int threads) {
+        cpu::hard_topk_rows(static_cast<Dtype>(dtype), rows, {at<const double>(budget), budget_stride}, at<uint8_t>(mask),
+                            {at(workspace), bytes}, threads);
       },
       unlocked);
 

@@ -34,7 +34,7 @@ const char* instruction_set();
 bool parallel_available();
 
 int64_t workspace_bytes(int64_t parts, int64_t length, int element_size);
-int64_t rows_workspace_bytes(int64_t rows, int64_t length, int element_size, int threads);
+int64_t rows_workspace_bytes(int64_t length, int element_size, int threads);
 
 // One budget over a list. extra = {soft mask, hard mask or null}. `state` (8 doubles, see new_solver_state) or null to
 // start cold. threshold = {centre, shift}.
@@ -46,17 +46,27 @@ void soft_topk_global_backward(Dtype, Table, const double* threshold, double bet
 // extra = {hard mask}.
 void hard_topk_global(Dtype, Table, double budget, bool absolute, Workspace, int threads);
 
-// The same by rows of a contiguous [rows, length]; costs null (`cost` each), or at `cost_stride` from row to row.
+// The same by rows of [rows, length], `stride` from row to row; costs null (`cost` each), or at `cost_stride`. Every element
+// type; masks and gradients are contiguous.
 struct Rows {
   const void* values;
   const void* costs;
   double cost;
-  int64_t rows, length, cost_stride;
+  int64_t rows, length, stride, cost_stride;
 };
-void soft_topk_rows(Dtype, Rows, const double* budget, double beta, void* mask, double* threshold, Workspace, int threads);
-void soft_topk_rows_backward(Dtype, Rows, const void* grad, const double* threshold, double beta, void* grad_values,
-                             void* grad_costs, double* grad_budget, double* grad_beta, Workspace, int threads);
-void hard_topk_rows(Dtype, Rows, const double* budget, uint8_t* mask, Workspace, int threads);
+struct RowBudgets {
+  const double* first;
+  int64_t stride;  // 0: the rows share one
+};
+struct RowGradient {
+  const double* threshold;  // {centre, shift} of each row
+  double* budget;
+  double* beta;
+};
+void soft_topk_rows(Dtype, Rows, RowBudgets, double beta, void* mask, double* threshold, Workspace, int threads);
+void soft_topk_rows_backward(Dtype, Rows, const void* grad, double beta, RowGradient, void* grad_values, void* grad_costs,
+                             Workspace, int threads);
+void hard_topk_rows(Dtype, Rows, RowBudgets, uint8_t* mask, Workspace, int threads);
 
 // A weight [out, in, kernel], contiguous, in blocks of rows x columns for each kernel position; masks, scores and costs have
 // one entry per block, [ceil(out / rows), ceil(in / columns), kernel]. Null soft or hard: ones; null costs: `cost` each.

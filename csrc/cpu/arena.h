@@ -20,6 +20,7 @@ class Arena {
     if (next_ > end_) throw std::logic_error("workspace too small");
     return reinterpret_cast<U*>(aligned);
   }
+  Workspace rest() const { return {next_, end_ - next_}; }
 
  private:
   char* next_;

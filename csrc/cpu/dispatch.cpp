@@ -5,6 +5,7 @@
 
 #include "masked_matmul_passes.h"
 #include "masked_weight_passes.h"
+#include "short_rows.h"
 #include "soft_topk_passes.h"
 
 namespace spartan::cpu {
@@ -16,6 +17,9 @@ namespace spartan::cpu {
   const SoftTopkPasses<double>& soft_topk_double();        \
   const MaskedWeightPasses<float>& masked_weight_float();  \
   const MaskedWeightPasses<double>& masked_weight_double(); \
+  const ShortRows<float>& short_rows_float();              \
+  const ShortRows<bfloat16>& short_rows_bfloat16();        \
+  const ShortRows<float16>& short_rows_float16();          \
   }
 SPARTAN_DECLARE(baseline)
 #ifdef SPARTAN_X86
@@ -82,6 +86,18 @@ const MaskedWeightPasses<float>& masked_weight_passes<float>() {
 template <>
 const MaskedWeightPasses<double>& masked_weight_passes<double>() {
   SPARTAN_SELECT(masked_weight_double);
+}
+template <>
+const ShortRows<float>& short_rows<float>() {
+  SPARTAN_SELECT(short_rows_float);
+}
+template <>
+const ShortRows<bfloat16>& short_rows<bfloat16>() {
+  SPARTAN_SELECT(short_rows_bfloat16);
+}
+template <>
+const ShortRows<float16>& short_rows<float16>() {
+  SPARTAN_SELECT(short_rows_float16);
 }
 
 const MatmulPasses& matmul_passes() { SPARTAN_SELECT(matmul); }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../ops.h"
+#include "storage.h"
 
 // Runs `call` with T naming the element type of `dtype`.
 #define SPARTAN_DISPATCH(call)   \
@@ -11,6 +12,22 @@
   } else {                       \
     using T = float;             \
     call;                        \
+  }
+
+// The same for rows, with S naming what is stored.
+#define SPARTAN_DISPATCH_STORAGE(...)     \
+  if (dtype == Dtype::float64) {          \
+    using S = double;                     \
+    __VA_ARGS__;                          \
+  } else if (dtype == Dtype::bfloat16) {  \
+    using S = bfloat16;                   \
+    __VA_ARGS__;                          \
+  } else if (dtype == Dtype::float16) {   \
+    using S = float16;                    \
+    __VA_ARGS__;                          \
+  } else {                                \
+    using S = float;                      \
+    __VA_ARGS__;                          \
   }
 
 namespace spartan::cpu {

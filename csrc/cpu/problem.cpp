@@ -51,6 +51,16 @@ int64_t workspace_bytes(int64_t parts, int64_t length, int element_size) {
   return bytes + 1024;
 }
 
+double clamp_budget(double budget, double total) {
+  constexpr double kSlack = 1e-6;  // the rounding of a float32 sum of costs
+  if (!(budget >= 0 && budget <= total * (1 + kSlack))) {
+    throw std::invalid_argument("budget must be in [0, " + std::to_string(total) + "], the sum of the costs; got " +
+                                std::to_string(budget));
+  }
+  constexpr double kRounding = 1e-12;  // of a float64 sum in another order
+  return budget >= total * (1 - kRounding) ? total : budget;
+}
+
 template <class T>
 Problem<T>::Problem(const Table& table, bool absolute, int threads, Arena& arena)
     : passes_(soft_topk_passes<T>()), arena_(arena), n_parts_(table.count), threads_(threads) {
@@ -85,13 +95,7 @@ Problem<T>::Problem(const Table& table, bool absolute, int threads, Arena& arena
 
 template <class T>
 double Problem<T>::clamped_budget(double budget) const {
-  constexpr double kSlack = 1e-6;  // the rounding of a float32 sum of costs
-  if (!(budget >= 0 && budget <= total_cost_ * (1 + kSlack))) {
-    throw std::invalid_argument("budget must be in [0, " + std::to_string(total_cost_) + "], the sum of the costs; got " +
-                                std::to_string(budget));
-  }
-  constexpr double kRounding = 1e-12;  // of a float64 sum in another order
-  return budget >= total_cost_ * (1 - kRounding) ? total_cost_ : budget;
+  return clamp_budget(budget, total_cost_);
 }
 
 template <class T>

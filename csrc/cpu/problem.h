@@ -122,6 +122,9 @@ class Problem {
 
 int64_t workspace_bytes(int64_t parts, int64_t length, int element_size);
 
+// `budget` within [0, total]; throws where it is outside by more than rounding.
+double clamp_budget(double budget, double total);
+
 [[noreturn]] inline void refuse_values() {
   throw std::invalid_argument("values must be finite; some entries are NaN or infinite");
 }

@@ -225,21 +225,36 @@ def hard_topk_global_forward(
     return hard
 
 
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # ops.h, Dtype
+_LONGEST_STORED = 131_072  # longer rows of 16-bit numbers are widened whole
+
+
 class _Rows:
-    """Rows of one tensor: the arguments that every row kernel takes first."""
+    """Rows of one tensor: the arguments that every row kernel takes first, and the workspace that it takes last."""
 
     def __init__(self, values: torch.Tensor, costs: torch.Tensor | None) -> None:
-        self.values = _compute(values)
         rows, length = values.shape
-        array = None if costs is None or costs.dim() == 0 else _compute(costs)
+        self.dtype = values.dtype
+        if self.dtype not in _DTYPES or (values.element_size() == 2 and length > _LONGEST_STORED):
+            self.dtype = torch.float32
+        self.values = self.brought(values)
+        if self.values.stride(-1) != 1 and length > 1:
+            self.values = self.values.contiguous()
+        self.costs = None if costs is None or costs.dim() == 0 else self.brought(costs).contiguous()
         unit = float(costs) if costs is not None and costs.dim() == 0 else 1.0
-        stride = length if array is not None and array.dim() == 2 else 0
-        self.costs = array
-        element = self.values.element_size()
-        self.arguments = (element, self.values.data_ptr(), _pointer(array), unit, rows, length, stride)
+        cost_stride = length if self.costs is not None and self.costs.dim() == 2 else 0
+        address, stride = self.values.data_ptr(), self.values.stride(0)
+        table = _native.cpu.Rows(address, _pointer(self.costs), unit, rows, length, stride, cost_stride)
+        self.arguments = (_DTYPES[self.dtype], table)
         threads = torch.get_num_threads()
-        self.scratch = _workspace(_native.cpu.rows_workspace_bytes(rows, length, element, threads))
+        self.scratch = _workspace(_native.cpu.rows_workspace_bytes(length, self.values.element_size(), threads))
         self.rest = (self.scratch.data_ptr(), self.scratch.numel(), threads)
+
+    def brought(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().to(self.dtype)
+
+    def empty(self) -> torch.Tensor:
+        return torch.empty(self.values.shape, dtype=self.dtype)
 
 
 def soft_topk_forward(
@@ -248,11 +263,16 @@ def soft_topk_forward(
     """m and (centre, shift) for each row of values [rows, n]."""
     require_beta(beta)
     rows = _Rows(values, costs)
-    k = budget.contiguous()
-    mask = torch.empty_like(rows.values)
+    mask = rows.empty()
     threshold = torch.empty((values.shape[0], 2), dtype=torch.float64)
     _native.cpu.soft_topk_rows(
-        *rows.arguments, k.data_ptr(), float(beta), mask.data_ptr(), threshold.data_ptr(), *rows.rest
+        *rows.arguments,
+        budget.data_ptr(),
+        budget.stride(0),
+        float(beta),
+        mask.data_ptr(),
+        threshold.data_ptr(),
+        *rows.rest,
     )
     return mask.to(values.dtype), threshold
 
@@ -267,31 +287,30 @@ def soft_topk_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for values, costs (elementwise), budget and beta (by row)."""
     rows = _Rows(values, costs)
-    g, saved = _compute(grad), threshold.contiguous()
-    grad_values = torch.empty_like(rows.values)
-    grad_costs = torch.empty_like(rows.values) if cost_grad else None
-    scalars = torch.empty((2, values.shape[0]), dtype=torch.float64)
+    g, t = rows.brought(grad).contiguous(), threshold.contiguous()
+    grad_values = rows.empty()
+    grad_costs = rows.empty() if cost_grad else None
+    grad_budget, grad_beta = (torch.empty(values.shape[0], dtype=torch.float64) for _ in range(2))
     _native.cpu.soft_topk_rows_backward(
         *rows.arguments,
         g.data_ptr(),
-        saved.data_ptr(),
+        t.data_ptr(),
         float(beta),
         grad_values.data_ptr(),
         _pointer(grad_costs),
-        scalars[0].data_ptr(),
-        scalars[1].data_ptr(),
+        grad_budget.data_ptr(),
+        grad_beta.data_ptr(),
         *rows.rest,
     )
     returned = values.new_empty(0) if grad_costs is None else grad_costs.to(values.dtype)
-    return grad_values.to(values.dtype), returned, scalars[0].clone(), scalars[1].clone()
+    return grad_values.to(values.dtype), returned, grad_budget, grad_beta
 
 
 def hard_topk_forward(values: torch.Tensor, budget: torch.Tensor, costs: torch.Tensor | None) -> torch.Tensor:
     """h for each row of values [rows, n]."""
     rows = _Rows(values, costs)
-    k = budget.contiguous()
     mask = torch.empty(values.shape, dtype=torch.bool)
-    _native.cpu.hard_topk_rows(*rows.arguments, k.data_ptr(), mask.data_ptr(), *rows.rest)
+    _native.cpu.hard_topk_rows(*rows.arguments, budget.data_ptr(), budget.stride(0), mask.data_ptr(), *rows.rest)
     return mask
 
 

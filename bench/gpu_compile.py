@@ -3,7 +3,7 @@
 `python -m bench.gpu_compile` builds each Triton kernel in each configuration of `COMPILE_CASES`, and each CUDA source
 where `nvcc` is found, and prints registers, spilled bytes, shared memory and tensor-core instructions. The exit status
 is 1 when a kernel does not compile, spills, needs more shared memory than the target has, or lacks tensor-core
-instructions it should have.
+instructions or 16-byte loads it should have.
 """
 
 from __future__ import annotations
@@ -67,6 +67,9 @@ class Row:
     matrix: int = 0
     copies: int = 0
     problem: str = ""
+
+
+_VECTOR_LOADS = re.compile(r"ld\.global[\w.:]*\.v(?:4\.b32|2\.b64)|(?:global|buffer)_load_dwordx4")
 
 
 def _judged(row: Row, target: Target, tensor_cores: bool) -> Row:
@@ -140,12 +143,13 @@ def compile_triton(module: str, index: int, target: Target) -> Row:
         if signature[name].startswith("*") or name in case.divisible
     }
     row = Row(case.kernel.fn.__name__.strip("_"), case.label, target.name)
+    limit = {"maxnreg": case.max_registers} if case.max_registers and target.backend == "cuda" else {}
     try:
         source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constexprs, attrs=aligned)
         compiled = triton.compile(
             source,
             target=GPUTarget(target.backend, target.arch, target.warp_size),
-            options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+            options={"num_warps": case.num_warps, "num_stages": case.num_stages} | limit,
         )
     except Exception as error:  # any failure of the compiler is a line of the table
         return replace(row, problem=f"does not compile: {str(error).splitlines()[0][:120]}")
@@ -163,7 +167,10 @@ def compile_triton(module: str, index: int, target: Target) -> Row:
         matrix=len(_MATRIX_INSTRUCTIONS.findall(text)),
         copies=len(_COPY_INSTRUCTIONS.findall(text)),
     )
-    return _judged(row, target, case.tensor_cores)
+    row = _judged(row, target, case.tensor_cores)
+    if case.vector_loads and not row.problem and not _VECTOR_LOADS.search(text):
+        return replace(row, problem="no 16-byte load")
+    return row
 
 
 _PTXAS = re.compile(

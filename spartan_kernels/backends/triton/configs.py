@@ -15,13 +15,21 @@ BACKWARD_ENTRIES_PER_WARP = 512
 # Longest row that stays in registers, without and with a cost for each entry.
 MAX_RESIDENT_ROW = 8192
 MAX_RESIDENT_ROW_WITH_COSTS = 4096
-# Chunk of the kernels that walk a list of tensors, and programs for each multiprocessor.
-CHUNK = 2048
+# Chunk of the kernels that walk a list of tensors, without and with costs: four vector loads of 16 bytes in flight for
+# each thread. Two programs share a multiprocessor, if none takes more registers than this.
+CHUNK = 4096
+CHUNK_WITH_COSTS = 2048
 CHUNK_WARPS = 8
-PROGRAMS_PER_PROCESSOR = 4
+CHUNK_REGISTERS = 128
+PROGRAMS_PER_PROCESSOR = 2
+# Partial sums for each program, one for each of its threads.
+LANES = 256
+# Memory for the entries near the hard threshold, kept from one pass to the next.
+CANDIDATE_BYTES = 3 << 20
 INTERPRETED_PROGRAMS = 3
 SAMPLE = 8192
 SAMPLE_WARPS = 8
+FINISH_WARPS = 16
 
 _TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -38,11 +46,18 @@ class CompileCase:
     num_stages: int = 3
     tensor_cores: bool = False
     divisible: tuple[str, ...] = ()  # integer arguments taken to be multiples of 16, as Triton finds out at a launch
+    vector_loads: bool = False
+    max_registers: int | None = None
 
 
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n."""
     return int(triton.next_power_of_2(max(n, 1)))
+
+
+def vector_length(dtype: torch.dtype) -> int:
+    """Entries of one 16-byte load."""
+    return 16 // dtype.itemsize
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -71,6 +86,21 @@ def block_tile(rows: int, columns: int, positions: int, grid_columns: int) -> tu
     block_r = min(power_of_two(rows), max(1, TILE // (block_k * block_c)))
     block_b = min(power_of_two(grid_columns), max(1, TILE // (block_k * block_c * block_r)))
     return block_r, block_b, block_c, block_k
+
+
+def chunk_length(has_costs: bool) -> int:
+    """Entries that a program of a walk over a list holds at a time."""
+    return CHUNK_WITH_COSTS if has_costs else CHUNK
+
+
+def register_limit() -> dict[str, int]:
+    """The option that limits registers, which only Triton's compiler for NVIDIA has."""
+    return {"maxnreg": CHUNK_REGISTERS} if torch.version.hip is None else {}
+
+
+def candidate_capacity(programs: int, has_costs: bool) -> int:
+    """Entries near the hard threshold that each program can keep: a key of 4 bytes, and a cost of 4."""
+    return max(32, CANDIDATE_BYTES // (programs * (8 if has_costs else 4)) // 32 * 32)
 
 
 def program_count(device: torch.device, chunks: int) -> int:

@@ -1,4 +1,4 @@
-"""Kernels that pass over a list of tensors: one persistent grid, sums in float64 by program, added in a fixed order.
+"""Kernels that pass over a list of tensors: one persistent grid, sums in float64 by thread, added in a fixed order.
 
 Every pass leaves at once when the control block says that there is nothing left for it to find.
 """
@@ -8,8 +8,32 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from spartan_kernels.backends.triton.primitives import INFINITY, logistic, logit_at, ordered_key
-from spartan_kernels.backends.triton.tables import chunk_at, load_ratio, output_at
+from spartan_kernels.backends.triton.primitives import (
+    INFINITY,
+    lane_max,
+    lane_min,
+    lane_sum,
+    limits_of_keys,
+    logistic,
+    logit_at,
+    ordered_key,
+    value_of_key,
+)
+from spartan_kernels.backends.triton.tables import (
+    COST_STRIDE,
+    COSTS,
+    FIRST_CHUNK,
+    LENGTH,
+    OUTPUT,
+    chunk_at,
+    load_chunk,
+    load_costs,
+    load_ratio,
+    locate,
+    own_chunks,
+    pointer_at,
+    store_chunk,
+)
 
 # The control block in float64: the search for the soft threshold ...
 T = tl.constexpr(0)
@@ -25,196 +49,294 @@ BETA = tl.constexpr(9)
 POISON = tl.constexpr(10)
 SCALE = tl.constexpr(11)  # fixed-point units in one unit of cost: a power of two
 REWRITE = tl.constexpr(12)
-# ... and in int64, the search for the key at which the budget runs out, in BINS bins of 2^SHIFT keys from LO.
+LOWEST = tl.constexpr(13)
+HIGHEST = tl.constexpr(14)
+READS = tl.constexpr(15)  # surveys that read the values, the second write and its search
+CONTROL = tl.constexpr(16)
+# ... and in int64, the search for the key at which the budget runs out, from LO to LAST in BINS bins of 2^SHIFT keys.
 LO = tl.constexpr(0)
 SHIFT = tl.constexpr(1)
-SPENT = tl.constexpr(2)  # fixed-point cost of all above the range
+LAST = tl.constexpr(2)
 HARD_DONE = tl.constexpr(3)
 BUDGET = tl.constexpr(4)
-ABOVE = tl.constexpr(5)
+ABOVE = tl.constexpr(5)  # fixed-point cost of all above the range
 ROOM = tl.constexpr(6)  # what is left for the entries at the cut, when found
 EVERYTHING = tl.constexpr(7)
+COLLECTED = tl.constexpr(8)  # the candidates are all of the entries in the range
 HISTOGRAM = tl.constexpr(16)
 BINS = tl.constexpr(2048)
-MOMENTS = tl.constexpr(6)  # mass, slope, curvature, lowest, highest, poison
+MOMENTS = tl.constexpr(5)  # mass, slope, curvature, lowest, highest
 
 
 @triton.jit
 def fixed_point(a, live, scale, HAS_COSTS: tl.constexpr):
-    """Costs as int64: sums that are exact, so neither their order nor the range of bins matters."""
+    """Costs as integers: sums that are exact, so neither their order nor the range of bins matters.
+
+    Counts need 64 bits only beyond a chunk.
+    """
     if HAS_COSTS:
-        return tl.where(live, (a.to(tl.float64) * scale).to(tl.int64), 0)
-    return live.to(tl.int64)
+        cost = tl.where(live, (a.to(tl.float64) * scale).to(tl.int64), 0)
+    else:
+        cost = live.to(tl.int32)
+    return cost
 
 
 @triton.jit
-def chunk_moments(u, a, live, t, beta, sign):
-    """Sums of a m, a s and a s (1 - 2 m) of a chunk at t, m on the smaller side of the budget."""
-    centre, shift = logit_at(t, beta)
-    x = beta.to(tl.float32) * (u - centre) + shift.to(tl.float32)
-    m, rest = logistic(x * sign.to(tl.float32))
+def moment_logit(t, beta, sign, lowest, highest):
+    """(centre, slope, shift) of the negated logit of the smaller side of the budget, float32."""
+    centre, shift = logit_at(t, beta, lowest, highest)
+    return centre, (-sign * beta).to(tl.float32), (-sign * shift).to(tl.float32)
+
+
+@triton.jit
+def chunk_moments(u, a, live, centre, slope, shift, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """Sums by thread of a m, a s and a s (1 - 2 m) of a chunk, m on the smaller side of the budget."""
+    x = slope * (u - centre) + shift
+    # within these limits neither side overflows nor cancels, and what they add to a sum is lost in its rounding
+    x = tl.maximum(x, -85.0, propagate_nan=tl.PropagateNan.ALL)
+    z = tl.exp(tl.minimum(x, 85.0, propagate_nan=tl.PropagateNan.ALL))
+    m = 1.0 / (1.0 + z)
+    rest = z * m
     mass = tl.where(live, a * m, 0.0)
-    slope = mass * rest
-    # the mass of a sharp mask is mostly ones, beside which float32 would lose what its few slopes decide
+    s = mass * rest
     return (
-        tl.sum(mass.to(tl.float64), 0),
-        tl.sum(slope, 0).to(tl.float64),
-        tl.sum(slope * (rest - m), 0).to(tl.float64),
+        lane_sum(mass, LANES, VECTOR, tl.float64),
+        lane_sum(s, LANES, VECTOR, tl.float64),
+        lane_sum(s * (rest - m), LANES, VECTOR, tl.float64),
     )
 
 
 @triton.jit
 def _total_cost_kernel(
-    table_ptr, partial_ptr, n_tensors, n_chunks, DTYPE: tl.constexpr, CHUNK: tl.constexpr
+    table_ptr, partial_ptr, n_tensors, n_chunks,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    total = tl.load(partial_ptr) * 0.0
-    for chunk in range(tl.program_id(0).to(tl.int64), n_chunks, tl.num_programs(0)):
-        row_ptr, offsets, live = chunk_at(table_ptr, n_tensors, chunk, CHUNK)
-        _, a = load_ratio(row_ptr, offsets, live, DTYPE, True, False)
-        total += tl.sum(tl.where(live, a, 0.0).to(tl.float64), 0)
-    tl.store(partial_ptr + tl.program_id(0), total)
+    """The sum of the costs; arrays alone are read."""
+    total = tl.zeros((LANES,), tl.float64)
+    whole_tensors = tl.sum(total, 0)
+    begin, end = own_chunks(n_chunks)
+    row = locate(table_ptr, n_tensors, begin, FIRST_CHUNK)
+    for chunk in range(begin, end):
+        row, row_ptr, start, live, whole = chunk_at(table_ptr, n_tensors, row, chunk, CHUNK)
+        if tl.load(row_ptr + COST_STRIDE) == 0:
+            count = tl.minimum(tl.load(row_ptr + LENGTH) - start, CHUNK)
+            whole_tensors += count.to(tl.float64) * tl.load(pointer_at(row_ptr + COSTS, DTYPE, False)).to(tl.float64)
+        else:
+            a = load_costs(row_ptr, start, live, whole, DTYPE, ALIGNED, CHUNK)
+            total += lane_sum(tl.where(live, a, 0.0).to(tl.float64), LANES, VECTOR, tl.float64)
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(total, 0) + whole_tensors)
+
+
+@triton.jit
+def _count_candidates(
+    select_ptr, keys_ptr, prices_ptr, found, scale, first, last, shift,
+    HAS_COSTS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The range of keys once more, from this program's candidates instead of the values."""
+    for start in range(0, found, CHUNK):
+        at = start + tl.arange(0, CHUNK)
+        key = tl.load(keys_ptr + at, at < found, other=0).to(tl.uint32, bitcast=True)
+        inside = (at < found) & (key >= first) & (key <= last)
+        a = tl.full((CHUNK,), 1.0, tl.float32)
+        if HAS_COSTS:
+            a = tl.load(prices_ptr + at, at < found, other=1.0)
+        cost = fixed_point(a, inside, scale, HAS_COSTS)
+        bins = ((key - first) >> shift).to(tl.int32)
+        tl.atomic_add(select_ptr + HISTOGRAM + bins, cost.to(tl.int64), inside, sem="relaxed")
 
 
 @triton.jit
 def _survey_kernel(
-    table_ptr, solve_ptr, select_ptr, partial_ptr, n_tensors, n_chunks,
-    DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr,
-    SOFT: tl.constexpr, HARD: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
+    table_ptr, solve_ptr, select_ptr, partial_ptr, tally_ptr, keys_ptr, prices_ptr, n_tensors, n_chunks, capacity,
+    DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr, ALIGNED: tl.constexpr,
+    SOFT: tl.constexpr, HARD: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """The moments at t, and the cost above and within the range of keys, in one read."""
+    """The moments at t, and the cost above and within the range of keys, in one read.
+
+    The entries in the range are kept by program: unless they were too many, the ranges inside it need no further read.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    keys_ptr += program * capacity
+    prices_ptr += program * capacity
     soft_open = SOFT and tl.load(solve_ptr + SOFT_DONE) == 0.0
     hard_open = HARD and tl.load(select_ptr + HARD_DONE) == 0
-    t, beta = tl.load(solve_ptr + T), tl.load(solve_ptr + BETA)
-    sign, scale = tl.load(solve_ptr + SIGN), tl.load(solve_ptr + SCALE)
-    lo, shift = tl.load(select_ptr + LO), tl.load(select_ptr + SHIFT).to(tl.uint32)
-    last = tl.minimum(lo + (BINS << tl.load(select_ptr + SHIFT)) - 1, 0xFFFFFFFF).to(tl.uint32)
-    first = lo.to(tl.uint32)
-    zero = t * 0.0
-    mass, slope, curvature, poison = zero, zero, zero, zero
-    lowest, highest = zero + INFINITY, zero - INFINITY
-    above = lo * 0
-    if soft_open or hard_open:
-        for chunk in range(tl.program_id(0).to(tl.int64), n_chunks, tl.num_programs(0)):
-            row_ptr, offsets, live = chunk_at(table_ptr, n_tensors, chunk, CHUNK)
-            u, a = load_ratio(row_ptr, offsets, live, DTYPE, HAS_COSTS, ABSOLUTE)
+    collected = HARD and tl.load(select_ptr + COLLECTED) != 0
+    beta, sign, scale = tl.load(solve_ptr + BETA), tl.load(solve_ptr + SIGN), tl.load(solve_ptr + SCALE)
+    centre, slope, shift = moment_logit(
+        tl.load(solve_ptr + T), beta, sign, tl.load(solve_ptr + LOWEST), tl.load(solve_ptr + HIGHEST)
+    )
+    lo, bits = tl.load(select_ptr + LO), tl.load(select_ptr + SHIFT)
+    first, last = lo.to(tl.uint32), tl.load(select_ptr + LAST).to(tl.uint32)
+    from_here, up_to = limits_of_keys(first, last)
+    mass = tl.zeros((LANES,), tl.float64)
+    weight, bend = mass, mass
+    lowest = tl.full((LANES,), float("inf"), tl.float32)
+    highest = -lowest
+    above = tl.zeros((LANES,), tl.int64)
+    found = lo.to(tl.int32) * 0
+    if soft_open or (hard_open and not collected):
+        begin, end = own_chunks(n_chunks)
+        row = locate(table_ptr, n_tensors, begin, FIRST_CHUNK)
+        for chunk in range(begin, end):
+            row, row_ptr, start, live, whole = chunk_at(table_ptr, n_tensors, row, chunk, CHUNK)
+            u, a = load_ratio(row_ptr, start, live, whole, DTYPE, HAS_COSTS, ABSOLUTE, ALIGNED, CHUNK)
             if SOFT:
                 if soft_open:
-                    m0, m1, m2 = chunk_moments(u, a, live, t, beta, sign)
+                    m0, m1, m2 = chunk_moments(u, a, live, centre, slope, shift, LANES, VECTOR)
                     mass += m0
-                    slope += m1
-                    curvature += m2
-                    poison += tl.sum(u * 0.0, 0).to(tl.float64)
-                    lowest = tl.minimum(lowest, tl.min(tl.where(live, u, INFINITY), 0).to(tl.float64))
-                    highest = tl.maximum(highest, tl.max(tl.where(live, u, -INFINITY), 0).to(tl.float64))
+                    weight += m1
+                    bend += m2
+                    lowest = tl.minimum(lowest, lane_min(tl.where(live, u, INFINITY), LANES, VECTOR))
+                    highest = tl.maximum(highest, lane_max(tl.where(live, u, -INFINITY), LANES, VECTOR))
             if HARD:
-                if hard_open:
-                    key = ordered_key(u)
+                if hard_open and not collected:
                     cost = fixed_point(a, live, scale, HAS_COSTS)
-                    above += tl.sum(tl.where(key > last, cost, 0), 0)
-                    inside = live & (key >= first) & (key <= last)
-                    bins = ((key - first) >> shift).to(tl.int32)
-                    tl.atomic_add(select_ptr + HISTOGRAM + bins, cost, inside, sem="relaxed")
+                    above += lane_sum(tl.where(u > up_to, cost, 0), LANES, VECTOR, tl.int64)
+                    inside = live & (u >= from_here) & (u <= up_to)
+                    more = tl.sum(inside.to(tl.int32), 0)
+                    if more > 0:
+                        key = ordered_key(u)
+                        bins = ((key - first) >> bits.to(tl.uint32)).to(tl.int32)
+                        tl.atomic_add(select_ptr + HISTOGRAM + bins, cost.to(tl.int64), inside, sem="relaxed")
+                        if found < capacity:
+                            at = found + tl.cumsum(inside.to(tl.int32), 0) - 1
+                            keep = inside & (at < capacity)
+                            tl.store(keys_ptr + at, key.to(tl.int32, bitcast=True), keep)
+                            if HAS_COSTS:
+                                tl.store(prices_ptr + at, a, keep)
+                        found = tl.minimum(found + more, 1 << 30)
     if SOFT:
-        own = partial_ptr + MOMENTS * tl.program_id(0)
-        tl.store(own, mass)
-        tl.store(own + 1, slope)
-        tl.store(own + 2, curvature)
-        tl.store(own + 3, lowest)
-        tl.store(own + 4, highest)
-        tl.store(own + 5, poison)
+        own = partial_ptr + MOMENTS * program
+        tl.store(own, tl.sum(mass, 0))
+        tl.store(own + 1, tl.sum(weight, 0))
+        tl.store(own + 2, tl.sum(bend, 0))
+        tl.store(own + 3, tl.min(lowest, 0).to(tl.float64))
+        tl.store(own + 4, tl.max(highest, 0).to(tl.float64))
     if HARD:
-        tl.atomic_add(select_ptr + ABOVE, above, sem="relaxed")
+        if hard_open and collected:
+            kept = tl.load(tally_ptr + program).to(tl.int32)
+            _count_candidates(
+                select_ptr, keys_ptr, prices_ptr, kept, scale, first, last, bits.to(tl.uint32), HAS_COSTS, CHUNK
+            )
+        if hard_open and not collected:
+            tl.store(tally_ptr + program, found.to(tl.int64))
+            tl.atomic_add(select_ptr + ABOVE, tl.sum(above, 0), sem="relaxed")
 
 
 @triton.jit
 def _ties_kernel(
-    table_ptr, solve_ptr, select_ptr, ties_ptr, n_tensors, n_chunks,
-    DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr, CHUNK: tl.constexpr,
+    table_ptr, solve_ptr, select_ptr, tally_ptr, keys_ptr, prices_ptr, n_tensors, n_chunks, capacity,
+    DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr, ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Cost at the cut in every chunk, when some of it may be kept: ties go to the lowest index."""
-    scale, cut = tl.load(solve_ptr + SCALE), tl.load(select_ptr + LO).to(tl.uint32)
+    """Cost at the cut in every program's run, when some of it may be kept: ties go to the lowest index."""
+    program = tl.program_id(0).to(tl.int64)
+    scale, key_of_cut = tl.load(solve_ptr + SCALE), tl.load(select_ptr + LO).to(tl.uint32)
+    cut = value_of_key(key_of_cut)
     if tl.load(select_ptr + ROOM) > 0:
-        for chunk in range(tl.program_id(0).to(tl.int64), n_chunks, tl.num_programs(0)):
-            row_ptr, offsets, live = chunk_at(table_ptr, n_tensors, chunk, CHUNK)
-            u, a = load_ratio(row_ptr, offsets, live, DTYPE, HAS_COSTS, ABSOLUTE)
-            cost = fixed_point(a, live & (ordered_key(u) == cut), scale, HAS_COSTS)
-            tl.store(ties_ptr + chunk, tl.sum(cost, 0))
-
-
-@triton.jit
-def _tie_prefix_kernel(select_ptr, ties_ptr, n_chunks, BLOCK: tl.constexpr):
-    """Cost at the cut before every chunk, in place; one program."""
-    before = tl.load(select_ptr + ROOM) * 0
-    if tl.load(select_ptr + ROOM) > 0:
-        for start in range(0, n_chunks, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            cost = tl.load(ties_ptr + at, at < n_chunks, other=0)
-            tl.store(ties_ptr + at, before + tl.cumsum(cost, 0) - cost, at < n_chunks)
-            before += tl.sum(cost, 0)
+        tied = tl.zeros((LANES,), tl.int64)
+        if tl.load(select_ptr + COLLECTED) != 0:
+            keys_ptr += program * capacity
+            prices_ptr += program * capacity
+            found = tl.load(tally_ptr + program).to(tl.int32)
+            for start in range(0, found, CHUNK):
+                at = start + tl.arange(0, CHUNK)
+                key = tl.load(keys_ptr + at, at < found, other=0).to(tl.uint32, bitcast=True)
+                a = tl.full((CHUNK,), 1.0, tl.float32)
+                if HAS_COSTS:
+                    a = tl.load(prices_ptr + at, at < found, other=1.0)
+                cost = fixed_point(a, (at < found) & (key == key_of_cut), scale, HAS_COSTS)
+                tied += lane_sum(cost, LANES, VECTOR, tl.int64)
+        else:
+            begin, end = own_chunks(n_chunks)
+            row = locate(table_ptr, n_tensors, begin, FIRST_CHUNK)
+            for chunk in range(begin, end):
+                row, row_ptr, start, live, whole = chunk_at(table_ptr, n_tensors, row, chunk, CHUNK)
+                u, a = load_ratio(row_ptr, start, live, whole, DTYPE, HAS_COSTS, ABSOLUTE, ALIGNED, CHUNK)
+                cost = fixed_point(a, live & (u == cut), scale, HAS_COSTS)
+                tied += lane_sum(cost, LANES, VECTOR, tl.int64)
+        tl.store(tally_ptr + tl.num_programs(0) + program, tl.sum(tied, 0))
 
 
 @triton.jit
 def _write_kernel(
-    table_ptr, solve_ptr, select_ptr, ties_ptr, partial_ptr, n_tensors, n_chunks,
-    DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr,
-    SOFT: tl.constexpr, HARD: tl.constexpr, AGAIN: tl.constexpr, CHUNK: tl.constexpr,
+    table_ptr, solve_ptr, select_ptr, tally_ptr, partial_ptr, n_tensors, n_chunks,
+    DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr, ALIGNED: tl.constexpr,
+    SOFT: tl.constexpr, HARD: tl.constexpr, AGAIN: tl.constexpr,
+    CHUNK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The masks, and the sum of a m as written; AGAIN: the soft ones only, and only if that sum missed the budget."""
-    t, beta, sign = tl.load(solve_ptr + T), tl.load(solve_ptr + BETA), tl.load(solve_ptr + SIGN)
+    program = tl.program_id(0).to(tl.int64)
+    beta, sign = tl.load(solve_ptr + BETA), tl.load(solve_ptr + SIGN)
     scale, target = tl.load(solve_ptr + SCALE), tl.load(solve_ptr + TARGET)
     constant = tl.load(solve_ptr + QUOTA) * beta <= 0.0
-    centre, shift = logit_at(t, beta)
+    centre, shift = logit_at(tl.load(solve_ptr + T), beta, tl.load(solve_ptr + LOWEST), tl.load(solve_ptr + HIGHEST))
     centre = tl.where(constant, 0.0, centre)
     shift = (tl.where(constant, sign * target, shift) + tl.load(solve_ptr + POISON)).to(tl.float32)
     slope = tl.where(constant, 0.0, beta.to(tl.float32))
-    cut, room = tl.load(select_ptr + LO).to(tl.uint32), tl.load(select_ptr + ROOM)
-    everything = tl.load(select_ptr + EVERYTHING) != 0
-    mass = t * 0.0
+    cut, room = value_of_key(tl.load(select_ptr + LO).to(tl.uint32)), tl.load(select_ptr + ROOM)
+    cut = tl.where(tl.load(select_ptr + EVERYTHING) != 0, -INFINITY, cut)
+    before = room * 0  # cost at the cut before the chunk, walking back from the end of the run
+    if HARD and AGAIN == 0:
+        if room > 0:
+            at = tl.arange(0, BLOCK)
+            before = tl.sum(tl.load(tally_ptr + tl.num_programs(0) + at, at <= program, other=0), 0)
+    mass = tl.zeros((LANES,), tl.float64)
     if AGAIN == 0 or tl.load(solve_ptr + REWRITE) != 0.0:
-        for chunk in range(tl.program_id(0).to(tl.int64), n_chunks, tl.num_programs(0)):
-            row_ptr, offsets, live = chunk_at(table_ptr, n_tensors, chunk, CHUNK)
-            u, a = load_ratio(row_ptr, offsets, live, DTYPE, HAS_COSTS, ABSOLUTE)
+        begin, end = own_chunks(n_chunks)
+        row = locate(table_ptr, n_tensors, begin, FIRST_CHUNK)
+        for step in range(begin, end):
+            chunk = begin + end - 1 - step
+            row, row_ptr, start, live, whole = chunk_at(table_ptr, n_tensors, row, chunk, CHUNK)
+            u, a = load_ratio(row_ptr, start, live, whole, DTYPE, HAS_COSTS, ABSOLUTE, ALIGNED, CHUNK)
             if SOFT:
                 m, rest = logistic(slope * (u - centre) + shift)
-                tl.store(output_at(row_ptr, 0, DTYPE) + offsets, m.to(DTYPE), live)
-                mass += tl.sum(tl.where(live, a * tl.where(sign > 0, m, rest), 0.0).to(tl.float64), 0)
+                store_chunk(pointer_at(row_ptr + OUTPUT, DTYPE, ALIGNED), start, live, whole, m.to(DTYPE), CHUNK)
+                mass += lane_sum(tl.where(live, a * tl.where(sign > 0, m, rest), 0.0), LANES, VECTOR, tl.float64)
             if HARD and AGAIN == 0:
-                key = ordered_key(u)
-                keep = (key > cut) | everything
+                keep = u > cut
                 if room > 0:
-                    cost = fixed_point(a, live & (key == cut), scale, HAS_COSTS)
-                    within = tl.load(ties_ptr + chunk) + tl.cumsum(cost, 0)
-                    keep = keep | ((key == cut) & (within <= room))
-                tl.store(output_at(row_ptr, 1, tl.uint8) + offsets, keep.to(tl.uint8), live)
+                    cost = fixed_point(a, live & (u == cut), scale, HAS_COSTS)
+                    here = tl.sum(cost, 0).to(tl.int64)
+                    before -= here
+                    if before + here <= room:
+                        keep = u >= cut
+                    elif before < room:
+                        keep = keep | ((u == cut) & (before + tl.cumsum(cost, 0) <= room))
+                output = pointer_at(row_ptr + OUTPUT + 1, tl.uint8, ALIGNED)
+                store_chunk(output, start, live, whole, keep.to(tl.uint8), CHUNK)
     if SOFT and AGAIN == 0:
-        tl.store(partial_ptr + MOMENTS * tl.program_id(0), mass)
+        tl.store(partial_ptr + MOMENTS * program, tl.sum(mass, 0))
 
 
 @triton.jit
 def _gradient_sums_kernel(
     table_ptr, threshold_ptr, beta_ptr, partial_ptr, n_tensors, n_chunks,
-    DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, CHUNK: tl.constexpr,
+    DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Sums of g s, a s, and of both times u - c, of this program's chunks."""
     beta, centre = tl.load(beta_ptr).to(tl.float32), tl.load(threshold_ptr).to(tl.float32)
     shift = tl.load(threshold_ptr + 1).to(tl.float32)
-    zero = tl.load(beta_ptr).to(tl.float64) * 0.0
-    gs, weight, gsu, asu = zero, zero, zero, zero
-    for chunk in range(tl.program_id(0).to(tl.int64), n_chunks, tl.num_programs(0)):
-        row_ptr, offsets, live = chunk_at(table_ptr, n_tensors, chunk, CHUNK)
-        u, a = load_ratio(row_ptr, offsets, live, DTYPE, HAS_COSTS, False)
-        g = tl.load(output_at(row_ptr, 0, DTYPE) + offsets, live, other=0.0).to(tl.float32)
+    gs = tl.zeros((LANES,), tl.float64)
+    weight, gsu, asu = gs, gs, gs
+    begin, end = own_chunks(n_chunks)
+    row = locate(table_ptr, n_tensors, begin, FIRST_CHUNK)
+    for chunk in range(begin, end):
+        row, row_ptr, start, live, whole = chunk_at(table_ptr, n_tensors, row, chunk, CHUNK)
+        u, a = load_ratio(row_ptr, start, live, whole, DTYPE, HAS_COSTS, False, ALIGNED, CHUNK)
+        g = load_chunk(pointer_at(row_ptr + OUTPUT, DTYPE, ALIGNED), start, live, whole, 0.0, CHUNK).to(tl.float32)
         m, rest = logistic(beta * (u - centre) + shift)
         s = tl.where(live, m * rest, 0.0)
-        gs += tl.sum(g * s, 0).to(tl.float64)
-        weight += tl.sum(a * s, 0).to(tl.float64)
-        gsu += tl.sum(g * s * (u - centre), 0).to(tl.float64)
-        asu += tl.sum(a * s * (u - centre), 0).to(tl.float64)
+        gs += lane_sum(g * s, LANES, VECTOR, tl.float64)
+        weight += lane_sum(a * s, LANES, VECTOR, tl.float64)
+        gsu += lane_sum(g * s * (u - centre), LANES, VECTOR, tl.float64)
+        asu += lane_sum(a * s * (u - centre), LANES, VECTOR, tl.float64)
     own = partial_ptr + 4 * tl.program_id(0)
-    tl.store(own, gs)
-    tl.store(own + 1, weight)
-    tl.store(own + 2, gsu)
-    tl.store(own + 3, asu)
+    tl.store(own, tl.sum(gs, 0))
+    tl.store(own + 1, tl.sum(weight, 0))
+    tl.store(own + 2, tl.sum(gsu, 0))
+    tl.store(own + 3, tl.sum(asu, 0))
 
 
 @triton.jit
@@ -233,16 +355,21 @@ def _gradient_totals_kernel(partial_ptr, scalars_ptr, n_programs, BLOCK: tl.cons
 @triton.jit
 def _gradient_write_kernel(
     table_ptr, threshold_ptr, beta_ptr, scalars_ptr, n_tensors, n_chunks,
-    DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, COST_GRAD: tl.constexpr, CHUNK: tl.constexpr,
+    DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, COST_GRAD: tl.constexpr, ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     beta, centre = tl.load(beta_ptr).to(tl.float32), tl.load(threshold_ptr).to(tl.float32)
     shift, r = tl.load(threshold_ptr + 1).to(tl.float32), tl.load(scalars_ptr).to(tl.float32)
-    for chunk in range(tl.program_id(0).to(tl.int64), n_chunks, tl.num_programs(0)):
-        row_ptr, offsets, live = chunk_at(table_ptr, n_tensors, chunk, CHUNK)
-        u, a = load_ratio(row_ptr, offsets, live, DTYPE, HAS_COSTS, False)
-        g = tl.load(output_at(row_ptr, 0, DTYPE) + offsets, live, other=0.0).to(tl.float32)
+    begin, end = own_chunks(n_chunks)
+    row = locate(table_ptr, n_tensors, begin, FIRST_CHUNK)
+    for step in range(begin, end):
+        chunk = begin + end - 1 - step
+        row, row_ptr, start, live, whole = chunk_at(table_ptr, n_tensors, row, chunk, CHUNK)
+        u, a = load_ratio(row_ptr, start, live, whole, DTYPE, HAS_COSTS, False, ALIGNED, CHUNK)
+        g = load_chunk(pointer_at(row_ptr + OUTPUT, DTYPE, ALIGNED), start, live, whole, 0.0, CHUNK).to(tl.float32)
         m, rest = logistic(beta * (u - centre) + shift)
         pull = beta * m * rest * (g / a - r)
-        tl.store(output_at(row_ptr, 1, DTYPE) + offsets, pull.to(DTYPE), live)
+        store_chunk(pointer_at(row_ptr + OUTPUT + 1, DTYPE, ALIGNED), start, live, whole, pull.to(DTYPE), CHUNK)
         if COST_GRAD:
-            tl.store(output_at(row_ptr, 2, DTYPE) + offsets, (-pull * u - r * m).to(DTYPE), live)
+            output = pointer_at(row_ptr + OUTPUT + 2, DTYPE, ALIGNED)
+            store_chunk(output, start, live, whole, (-pull * u - r * m).to(DTYPE), CHUNK)

@@ -3,10 +3,13 @@
 total cost     only where there are costs
 start          t and a range of keys, from the state or from a sample
 4 x (survey, advance)   moments and key histogram in one read; one Halley step and a narrower range
-finish         the last resort of the soft search, one program
 ties           who among equals is kept: nothing to do where the budget runs out between two values
-write, finish, write    masks with their sum; again only when it misses the budget
+write          masks with their sum
+finish, write  only when that sum misses the budget: the search to its end, and the soft masks again
 remember       thresholds for the backward pass and for the next solve
+
+From the state of the last solve the first survey is enough: its step is exact to rounding, and the entries it keeps
+from the range decide the hard threshold. From a sample the soft threshold needs a second.
 """
 
 from __future__ import annotations
@@ -19,76 +22,110 @@ import triton.language as tl
 from spartan_kernels.arguments import clamp_budget, inspectable, require_beta, require_costs, require_finite
 from spartan_kernels.backends.triton import global_passes as passes
 from spartan_kernels.backends.triton import global_steps as steps
+from spartan_kernels.backends.triton import launches
 from spartan_kernels.backends.triton.configs import (
-    CHUNK,
+    CHUNK_REGISTERS,
     CHUNK_WARPS,
+    FINISH_WARPS,
+    LANES,
     SAMPLE,
     SAMPLE_WARPS,
     CompileCase,
+    candidate_capacity,
+    chunk_length,
     name_of,
     power_of_two,
+    register_limit,
+    vector_length,
 )
-from spartan_kernels.backends.triton.tables import TensorList
+from spartan_kernels.backends.triton.launches import Launch, When
+from spartan_kernels.backends.triton.tables import Table, TensorList
 from spartan_kernels.groups import refuse_group
 
 ROUNDS = 4  # exact for any hard cut: a range that misses costs one round, all 32 bits of the key three
 _STEP_WARPS = 8
 _BINS = 2048
-_TIE_BLOCK = 1024
+_SURVEYS: tuple[When, ...] = ("always", "cold", "rare", "rare")
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-class _Solve:
-    """The launches of one solve: workspace, constants and grid shared by its kernels."""
+class GlobalSolve:
+    """The launches of one solve, and the memory that its kernels share: all of it made before the first launch."""
 
     def __init__(self, problem: TensorList, absolute: bool, soft: bool, hard: bool) -> None:
-        self.problem = problem
+        self.problem, self.soft, self.hard = problem, soft, hard
         device, programs = problem.device, problem.programs
-        self.control = torch.zeros(16, dtype=torch.float64, device=device)
-        self.select = torch.zeros(16 + (_BINS if hard else 0), dtype=torch.int64, device=device)
-        self.partial = torch.zeros((programs, 6), dtype=torch.float64, device=device)
-        self.ties = torch.empty(problem.chunks if hard else 1, dtype=torch.int64, device=device)
-        self.sides = {"SOFT": soft, "HARD": hard}
-        self.kind = {"DTYPE": TYPES[problem.values[0].dtype], "HAS_COSTS": bool(problem.costs), "ABSOLUTE": absolute}
-        self.block = power_of_two(programs)
+        costs = bool(problem.costs)
+        control = int(passes.CONTROL)
+        words = torch.zeros(control + 16 + (_BINS if hard else 0), dtype=torch.int64, device=device)
+        self.control, self.select = words[:control].view(torch.float64), words[control:]
+        self.partial = torch.empty((programs, 5), dtype=torch.float64, device=device)
+        self.tally = torch.empty((2, programs), dtype=torch.int64, device=device)
+        self.capacity = candidate_capacity(programs, costs) if hard else 1
+        self.keys = torch.empty((programs if hard else 1, self.capacity), dtype=torch.int32, device=device)
+        self.prices = torch.empty_like(self.keys, dtype=torch.float32) if costs else self.keys
+        self.threshold = torch.empty(2, dtype=torch.float64, device=device)
+        self.kind = {"DTYPE": TYPES[problem.dtype], "HAS_COSTS": costs, "ABSOLUTE": absolute}
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Memory that the solve takes besides its masks."""
+        parts = (self.control, self.select, self.partial, self.tally, self.keys, self.threshold)
+        return sum(part.nbytes for part in parts) + (self.prices.nbytes if self.problem.costs else 0)
+
+    def plan(self, table: Table, budget: torch.Tensor, beta: torch.Tensor, state: torch.Tensor | None) -> list[Launch]:
+        """Everything there is to launch."""
+        p, sides = self.problem, {"SOFT": self.soft, "HARD": self.hard}
+        control, select, partial, tally = self.control, self.select, self.partial, self.tally
+        words, sizes, aligned = table.words, (table.tensors, table.chunks), {"ALIGNED": table.aligned}
+        kind = self.kind | aligned
+        walk = _walk(p)
+        block = {"BLOCK": power_of_two(p.programs)}
+        one = block | {"num_warps": _STEP_WARPS}
+        kept = (tally, self.keys, self.prices)
+        memory = control if state is None else state
+        start = (words, budget, beta, memory, control, select, partial, table.tensors, p.length, p.programs)
+        survey = (words, control, select, partial, *kept, *sizes, self.capacity)
+        advance = (control, select, partial, tally, p.programs, self.capacity)
+        write = (words, control, select, tally, partial, *sizes)
+        written = self.soft * p.length * p.dtype.itemsize
+        plan = []
+        if p.costs:
+            total = {"DTYPE": kind["DTYPE"]} | aligned | walk
+            array_costs = sum(c.nbytes for c in p.costs if c.dim())
+            plan.append(Launch(passes._total_cost_kernel, p.programs, (words, partial, *sizes), total, array_costs))
+        options = self.kind | sides | block | {"SAMPLE": SAMPLE, "num_warps": SAMPLE_WARPS}
+        plan.append(Launch(steps._start_kernel, 1, start, options | {"HAS_STATE": state is not None}))
+        for when in _SURVEYS:
+            plan.append(Launch(passes._survey_kernel, p.programs, survey, kind | sides | walk, p.bytes, when=when))
+            plan.append(Launch(steps._advance_kernel, 1, advance, sides | one | {"BINS": _BINS}, when=when))
+        if self.hard:
+            ties = (words, control, select, *kept, *sizes, self.capacity)
+            plan.append(Launch(passes._ties_kernel, p.programs, ties, kind | walk, p.bytes, when="rare"))
+        options = kind | sides | walk | block
+        both = written + self.hard * p.length
+        plan.append(Launch(passes._write_kernel, p.programs, write, options | {"AGAIN": False}, p.bytes, both))
+        if self.soft:
+            finish = (words, control, partial, *sizes, p.programs)
+            alone = kind | walk | block | {"num_warps": FINISH_WARPS}
+            plan.append(Launch(steps._finish_kernel, 1, finish, alone, p.bytes, when="rare"))
+            again = options | {"AGAIN": True}
+            plan.append(Launch(passes._write_kernel, p.programs, write, again, p.bytes, written, "rare"))
+        options = {"HAS_STATE": state is not None, "num_warps": 1}
+        plan.append(Launch(steps._remember_kernel, 1, (memory, self.threshold, control, select), options))
+        return plan
 
     def run(
-        self, table: torch.Tensor, budget: torch.Tensor, beta: torch.Tensor, state: torch.Tensor | None
+        self, table: Table, budget: torch.Tensor, beta: torch.Tensor, state: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Launch everything; returns (c, d)."""
-        p, sides, kind = self.problem, self.sides, self.kind
-        control, select, partial, ties = self.control, self.select, self.partial, self.ties
-        threshold = torch.empty(2, dtype=torch.float64, device=p.device)
-        memory = torch.zeros(8, dtype=torch.float64, device=p.device) if state is None else state
-        walk: Any = {"CHUNK": CHUNK, "num_warps": CHUNK_WARPS}
-        one: Any = {"BLOCK": self.block, "num_warps": _STEP_WARPS}
-        grid, sizes = (p.programs,), (len(p.values), p.chunks)
-        soft, hard = sides["SOFT"], sides["HARD"]
-        with torch.cuda.device_of(table):
-            if p.costs:
-                passes._total_cost_kernel[grid](table, partial, *sizes, DTYPE=kind["DTYPE"], **walk)
-            steps._start_kernel[(1,)](
-                table, budget, beta, memory, control, select, partial, len(p.values), p.length, p.programs,
-                **kind, **sides, SAMPLE=SAMPLE, BLOCK=self.block, num_warps=SAMPLE_WARPS,
-            )  # fmt: skip
-            for _ in range(ROUNDS):
-                passes._survey_kernel[grid](
-                    table, control, select, partial, *sizes, **kind, **sides, BINS=_BINS, **walk
-                )
-                steps._advance_kernel[(1,)](control, select, partial, p.programs, **sides, BINS=_BINS, **one)
-            finish = (table, control, partial, *sizes, p.programs)
-            if soft:
-                steps._finish_kernel[(1,)](*finish, **kind, AFTER_WRITE=False, CHUNK=CHUNK, **one)
-            if hard:
-                passes._ties_kernel[grid](table, control, select, ties, *sizes, **kind, **walk)
-                passes._tie_prefix_kernel[(1,)](select, ties, p.chunks, BLOCK=_TIE_BLOCK)
-            write = (table, control, select, ties, partial, *sizes)
-            passes._write_kernel[grid](*write, **kind, **sides, AGAIN=False, **walk)
-            if soft:
-                steps._finish_kernel[(1,)](*finish, **kind, AFTER_WRITE=True, CHUNK=CHUNK, **one)
-                passes._write_kernel[grid](*write, **kind, **sides, AGAIN=True, **walk)
-            steps._remember_kernel[(1,)](memory, threshold, control, select, HAS_STATE=state is not None, num_warps=1)
-        return threshold
+        launches.run(self.plan(table, budget, beta, state), table.words)
+        return self.threshold
+
+
+def _walk(problem: TensorList) -> dict[str, Any]:
+    vector = vector_length(problem.dtype)
+    return {"CHUNK": problem.chunk, "LANES": LANES, "VECTOR": vector, "num_warps": CHUNK_WARPS} | register_limit()
 
 
 def _check(
@@ -124,8 +161,8 @@ def soft_topk_global_forward(
     problem = TensorList(values, costs)
     if problem.length == 0:
         return masks, budget.new_zeros(2)
-    solve = _Solve(problem, absolute=False, soft=True, hard=False)
-    return masks, solve.run(problem.table(masks), budget, beta, None)
+    solve = GlobalSolve(problem, absolute=False, soft=True, hard=False)
+    return masks, solve.run(problem.table(masks), budget, beta)
 
 
 def solve_masks_(
@@ -144,7 +181,7 @@ def solve_masks_(
     _check(values, budget, costs, beta)
     problem = TensorList(values, costs)
     if problem.length:
-        solve = _Solve(problem, absolute, soft=True, hard=True)
+        solve = GlobalSolve(problem, absolute, soft=True, hard=True)
         solve.run(problem.table(soft, _bytes(hard)), budget, beta, state)
 
 
@@ -157,8 +194,8 @@ def hard_topk_global_forward(
     masks = _empty(values, torch.bool)
     problem = TensorList(values, costs)
     if problem.length:
-        solve = _Solve(problem, absolute, soft=False, hard=True)
-        solve.run(problem.table(_bytes(masks), _bytes(masks)), budget, torch.ones_like(budget), None)
+        solve = GlobalSolve(problem, absolute, soft=False, hard=True)
+        solve.run(problem.table(_bytes(masks), _bytes(masks)), budget, torch.ones_like(budget))
     return masks
 
 
@@ -179,46 +216,62 @@ def soft_topk_global_backward(
     scalars = torch.zeros(2, dtype=torch.float64, device=p.device)
     if p.length:
         table = p.table(upstream, grad_values, *([grad_costs] if cost_grad else []))
-        partial = torch.empty((p.programs, 4), dtype=torch.float64, device=p.device)
-        kind: Any = {"DTYPE": TYPES[values[0].dtype], "HAS_COSTS": bool(costs), "CHUNK": CHUNK}
-        kind["num_warps"] = CHUNK_WARPS
-        sizes, threshold = (len(values), p.chunks), threshold.contiguous()
-        with torch.cuda.device_of(table):
-            passes._gradient_sums_kernel[(p.programs,)](table, threshold, beta, partial, *sizes, **kind)
-            passes._gradient_totals_kernel[(1,)](partial, scalars, p.programs, BLOCK=power_of_two(p.programs))
-            passes._gradient_write_kernel[(p.programs,)](
-                table, threshold, beta, scalars, *sizes, COST_GRAD=cost_grad, **kind
-            )
+        launches.run(gradient_plan(p, table, threshold.contiguous(), beta, scalars, cost_grad), table.words)
     return grad_values, grad_costs, scalars[0], scalars[1]
 
 
+def gradient_plan(
+    p: TensorList, table: Table, threshold: torch.Tensor, beta: torch.Tensor, scalars: torch.Tensor, cost_grad: bool
+) -> list[Launch]:
+    """The launches of a backward pass: sums, the two numbers they give, gradients."""
+    partial = torch.empty((p.programs, 4), dtype=torch.float64, device=p.device)
+    kind = {"DTYPE": TYPES[p.dtype], "HAS_COSTS": bool(p.costs), "ALIGNED": table.aligned}
+    walk = _walk(p)
+    entries, sizes = p.length * p.dtype.itemsize, (table.tensors, table.chunks)
+    sums = (table.words, threshold, beta, partial, *sizes)
+    gradients = (table.words, threshold, beta, scalars, *sizes)
+    write = kind | {"COST_GRAD": cost_grad, "CHUNK": p.chunk, "num_warps": CHUNK_WARPS} | register_limit()
+    reads = p.bytes + entries
+    return [
+        Launch(passes._gradient_sums_kernel, p.programs, sums, kind | walk, reads),
+        Launch(
+            passes._gradient_totals_kernel,
+            1,
+            (partial, scalars, p.programs),
+            {"BLOCK": power_of_two(p.programs), "num_warps": _STEP_WARPS},
+        ),
+        Launch(passes._gradient_write_kernel, p.programs, gradients, write, reads, entries * (1 + cost_grad)),
+    ]
+
+
 def _compile_cases() -> list[CompileCase]:
-    pointers = {"table_ptr": "*i64", "select_ptr": "*i64", "ties_ptr": "*i64"}
-    sizes = {"n_tensors": "i32", "n_chunks": "i32", "n_programs": "i32", "length": "i32"}
+    words = ("table_ptr", "select_ptr", "tally_ptr")
+    pointers = dict.fromkeys(words, "*i64") | {"keys_ptr": "*i32", "prices_ptr": "*fp32"}
+    sizes = dict.fromkeys(("n_tensors", "n_chunks", "n_programs", "capacity", "length"), "i32")
     flags: dict[str, Any] = {
-        "SOFT": True, "HARD": True, "ABSOLUTE": True, "AGAIN": False, "AFTER_WRITE": True, "HAS_STATE": True,
-        "BINS": _BINS, "CHUNK": CHUNK, "SAMPLE": SAMPLE,
+        "SOFT": True, "HARD": True, "ABSOLUTE": True, "AGAIN": False, "HAS_STATE": True, "ALIGNED": True,
+        "BINS": _BINS, "LANES": LANES, "SAMPLE": SAMPLE,
     }  # fmt: skip
     kernels = {
-        passes._total_cost_kernel: CHUNK_WARPS,
-        passes._survey_kernel: CHUNK_WARPS,
-        passes._ties_kernel: CHUNK_WARPS,
-        passes._tie_prefix_kernel: 4,
-        passes._write_kernel: CHUNK_WARPS,
-        passes._gradient_sums_kernel: CHUNK_WARPS,
-        passes._gradient_totals_kernel: 4,
-        passes._gradient_write_kernel: CHUNK_WARPS,
-        steps._start_kernel: SAMPLE_WARPS,
-        steps._advance_kernel: _STEP_WARPS,
-        steps._finish_kernel: _STEP_WARPS,
-        steps._remember_kernel: 1,
+        passes._total_cost_kernel: (CHUNK_WARPS, True),
+        passes._survey_kernel: (CHUNK_WARPS, True),
+        passes._ties_kernel: (CHUNK_WARPS, True),
+        passes._write_kernel: (CHUNK_WARPS, True),
+        passes._gradient_sums_kernel: (CHUNK_WARPS, True),
+        passes._gradient_totals_kernel: (_STEP_WARPS, False),
+        passes._gradient_write_kernel: (CHUNK_WARPS, True),
+        steps._start_kernel: (SAMPLE_WARPS, False),
+        steps._advance_kernel: (_STEP_WARPS, False),
+        steps._finish_kernel: (FINISH_WARPS, True),
+        steps._remember_kernel: (1, False),
     }
     cases = []
-    for kernel, warps in kernels.items():
+    for kernel, (warps, vectors) in kernels.items():
         for dtype, costs in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
             if "HAS_COSTS" not in kernel.arg_names and (costs or dtype != torch.float32):
                 continue  # the same kernel again
             constants = flags | {"DTYPE": TYPES[dtype], "HAS_COSTS": costs, "COST_GRAD": costs, "BLOCK": 1024}
+            constants |= {"VECTOR": vector_length(dtype), "CHUNK": chunk_length(costs)}
             constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
             signature = {
                 name: sizes.get(name) or pointers.get(name, "*fp64")
@@ -226,7 +279,9 @@ def _compile_cases() -> list[CompileCase]:
                 if name not in constants
             }
             label = f"{'costs, ' if costs else ''}{name_of(dtype)}"
-            cases.append(CompileCase(kernel, signature, constants, warps, label))
+            limit = CHUNK_REGISTERS if vectors else None
+            case = CompileCase(kernel, signature, constants, warps, label, vector_loads=vectors, max_registers=limit)
+            cases.append(case)
     return cases
 
 

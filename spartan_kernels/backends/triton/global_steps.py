@@ -10,15 +10,20 @@ from spartan_kernels.backends.triton.global_passes import (
     BETA,
     BINS,
     BUDGET,
+    COLLECTED,
     EVERYTHING,
     HARD_DONE,
     HIGH,
+    HIGHEST,
     HISTOGRAM,
+    LAST,
     LO,
     LOW,
+    LOWEST,
     MOMENTS,
     POISON,
     QUOTA,
+    READS,
     RESIDUAL,
     REWRITE,
     ROOM,
@@ -26,11 +31,11 @@ from spartan_kernels.backends.triton.global_passes import (
     SHIFT,
     SIGN,
     SOFT_DONE,
-    SPENT,
     TARGET,
     TOTAL,
     T,
     chunk_moments,
+    moment_logit,
 )
 from spartan_kernels.backends.triton.primitives import (
     INFINITY,
@@ -42,12 +47,13 @@ from spartan_kernels.backends.triton.primitives import (
     smaller_side,
     value_of_key,
 )
-from spartan_kernels.backends.triton.soft_topk_rows import solve_rows
-from spartan_kernels.backends.triton.tables import FIRST_ENTRY, WIDTH, chunk_at, load_ratio, locate
+from spartan_kernels.backends.triton.soft_topk_rows import row_bounds, solve_rows
+from spartan_kernels.backends.triton.tables import chunk_at, gather_ratio, load_ratio
 
 # |M - q| / q that written masks may have, and the residual whose Halley step, once checked, is exact to rounding.
 TOLERANCE = tl.constexpr(4e-7)
-LAST_STEP = tl.constexpr(5e-4)
+LAST_STEP = tl.constexpr(2e-3)
+FARTHEST = tl.constexpr(8.5e37)  # a centre that float32 still holds
 MAX_TRIALS = tl.constexpr(200)
 FULL_SHIFT = tl.constexpr(21)  # 2048 bins of 2^21 keys are all keys
 SAMPLE_MARGIN = tl.constexpr(5.0)  # standard deviations of a rank in the sample, each side of the range
@@ -65,9 +71,7 @@ def _sampled(
     draw = (index.to(tl.uint32) * 2654435761) >> 8
     entry = tl.where(length > SAMPLE, index * part + draw.to(tl.int64) % part, index)
     live = entry < length
-    entry = tl.where(live, entry, 0)
-    row_ptr = table_ptr + locate(table_ptr, n_tensors, entry, FIRST_ENTRY) * WIDTH
-    u, a = load_ratio(row_ptr, entry - tl.load(row_ptr + FIRST_ENTRY), live, DTYPE, HAS_COSTS, ABSOLUTE)
+    u, a = gather_ratio(table_ptr, n_tensors, tl.where(live, entry, 0), live, DTYPE, HAS_COSTS, ABSOLUTE)
     return u, a, live
 
 
@@ -99,7 +103,7 @@ def _expected_hard(state_ptr):
 def _start_kernel(
     table_ptr, budget_ptr, beta_ptr, state_ptr, solve_ptr, select_ptr, partial_ptr, n_tensors, length, n_programs,
     DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr, SOFT: tl.constexpr, HARD: tl.constexpr,
-    SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_STATE: tl.constexpr, SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The problem's constants; t and the range of keys from the last two solves, or from a sample."""
     beta = load_beta(beta_ptr)
@@ -118,7 +122,10 @@ def _start_kernel(
     t = beta * 0.0
     bottom = tl.load(select_ptr + LO) * 0
     top = bottom + 0xFFFFFFFF
-    if tl.load(state_ptr + 4) >= 1:
+    warm = False
+    if HAS_STATE:
+        warm = tl.load(state_ptr + 4) >= 1
+    if warm:
         soft = tl.load(state_ptr)
         t = tl.where(tl.load(state_ptr + 4) >= 2, 2 * soft - tl.load(state_ptr + 1), soft)
         hard, width = _expected_hard(state_ptr), tl.load(state_ptr + 5)
@@ -131,8 +138,9 @@ def _start_kernel(
         if SOFT:
             one = tl.zeros((1,), tl.float64)
             active = (one + quota * beta) > 0.0
+            lowest, highest = row_bounds(u[None, :], live[None, :])
             found = solve_rows(
-                u[None, :], a[None, :], live[None, :], one + count, active, beta,
+                u[None, :], a[None, :], live[None, :], lowest, highest, one + count, active, beta,
                 one + sign, one + quota * (cost / total), one + target, one + cost, 1,
             )  # fmt: skip
             t = tl.sum(found, 0)
@@ -156,119 +164,156 @@ def _start_kernel(
     tl.store(solve_ptr + POISON, 0.0)
     tl.store(solve_ptr + SCALE, scale)
     tl.store(solve_ptr + REWRITE, 0.0)
+    tl.store(solve_ptr + LOWEST, -FARTHEST)
+    tl.store(solve_ptr + HIGHEST, FARTHEST)
+    tl.store(solve_ptr + READS, 0.0)
     tl.store(select_ptr + LO, bottom)
+    tl.store(select_ptr + LAST, top)
     tl.store(select_ptr + SHIFT, shift)
     tl.store(select_ptr + HARD_DONE, (budget >= total).to(tl.int64))
     tl.store(select_ptr + EVERYTHING, (budget >= total).to(tl.int64))
     tl.store(select_ptr + BUDGET, tl.floor(budget * scale).to(tl.int64))
     tl.store(select_ptr + ROOM, 0)
+    tl.store(select_ptr + COLLECTED, 0)
 
 
 @triton.jit
-def _soft_step(solve_ptr, mass, slope, curvature, last_step):
-    """Take the moments at t; the next t and whether it is final are stored and returned."""
-    t, quota = tl.load(solve_ptr + T), tl.load(solve_ptr + QUOTA)
+def _soft_advance(solve_ptr, partial_ptr, n_programs, BLOCK: tl.constexpr):
+    """One Halley step from the moments of a survey. All is loaded before anything is stored: one thread stores."""
+    at = tl.arange(0, BLOCK)
+    own, mask = partial_ptr + MOMENTS * at, at < n_programs
+    mass = tl.sum(tl.load(own, mask, other=0.0), 0)
+    slope = tl.sum(tl.load(own + 1, mask, other=0.0), 0)
+    curvature = tl.sum(tl.load(own + 2, mask, other=0.0), 0)
+    lowest = tl.min(tl.load(own + 3, mask, other=INFINITY), 0)
+    highest = tl.max(tl.load(own + 4, mask, other=-INFINITY), 0)
+    poisoned = (mass != mass) | (lowest == -INFINITY) | (highest == INFINITY)
+    beta, sign, quota = tl.load(solve_ptr + BETA), tl.load(solve_ptr + SIGN), tl.load(solve_ptr + QUOTA)
+    total, target = tl.load(solve_ptr + TOTAL), tl.load(solve_ptr + TARGET)
+    t, reads = tl.load(solve_ptr + T), tl.load(solve_ptr + READS)
+    edge = sign * target / beta
+    low = tl.maximum(tl.load(solve_ptr + LOW), lowest - edge)
+    high = tl.minimum(tl.load(solve_ptr + HIGH), highest - edge)
     ahead, low, high, residual, stuck = halley_step(
-        t, tl.load(solve_ptr + LOW), tl.load(solve_ptr + HIGH), tl.load(solve_ptr + RESIDUAL),
-        mass, slope, curvature, tl.load(solve_ptr + BETA), tl.load(solve_ptr + SIGN), quota,
-        tl.load(solve_ptr + TOTAL), tl.load(solve_ptr + TARGET),
-    )  # fmt: skip
+        t, low, high, tl.load(solve_ptr + RESIDUAL), mass, slope, curvature, beta, sign, quota, total, target
+    )
     met = tl.abs(mass - quota) <= TOLERANCE / 4 * quota
-    done = met | stuck | (residual < last_step)
-    # a step from where the sum is met still sharpens t, and is checked when written; the last resort keeps what it met
-    tl.store(solve_ptr + T, tl.where(met & ((residual == INFINITY) | (last_step == 0.0)), t, ahead))
+    # a step from where the sum is met still sharpens t, and is checked when written
+    t = tl.where(met & (residual == INFINITY), t, ahead)
+    done = met | stuck | (residual < LAST_STEP) | poisoned
+    tl.debug_barrier()
+    tl.store(solve_ptr + T, tl.where(poisoned, 0.0, t))
     tl.store(solve_ptr + LOW, low)
     tl.store(solve_ptr + HIGH, high)
     tl.store(solve_ptr + RESIDUAL, residual)
     tl.store(solve_ptr + SOFT_DONE, done.to(tl.float64))
-    return done
+    tl.store(solve_ptr + POISON, tl.where(poisoned, float("nan"), 0.0))
+    tl.store(solve_ptr + LOWEST, tl.maximum(lowest, -FARTHEST))
+    tl.store(solve_ptr + HIGHEST, tl.minimum(highest, FARTHEST))
+    tl.store(solve_ptr + READS, reads + 1)
+
+
+@triton.jit
+def _hard_advance(select_ptr, tally_ptr, n_programs, capacity, BINS: tl.constexpr, BLOCK: tl.constexpr):
+    """The bin in which the budget runs out becomes the range; a range that misses it gives way to all keys."""
+    bins = tl.arange(0, BINS)
+    cost = tl.load(select_ptr + HISTOGRAM + bins)
+    lo, shift = tl.load(select_ptr + LO), tl.load(select_ptr + SHIFT)
+    budget, above = tl.load(select_ptr + BUDGET), tl.load(select_ptr + ABOVE)
+    at = tl.arange(0, BLOCK)
+    most = tl.max(tl.load(tally_ptr + at, at < n_programs, other=0), 0)
+    from_here = above + tl.sum(cost, 0) - tl.cumsum(cost, 0) + cost
+    over = tl.sum((from_here > budget).to(tl.int32), 0)
+    chosen = bins == over - 1
+    spent = tl.sum(tl.where(chosen, from_here - cost, 0), 0)
+    full = (lo == 0) & (shift == FULL_SHIFT)
+    missed = (over == 0) | (above > budget)
+    finished = (missed == 0) & (shift == 0)
+    everything = full & (over == 0)
+    next_lo = tl.where(missed, 0, lo + ((over - 1).to(tl.int64) << shift))
+    next_last = tl.where(missed, 0xFFFFFFFF, lo + (over.to(tl.int64) << shift) - 1)
+    next_shift = tl.where(missed, FULL_SHIFT, tl.maximum(shift - 11, 0))
+    # what lies above the next range, whose own entries alone may be counted from now on
+    next_above = tl.where(missed, 0, spent)
+    collected = (missed == 0) & (most <= capacity)
+    tl.debug_barrier()
+    tl.store(select_ptr + HISTOGRAM + bins, tl.zeros((BINS,), tl.int64))
+    tl.store(select_ptr + ABOVE, tl.where(collected, next_above, 0))
+    tl.store(select_ptr + LO, next_lo)
+    tl.store(select_ptr + LAST, next_last)
+    tl.store(select_ptr + SHIFT, next_shift)
+    tl.store(select_ptr + ROOM, tl.where(finished, budget - spent, 0))
+    tl.store(select_ptr + COLLECTED, collected.to(tl.int64))
+    tl.store(select_ptr + EVERYTHING, everything.to(tl.int64))
+    tl.store(select_ptr + HARD_DONE, (finished | everything).to(tl.int64))
 
 
 @triton.jit
 def _advance_kernel(
-    solve_ptr, select_ptr, partial_ptr, n_programs,
+    solve_ptr, select_ptr, partial_ptr, tally_ptr, n_programs, capacity,
     SOFT: tl.constexpr, HARD: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """After a survey: one Halley step, and the bin in which the budget runs out as the next range of keys."""
-    if SOFT:
-        if tl.load(solve_ptr + SOFT_DONE) == 0.0:
-            at = tl.arange(0, BLOCK)
-            own, mask = partial_ptr + MOMENTS * at, at < n_programs
-            sign, beta = tl.load(solve_ptr + SIGN), tl.load(solve_ptr + BETA)
-            edge = sign * tl.load(solve_ptr + TARGET) / beta
-            lowest = tl.min(tl.load(own + 3, mask, other=INFINITY), 0)
-            highest = tl.max(tl.load(own + 4, mask, other=-INFINITY), 0)
-            poison = tl.sum(tl.load(own + 5, mask, other=0.0), 0)
-            tl.store(solve_ptr + LOW, tl.maximum(tl.load(solve_ptr + LOW), lowest - edge))
-            tl.store(solve_ptr + HIGH, tl.minimum(tl.load(solve_ptr + HIGH), highest - edge))
-            tl.debug_barrier()
-            mass = tl.sum(tl.load(own, mask, other=0.0), 0)
-            slope = tl.sum(tl.load(own + 1, mask, other=0.0), 0)
-            curvature = tl.sum(tl.load(own + 2, mask, other=0.0), 0)
-            _soft_step(solve_ptr, mass, slope, curvature, LAST_STEP)
-            if poison != poison:
-                tl.store(solve_ptr + T, 0.0)
-                tl.store(solve_ptr + POISON, poison)
-                tl.store(solve_ptr + SOFT_DONE, 1.0)
-    if HARD:
-        if tl.load(select_ptr + HARD_DONE) == 0:
-            bins = tl.arange(0, BINS)
-            cost = tl.load(select_ptr + HISTOGRAM + bins)
-            lo, shift = tl.load(select_ptr + LO), tl.load(select_ptr + SHIFT)
-            budget, above = tl.load(select_ptr + BUDGET), tl.load(select_ptr + ABOVE)
-            from_here = above + tl.sum(cost, 0) - tl.cumsum(cost, 0) + cost
-            over = tl.sum((from_here > budget).to(tl.int32), 0)
-            chosen = bins == over - 1
-            spent = tl.sum(tl.where(chosen, from_here - cost, 0), 0)
-            full = (lo == 0) & (shift == FULL_SHIFT)
-            missed = (over == 0) | (above > budget)
-            finished = (missed == 0) & (shift == 0)
-            next_lo = tl.where(missed, 0, lo + ((over - 1).to(tl.int64) << shift))
-            next_shift = tl.where(missed, FULL_SHIFT, tl.maximum(shift - 11, 0))
-            tl.debug_barrier()
-            tl.store(select_ptr + HISTOGRAM + bins, tl.zeros((BINS,), tl.int64))
-            tl.store(select_ptr + ABOVE, 0)
-            tl.store(select_ptr + LO, next_lo)
-            tl.store(select_ptr + SHIFT, next_shift)
-            tl.store(select_ptr + SPENT, spent)
-            tl.store(select_ptr + ROOM, tl.where(finished, budget - spent, 0))
-            # all of the keys and still not more than the budget
-            tl.store(select_ptr + EVERYTHING, (full & (over == 0)).to(tl.int64))
-            tl.store(select_ptr + HARD_DONE, (finished | (full & (over == 0))).to(tl.int64))
+    """After a survey; one program."""
+    soft_open = SOFT and tl.load(solve_ptr + SOFT_DONE) == 0.0
+    hard_open = HARD and tl.load(select_ptr + HARD_DONE) == 0
+    if soft_open:
+        _soft_advance(solve_ptr, partial_ptr, n_programs, BLOCK)
+    elif hard_open:
+        if tl.load(select_ptr + COLLECTED) == 0:
+            tl.store(solve_ptr + READS, tl.load(solve_ptr + READS) + 1)
+    tl.debug_barrier()
+    if hard_open:
+        _hard_advance(select_ptr, tally_ptr, n_programs, capacity, BINS, BLOCK)
 
 
 @triton.jit
 def _finish_kernel(
     table_ptr, solve_ptr, partial_ptr, n_tensors, n_chunks, n_programs,
-    DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr, AFTER_WRITE: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr, ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The last resort for what the fixed number of surveys left open: one program alone, as many trials as it takes."""
-    quota = tl.load(solve_ptr + QUOTA)
-    if AFTER_WRITE:
-        at = tl.arange(0, BLOCK)
-        written = tl.sum(tl.load(partial_ptr + MOMENTS * at, at < n_programs, other=0.0), 0)
-        missed = tl.abs(written - quota) > TOLERANCE * quota
-        pending = missed & (quota * tl.load(solve_ptr + BETA) > 0.0) & (tl.load(solve_ptr + POISON) == 0.0)
-        tl.store(solve_ptr + REWRITE, pending.to(tl.float64))
-        tl.store(solve_ptr + RESIDUAL, INFINITY)
-    else:
-        pending = tl.load(solve_ptr + SOFT_DONE) == 0.0
+    """The last resort where the masks as written miss the budget: one program alone, as many trials as it takes.
+
+    In float32 the sum is a staircase that can step over the quota: then the nearest trial is the answer.
+    """
+    at = tl.arange(0, BLOCK)
+    written = tl.sum(tl.load(partial_ptr + MOMENTS * at, at < n_programs, other=0.0), 0)
+    beta, sign, quota = tl.load(solve_ptr + BETA), tl.load(solve_ptr + SIGN), tl.load(solve_ptr + QUOTA)
+    total, target = tl.load(solve_ptr + TOTAL), tl.load(solve_ptr + TARGET)
+    lowest, highest = tl.load(solve_ptr + LOWEST), tl.load(solve_ptr + HIGHEST)
+    t, low, high = tl.load(solve_ptr + T), tl.load(solve_ptr + LOW), tl.load(solve_ptr + HIGH)
+    reads, poison = tl.load(solve_ptr + READS), tl.load(solve_ptr + POISON)
+    missed = tl.abs(written - quota) > TOLERANCE * quota
+    pending = missed & (quota * beta > 0.0) & (poison == 0.0)
+    tl.debug_barrier()
+    tl.store(solve_ptr + REWRITE, pending.to(tl.float64))
+    residual = quota * 0.0 + INFINITY
+    best, best_miss = t, residual
     trial = 0
     while (trial < MAX_TRIALS) & pending:
-        tl.debug_barrier()
-        t, beta, sign = tl.load(solve_ptr + T), tl.load(solve_ptr + BETA), tl.load(solve_ptr + SIGN)
-        mass, slope, curvature = t * 0.0, t * 0.0, t * 0.0
-        for chunk in range(tl.program_id(0).to(tl.int64), n_chunks):
-            row_ptr, offsets, live = chunk_at(table_ptr, n_tensors, chunk, CHUNK)
-            u, a = load_ratio(row_ptr, offsets, live, DTYPE, HAS_COSTS, ABSOLUTE)
-            m0, m1, m2 = chunk_moments(u, a, live, t, beta, sign)
+        centre, logit_slope, shift = moment_logit(t, beta, sign, lowest, highest)
+        mass = tl.zeros((LANES,), tl.float64)
+        slope, curvature = mass, mass
+        row = tl.program_id(0).to(tl.int64)
+        for chunk in range(row, n_chunks):
+            row, row_ptr, start, live, whole = chunk_at(table_ptr, n_tensors, row, chunk, CHUNK)
+            u, a = load_ratio(row_ptr, start, live, whole, DTYPE, HAS_COSTS, ABSOLUTE, ALIGNED, CHUNK)
+            m0, m1, m2 = chunk_moments(u, a, live, centre, logit_slope, shift, LANES, VECTOR)
             mass += m0
             slope += m1
             curvature += m2
-        tl.debug_barrier()
-        pending = _soft_step(solve_ptr, mass, slope, curvature, 0.0) == 0
+        sum_mass = tl.sum(mass, 0)
+        miss = tl.abs(sum_mass - quota)
+        best = tl.where(miss < best_miss, t, best)
+        best_miss = tl.minimum(miss, best_miss)
+        t, low, high, residual, stuck = halley_step(
+            t, low, high, residual, sum_mass, tl.sum(slope, 0), tl.sum(curvature, 0), beta, sign, quota, total, target
+        )
+        pending = (miss > TOLERANCE / 4 * quota) & (stuck == 0)
         trial += 1
+    if trial > 0:
+        tl.store(solve_ptr + T, best)
+        tl.store(solve_ptr + READS, reads + 1 + trial)
 
 
 @triton.jit
@@ -294,7 +339,7 @@ def _remember_kernel(
         tl.store(state_ptr + 3, hard)
         tl.store(state_ptr + 4, solves + 1)
         tl.store(state_ptr + 5, tl.maximum(wanted, 1e-5 * tl.abs(found)))
-    centre, shift = logit_at(t, beta)
+    centre, shift = logit_at(t, beta, tl.load(solve_ptr + LOWEST), tl.load(solve_ptr + HIGHEST))
     tl.store(threshold_ptr, tl.where(constant, 0.0, centre.to(tl.float64)))
     shift = tl.where(constant, tl.load(solve_ptr + SIGN) * tl.load(solve_ptr + TARGET), shift)
     tl.store(threshold_ptr + 1, shift + tl.load(solve_ptr + POISON))

@@ -42,6 +42,14 @@ def value_of_key(key):
 
 
 @triton.jit
+def limits_of_keys(first, last):
+    """The float32 numbers of the first and the last key of a range, infinite where the keys are no numbers."""
+    low = tl.where(first < 0x00800000, -INFINITY, value_of_key(first))
+    high = tl.where(last > 0xFF7FFFFF, INFINITY, value_of_key(last))
+    return low, high
+
+
+@triton.jit
 def load_beta(beta_ptr):
     """Sharpness in float64; 0 where its reciprocal would overflow."""
     beta = tl.load(beta_ptr).to(tl.float64)
@@ -72,10 +80,12 @@ def first_threshold(mean, variance, beta, sign, target, low, high):
 
 
 @triton.jit
-def logit_at(t, beta):
-    """(centre, shift) with beta (u - centre) + shift = beta (u - t): float32 loses nothing near the threshold."""
-    limit = 8.5e37
-    centre = tl.minimum(tl.maximum(t, -limit), limit).to(tl.float32)
+def logit_at(t, beta, lowest, highest):
+    """(centre, shift) with beta (u - centre) + shift = beta (u - t): float32 loses nothing near the threshold.
+
+    Outside of the entries, lowest to highest, a centre would cost all the differences their last bits.
+    """
+    centre = tl.minimum(tl.maximum(t, lowest), highest).to(tl.float32)
     return centre, beta * (centre.to(tl.float64) - t)
 
 
@@ -106,3 +116,26 @@ def halley_step(t, low, high, previous, mass, slope, curvature, beta, sign, quot
         tl.where(good, residual, INFINITY),
         (good == 0) & stuck,
     )
+
+
+@triton.jit
+def _of_threads(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    return tl.reshape(x, [x.shape[0] // (LANES * VECTOR), LANES, VECTOR])
+
+
+@triton.jit
+def lane_sum(x, LANES: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr):
+    """Sums of x [n] by thread, [LANES] in the dtype WIDE: entries that one thread loads, so nothing crosses threads."""
+    return tl.sum(tl.sum(_of_threads(x, LANES, VECTOR), 2).to(WIDE), 0)
+
+
+@triton.jit
+def lane_min(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """Minima of x [n] by thread, [LANES]."""
+    return tl.min(tl.min(_of_threads(x, LANES, VECTOR), 2), 0)
+
+
+@triton.jit
+def lane_max(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """Maxima of x [n] by thread, [LANES]."""
+    return tl.max(tl.max(_of_threads(x, LANES, VECTOR), 2), 0)

@@ -59,9 +59,9 @@ def row_totals(a, live, n, HAS_COSTS: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _moments(u, a, live, t, beta, sign):
+def _moments(u, a, live, t, lowest, highest, beta, sign):
     """Sums of a m, a s and a s (1 - 2 m) of each row, m on the smaller side of its budget."""
-    centre, shift = logit_at(t, beta)
+    centre, shift = logit_at(t, beta, lowest, highest)
     x = beta.to(tl.float32) * (u - centre[:, None]) + shift.to(tl.float32)[:, None]
     m, rest = logistic(x * sign.to(tl.float32)[:, None])
     mass = tl.where(live, a * m, 0.0)
@@ -74,10 +74,22 @@ def _moments(u, a, live, t, beta, sign):
 
 
 @triton.jit
-def solve_rows(u, a, live, count, active, beta, sign, quota, target, total, BLOCK_M: tl.constexpr):
-    """Threshold of each active row, from a start by its mean and spread; 0 for the others."""
-    lowest = tl.min(tl.where(live, u, INFINITY), 1).to(tl.float64)
-    highest = tl.max(tl.where(live, u, -INFINITY), 1).to(tl.float64)
+def row_bounds(u, live):
+    """Smallest and largest entry of each row, float64."""
+    return (
+        tl.min(tl.where(live, u, INFINITY), 1).to(tl.float64),
+        tl.max(tl.where(live, u, -INFINITY), 1).to(tl.float64),
+    )
+
+
+@triton.jit
+def solve_rows(
+    u, a, live, lowest, highest, count, active, beta, sign, quota, target, total, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    """Threshold of each active row, from a start by its mean and spread; 0 for the others.
+
+    In float32 the sum is a staircase that can step over the quota: then the nearest trial is the answer.
+    """
     # relative to the smallest entry the spread does not cancel
     span = tl.where(live, u - lowest.to(tl.float32)[:, None], 0.0)
     mean = tl.sum(span, 1).to(tl.float64) / count
@@ -87,20 +99,21 @@ def solve_rows(u, a, live, count, active, beta, sign, quota, target, total, BLOC
     t = first_threshold(lowest + mean, variance, beta, sign, target, low, high)
     t = tl.where(active, t, 0.0)
     previous = tl.full((BLOCK_M,), float("inf"), tl.float64)
+    best, best_miss = t, previous
     trial = 0
     pending = tl.max(active.to(tl.int32), 0)
     while (trial < MAX_TRIALS) & (pending > 0):
-        mass, slope, curvature = _moments(u, a, live, t, beta, sign)
-        ahead, low, high, residual, stuck = halley_step(
+        mass, slope, curvature = _moments(u, a, live, t, lowest, highest, beta, sign)
+        miss = tl.abs(mass - quota)
+        nearer = active & (miss < best_miss)
+        best, best_miss = tl.where(nearer, t, best), tl.where(nearer, miss, best_miss)
+        t, low, high, previous, stuck = halley_step(
             t, low, high, previous, mass, slope, curvature, beta, sign, quota, total, target
         )
-        met = tl.abs(mass - quota) <= TOLERANCE * quota
-        t = tl.where(active & (met == 0), ahead, t)
-        active = active & (met == 0) & (stuck == 0)
-        previous = residual
+        active = active & (miss > TOLERANCE * quota) & (stuck == 0)
         trial += 1
         pending = tl.max(active.to(tl.int32), 0)
-    return t
+    return best
 
 
 @triton.jit
@@ -119,9 +132,10 @@ def _soft_topk_forward_kernel(
     constant = quota * beta <= 0.0
     poison = tl.sum(u * 0.0, 1).to(tl.float64)  # NaN where an entry is not finite
     active = (row < n_rows) & (constant == 0) & (poison == 0.0)
-    t = solve_rows(u, a, live, n, active, beta, sign, quota, target, total, BLOCK_M)
+    lowest, highest = row_bounds(u, live)
+    t = solve_rows(u, a, live, lowest, highest, n, active, beta, sign, quota, target, total, BLOCK_M)
 
-    centre, shift = logit_at(t, beta)
+    centre, shift = logit_at(t, beta, lowest, highest)
     centre = tl.where(constant, 0.0, centre)
     shift = tl.where(constant, sign * target, shift) + poison
     slope = tl.where(constant, 0.0, beta.to(tl.float32))

@@ -1,14 +1,19 @@
-"""Lists of tensors as a device table that a persistent grid walks in chunks: no concatenation, no copy."""
+"""Lists of tensors as a device table that a persistent grid walks in chunks: no concatenation, no copy.
+
+Each program owns one run of neighbouring chunks. What it finds lies in the order of the entries, and a pass that walks
+its runs backwards finds in the cache what the pass before it read last.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from spartan_kernels.backends.triton.configs import CHUNK, program_count
+from spartan_kernels.backends.triton.configs import chunk_length, program_count
 
 # Columns of the table, 64-bit words: pointers, number of entries, and where the tensor begins in chunks and in entries.
 WIDTH = tl.constexpr(9)
@@ -35,24 +40,95 @@ def locate(table_ptr, n_tensors, wanted, COLUMN: tl.constexpr):
 
 
 @triton.jit
-def chunk_at(table_ptr, n_tensors, chunk, CHUNK: tl.constexpr):
-    """Row of the table (a pointer), offsets into its tensor and which of them exist."""
-    row_ptr = table_ptr + locate(table_ptr, n_tensors, chunk, FIRST_CHUNK) * WIDTH
-    offsets = (chunk - tl.load(row_ptr + FIRST_CHUNK)) * CHUNK + tl.arange(0, CHUNK)
-    return row_ptr, offsets, offsets < tl.load(row_ptr + LENGTH)
+def own_chunks(n_chunks):
+    """First and past-the-end chunk of this program."""
+    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    return program * n_chunks // programs, (program + 1) * n_chunks // programs
 
 
 @triton.jit
-def output_at(row_ptr, INDEX: tl.constexpr, DTYPE: tl.constexpr):
-    """Pointer to the tensor's output number INDEX."""
-    return tl.load(row_ptr + (OUTPUT + INDEX)).to(tl.pointer_type(DTYPE))
+def chunk_at(table_ptr, n_tensors, row, chunk, CHUNK: tl.constexpr):
+    """Its row of the table (as a number and a pointer), first entry, which entries exist, and if all do.
+
+    `row` is the row of a chunk close by: mostly the same one. Entries of a chunk are counted in 32 bits.
+    """
+    while tl.load(table_ptr + row * WIDTH + FIRST_CHUNK) > chunk:
+        row -= 1
+    while tl.load(table_ptr + (row + 1) * WIDTH + FIRST_CHUNK) <= chunk:  # the table's last row begins after all chunks
+        row += 1
+    row_ptr = table_ptr + row * WIDTH
+    start = (chunk - tl.load(row_ptr + FIRST_CHUNK)) * CHUNK
+    count = tl.minimum(tl.load(row_ptr + LENGTH) - start, CHUNK).to(tl.int32)
+    return row, row_ptr, start, tl.arange(0, CHUNK) < count, count == CHUNK
+
+
+@triton.jit
+def pointer_at(word_ptr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The pointer in a word of the table; ALIGNED: to 16 bytes, which vector loads and stores need."""
+    pointer = tl.load(word_ptr).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def load_chunk(pointer, start, live, whole, absent: tl.constexpr, CHUNK: tl.constexpr):
+    """Entries of a chunk. A mask that ends anywhere forbids vector loads: only a tensor's last chunk has one."""
+    at = pointer + start + tl.arange(0, CHUNK)
+    if whole:
+        found = tl.load(at)
+    else:
+        found = tl.load(at, live, other=absent)
+    return found
+
+
+@triton.jit
+def store_chunk(pointer, start, live, whole, entries, CHUNK: tl.constexpr):
+    """The counterpart of `load_chunk`."""
+    at = pointer + start + tl.arange(0, CHUNK)
+    if whole:
+        tl.store(at, entries)
+    else:
+        tl.store(at, entries, live)
+
+
+@triton.jit
+def load_costs(
+    row_ptr, start, live, whole, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """a in float32; a cost that is one number for the tensor is read as one number."""
+    pointer = pointer_at(row_ptr + COSTS, DTYPE, ALIGNED)
+    if tl.load(row_ptr + COST_STRIDE) == 0:
+        a = tl.zeros((CHUNK,), tl.float32) + tl.load(pointer).to(tl.float32)
+    else:
+        a = load_chunk(pointer, start, live, whole, 1.0, CHUNK).to(tl.float32)
+    return a
 
 
 @triton.jit
 def load_ratio(
-    row_ptr, offsets, live, DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr
+    row_ptr, start, live, whole,
+    DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """u = v / a and a in float32; 0 and 1 where there is no entry. `row_ptr` is one row or one for each entry."""
+    """u = v / a and a of a chunk in float32; u is 0 where there is no entry."""
+    u = load_chunk(pointer_at(row_ptr + VALUES, DTYPE, ALIGNED), start, live, whole, 0.0, CHUNK).to(tl.float32)
+    if ABSOLUTE:
+        u = tl.abs(u)
+    if HAS_COSTS:
+        a = load_costs(row_ptr, start, live, whole, DTYPE, ALIGNED, CHUNK)
+        u = u / a
+    else:
+        a = tl.full((CHUNK,), 1.0, tl.float32)
+    return u, a
+
+
+@triton.jit
+def gather_ratio(
+    table_ptr, n_tensors, entries, live, DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr
+):  # fmt: skip
+    """u = v / a and a in float32 of entries anywhere in the list; 0 and 1 where there is none."""
+    row_ptr = table_ptr + locate(table_ptr, n_tensors, entries, FIRST_ENTRY) * WIDTH
+    offsets = entries - tl.load(row_ptr + FIRST_ENTRY)
     u = tl.load(tl.load(row_ptr + VALUES).to(tl.pointer_type(DTYPE)) + offsets, live, other=0.0).to(tl.float32)
     if ABSOLUTE:
         u = tl.abs(u)
@@ -68,17 +144,37 @@ def load_ratio(
 _tables: OrderedDict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
 _captured: list[tuple[torch.Tensor, torch.Tensor]] = []
 _KEPT_TABLES = 256
+_STAGED_WORDS = 1 << 17
+
+
+class _Staging:
+    """Pinned memory for the tables of graphs, made before any capture: pinning more while capturing is not allowed."""
+
+    free: torch.Tensor | None = None
+
+    @classmethod
+    def refill(cls) -> None:
+        if cls.free is None or cls.free.numel() < _STAGED_WORDS // 2:
+            cls.free = torch.empty(_STAGED_WORDS, dtype=torch.int64).pin_memory()
+
+    @classmethod
+    def take(cls, words: torch.Tensor) -> torch.Tensor:
+        if cls.free is None or cls.free.numel() < words.numel():
+            raise RuntimeError("call the operator on these tensors once before it is captured in a CUDA graph")
+        taken, cls.free = cls.free[: words.numel()].view_as(words), cls.free[words.numel() :]
+        return taken.copy_(words)
 
 
 def _on_device(rows: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
     """The table, copied from pinned memory without waiting; the same list on the same stream is copied once."""
+    words = torch.tensor(rows, dtype=torch.int64)
     if device.type != "cuda":
-        return torch.tensor(rows, dtype=torch.int64)
+        return words
     key = (device, torch.cuda.current_stream(device).cuda_stream, rows)
     capturing = torch.cuda.is_current_stream_capturing()
     pair = _tables.get(key)
     if pair is None:
-        source = torch.tensor(rows, dtype=torch.int64).pin_memory()
+        source = _Staging.take(words) if capturing else words.pin_memory()
         pair = source, source.to(device, non_blocking=True)
         if not capturing:  # a table made during capture is filled only when the graph runs
             _tables[key] = pair
@@ -86,7 +182,19 @@ def _on_device(rows: tuple[tuple[int, ...], ...], device: torch.device) -> torch
                 _tables.popitem(last=False)
     if capturing:  # the graph reads it at every replay
         _captured.append(pair)
+    else:
+        _Staging.refill()
     return pair[1]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A list on the device: its words, its tensors that are not empty, its chunks, and if all begin at 16 bytes."""
+
+    words: torch.Tensor
+    tensors: int
+    chunks: int
+    aligned: bool
 
 
 class TensorList:
@@ -96,18 +204,27 @@ class TensorList:
         self.values = [v.detach().contiguous() for v in values]
         self.costs = [c.detach().contiguous() for c in costs]
         self.device = values[0].device
+        self.dtype = values[0].dtype
         self.length = sum(v.numel() for v in values)
-        self.chunks = sum(triton.cdiv(v.numel(), CHUNK) for v in values)
+        self.chunk = chunk_length(bool(costs))
+        self.chunks = sum(triton.cdiv(v.numel(), self.chunk) for v in values)
         self.programs = program_count(self.device, self.chunks)
+        # one pass over the list reads so much
+        self.bytes = sum(v.nbytes for v in self.values) + sum(c.nbytes for c in self.costs if c.dim())
 
-    def table(self, *outputs: list[torch.Tensor]) -> torch.Tensor:
+    def table(self, *outputs: list[torch.Tensor]) -> Table:
         """The device table, with up to three tensors for each of the list's: inputs beside values, or outputs."""
         rows, chunk, entry = [], 0, 0
         for index, v in enumerate(self.values):
+            if v.numel() == 0:
+                continue
             cost = self.costs[index] if self.costs else None
             pointers = [output[index].data_ptr() for output in outputs] + [0] * (3 - len(outputs))
             where = (0, 0) if cost is None else (cost.data_ptr(), int(cost.dim() > 0))
             rows.append((v.data_ptr(), *where, chunk, v.numel(), entry, *pointers))
-            chunk += triton.cdiv(v.numel(), CHUNK)
+            chunk += triton.cdiv(v.numel(), self.chunk)
             entry += v.numel()
-        return _on_device(tuple(rows), self.device)
+        addresses = [row[0] for row in rows] + [row[1] for row in rows if row[2]] + [p for row in rows for p in row[6:]]
+        rows.append((0, 0, 0, chunk, 0, entry, 0, 0, 0))
+        words = _on_device(tuple(rows), self.device)
+        return Table(words, len(rows) - 1, self.chunks, all(address % 16 == 0 for address in addresses))

@@ -1,0 +1,97 @@
+"""What the Triton backend launches: bytes for each value against the limits of the method, and reads that happen.
+
+The plan is the list that the launcher runs. That a launch marked "cold" or "rare" does nothing otherwise is counted by
+the kernels themselves, here in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from spartan_kernels import ops
+from spartan_kernels.backends.triton import global_passes, global_solve, launches, tables
+from spartan_kernels.backends.triton.global_solve import GlobalSolve
+from spartan_kernels.backends.triton.tables import TensorList
+from spartan_kernels.testing import make_values, oracle_hard_topk
+
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+SCALAR = torch.ones((), dtype=torch.float64)
+
+
+def plan_of(values: list[torch.Tensor], costs: list[torch.Tensor], soft: bool, hard: bool) -> list[launches.Launch]:
+    problem = TensorList(values, costs)
+    table = problem.table(values, values)
+    return GlobalSolve(problem, True, soft, hard).plan(table, SCALAR, SCALAR, ops.new_solver_state())
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)], ids=["float32", "bfloat16"])
+def test_bytes_for_each_value(dtype: torch.dtype, size: int) -> None:
+    """Warm: one survey and the write, 12 bytes in float32; cold: a survey more, 16; a hard mask adds its one byte."""
+    values = [torch.empty(s, dtype=dtype) for s in [(300, 7), (0, 3), (5000,)]]
+    n = sum(v.numel() for v in values)
+    for soft, hard in [(True, False), (True, True)]:
+        plan = plan_of(values, [], soft, hard)
+        assert launches.bytes_moved(plan, "always") == (3 * size + hard) * n
+        assert launches.bytes_moved(plan, "always", "cold") == (4 * size + hard) * n
+    plan = plan_of(values, [], False, True)
+    assert launches.bytes_moved(plan, "always", "cold") == (3 * size + 1) * n
+
+
+def test_a_cost_for_each_tensor_is_not_read_as_an_array() -> None:
+    values = [torch.empty(4000), torch.empty(500, 2)]
+    numbers = [torch.ones(()), torch.ones(())]
+    assert launches.bytes_moved(plan_of(values, numbers, True, True), "always") == 13 * 5000
+    arrays = [torch.ones(()), torch.ones(500, 2)]
+    # the sum of the costs, then one more array in the survey and in the write
+    assert launches.bytes_moved(plan_of(values, arrays, True, True), "always") == 13 * 5000 + 3 * 4 * 1000
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)], ids=["float32", "bfloat16"])
+def test_bytes_of_gradients(dtype: torch.dtype, size: int) -> None:
+    """20 in float32: values and gradient twice, the result once."""
+    values = [torch.empty(300, 7, dtype=dtype)]
+    problem = TensorList(values, [])
+    table = problem.table(values, values)
+    plan = global_solve.gradient_plan(problem, table, torch.ones(2).double(), SCALAR, torch.ones(2).double(), False)
+    assert launches.bytes_moved(plan, "always", "cold", "rare") == 5 * size * 2100
+
+
+@pytest.mark.parametrize("programs", [264, 608])
+@pytest.mark.parametrize("costs", [False, True])
+def test_memory_besides_the_masks(programs: int, costs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below 4 MiB for any number of values, on a large GPU too."""
+    monkeypatch.setattr(tables, "program_count", lambda device, chunks: programs)
+    values = [torch.empty(25_600_000)]
+    problem = TensorList(values, [torch.ones(())] if costs else [])
+    assert GlobalSolve(problem, True, True, True).workspace_bytes + problem.table().words.nbytes < 4 << 20
+
+
+@interpreted
+@pytest.mark.parametrize("capacity", [None, 64])
+def test_reads_of_a_training_run(capacity: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cold solve surveys its values at most twice, a warm one once; too many candidates cost reads, not exactness."""
+    if capacity:
+        monkeypatch.setattr(global_solve, "candidate_capacity", lambda programs, has_costs: capacity)
+    state, reads = ops.new_solver_state(), []
+    base, drift = (make_values("normal", (40_001,), seed=i) for i in range(2))
+    for step in range(5):
+        values = [base + 0.001 * step * drift]
+        k, beta = 4000.0 - 20 * step, 5.0 + 0.1 * step
+        soft, hard = [torch.full_like(values[0], torch.nan)], [torch.ones(40_001, dtype=torch.bool)]
+        problem = TensorList(values, [])
+        solve = GlobalSolve(problem, True, True, True)
+        table = problem.table(soft, [h.view(torch.uint8) for h in hard])
+        solve.run(table, k * SCALAR, beta * SCALAR, state)
+        reads.append(int(solve.control[int(global_passes.READS)]))
+        assert abs(float(soft[0].double().sum()) - k) <= 1e-6 * k
+        assert torch.equal(hard[0], oracle_hard_topk(values[0].abs(), k))
+    if capacity is None:
+        assert reads[0] <= 2
+        assert reads[2:] == [1, 1, 1]

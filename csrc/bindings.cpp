@@ -160,6 +160,17 @@ void bind_cuda(py::module_& m) {
                           stream_of(stream, device));
       },
       unlocked);
+  const auto listed = [](const std::vector<cuda::LaunchNote>& notes) {
+    py::list launches;
+    for (const auto& n : notes) launches.append(py::make_tuple(n.kernel, n.read, n.written, n.cold, n.warm));
+    return launches;
+  };
+  m.def("topk_global_launches", [listed](int dtype, bool soft, bool hard, bool cost_arrays) {
+    return listed(cuda::topk_global_launches(static_cast<Dtype>(dtype), soft, hard, cost_arrays));
+  });
+  m.def("soft_topk_global_backward_launches", [listed](int dtype, bool cost_arrays, bool cost_grad) {
+    return listed(cuda::soft_topk_global_backward_launches(static_cast<Dtype>(dtype), cost_arrays, cost_grad));
+  });
   m.def(
       "soft_topk_global_backward",
       [](int dtype, Address rows, int64_t count, Address threshold, Address beta, Address scalars, Address workspace,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace spartan {
 
@@ -185,6 +186,16 @@ void topk_global(Dtype, Table, const double* budget, const double* beta, bool ab
 // extra = {gradient of the mask, gradient of values, gradient of costs or null}. scalars = {of budget, of beta}.
 void soft_topk_global_backward(Dtype, Table, const double* threshold, const double* beta, double* scalars, void* workspace,
                                Stream);
+
+
+// One launch of a call over a list as it would be made: bytes read and written for each entry in one pass over them, and how
+// many such passes it makes when it starts cold and when it continues from its state, the data being neither flat nor sparse.
+struct LaunchNote {
+  const char* kernel;
+  int read, written, cold, warm;
+};
+std::vector<LaunchNote> topk_global_launches(Dtype, bool soft, bool hard, bool cost_arrays);
+std::vector<LaunchNote> soft_topk_global_backward_launches(Dtype, bool cost_arrays, bool cost_grad);
 
 }  // namespace cuda
 }  // namespace spartan

@@ -61,7 +61,7 @@ SUPPORT: dict[str, dict[str, Support]] = {
         triton=True,
     ),
     **_rows("hard_topk", ("hard_topk_forward",), native=True, triton=True, cuda=True),
-    **_rows("hard_topk", ("hard_topk_global_forward",), native=True, triton=True),
+    **_rows("hard_topk", ("hard_topk_global_forward",), native=True, triton=True, cuda=True),
     **_rows(
         "masked_weight",
         (

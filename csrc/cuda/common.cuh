@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -110,6 +111,39 @@ __device__ inline Pack<T, V> load_pack(const T* from) {
 template <int V, class T>
 __device__ inline void store_pack(T* to, const Pack<T, V>& pack) {
   *reinterpret_cast<Pack<T, V>*>(to) = pack;
+}
+
+template <int kBytes>
+struct Word;
+template <>
+struct Word<4> {
+  using type = unsigned;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+
+// The same past L1, for what is read or written once in a pass.
+template <int V, class T>
+__device__ inline Pack<T, V> load_streamed(const T* from) {
+  using W = typename Word<sizeof(T) * V>::type;
+  const W word = __ldcg(reinterpret_cast<const W*>(from));
+  Pack<T, V> pack;
+  memcpy(&pack, &word, sizeof word);
+  return pack;
+}
+
+template <int V, class T>
+__device__ inline void store_streamed(T* to, const Pack<T, V>& pack) {
+  using W = typename Word<sizeof(T) * V>::type;
+  W word;
+  memcpy(&word, &pack, sizeof word);
+  __stcg(reinterpret_cast<W*>(to), word);
 }
 
 // What to do with the numbers that are reduced together: the first `sums` are added, of the rest the largest is kept.

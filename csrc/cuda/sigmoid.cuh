@@ -16,6 +16,10 @@ constexpr double kTolerance = 1e-8;
 constexpr double kNearlyDone = 1e-5;
 constexpr int kLastTrials = 2;
 constexpr int kMaxTrials = 200;
+// A residual from which Halley's next step, whose error is the residual cubed, is below what a float32 sum can tell. The
+// mask's own sum is held against kWritten, and where it misses the search goes on.
+constexpr double kLastStep = 4e-3;
+constexpr double kWritten = 5e-7;
 
 // m = sigmoid(x) and 1 - m, each with full relative precision.
 struct Sigmoid {
@@ -60,14 +64,14 @@ struct Trials {
   double t = 0.0, error = INFINITY;
   int count = 0, last = 0;
 
-  // Takes the moments at search->t and moves it. True when the search is over: at the best of the last trials where a trial
-  // is cheap, else at the first Halley step that is sure to be exact.
-  __device__ bool take(const Moments& moments, bool cheap, ThresholdSearch* search) {
+  // Takes the moments at search->t and moves it. True when the search is over: at the first residual below `enough`, or,
+  // where that is 0, at the best of the last trials.
+  __device__ bool take(const Moments& moments, double enough, ThresholdSearch* search) {
     const double missed = fabs(moments.mass - search->quota);
     if (missed < error) error = missed, t = search->t;
     const bool done = search->advance(moments, kTolerance) != ThresholdSearch::Step::moved;
     last += search->residual < kNearlyDone;
-    if (!cheap && (done || last > 0)) return true;
+    if (enough > 0.0 && (done || search->residual < enough)) return true;
     if (!done && ++count < kMaxTrials && last <= kLastTrials) return false;
     if (error < INFINITY) search->t = t;
     return true;

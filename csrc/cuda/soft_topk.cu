@@ -1,28 +1,16 @@
 // Soft top-k by rows: each row is read once, solved where it lies, and written once.
 #include "rows.cuh"
-#include "sigmoid.cuh"
+#include "search_row.cuh"
 
 namespace spartan::cuda {
 namespace {
 
 template <int kGroup, class R>
 __device__ ThresholdSearch solve(const R& row, int64_t length, double budget, double beta) {
-  ExtentSums seen;
-  row.walk([&](int64_t i, float u) { seen.add(u, row.cost(i)); }, [&] { seen.flush(); });
-  const auto& found = seen.total;
-  double sums[6] = {found[0], found[1], found[2], found[3], -static_cast<double>(seen.low), seen.high};
-  group_reduce<kGroup>(sums, SumsThenMaxima<4>{});
+  double sums[6];
+  extent_of<kGroup>(row, sums);
   ThresholdSearch search(usable_budget(budget, sums[0], beta, sums[3]), sums[0], beta);
-  if (search.constant()) return search;  // also when the budget is NaN
-  start_from(static_cast<double>(length), sums[1], sums[2], -sums[4], sums[5], &search);
-  Trials trials;
-  for (bool over = false; !over;) {
-    const Logit<float> p = search.logit<float>();
-    MomentSums moments;
-    row.walk([&](int64_t i, float u) { moments.add(p, u, row.cost(i)); }, [&] { moments.flush(); });
-    group_sums<kGroup>(moments.total);
-    over = trials.take(moments.moments(), true, &search);  // the same bits in every thread of the group, so the same branch
-  }
+  if (!search.constant()) search_row<kGroup>(row, length, sums, 0.0, &search);  // constant also where the budget is NaN
   return search;
 }
 

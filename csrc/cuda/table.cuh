@@ -6,16 +6,24 @@
 
 namespace spartan::cuda {
 
-constexpr int kPerThread = 16;
-constexpr int64_t kPiece = kThreads * kPerThread;  // what a thread block reads between two additions in float64
-constexpr int64_t kMaxChunks = 1 << 14;            // and one more for each tensor
+constexpr int kPerThread = 16;  // entries that a thread adds in float32, before it does in float64
+constexpr int64_t kPiece = 2 * kThreads * kPerThread;  // the smallest chunk
+constexpr int64_t kMaxChunks = 1 << 14;                // and one more for each tensor
 constexpr int kMaxGrid = 2048;
 constexpr int kPartials = 8;  // numbers that a thread block may hand over
 
 struct Part {
   TableRow row;
   int64_t first_index, first_chunk;
+  int64_t aligned;  // every array of it can be moved in words of 16 bytes
 };
+
+inline bool aligned(const TableRow& row) {
+  auto bits = reinterpret_cast<uintptr_t>(row.values);
+  if (row.cost_step != 0) bits |= reinterpret_cast<uintptr_t>(row.costs);
+  for (void* array : row.extra) bits |= reinterpret_cast<uintptr_t>(array);
+  return bits % 16 == 0;
+}
 
 struct Plan {
   Part* parts;
@@ -36,7 +44,7 @@ struct Sent {
   Part parts[kSent];
 };
 
-__global__ void __launch_bounds__(kThreads) send_table_kernel(Sent sent, int count, Part* to) {
+static __global__ void __launch_bounds__(kThreads) send_table_kernel(Sent sent, int count, Part* to) {
   constexpr int kWords = sizeof(Part) / sizeof(uint64_t);
   const uint64_t* from = reinterpret_cast<const uint64_t*>(&sent);
   for (int i = threadIdx.x; i < count * kWords; i += kThreads) reinterpret_cast<uint64_t*>(to)[i] = from[i];
@@ -50,7 +58,7 @@ inline void send_table(const Table& table, const Plan& plan, Stream stream) {
     const int count = static_cast<int>(std::min<int64_t>(kSent, table.count - begin));
     for (int i = 0; i < count; ++i) {
       const TableRow& row = table.rows[begin + i];
-      sent.parts[i] = {row, index, chunk};
+      sent.parts[i] = {row, index, chunk, aligned(row)};
       index += row.length;
       chunk += (row.length + plan.chunk_length - 1) / plan.chunk_length;
     }
@@ -58,24 +66,34 @@ inline void send_table(const Table& table, const Plan& plan, Stream stream) {
   }
 }
 
-// The tensor that holds a chunk: the last whose first chunk is not after it. Empty tensors share their successor's first.
-__device__ inline const Part* part_of(const Plan& plan, int64_t chunk) {
+// The tensor that holds a chunk or an entry: the last whose first is not after it. Empty tensors share their successor's.
+__device__ inline const Part* part_at(const Plan& plan, int64_t Part::*first, int64_t wanted) {
   int64_t low = 0, high = plan.count;
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
-    if (plan.parts[middle].first_chunk <= chunk) low = middle;
+    if (plan.parts[middle].*first <= wanted) low = middle;
     else high = middle;
   }
   return plan.parts + low;
 }
 
-// Entries of one tensor as the kernels see them: u = v / a or |v| / a.
+// Neighbouring entries of one tensor in one thread: u = v / a or |v| / a, and a, which is 0 where there is no entry.
+template <class T>
+struct Lanes {
+  static constexpr int kCount = 16 / sizeof(T);
+  int64_t first;
+  int live;
+  float u[kCount], a[kCount];
+};
+
+// One tensor as the kernels see it.
 template <class T>
 struct Entries {
+  static constexpr int kLanes = Lanes<T>::kCount;
   const T* values;
   const T* costs;
   int64_t cost_step, first_index;
-  bool absolute;
+  bool absolute, aligned;
   void* const* extra;
 
   __device__ Entries(const Plan& plan, const Part& part)
@@ -84,37 +102,83 @@ struct Entries {
         cost_step(part.row.cost_step),
         first_index(part.first_index),
         absolute(plan.absolute),
+        aligned(part.aligned),
         extra(part.row.extra) {}
+
   __device__ float cost(int64_t i) const { return costs == nullptr ? 1.0f : to_float(costs[i * cost_step]); }
-  __device__ float ratio(int64_t i, float a) const {
-    const float v = to_float(values[i]), magnitude = absolute ? fabsf(v) : v;
+  __device__ float ratio(float v, float a) const {
+    const float magnitude = absolute ? fabsf(v) : v;
     return costs == nullptr ? magnitude : magnitude / a;
+  }
+  __device__ float ratio_at(int64_t i, float a) const { return ratio(to_float(values[i]), a); }
+
+  template <class U>
+  __device__ Pack<U, kLanes> load(const U* from, int64_t i, int live) const {
+    if (aligned && live == kLanes) return load_streamed<kLanes>(from + i);
+    Pack<U, kLanes> pack;
+#pragma unroll
+    for (int j = 0; j < kLanes; ++j) pack.lane[j] = j < live ? from[i + j] : from_float<U>(0.0f);
+    return pack;
+  }
+  template <class U>
+  __device__ void store(U* to, const Lanes<T>& lanes, const Pack<U, kLanes>& pack) const {
+    if (aligned && lanes.live == kLanes) return store_streamed<kLanes>(to + lanes.first, pack);
+#pragma unroll
+    for (int j = 0; j < kLanes; ++j) {
+      if (j < lanes.live) to[lanes.first + j] = pack.lane[j];
+    }
+  }
+
+  __device__ Lanes<T> lanes(const Pack<T, kLanes>& v, int64_t i, int live) const {
+    Lanes<T> out;
+    out.first = i;
+    out.live = live;
+    const float one = cost_step == 0 ? cost(0) : 1.0f;
+    Pack<T, kLanes> a;
+    if (cost_step != 0) a = load(costs, i, live);
+#pragma unroll
+    for (int j = 0; j < kLanes; ++j) {
+      const float each = cost_step != 0 && j < live ? to_float(a.lane[j]) : one;
+      out.u[j] = ratio(to_float(v.lane[j]), each);
+      out.a[j] = j < live ? each : 0.0f;
+    }
+    return out;
   }
 };
 
-// Calls f(entries, i, u, a) for the entries of a chunk that fall to this thread, flush() after every kPerThread of them.
+// Calls f(entries, lanes) for the entries of a chunk that fall to this thread, flush() after every kPerThread of them.
 template <class T, class F, class Flush>
 __device__ inline void walk_chunk(const Plan& plan, int64_t chunk, F f, Flush flush) {
-  const Part* part = part_of(plan, chunk);
+  constexpr int kLanes = Lanes<T>::kCount, kLoads = kPerThread / kLanes;
+  const Part* part = part_at(plan, &Part::first_chunk, chunk);
   const Entries<T> entries(plan, *part);
   const int64_t begin = (chunk - part->first_chunk) * plan.chunk_length, length = part->row.length;
   const int64_t end = begin + plan.chunk_length < length ? begin + plan.chunk_length : length;
-  for (int64_t piece = begin; piece < end; piece += kPiece) {
-#pragma unroll 4
-    for (int j = 0; j < kPerThread; ++j) {
-      const int64_t i = piece + j * kThreads + threadIdx.x;
-      if (i < end) {
-        const float a = entries.cost(i);
-        f(entries, i, entries.ratio(i, a), a);
-      }
-    }
+  constexpr int64_t kStep = kThreads * kLanes;
+  const int64_t first = begin + static_cast<int64_t>(threadIdx.x) * kLanes;
+  const auto live = [&](int64_t i) { return static_cast<int>(end - i < kLanes ? (end > i ? end - i : 0) : kLanes); };
+  // two loads are under way while an older one is worked on
+  Pack<T, kLanes> next = entries.load(entries.values, first, live(first));
+  Pack<T, kLanes> later = entries.load(entries.values, first + kStep, live(first + kStep));
+  int since = 0;
+#pragma unroll 1
+  for (int64_t i = first; i < end; i += kStep) {
+    const Pack<T, kLanes> here = next;
+    next = later;
+    later = entries.load(entries.values, i + 2 * kStep, live(i + 2 * kStep));
+    f(entries, entries.lanes(here, i, live(i)));
+    if (++since < kLoads) continue;
     flush();
+    since = 0;
   }
+  flush();
 }
 
+// Every second pass walks backwards: it meets what the one before left in the cache.
 template <class T, class F, class Flush>
-__device__ inline void walk(const Plan& plan, F f, Flush flush) {
-  for (int64_t chunk = blockIdx.x; chunk < plan.chunks; chunk += gridDim.x) walk_chunk<T>(plan, chunk, f, flush);
+__device__ inline void walk(const Plan& plan, int pass, F f, Flush flush) {
+  for (int64_t chunk = blockIdx.x; chunk < plan.chunks; chunk += gridDim.x)
+    walk_chunk<T>(plan, pass % 2 == 0 ? chunk : plan.chunks - 1 - chunk, f, flush);
 }
 
 // Reduces x over the grid, in the order of its thread blocks. True in the last one to arrive, whose threads then all hold
@@ -142,14 +206,17 @@ __device__ inline bool grid_reduce(double (&x)[N], Op op, double* partials, unsi
 }
 
 // Few enough entries for one thread block.
-SPARTAN_HD inline bool alone(const Plan& plan) { return plan.length <= 16 * kPiece; }
+SPARTAN_HD inline bool alone(const Plan& plan) { return plan.length <= 8 * kPiece; }
 
-inline unsigned grid_of(const Plan& plan, Stream stream) {
+// Thread blocks of a walk over T that a multiprocessor holds: more loads under way against registers for wider lanes.
+template <class T>
+constexpr int kResident = sizeof(T) == 4 ? 3 : 2;
+
+inline unsigned grid_of(const Plan& plan, int resident, Stream stream) {
   if (alone(plan)) return 1;
   int processors = 0;
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, stream.device));
-  constexpr int kBlocksEach = 6;
-  return blocks_for(plan.chunks, 1, std::min(processors * kBlocksEach, kMaxGrid));
+  return blocks_for(plan.chunks, 1, std::min(processors * resident, kMaxGrid));
 }
 
 }  // namespace spartan::cuda

@@ -13,6 +13,7 @@
 #include <cstring>
 #include <functional>
 #include <mutex>
+#include <type_traits>
 #include <vector>
 
 #define __global__
@@ -20,6 +21,7 @@
 #define __host__
 #define __shared__ static
 #define __launch_bounds__(...)
+#define __noinline__
 
 struct uint3 {
   unsigned x, y, z;
@@ -182,8 +184,25 @@ T atomicAdd(T* to, V value) {
   *to = static_cast<T>(old + static_cast<T>(value));
   return old;
 }
+struct uint2 {
+  unsigned x, y;
+};
+struct uint4 {
+  unsigned x, y, z, w;
+};
+
+// What moves past L1 in words of several entries is counted, for the tests of how much memory a kernel moves.
+extern "C" {
+[[gnu::visibility("default"), gnu::used]] inline uint64_t emulator_bytes_read = 0, emulator_bytes_written = 0;
+}
 template <class T>
 T __ldcg(const T* from) {
+  if constexpr (std::is_class_v<T>) emulator_bytes_read += sizeof(T);
   return *from;
+}
+template <class T>
+void __stcg(T* to, T value) {
+  emulator_bytes_written += sizeof(T);
+  *to = value;
 }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }

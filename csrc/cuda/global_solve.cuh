@@ -1,0 +1,97 @@
+// What one solve over a list keeps on the device between its launches, and the launches themselves.
+#pragma once
+
+#include <vector>
+
+#include "search_row.cuh"
+#include "selection.cuh"
+
+namespace spartan::cuda {
+
+struct Solve {
+  ThresholdSearch search;
+  Trials trials;
+  Selection cut;
+  double total, cheapest, dearest, poison;  // of the costs
+  double window;                            // half the width of the range looked at first
+  bool searching, pending, again;
+  int passes, rounds;                       // over the entries; of counting
+  unsigned candidates;
+  unsigned ticket;
+};
+
+// What the caller asked for.
+struct Request {
+  const double* budget;
+  const double* beta;
+  double* state;  // new_solver_state()
+  double* threshold;
+  bool soft, hard, priced;
+};
+
+struct Workspace {
+  Solve* solve;
+  Units* histograms;  // kRounds of them
+  double* partials;
+  Units* tied;  // cost of the ties in each chunk
+  Candidate* candidates;
+  Part* parts;
+  int64_t cleared, bytes;
+
+  Workspace(void* memory, const Plan& plan) {
+    char* next = static_cast<char*>(memory);
+    const auto take = [&next](int64_t bytes) {
+      char* at = next;
+      next += (bytes + 255) / 256 * 256;
+      return at;
+    };
+    solve = reinterpret_cast<Solve*>(take(sizeof(Solve)));
+    histograms = reinterpret_cast<Units*>(take(int64_t(kRounds) * (kBins + 1) * 8));
+    cleared = next - static_cast<char*>(memory);
+    partials = reinterpret_cast<double*>(take(int64_t(kMaxGrid) * kPartials * 8));
+    tied = reinterpret_cast<Units*>(take(plan.chunks * 8));
+    candidates = reinterpret_cast<Candidate*>(take(int64_t(kCandidates) * static_cast<int64_t>(sizeof(Candidate))));
+    parts = reinterpret_cast<Part*>(take(plan.count * static_cast<int64_t>(sizeof(Part))));
+    bytes = next - static_cast<char*>(memory);
+  }
+  __device__ Units* histogram() const { return histograms + solve->rounds * (kBins + 1); }
+};
+
+// Launches kernels over one list, or only notes what they would move.
+class Launches {
+ public:
+  Launches(const Plan& plan, int resident, Stream stream)
+      : stream_(stream), grid_(grid_of(plan, resident, stream)), notes_(nullptr) {}
+  explicit Launches(std::vector<LaunchNote>* notes) : stream_{nullptr, 0}, grid_(1), notes_(notes) {}
+
+  template <class... Parameters, class... Arguments>
+  void operator()(const LaunchNote& note, void (*kernel)(Parameters...), Arguments... arguments) {
+    if (notes_ != nullptr) notes_->push_back(note);
+    else launch(stream_, kernel, grid_, kThreads, arguments...);
+  }
+  template <class... Parameters, class... Arguments>
+  void alone(const LaunchNote& note, int threads, void (*kernel)(Parameters...), Arguments... arguments) {
+    if (notes_ != nullptr) notes_->push_back(note);
+    else launch(stream_, kernel, 1, threads, arguments...);
+  }
+  template <class... Parameters, class... Arguments>
+  void together(const LaunchNote& note, void (*kernel)(Parameters...), Arguments... arguments) {
+    if (notes_ != nullptr) notes_->push_back(note);
+    else launch_together(stream_, kernel, grid_, kThreads, arguments...);
+  }
+
+ private:
+  Stream stream_;
+  unsigned grid_;
+  std::vector<LaunchNote>* notes_;
+};
+
+inline Plan prepare(const Table& table, Plan plan, const Workspace& w, Stream stream) {
+  plan.parts = w.parts;
+  check(cudaSetDevice(stream.device));
+  check(cudaMemsetAsync(w.solve, 0, static_cast<size_t>(w.cleared), static_cast<cudaStream_t>(stream.handle)));
+  send_table(table, plan, stream);
+  return plan;
+}
+
+}  // namespace spartan::cuda

@@ -61,6 +61,18 @@ def test_the_operators_pass_their_own_tests(emulated: Path) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
+def test_lists_move_what_they_should_on_every_way_through_a_solve(emulated: Path) -> None:
+    environment = {
+        **os.environ,
+        "SPARTAN_EMULATED": str(emulated),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.cuda_emulator.plugin", "-p", "no:cacheprovider"]
+    command += [str(ROOT / "tests" / "cuda_emulator" / "test_lists.py")]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
 def test_rows_of_every_length_the_kernels_distinguish(emulated: Path) -> None:
     script = """
 import tests.cuda_emulator.plugin

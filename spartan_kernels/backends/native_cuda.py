@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -285,6 +285,31 @@ def hard_topk_global_forward(
     beta = torch.ones((), dtype=torch.float64, device=values[0].device)
     _solve_list(values, budget, costs, beta, absolute, (None, hard), None, None)
     return hard
+
+
+class Launch(NamedTuple):
+    """One launch of a call over a list: bytes for each entry in one pass over them, and the passes it makes.
+
+    `cold` and `warm` passes: when the solve starts afresh and when it continues from its state. More than 2048 ties at
+    the hard threshold, and a trial that misses the budget, cost one pass more.
+    """
+
+    kernel: str
+    read: int
+    written: int
+    cold: int
+    warm: int
+
+
+def launch_plan(dtype: torch.dtype, *, soft: bool = True, hard: bool = True, cost_arrays: bool = False) -> list[Launch]:
+    """What `solve_masks_`, or one of its masks alone, launches and moves, from the code that launches it."""
+    return [Launch(*note) for note in _native.cuda.topk_global_launches(_DTYPES[dtype], soft, hard, cost_arrays)]
+
+
+def backward_launch_plan(dtype: torch.dtype, *, cost_arrays: bool = False, cost_grad: bool = False) -> list[Launch]:
+    """The same for the gradient of `soft_topk_global`."""
+    notes = _native.cuda.soft_topk_global_backward_launches(_DTYPES[dtype], cost_arrays, cost_grad)
+    return [Launch(*note) for note in notes]
 
 
 class _Weight:

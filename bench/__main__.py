@@ -48,6 +48,14 @@ def _ceiling(result: Result, report: Report) -> str:
     return f"{result.bytes * report.copy.median / result.time.median:.0%} of copy"
 
 
+def _efficiency(result: Result) -> str:
+    """Dense time * density / our time: what of the work left out is time saved."""
+    dense = result.peers.get("dense")
+    if dense is None or "sparsity" not in result.notes:
+        return ""
+    return f"{dense.ratio.median * (1 - result.notes['sparsity']):.2f}"
+
+
 def _print_report(report: Report) -> None:
     table = Table(title=f"{report.machine['device']}, {report.machine['threads']} threads, {report.dtype}")
     for name in (
@@ -58,6 +66,7 @@ def _print_report(report: Report) -> None:
         "n",
         "peer / ours",
         "ceiling",
+        "efficiency",
         "workspace",
     ):
         table.add_column(name, justify="left" if name in ("case", "implementation") else "right")
@@ -66,7 +75,7 @@ def _print_report(report: Report) -> None:
             table.add_row(r.case, f"[red]wrong: {r.wrong}")
             continue
         count = str(len(r.time.values))
-        row = [_seconds(r.time.median), f"{r.time.spread:.0%}", count, "", _ceiling(r, report)]
+        row = [_seconds(r.time.median), f"{r.time.spread:.0%}", count, "", _ceiling(r, report), _efficiency(r)]
         table.add_row(r.case, "ours", *row, _size(r.peak_bytes - r.kept_bytes))
         for name, p in r.peers.items():
             row = [_seconds(p.time.median), f"{p.time.spread:.0%}", str(len(p.time.values))]

@@ -1,12 +1,13 @@
-"""Products with a block-masked weight, over sparsity and block size.
+"""Products with a block-masked weight, over sparsity, block size and shape; for many tokens and for one.
 
-The reference backend forms the masked weight and multiplies densely: with it, ours takes longer than `dense`.
+Every call of ours builds the layout of its blocks from the gate: a mask that moves costs nothing more.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,17 +20,20 @@ from bench.inputs import normal, rotating
 from bench.peers import eager, matmul
 from spartan_kernels import ops
 
-_IN, _OUT = 768, 3072  # the first layer of a transformer's MLP
+_SHAPE = (768, 3072)  # the first layer of a transformer's MLP: in, out
+_OTHER_SHAPES = ((3072, 768), (1024, 4096))
+_TOKENS = 2048
 _BLOCKS = (16, 32, 64)
-_SPARSITIES = (0.5, 0.8, 0.9, 0.95)
+_SPARSITIES = (0.0, 0.05, 0.5, 0.8, 0.9, 0.95)
+_FEW_SPARSITIES = (0.5, 0.9, 0.95)
 _QUICK = {(32, 0.5), (32, 0.9)}
 _SECONDS = 0.8  # for each implementation: the table has 24 cases
 _FEW = 64  # rows of each result that are compared with float64
 
 
-def _gate(s: Settings, size: int, sparsity: float) -> Tensor:
+def _gate(s: Settings, shape: tuple[int, int], size: int, sparsity: float) -> Tensor:
     """Positive at random blocks, zero at the others."""
-    grid = (_OUT // size, _IN // size)
+    grid = (shape[1] // size, shape[0] // size)
     kept = round((1 - sparsity) * math.prod(grid))
     order = normal(grid, s, 2).flatten().argsort()
     gate = normal(grid, s, 3).sigmoid()
@@ -38,7 +42,7 @@ def _gate(s: Settings, size: int, sparsity: float) -> Tensor:
 
 
 def _few(rows: int) -> slice:
-    return slice(None, None, rows // _FEW)
+    return slice(None, None, max(1, rows // _FEW))
 
 
 def _check_product(got: Tensor, left: Tensor, right: Tensor, exact_right: Tensor, name: str) -> None:
@@ -53,27 +57,30 @@ def _check_product(got: Tensor, left: Tensor, right: Tensor, exact_right: Tensor
 class _Problem:
     """A layer's weight and gate, and what a pass through it takes."""
 
-    def __init__(self, s: Settings, size: int, sparsity: float) -> None:
+    def __init__(self, s: Settings, size: int, sparsity: float, shape: tuple[int, int] = _SHAPE, rows: int = 0) -> None:
         self.s, self.size = s, size
-        self.rows = 512 if s.quick else 2048
-        self.gate = _gate(s, size, sparsity)
+        self.in_, self.out = shape
+        self.rows = rows or (512 if s.quick else _TOKENS)
+        self.gate = _gate(s, shape, size, sparsity)
         self.mask = self.gate != 0
-        self.weight = normal((_OUT, _IN), s, 1, _IN**-0.5)
+        self.weight = normal((self.out, self.in_), s, 1, self.in_**-0.5)
         self.masked = self.weight * eager.expand(self.gate, size)
         self.exact = self.weight.double() * eager.expand(self.gate.double(), size)
         self.kept = int(self.mask.sum()) * size**2
         self.x_bytes, self.y_bytes, self.kept_bytes = (
-            n * s.dtype.itemsize for n in (self.rows * _IN, self.rows * _OUT, self.kept)
+            n * s.dtype.itemsize for n in (self.rows * self.in_, self.rows * self.out, self.kept)
         )
 
     def work(self, passes: int, **more: Any) -> Work:
         """A Work of one pass (forward) or three: forward, gradient of x, gradient of the kept weights."""
-        sparsity = 1 - self.kept / (_IN * _OUT)
-        notes = {"rows": self.rows, "in": _IN, "out": _OUT, "block": self.size, "sparsity": sparsity, "passes": passes}
+        sparsity = 1 - self.kept / (self.in_ * self.out)
+        notes = {
+            "rows": self.rows, "in": self.in_, "out": self.out, "block": self.size, "sparsity": sparsity,
+            "passes": passes,
+        }  # fmt: skip
         nbytes = self.x_bytes + self.y_bytes + self.kept_bytes
-        if (
-            passes == 3
-        ):  # the backward passes read x, the kept weights and dy once, and write dx and the weights' gradient
+        if passes == 3:
+            # the backward passes read x, the kept weights and dy once, and write dx and the weights' gradient
             nbytes += 2 * self.x_bytes + 2 * self.kept_bytes + self.y_bytes
         return Work(
             bytes=nbytes,
@@ -83,58 +90,113 @@ class _Problem:
             **more,
         )
 
+    def x(self, i: int) -> Tensor:
+        """The i-th set of tokens."""
+        return normal((self.rows, self.in_), self.s, 10 + i)
 
-def _forward(s: Settings, size: int, sparsity: float) -> Work:
-    p = _Problem(s, size, sparsity)
-    operands = rotating(s, p.x_bytes + p.y_bytes, lambda i: (normal((p.rows, _IN), s, 10 + i),))
+    def grad(self, i: int) -> Tensor:
+        """The i-th upstream gradient."""
+        return normal((self.rows, self.out), self.s, 1000 + i)
+
+    def check_weight_gradient(self, dw: Tensor, x: Tensor, grad: Tensor) -> None:
+        """By rows of the weight, each a column of grad; the gate multiplies at the end."""
+        few, inputs = _few(self.out), x.detach()
+        gate = eager.expand(self.gate, self.size)[few]
+        exact = (grad.mT[few].double() @ inputs.double()) * gate.double()
+        floor = 2 * torch.finfo(self.s.dtype).eps * exact.abs().max()
+        check_close(dw[few], exact, (grad.mT[few] @ inputs) * gate, floor, name="gradient of the weight")
+
+
+def _forward(p: _Problem, only: tuple[str, ...] | None = None) -> Work:
+    # one token rotates the weight through the cache, many rotate the tokens
+    operands = rotating(p.s, p.x_bytes + p.y_bytes, lambda i: (p.x(i),)) if p.rows > 1 else [(p.x(0),)]
     return p.work(
         passes=1,
-        ours=lambda x: ops.masked_linear(x, p.weight, p.gate, size, backend=s.backend),
+        ours=lambda x: ops.masked_linear(x, p.weight, p.gate, p.size, backend=p.s.backend),
         operands=operands,
         check=lambda y, x: _check_product(y, x, p.masked.mT, p.exact.mT, "y"),
-        peers=matmul.peers(p.masked, size, operands[0]),
+        peers=matmul.peers(p.masked, p.size, operands[0], only),
     )
 
 
-def _forward_backward(s: Settings, size: int, sparsity: float) -> Work:
-    p = _Problem(s, size, sparsity)
+def _forward_backward(p: _Problem, only: tuple[str, ...] | None = None) -> Work:
     leaf = p.weight.clone().requires_grad_()
 
-    def build(i: int) -> tuple[Tensor, Tensor]:
-        return normal((p.rows, _IN), s, 10 + i).requires_grad_(), normal((p.rows, _OUT), s, 1000 + i)
-
     def ours(x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-        y = F.masked_linear(x, leaf, p.gate, size, backward_mask=p.mask, backend=s.backend)
+        y = F.masked_linear(x, leaf, p.gate, p.size, backward_mask=p.mask, backend=p.s.backend)
         return torch.autograd.grad(y, (x, leaf), grad)
 
     def check(gradients: tuple[Tensor, Tensor], x: Tensor, grad: Tensor) -> None:
         dx, dw = gradients
         _check_product(dx, grad, p.masked, p.exact, "gradient of x")
-        # by rows of the weight, each a column of grad; the gate multiplies at the end
-        few, inputs = _few(_OUT), x.detach()
-        gate = eager.expand(p.gate, size)[few]
-        exact = (grad.mT[few].double() @ inputs.double()) * gate.double()
-        floor = 2 * torch.finfo(s.dtype).eps * exact.abs().max()
-        check_close(dw[few], exact, (grad.mT[few] @ inputs) * gate, floor, name="gradient of the weight")
+        p.check_weight_gradient(dw, x, grad)
 
-    operands = rotating(s, p.x_bytes + p.y_bytes, build)
-    return p.work(passes=3, ours=ours, operands=operands, check=check, peers=matmul.peers(p.masked, size, operands[0]))
+    operands = rotating(p.s, p.x_bytes + p.y_bytes, lambda i: (p.x(i).requires_grad_(), p.grad(i)))
+    return p.work(
+        passes=3, ours=ours, operands=operands, check=check, peers=matmul.peers(p.masked, p.size, operands[0], only)
+    )
 
 
-def _register(size: int, sparsity: float) -> None:
-    name, quick = f"block-{size}-sparsity-{sparsity:.0%}".rstrip("%"), (size, sparsity) in _QUICK
-    what = f"{sparsity:.0%} of the {size} x {size} blocks of a {_OUT} x {_IN} weight zero"
+def _input_gradient(p: _Problem) -> Work:
+    def ours(x: Tensor, y: Tensor, grad: Tensor) -> Tensor:
+        return torch.autograd.grad(y, x, grad, retain_graph=True)[0]
 
-    def forward(s: Settings) -> Work:
-        return _forward(s, size, sparsity)
+    def build(i: int) -> tuple[Tensor, ...]:
+        x = p.x(i).requires_grad_()
+        return x, F.masked_linear(x, p.weight, p.gate, p.size, backend=p.s.backend), p.grad(i)
 
-    def forward_backward(s: Settings) -> Work:
-        return _forward_backward(s, size, sparsity)
+    return p.work(
+        passes=1,
+        ours=ours,
+        operands=rotating(p.s, p.x_bytes + p.y_bytes, build),
+        check=lambda dx, x, y, grad: _check_product(dx, grad, p.masked, p.exact, "gradient of x"),
+        peers={"dense": lambda x, y, grad: grad @ p.masked},
+    )
 
-    forward.__doc__, forward_backward.__doc__ = f"Forward, {what}.", f"Forward and backward, {what}."
-    case("masked_matmul", f"forward-{name}", quick=quick)(forward)
-    case("masked_matmul", f"forward-backward-{name}", quick=quick)(forward_backward)
+
+def _weight_gradient(p: _Problem) -> Work:
+    leaf = p.weight.clone().requires_grad_()
+
+    def ours(x: Tensor, y: Tensor, grad: Tensor) -> Tensor:
+        return torch.autograd.grad(y, leaf, grad, retain_graph=True)[0]
+
+    def build(i: int) -> tuple[Tensor, ...]:
+        x = p.x(i)
+        y = F.masked_linear(x, leaf, p.gate, p.size, backward_mask=p.mask, backend=p.s.backend)
+        return x, y, p.grad(i)
+
+    return p.work(
+        passes=1,
+        ours=ours,
+        operands=rotating(p.s, p.x_bytes + p.y_bytes, build),
+        check=lambda dw, x, y, grad: p.check_weight_gradient(dw, x, grad),
+        peers={"dense": lambda x, y, grad: grad.mT @ x},
+    )
+
+
+def _register(
+    kind: str, build: Callable[..., Work], size: int, sparsity: float, shape: tuple[int, int] = _SHAPE, **more: Any
+) -> None:
+    tokens = more.pop("tokens", 0)
+    where = "" if shape == _SHAPE else f"-{shape[0]}x{shape[1]}"
+    name = f"{kind}{where}-block-{size}-sparsity-{sparsity:.0%}".rstrip("%")
+
+    def builder(s: Settings) -> Work:
+        return build(_Problem(s, size, sparsity, shape, tokens), **more)
+
+    what = kind.replace("-", " ").capitalize()
+    builder.__doc__ = f"{what}, {sparsity:.0%} of the {size} x {size} blocks of a {shape[1]} x {shape[0]} weight zero."
+    quick = kind.startswith("forward") and not where and (size, sparsity) in _QUICK
+    case("masked_matmul", name, quick=quick)(builder)
 
 
 for _size, _sparsity in itertools.product(_BLOCKS, _SPARSITIES):
-    _register(_size, _sparsity)
+    _register("forward", _forward, _size, _sparsity)
+    _register("forward-backward", _forward_backward, _size, _sparsity)
+for _size, _sparsity, _shape in itertools.product(_BLOCKS, _FEW_SPARSITIES, _OTHER_SHAPES):
+    _register("forward", _forward, _size, _sparsity, _shape, only=("dense",))
+for _size in _BLOCKS:
+    _register("input-gradient", _input_gradient, _size, 0.9)
+    _register("weight-gradient", _weight_gradient, _size, 0.9)
+    for _shape in (_SHAPE, (4096, 4096)):
+        _register("one-token", _forward, _size, 0.9, _shape, tokens=1, only=("dense", "torch BSR"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -151,9 +152,20 @@ def _curves(axis: Axes, results: Sequence[Result], colours: dict[str, str]) -> N
     axis.legend(fontsize=6, frameon=False, loc="upper left")
 
 
+def _of_one_shape(results: Sequence[Result]) -> list[Result]:
+    """Those of the shape that most results are of; of several with the same numbers, the whole passes."""
+
+    def shape(r: Result) -> tuple[float, ...]:
+        return tuple(r.notes[key] for key in ("rows", "in", "out"))
+
+    counts = Counter(shape(r) for r in results)
+    most = max(counts, key=lambda key: counts[key])
+    return [r for r in results if shape(r) == most and "gradient" not in r.case]
+
+
 def figure_of_sparsity(report: Report, path: Path) -> None:
     """Draw the speed-up over the dense product against sparsity: a row for each pass, a column for each block size."""
-    results = [r for r in report.results if r.time is not None and "sparsity" in r.notes]
+    results = _of_one_shape([r for r in report.results if r.time is not None and "sparsity" in r.notes])
     passes, blocks = (sorted({r.notes[key] for r in results}) for key in ("passes", "block"))
     names = dict.fromkeys(["ours", *(name for r in results for name in r.peers if name != "dense")])
     palette = plt.get_cmap("tab10")

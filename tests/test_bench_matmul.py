@@ -109,7 +109,7 @@ def test_two_of_four_is_offered_at_half_the_weights_only(monkeypatch: pytest.Mon
 
 def test_a_quick_run_takes_a_part_unless_a_case_is_named() -> None:
     everything, quick = select(["masked_matmul"]), select(["masked_matmul"], quick=True)
-    assert len(everything) == 24 and 0 < len(quick) < 6
+    assert 0 < len(quick) < 6 < len(everything)
     assert set(c.name for c in select([], quick=True)) < set(CASES)
     (left_out, *_) = [c for c in everything if c not in quick]
     assert select([left_out.name], quick=True) == [left_out]

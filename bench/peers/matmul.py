@@ -7,7 +7,7 @@ gives a line instead where one cannot run.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,16 +155,19 @@ GPU: dict[str, Builder] = {
 }
 
 
-def peers(weight: Tensor, size: int, example: tuple[Tensor, ...]) -> dict[str, Peer | str]:
+def peers(
+    weight: Tensor, size: int, example: tuple[Tensor, ...], only: Sequence[str] | None = None
+) -> dict[str, Peer | str]:
     """Every peer of the weight's device, or why it is missing.
 
     Args:
         weight: [out, in], blocks of `size` x `size` kept or zero.
         size: side of a block; it divides the weight.
         example: what the peers will be called with: x, or x and the gradient of y for forward and backward.
+        only: names of the peers wanted; None for all.
     """
     builders = GPU if weight.is_cuda else CPU
-    return {name: _ready(build, weight, size, example) for name, build in builders.items()}
+    return {name: _ready(build, weight, size, example) for name, build in builders.items() if not only or name in only}
 
 
 def _ready(build: Builder, weight: Tensor, size: int, example: tuple[Tensor, ...]) -> Peer | str:

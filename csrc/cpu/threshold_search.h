@@ -83,6 +83,12 @@ struct ThresholdSearch {
     return bisect();
   }
 
+  // What rough moments said about the trials so far may be wrong by more than the budget may be: only t is kept.
+  SPARTAN_HD void forget() {
+    low = -kInfinity;
+    high = residual = best_miss = kInfinity;
+  }
+
   // The best trial so far, when no further one is made.
   SPARTAN_HD void settle() {
     if (best_miss < kInfinity) t = best_t;

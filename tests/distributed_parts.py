@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import cycle, product
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -216,6 +217,38 @@ def a_bad_value_on_one_rank_is_refused_on_all(backend: str) -> None:
     assert (
         budget_error(gathered(ops.soft_topk_global(good, 50.0, beta=2.0, group=group, backend=backend)), 50.0) <= 1e-6
     )
+
+
+@check()
+def what_ranks_exchange_does_not_grow_with_the_values(backend: str) -> None:
+    """A few exchanges of at most a histogram each, however many values there are."""
+    group = dist.group.WORLD
+    for length in (1_000, 300_000):
+        v = make_values("normal", (length,), seed=rank())
+        state, soft, hard = ops.new_solver_state(), [torch.empty_like(v)], [torch.empty_like(v, dtype=torch.bool)]
+        with patch.object(dist, "all_gather", wraps=dist.all_gather) as exchange:
+            ops.soft_topk_global([v], 0.1 * length * world(), beta=5.0, group=group, backend=backend)
+            ops.hard_topk_global([v], 0.1 * length * world(), group=group, backend=backend)
+            ops.solve_masks_([v], 0.1 * length * world(), None, 5.0, soft, hard, state, group=group, backend=backend)
+        sent = [call.args[1].nbytes for call in exchange.call_args_list]
+        assert 3 <= len(sent) <= 60, sent
+        assert max(sent) <= 64 * 1024, sent
+
+
+@check()
+def compiled_over_a_group(backend: str) -> None:
+    group = dist.group.WORLD.group_name
+
+    def step(v: Tensor, w: Tensor) -> Tensor:
+        first, second = spartan.soft_topk_global([v, w], 20.0, None, 2.0, group, backend=backend)
+        return (first * v).sum() + second.square().sum()
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves = [make_values("normal", (30 + 5 * rank(),), seed=s).requires_grad_() for s in (rank(), 9)]
+        results.append((function(*leaves), *torch.autograd.grad(function(*leaves), leaves)))
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
 
 
 @check()

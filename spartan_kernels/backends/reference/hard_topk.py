@@ -30,7 +30,7 @@ def _select_over_ranks(ratio: torch.Tensor, costs: torch.Tensor, budget: torch.T
     spent = torch.zeros_like(budget)
     for shift in range(bits - _DIGIT_BITS, -1, -_DIGIT_BITS):
         digit = (keys >> shift) & (2**_DIGIT_BITS - 1)
-        own = torch.bincount(digit[tied], weights=costs[tied], minlength=2**_DIGIT_BITS)
+        own = costs.new_zeros(2**_DIGIT_BITS).index_add_(0, digit[tied], costs[tied])
         above = spent + summed(own, group).flip(0).cumsum(0).flip(0)  # costs of this digit and all greater
         last = (above > budget).sum() - 1  # the digit that exceeds the budget; -1: everything fits
         kept |= tied & (digit > last)

@@ -35,8 +35,10 @@ def _logits(u: torch.Tensor, centre: torch.Tensor, shift: torch.Tensor, beta: to
     return beta.to(u.dtype) * (u - centre.to(u.dtype)[:, None]) + shift.to(u.dtype)[:, None]
 
 
-def solve(u: torch.Tensor, a: torch.Tensor, known: Survey, beta: torch.Tensor, group: str) -> torch.Tensor:
-    """(c, d) of each row, float64 [rows, 2], for u = v / a [rows, n] and costs a broadcastable to it."""
+def solve(
+    u: torch.Tensor, a: torch.Tensor, hard: torch.Tensor, known: Survey, beta: torch.Tensor, group: str
+) -> torch.Tensor:
+    """(c, d) of each row, float64 [rows, 2], for u = v / a [rows, n], costs a broadcastable to it and the hard mask."""
     a = a.expand_as(u)
     target = torch.log(known.budget) - torch.log(known.total - known.budget)
     centre = torch.zeros_like(target)
@@ -47,7 +49,7 @@ def solve(u: torch.Tensor, a: torch.Tensor, known: Survey, beta: torch.Tensor, g
     # At these thresholds every logit is on one side of the target's, whatever the values: a rigorous bracket.
     low, high = bounds[0] - target / beta, bounds[1] - target / beta
     interior = torch.isfinite(target)
-    t = torch.where(interior, _start(u, a, known, group), 0.0)
+    t = torch.where(interior, _start(u, hard, known, group), 0.0)
     done = ~interior
     tolerance = 1e-14 if u.dtype == torch.float64 else 1e-8
     previous = torch.full_like(t, torch.inf)
@@ -91,9 +93,8 @@ def _halley(sums: torch.Tensor, target: torch.Tensor, beta: torch.Tensor) -> tup
     return step, residual
 
 
-def _start(u: torch.Tensor, a: torch.Tensor, known: Survey, group: str) -> torch.Tensor:
+def _start(u: torch.Tensor, hard: torch.Tensor, known: Survey, group: str) -> torch.Tensor:
     """The hard threshold of each row."""
-    hard = select(u, a, known.budget, group)
     infinite = u.new_full((u.shape[0], 1), torch.inf)  # an empty part has no least entry
     lowest = torch.cat([torch.where(hard, u, torch.inf), infinite], -1).amin(-1).to(torch.float64)
     lowest = gather(lowest, group).amin(0)
@@ -119,7 +120,8 @@ def soft_topk_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """m and (c, d) for each row of values [rows, n]."""
     u, a = _ratio(values, costs)
-    threshold = solve(u, a, survey(values, u, costs, budget, beta, group), beta, group)
+    known = survey(values, u, costs, budget, beta, group)
+    threshold = solve(u, a, select(u, a, known.allowance, group), known, beta, group)
     return _mask(u, threshold, beta).to(values.dtype), threshold
 
 
@@ -207,9 +209,9 @@ def solve_masks_(
     row = row.abs() if absolute else row
     u, a = _ratio(row, costs_row)
     known = survey(row, u, costs_row, budget[None], beta, group)
-    threshold = solve(u, a, known, beta, group)
-    mask = _mask(u, threshold, beta).to(row.dtype)
     kept = select(u, a, known.allowance, group)
+    threshold = solve(u, a, kept, known, beta, group)
+    mask = _mask(u, threshold, beta).to(row.dtype)
     for source, targets in ((mask, soft), (kept, hard)):
         for part, target in zip(_split(source, values), targets, strict=True):
             target.copy_(part)

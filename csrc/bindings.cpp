@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <utility>
 
 #include "ops.h"
 
@@ -64,6 +65,28 @@ void bind_matmul(py::module_& m) {
       },
       unlocked);
 }
+// A group whose exchange is a Python function: (address, bytes) to the address of what all ranks passed.
+class Ranks {
+ public:
+  Ranks(int rank, int size, py::function gather) : rank_(rank), size_(size), gather_(std::move(gather)) {}
+
+  Group group() const {
+    return {rank_, size_,
+            [](void* context, const void* mine, int64_t bytes) -> const void* {
+              py::gil_scoped_acquire locked;
+              const py::function& gather = static_cast<const Ranks*>(context)->gather_;
+              return at(gather(reinterpret_cast<Address>(mine), bytes).cast<Address>());
+            },
+            const_cast<Ranks*>(this)};
+  }
+
+ private:
+  int rank_, size_;
+  py::function gather_;
+};
+
+// The group given, or this process alone.
+Group group_of(const Ranks* ranks) { return ranks == nullptr ? Group{} : ranks->group(); }
 
 Dtype dtype_of(int element_size) { return element_size == 8 ? Dtype::float64 : Dtype::float32; }
 
@@ -204,31 +227,34 @@ PYBIND11_MODULE(_native, m) {
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   cpu_module.def("instruction_set", &cpu::instruction_set);
   cpu_module.def("parallel_available", &cpu::parallel_available);
-  cpu_module.def("workspace_bytes", &cpu::workspace_bytes);
+  cpu_module.def("workspace_bytes", &cpu::workspace_bytes, py::arg("parts"), py::arg("length"), py::arg("element_size"),
+                 py::arg("grouped") = false);
+  py::class_<Ranks>(m, "Ranks").def(py::init<int, int, py::function>());
   cpu_module.def("rows_workspace_bytes", &cpu::rows_workspace_bytes);
 
   cpu_module.def(
       "soft_topk_global",
-      [](int element, Address rows, int64_t count, double budget, double beta, bool absolute, Address state,
-         Address threshold, Address workspace, int64_t bytes, int threads) {
-        cpu::soft_topk_global(dtype_of(element), {at<const TableRow>(rows), count}, budget, beta, absolute,
-                              at<double>(state), at<double>(threshold), {at(workspace), bytes}, threads);
+      [](int dtype, Address rows, int64_t count, double budget, double beta, bool absolute, Address state,
+         Address threshold, Address workspace, int64_t bytes, int threads, const Ranks* ranks) {
+        cpu::soft_topk_global(static_cast<Dtype>(dtype), {at<const TableRow>(rows), count}, budget, beta, absolute,
+                              at<double>(state), at<double>(threshold), {at(workspace), bytes}, threads, group_of(ranks));
       },
       unlocked);
   cpu_module.def(
       "soft_topk_global_backward",
-      [](int element, Address rows, int64_t count, Address threshold, double beta, Address scalars, Address workspace,
-         int64_t bytes, int threads) {
-        cpu::soft_topk_global_backward(dtype_of(element), {at<const TableRow>(rows), count}, at<const double>(threshold),
-                                       beta, at<double>(scalars), {at(workspace), bytes}, threads);
+      [](int dtype, Address rows, int64_t count, Address threshold, double beta, Address scalars, Address workspace,
+         int64_t bytes, int threads, const Ranks* ranks) {
+        cpu::soft_topk_global_backward(static_cast<Dtype>(dtype), {at<const TableRow>(rows), count},
+                                       at<const double>(threshold), beta, at<double>(scalars), {at(workspace), bytes},
+                                       threads, group_of(ranks));
       },
       unlocked);
   cpu_module.def(
       "hard_topk_global",
-      [](int element, Address rows, int64_t count, double budget, bool absolute, Address workspace, int64_t bytes,
-         int threads) {
-        cpu::hard_topk_global(dtype_of(element), {at<const TableRow>(rows), count}, budget, absolute,
-                              {at(workspace), bytes}, threads);
+      [](int dtype, Address rows, int64_t count, double budget, bool absolute, Address workspace, int64_t bytes,
+         int threads, const Ranks* ranks) {
+        cpu::hard_topk_global(static_cast<Dtype>(dtype), {at<const TableRow>(rows), count}, budget, absolute,
+                              {at(workspace), bytes}, threads, group_of(ranks));
       },
       unlocked);
   py::class_<cpu::Rows>(cpu_module, "Rows")

@@ -14,6 +14,14 @@ struct Workspace {
   int64_t bytes;
 };
 
+// The ranks that solve together. gather(context, mine, bytes) returns what all of them passed, in their order, which stays
+// valid until the next call; all ranks call it equally often with the same number of bytes.
+struct Group {
+  int rank = 0, size = 1;
+  const void* (*gather)(void* context, const void* mine, int64_t bytes) = nullptr;
+  void* context = nullptr;
+};
+
 // One tensor of a list: contiguous values, their costs (null: `cost` each), and what to write or read beside them.
 struct TableRow {
   const void* values;
@@ -34,18 +42,18 @@ namespace cpu {
 const char* instruction_set();
 bool parallel_available();
 
-int64_t workspace_bytes(int64_t parts, int64_t length, int element_size);
+int64_t workspace_bytes(int64_t parts, int64_t length, int element_size, bool grouped = false);
 int64_t rows_workspace_bytes(int64_t length, int element_size, int threads);
 
 // One budget over a list. extra = {soft mask, hard mask or null}. `state` (8 doubles, see new_solver_state) or null to
 // start cold. threshold = {centre, shift}.
 void soft_topk_global(Dtype, Table, double budget, double beta, bool absolute, double* state, double* threshold,
-                      Workspace, int threads);
+                      Workspace, int threads, const Group& = {});
 // extra = {gradient of the mask, gradient of values, gradient of costs or null}. scalars = {of budget, of beta}.
 void soft_topk_global_backward(Dtype, Table, const double* threshold, double beta, double* scalars, Workspace,
-                               int threads);
+                               int threads, const Group& = {});
 // extra = {hard mask}.
-void hard_topk_global(Dtype, Table, double budget, bool absolute, Workspace, int threads);
+void hard_topk_global(Dtype, Table, double budget, bool absolute, Workspace, int threads, const Group& = {});
 
 // The same by rows of [rows, length], `stride` from row to row; costs null (`cost` each), or at `cost_stride`. Every element
 // type; masks and gradients are contiguous.

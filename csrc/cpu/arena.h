@@ -22,6 +22,10 @@ class Arena {
   }
   Workspace rest() const { return {next_, end_ - next_}; }
 
+  // Everything taken since mark() may be taken again.
+  char* mark() const { return next_; }
+  void release(char* mark) { next_ = mark; }
+
  private:
   char* next_;
   char* end_;

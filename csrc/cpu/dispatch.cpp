@@ -7,6 +7,7 @@
 #include "masked_weight_passes.h"
 #include "short_rows.h"
 #include "soft_topk_passes.h"
+#include "storage_passes.h"
 
 namespace spartan::cpu {
 
@@ -20,6 +21,8 @@ namespace spartan::cpu {
   const ShortRows<float>& short_rows_float();              \
   const ShortRows<bfloat16>& short_rows_bfloat16();        \
   const ShortRows<float16>& short_rows_float16();          \
+  const StoragePasses& storage_bfloat16();                 \
+  const StoragePasses& storage_float16();                  \
   }
 SPARTAN_DECLARE(baseline)
 #ifdef SPARTAN_X86
@@ -78,6 +81,10 @@ const SoftTopkPasses<float>& soft_topk_passes<float>() {
 template <>
 const SoftTopkPasses<double>& soft_topk_passes<double>() {
   SPARTAN_SELECT(soft_topk_double);
+}
+const StoragePasses& storage_passes(Dtype dtype) {
+  if (dtype == Dtype::bfloat16) SPARTAN_SELECT(storage_bfloat16);
+  SPARTAN_SELECT(storage_float16);
 }
 template <>
 const MaskedWeightPasses<float>& masked_weight_passes<float>() {

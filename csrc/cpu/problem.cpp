@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "dispatch.h"
+
 namespace spartan::cpu {
 namespace {
 
@@ -18,37 +20,22 @@ uint64_t scramble(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-// Gathers what the threads' sinks flush. Past the capacity only the count goes on: the window was too wide.
-template <class T>
-struct Collector {
-  void* out;
-  bool priced;
-  int64_t capacity;
-  std::atomic<int64_t> count{0};
-
-  static void flush(Sink<T>* sink) {
-    auto* self = static_cast<Collector*>(sink->context);
-    const int64_t at = self->count.fetch_add(sink->count, std::memory_order_relaxed);
-    const int64_t room = std::clamp<int64_t>(self->capacity - at, 0, sink->count);
-    for (int64_t i = 0; i < room; ++i) {
-      if (self->priced)
-        static_cast<Priced<T>*>(self->out)[at + i] = {sink->ratio[i], sink->cost[i]};
-      else
-        static_cast<T*>(self->out)[at + i] = sink->ratio[i];
-    }
-    sink->count = 0;
-  }
+// What the ranks tell each other first.
+struct Share {
+  int64_t length = 0, instruction_set = 0;
+  double cost = 0, lowest_cost = INFINITY, poison = 0, unit = 1;
+  int64_t one_cost = 1;
 };
 
 }  // namespace
 
-int64_t workspace_bytes(int64_t parts, int64_t length, int element_size) {
+int64_t workspace_bytes(int64_t parts, int64_t length, int element_size, bool grouped) {
   const int64_t chunks = length / chunk_length_for(length) + parts;
-  const int64_t whole = length * element_size;
-  int64_t bytes = parts * 128 + chunks * kPartialBytes + 3 * std::min(whole, kSampleBytes);
+  const int64_t whole = grouped ? INT64_MAX : length * element_size;
+  const int64_t sample = (grouped ? 5 : 3) * std::min(whole, kSampleBytes);
+  int64_t bytes = parts * 64 + chunks * kPartialBytes;
   bytes += kHistogramWorkers * kRadixBins * static_cast<int64_t>(sizeof(double));
-  if (whole > kSampleBytes) bytes += kCandidateBytes;
-  return bytes + 1024;
+  return bytes + std::max(sample, whole > kSampleBytes ? kCandidateBytes : 0) + 1024;
 }
 
 double clamp_budget(double budget, double total) {
@@ -62,74 +49,78 @@ double clamp_budget(double budget, double total) {
 }
 
 template <class T>
-Problem<T>::Problem(const Table& table, bool absolute, int threads, Arena& arena)
-    : passes_(soft_topk_passes<T>()), arena_(arena), n_parts_(table.count), threads_(threads) {
-  static_assert(sizeof(Part) <= 128);
-  parts_ = arena.take<Part>(n_parts_);
-  for (int64_t p = 0; p < n_parts_; ++p) length_ += table.rows[p].length;
-  chunk_length_ = chunk_length_for(length_);
-  int64_t first_index = 0;
+Problem<T>::Problem(Dtype dtype, const Table& table, bool absolute, bool checked, int threads, const Group& group,
+                    Arena& arena)
+    : passes_(soft_topk_passes<T>()), storage_(dtype), group_(group), arena_(arena), absolute_(absolute),
+      parts_(arena.take<Part>(table.count)), n_parts_(table.count), threads_(threads) {
+  static_assert(sizeof(Part) <= 64);
+  for (int64_t p = 0; p < n_parts_; ++p) own_length_ += table.rows[p].length;
+  chunk_length_ = chunk_length_for(own_length_);
   for (int64_t p = 0; p < n_parts_; ++p) {
     const TableRow& row = table.rows[p];
-    parts_[p] = {{static_cast<const T*>(row.values), static_cast<const T*>(row.costs), static_cast<T>(row.cost),
-                  row.length, absolute},
-                 &row, first_index, chunks_};
-    first_index += row.length;
+    parts_[p] = {&row, static_cast<T>(row.cost), length_, chunks_};
+    length_ += row.length;
     chunks_ += (row.length + chunk_length_ - 1) / chunk_length_;
-    array_costs_ |= row.costs != nullptr;
-    one_cost_ &= row.costs == nullptr && row.cost == table.rows[0].cost;
-    if (row.costs == nullptr) {
-      if (!(row.cost > 0 && row.cost < INFINITY))
-        throw std::invalid_argument("costs must be finite and positive; got " + std::to_string(row.cost));
-      total_cost_ += static_cast<double>(static_cast<T>(row.cost)) * static_cast<double>(row.length);
-    }
   }
   partials_ = arena.take<char>(chunks_ * kPartialBytes);
-  if (!array_costs_) return;
-  const Extent all = extent();
-  if (!(all.lowest_cost > 0 && all.cost < INFINITY) || std::isnan(all.cost))
-    throw std::invalid_argument("costs must be finite and positive; the smallest is " + std::to_string(all.lowest_cost));
-  if (std::isnan(all.poison)) refuse_values();
-  total_cost_ = all.cost;
+  histograms_ = arena.take<double>(kHistogramWorkers * kRadixBins);
+  if (!checked) check_costs();
+}
+
+// The sums over all ranks of what is fixed from the start.
+template <class T>
+void Problem<T>::check_costs() {
+  Share own;
+  own.length = own_length_;
+  own.instruction_set = static_cast<int64_t>(isa());
+  if (n_parts_ > 0) own.unit = static_cast<double>(parts_[0].unit);
+  bool arrays = false;
+  for (const Part* part = parts_; part < parts_ + n_parts_; ++part) {
+    const double unit = static_cast<double>(part->unit);
+    arrays |= part->row->costs != nullptr;
+    own.one_cost &= part->row->costs == nullptr && unit == own.unit;
+    own.lowest_cost = std::min(own.lowest_cost, unit);
+    own.cost += unit * static_cast<double>(part->row->length);
+  }
+  if (arrays) {
+    const Extent all = reduce_own<Extent>([&](const Part&, int64_t, const Span<T>& span) { return passes_.extent(span); });
+    own.cost = all.cost, own.lowest_cost = all.lowest_cost, own.poison = all.poison;
+  }
+  const Share* shares = &own;
+  if (grouped()) shares = static_cast<const Share*>(group_.gather(group_.context, &own, sizeof own));
+  double lowest = INFINITY, poison = 0;
+  int64_t before = 0;
+  length_ = 0;
+  for (int rank = 0; rank < group_.size; ++rank) {
+    const Share& share = shares[rank];
+    if (rank == group_.rank) before = length_;
+    length_ += share.length;
+    total_cost_ += share.cost;
+    lowest = std::min(lowest, share.lowest_cost);
+    poison += share.poison;
+    one_cost_ &= share.one_cost != 0 && share.unit == shares[0].unit;
+    if (share.instruction_set != shares[0].instruction_set)
+      throw std::runtime_error("the ranks of group must run on one instruction set; set SPARTAN_ISA to the lowest");
+  }
+  for (int64_t p = 0; p < n_parts_; ++p) parts_[p].first_index += before;
+  if (!(lowest > 0 && total_cost_ < INFINITY))
+    throw std::invalid_argument("costs must be finite and positive; the smallest is " + std::to_string(lowest));
+  if (std::isnan(poison)) refuse_values();
+}
+
+template <class T>
+void Problem<T>::require_agreement(const Agreed& own) const {
+  if (!grouped()) return;
+  const auto* all = static_cast<const Agreed*>(group_.gather(group_.context, &own, sizeof own));
+  for (int rank = 1; rank < group_.size; ++rank)
+    if (std::memcmp(all, all + rank, sizeof own) != 0)
+      throw std::invalid_argument("budget, beta and state must be the same on every rank of group; rank " +
+                                  std::to_string(rank) + " differs from rank 0");
 }
 
 template <class T>
 double Problem<T>::clamped_budget(double budget) const {
   return clamp_budget(budget, total_cost_);
-}
-
-template <class T>
-template <class F>
-void Problem<T>::for_chunks(F&& f) {
-  parallel_for(threads_, chunks_, [&](int64_t chunk) {
-    const Part* part = std::upper_bound(parts_, parts_ + n_parts_, chunk,
-                                        [](int64_t c, const Part& p) { return c < p.first_chunk; }) - 1;
-    // empty parts share their successor's first chunk; upper_bound lands on the last of them, which is not empty
-    const int64_t offset = (chunk - part->first_chunk) * chunk_length_;
-    f(chunk, *part, offset, std::min(chunk_length_, part->span.length - offset));
-  });
-}
-
-template <class T>
-Span<T> piece(const Span<T>& span, int64_t offset, int64_t length) {
-  Span<T> sub = span;
-  sub.values += offset;
-  if (sub.costs != nullptr) sub.costs += offset;
-  sub.length = length;
-  return sub;
-}
-
-template <class T>
-template <class R, class F>
-R Problem<T>::reduce(F&& f) {
-  static_assert(sizeof(R) <= kPartialBytes);
-  R* partials = static_cast<R*>(partials_);
-  for_chunks([&](int64_t chunk, const Part& part, int64_t offset, int64_t length) {
-    new (partials + chunk) R(f(part, offset, piece(part.span, offset, length)));
-  });
-  R total{};
-  for (int64_t chunk = 0; chunk < chunks_; ++chunk) total += partials[chunk];
-  return total;
 }
 
 template <class T>
@@ -144,40 +135,77 @@ Moments Problem<T>::moments(const Logit<T>& logit) {
 
 template <class T>
 GradientSums Problem<T>::gradient_sums(const Logit<T>& logit) {
-  return reduce<GradientSums>([&](const Part& part, int64_t offset, const Span<T>& span) {
-    return passes_.gradient_sums(span, static_cast<const T*>(part.row->extra[0]) + offset, logit);
+  return reduce<GradientSums>([&](const Part& part, int64_t at, const Span<T>& span) {
+    T buffer[kBuffer];
+    return passes_.gradient_sums(span, storage_.read(part.row->extra[0], at, span.length, buffer), logit);
   });
+}
+
+// Copies `limit` entries of this rank, all or runs spread evenly, with their costs where wanted; returns how many.
+template <class T>
+int64_t Problem<T>::own_sample(int64_t limit, T* values, T* costs) const {
+  int64_t count = 0;
+  const auto add = [&](const Part& part, int64_t offset, int64_t length) {
+    for_runs(part, offset, length, length, [&](int64_t, const Span<T>& span) {
+      passes_.ratio({span.values, nullptr, T(1), span.length, absolute_}, values + count);
+      if (costs != nullptr)
+        for (int64_t i = 0; i < span.length; ++i) costs[count + i] = span.costs != nullptr ? span.costs[i] : span.cost;
+      count += span.length;
+    });
+  };
+  if (limit == own_length_) {
+    for (int64_t p = 0; p < n_parts_; ++p) add(parts_[p], 0, parts_[p].row->length);
+    return count;
+  }
+  const int64_t runs = limit / kRun;
+  const double stride = static_cast<double>(own_length_) / static_cast<double>(runs);
+  const Part* part = parts_;
+  for (int64_t run = 0; run < runs; ++run) {
+    const double slack = static_cast<double>(scramble(static_cast<uint64_t>(run)) >> 11) * 0x1p-53;
+    const int64_t index =
+        parts_[0].first_index + std::min(static_cast<int64_t>((static_cast<double>(run) + slack) * stride), own_length_ - 1);
+    while (index >= part->first_index + part->row->length) ++part;
+    const int64_t offset = index - part->first_index;
+    add(*part, offset, std::min(kRun, part->row->length - offset));
+  }
+  return count;
+}
+
+// The samples of all ranks, each in proportion to its length, one after the other.
+template <class T>
+int64_t Problem<T>::gather_sample(int64_t limit, T* values, T* costs) {
+  const double part = static_cast<double>(own_length_) / static_cast<double>(length_);
+  const int64_t share =
+      limit == length_ ? own_length_ : static_cast<int64_t>(part * static_cast<double>(limit)) / kRun * kRun;
+  T* own[2] = {arena_.take<T>(limit), costs != nullptr ? arena_.take<T>(limit) : nullptr};
+  const int64_t own_count = own_sample(share, own[0], own[1]);
+  const auto* gathered = static_cast<const int64_t*>(group_.gather(group_.context, &own_count, sizeof own_count));
+  int64_t longest = 0, total = 0;
+  int64_t* counts = reinterpret_cast<int64_t*>(histograms_);  // not in use yet
+  for (int rank = 0; rank < group_.size; ++rank) {
+    counts[rank] = gathered[rank];
+    longest = std::max(longest, counts[rank]);
+    total += counts[rank];
+  }
+  for (int column = 0; column < (costs != nullptr ? 2 : 1); ++column) {
+    std::fill(own[column] + own_count, own[column] + longest, T(0));
+    const auto* all =
+        static_cast<const T*>(group_.gather(group_.context, own[column], longest * static_cast<int64_t>(sizeof(T))));
+    T* out = column == 0 ? values : costs;
+    for (int rank = 0; rank < group_.size; out += counts[rank++]) std::copy_n(all + rank * longest, counts[rank], out);
+  }
+  return total;
 }
 
 template <class T>
 Sample<T> Problem<T>::sample() {
+  char* mark = arena_.mark();
   const int64_t limit = std::min<int64_t>(length_, kSampleBytes / sizeof(T));
   T* values = arena_.take<T>(limit);
   T* costs = one_cost_ ? nullptr : arena_.take<T>(limit);
-  int64_t count = 0;
-  const auto add = [&](const Part& part, int64_t offset, int64_t length) {
-    const Span<T> raw{part.span.values + offset, nullptr, T(1), length, part.span.absolute};
-    passes_.ratio(raw, values + count);
-    if (costs != nullptr)
-      for (int64_t i = 0; i < length; ++i) costs[count + i] = cost_at(part, offset + i);
-    count += length;
-  };
-  if (limit == length_) {
-    for (int64_t p = 0; p < n_parts_; ++p) add(parts_[p], 0, parts_[p].span.length);
-  } else {
-    const int64_t runs = limit / kRun;
-    const double stride = static_cast<double>(length_) / static_cast<double>(runs);
-    const Part* part = parts_;
-    for (int64_t run = 0; run < runs; ++run) {
-      const double slack = static_cast<double>(scramble(static_cast<uint64_t>(run)) >> 11) * 0x1p-53;
-      const int64_t index = std::min(static_cast<int64_t>((static_cast<double>(run) + slack) * stride), length_ - 1);
-      while (index >= part->first_index + part->span.length) ++part;
-      const int64_t offset = index - part->first_index;
-      add(*part, offset, std::min(kRun, part->span.length - offset));
-    }
-  }
-  const T unit = one_cost_ && n_parts_ > 0 ? parts_[0].span.cost : T(1);
-  Sample<T> out{{values, costs, unit, count, false}, values, {}, limit == length_};
+  const int64_t count = grouped() ? gather_sample(limit, values, costs) : own_sample(limit, values, costs);
+  const T unit = one_cost_ && n_parts_ > 0 ? parts_[0].unit : T(1);
+  Sample<T> out{{values, costs, unit, count, false}, values, {}, limit == length_, mark};
   if (costs != nullptr || unit != T(1)) {
     out.ratio = arena_.take<T>(limit);
     passes_.ratio(out.span, out.ratio);
@@ -187,150 +215,14 @@ Sample<T> Problem<T>::sample() {
   return out;
 }
 
-template <class T>
-bool Problem<T>::survey(const Logit<T>* logit, const Window<T>& window, Moments* moments) {
-  if (candidates_ == nullptr) {
-    candidates_ = arena_.take<char>(kCandidateBytes);
-    candidate_capacity_ = kCandidateBytes / static_cast<int64_t>(one_cost_ ? sizeof(T) : sizeof(Priced<T>));
-  }
-  Collector<T> collector{candidates_, !one_cost_, candidate_capacity_};
-  *moments = reduce<Moments>([&](const Part&, int64_t, const Span<T>& span) {
-    Sink<T> sink;
-    sink.flush = Collector<T>::flush;
-    sink.context = &collector;
-    const Moments found =
-        logit != nullptr ? passes_.survey(span, *logit, window, &sink) : passes_.count(span, window, &sink);
-    Collector<T>::flush(&sink);
-    return found;
-  });
-  if (std::isnan(moments->poison)) refuse_values();
-  candidate_count_ = collector.count.load();
-  return candidate_count_ <= candidate_capacity_;
-}
-
-template <class T>
-bool Problem<T>::cut_from_candidates(const Window<T>& window, double above, double budget, Cut<T>* cut) {
-  if (candidate_count_ > candidate_capacity_ || above > budget) return false;
-  const RadixDescent<T> radix = descend_candidates(budget - above);
-  if (radix.everything) {
-    // the budget outlasts the window: that decides only when nothing lies below it
-    if (window.low != -std::numeric_limits<T>::infinity()) return false;
-    *cut = Cut<T>::everything();
-    return true;
-  }
-  const double remaining = budget - above - radix.spent;
-  // When not even one of the entries at the threshold fits, which one comes first does not matter.
-  *cut = one_cost_ && remaining < static_cast<double>(parts_[0].span.cost) ? Cut<T>{radix.ratio(), -1}
-                                                                            : tie_cut(radix.ratio(), remaining);
-  return true;
-}
-
-template <class T>
-RadixDescent<T> Problem<T>::descend_candidates(double budget) {
-  if (one_cost_) {
-    const T* ratios = static_cast<const T*>(candidates_);
-    const double unit = static_cast<double>(parts_[0].span.cost);
-    return descend<T>(
-        candidate_count_, budget, histogram(), [&](int64_t i) { return ratios[i]; }, [&](int64_t) { return unit; });
-  }
-  // Threads append in no fixed order, and a sum of unequal costs must not depend on it.
-  auto* priced = static_cast<Priced<T>*>(candidates_);
-  std::sort(priced, priced + candidate_count_, [](const Priced<T>& x, const Priced<T>& y) {
-    return x.cost != y.cost ? x.cost < y.cost : x.ratio < y.ratio;
-  });
-  return descend<T>(
-      candidate_count_, budget, histogram(), [&](int64_t i) { return priced[i].ratio; },
-      [&](int64_t i) { return priced[i].cost; });
-}
-
-template <class T>
-Cut<T> Problem<T>::cut_from_sample(const Sample<T>& sample, double budget) {
-  const RadixDescent<T> radix = sample.descend(budget, histogram());
-  if (radix.everything) return Cut<T>::everything();
-  Cut<T> cut{radix.ratio(), -1};
-  double remaining = budget - radix.spent;
-  for (int64_t i = 0; i < sample.span.length; ++i) {
-    if (sample.ratio[i] != cut.ratio) continue;
-    remaining -= sample.span.costs != nullptr ? static_cast<double>(sample.span.costs[i]) : sample.unit();
-    if (remaining < 0) break;
-    cut.index = i;
-  }
-  return cut;
-}
-
-template <class T>
-Cut<T> Problem<T>::cut_by_radix(double budget) {
-  double* histograms = histogram();
-  RadixDescent<T> radix(budget);
-  while (!radix.finished()) {
-    std::memset(histograms, 0, kHistogramWorkers * kRadixBins * sizeof(double));
-    parallel_for(threads_, kHistogramWorkers, [&](int64_t worker) {
-      double* bins = histograms + worker * kRadixBins;
-      const int64_t begin = length_ * worker / kHistogramWorkers, end = length_ * (worker + 1) / kHistogramWorkers;
-      for (int64_t p = 0; p < n_parts_; ++p) {
-        const Part& part = parts_[p];
-        const int64_t from = std::max(begin - part.first_index, int64_t(0));
-        each_ratio(part, from, std::min(end - part.first_index, part.span.length), [&](int64_t offset, T ratio) {
-          const auto key = key_of(ratio);
-          if (radix.matches(key)) bins[radix.bin(key)] += static_cast<double>(cost_at(part, offset));
-          return true;
-        });
-      }
-    });
-    for (int64_t worker = 1; worker < kHistogramWorkers; ++worker)
-      for (int b = 0; b < kRadixBins; ++b) histograms[b] += histograms[worker * kRadixBins + b];
-    radix.narrow(histograms);
-  }
-  if (radix.everything) return Cut<T>::everything();
-  return tie_cut(radix.ratio(), budget - radix.spent);
-}
-
-// Calls f(offset, u) for the entries [from, to) of a part until it returns false.
+// Calls f(offset, length, hard_from) on the stretches of a run before and after the cut's index: u >= hard_from is kept.
 template <class T>
 template <class F>
-void Problem<T>::each_ratio(const Part& part, int64_t from, int64_t to, F&& f) {
-  constexpr int64_t kBuffer = 512;
-  T ratio[kBuffer];
-  for (int64_t i = from; i < to; i += kBuffer) {
-    const int64_t count = std::min(kBuffer, to - i);
-    passes_.ratio(piece(part.span, i, count), ratio);
-    for (int64_t j = 0; j < count; ++j)
-      if (!f(i + j, ratio[j])) return;
-  }
-}
-
-// How far the remaining budget reaches among the entries that equal the threshold, in the order of their index.
-template <class T>
-Cut<T> Problem<T>::tie_cut(T ratio, double remaining) {
-  double* sums = static_cast<double*>(partials_);
-  for_chunks([&](int64_t chunk, const Part& part, int64_t offset, int64_t length) {
-    sums[chunk] = passes_.tied(piece(part.span, offset, length), ratio);
-  });
-  int64_t last = 0;
-  while (last < chunks_ && sums[last] <= remaining) remaining -= sums[last++];
-  if (last == chunks_) return {ratio, std::numeric_limits<int64_t>::max()};
-  const Part* part = parts_ + n_parts_ - 1;
-  while (part->first_chunk > last || part->span.length == 0) --part;
-  const int64_t offset = (last - part->first_chunk) * chunk_length_;
-  Cut<T> cut{ratio, part->first_index + offset - 1};
-  each_ratio(*part, offset, std::min(offset + chunk_length_, part->span.length), [&](int64_t at, T u) {
-    if (u == ratio) remaining -= static_cast<double>(cost_at(*part, at));
-    if (remaining < 0) return false;
-    cut.index = part->first_index + at;
-    return true;
-  });
-  return cut;
-}
-
-// Calls f(offset, length, hard_from) on the stretches of a chunk before and after the cut's index: u >= hard_from is kept.
-template <class T>
-template <class F>
-void Problem<T>::split_at(const Cut<T>& cut, const Part& part, int64_t offset, int64_t length, F&& f) {
-  const int64_t first = part.first_index + offset;
-  const int64_t inclusive = cut.index < first ? 0 : std::min(length - 1, cut.index - first) + 1;
-  if (inclusive > 0) f(offset, inclusive, cut.ratio);
+void Problem<T>::split_at(const Cut<T>& cut, int64_t first_index, int64_t length, F&& f) {
+  const int64_t inclusive = cut.index < first_index ? 0 : std::min(length - 1, cut.index - first_index) + 1;
+  if (inclusive > 0) f(0, inclusive, cut.ratio);
   if (inclusive < length)
-    f(offset + inclusive, length - inclusive, std::nextafter(cut.ratio, std::numeric_limits<T>::infinity()));
+    f(inclusive, length - inclusive, std::nextafter(cut.ratio, std::numeric_limits<T>::infinity()));
 }
 
 struct Total {
@@ -343,15 +235,22 @@ struct Total {
 
 template <class T>
 double Problem<T>::write(const Logit<T>& logit, const Cut<T>* cut) {
-  const bool past_cache = length_ * static_cast<int64_t>(sizeof(T)) > kCacheBytes;
-  return reduce<Total>([&](const Part& part, int64_t offset, const Span<T>& span) {
-           T* soft = static_cast<T*>(part.row->extra[0]);
-           if (cut == nullptr) return Total{passes_.write(span, logit, T(0), soft + offset, nullptr, past_cache)};
+  const bool past_cache = own_length_ * storage_.bytes() > kCacheBytes;
+  const bool around = past_cache && storage_.direct();
+  return reduce<Total>([&](const Part& part, int64_t at, const Span<T>& span) {
+           T buffer[kBuffer];
+           T* soft = storage_.target(part.row->extra[0], at, buffer);
            Total sum;
-           uint8_t* hard = static_cast<uint8_t*>(part.row->extra[1]);
-           split_at(*cut, part, offset, span.length, [&](int64_t at, int64_t length, T hard_from) {
-             sum.value += passes_.write(piece(part.span, at, length), logit, hard_from, soft + at, hard + at, past_cache);
-           });
+           if (cut == nullptr) {
+             sum.value = passes_.write(span, logit, T(0), soft, nullptr, around);
+           } else {
+             uint8_t* hard = static_cast<uint8_t*>(part.row->extra[1]) + at;
+             split_at(*cut, part.first_index + at, span.length, [&](int64_t offset, int64_t length, T hard_from) {
+               sum.value +=
+                   passes_.write(piece(span, offset, length), logit, hard_from, soft + offset, hard + offset, around);
+             });
+           }
+           storage_.put(soft, span.length, part.row->extra[0], at, past_cache);
            return sum;
          })
       .value;
@@ -360,19 +259,29 @@ double Problem<T>::write(const Logit<T>& logit, const Cut<T>* cut) {
 template <class T>
 void Problem<T>::write_hard(const Cut<T>& cut) {
   for_chunks([&](int64_t, const Part& part, int64_t offset, int64_t length) {
-    uint8_t* hard = static_cast<uint8_t*>(part.row->extra[0]);
-    split_at(cut, part, offset, length, [&](int64_t at, int64_t count, T hard_from) {
-      passes_.write_hard(piece(part.span, at, count), hard_from, hard + at);
+    for_runs(part, offset, length, length, [&](int64_t at, const Span<T>& span) {
+      uint8_t* hard = static_cast<uint8_t*>(part.row->extra[0]) + at;
+      split_at(cut, part.first_index + at, span.length, [&](int64_t from, int64_t count, T hard_from) {
+        passes_.write_hard(piece(span, from, count), hard_from, hard + from);
+      });
     });
   });
 }
 
 template <class T>
 void Problem<T>::write_gradient(const Logit<T>& logit, T r) {
+  const bool past_cache = own_length_ * storage_.bytes() > kCacheBytes;
   for_chunks([&](int64_t, const Part& part, int64_t offset, int64_t length) {
-    T* grad_costs = static_cast<T*>(part.row->extra[2]);
-    passes_.gradient(piece(part.span, offset, length), static_cast<const T*>(part.row->extra[0]) + offset, logit, r,
-                     static_cast<T*>(part.row->extra[1]) + offset, grad_costs != nullptr ? grad_costs + offset : nullptr);
+    for_runs(part, offset, length, length, [&](int64_t at, const Span<T>& span) {
+      T buffers[3][kBuffer];
+      void* const* extra = part.row->extra;
+      T* grad_values = storage_.target(extra[1], at, buffers[1]);
+      T* grad_costs = storage_.target(extra[2], at, buffers[2]);
+      passes_.gradient(span, storage_.read(extra[0], at, span.length, buffers[0]), logit, r, grad_values, grad_costs,
+                       past_cache && storage_.direct());
+      storage_.put(grad_values, span.length, extra[1], at, past_cache);
+      storage_.put(grad_costs, span.length, extra[2], at, past_cache);
+    });
   });
 }
 

@@ -106,9 +106,10 @@ struct RadixDescent {
   }
 };
 
-// Descent over n entries: ratio_at(i) and cost_at(i) give them. The histogram has kRadixBins entries.
-template <class T, class RatioAt, class CostAt>
-RadixDescent<T> descend(int64_t n, double budget, double* histogram, RatioAt ratio_at, CostAt cost_at) {
+// Descent over n entries: ratio_at(i) and cost_at(i) give them. The histogram has kRadixBins entries; `merge` adds to it
+// what others count.
+template <class T, class RatioAt, class CostAt, class Merge>
+RadixDescent<T> descend(int64_t n, double budget, double* histogram, RatioAt ratio_at, CostAt cost_at, Merge merge) {
   RadixDescent<T> radix(budget);
   while (!radix.finished()) {
     std::memset(histogram, 0, kRadixBins * sizeof(double));
@@ -116,9 +117,15 @@ RadixDescent<T> descend(int64_t n, double budget, double* histogram, RatioAt rat
       const auto key = key_of(static_cast<T>(ratio_at(i)));
       if (radix.matches(key)) histogram[radix.bin(key)] += static_cast<double>(cost_at(i));
     }
+    merge(histogram);
     radix.narrow(histogram);
   }
   return radix;
+}
+
+template <class T, class RatioAt, class CostAt>
+RadixDescent<T> descend(int64_t n, double budget, double* histogram, RatioAt ratio_at, CostAt cost_at) {
+  return descend<T>(n, budget, histogram, ratio_at, cost_at, [](double*) {});
 }
 
 }  // namespace spartan::cpu

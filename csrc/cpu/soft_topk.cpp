@@ -19,7 +19,11 @@ class GlobalSolve {
  public:
   GlobalSolve(Problem<T>* problem, double budget, double beta, State* state)
       : problem_(*problem), budget_(problem->clamped_budget(budget)), search_(budget_, problem->total_cost(), beta),
-        state_(state), want_cut_(state != nullptr) {}
+        state_(state), want_cut_(state != nullptr) {
+    problem->require_agreement({budget, beta, state != nullptr ? state->solves : 0, state != nullptr ? state->soft : 0});
+    if (!(beta >= 0 && beta < INFINITY))
+      throw std::invalid_argument("beta must be finite and at least 0; got " + std::to_string(beta));
+  }
 
   const ThresholdSearch& search() const { return search_; }
 
@@ -61,6 +65,7 @@ class GlobalSolve {
       search_.centre_from(sample.extent.low, sample.extent.high);
     }
     if (want_cut_) window_ = window_from(sample, budget_ * share);
+    problem_.forget(sample);
   }
 
   // The hard threshold's place in the sample, kSampleMargin standard deviations of its rank either way.
@@ -172,19 +177,20 @@ class GlobalSolve {
 };
 
 template <class T>
-void global_forward(Table table, double budget, double beta, bool absolute, double* state, double* threshold,
-                    Workspace workspace, int threads) {
+void global_forward(Dtype dtype, Table table, double budget, double beta, bool absolute, double* state, double* threshold,
+                    Workspace workspace, int threads, const Group& group) {
   Arena arena(workspace);
-  Problem<T> problem(table, absolute, threads, arena);
+  Problem<T> problem(dtype, table, absolute, false, threads, group, arena);
   GlobalSolve<T> solve(&problem, budget, beta, reinterpret_cast<State*>(state));
   if (problem.length() > 0) solve.run();
   save<T>(solve.search(), threshold);
 }
 
 template <class T>
-void global_backward(Table table, const double* threshold, double beta, double* scalars, Workspace workspace, int threads) {
+void global_backward(Dtype dtype, Table table, const double* threshold, double beta, double* scalars, Workspace workspace,
+                     int threads, const Group& group) {
   Arena arena(workspace);
-  Problem<T> problem(table, false, threads, arena);
+  Problem<T> problem(dtype, table, false, true, threads, group, arena);
   const Logit<T> logit = saved_logit<T>(threshold, beta);
   const GradientSums sums = problem.gradient_sums(logit);
   // a budget of nothing or everything saturates every entry; their logistic is cut off a little above zero
@@ -195,9 +201,10 @@ void global_backward(Table table, const double* threshold, double beta, double* 
 }
 
 template <class T>
-void global_hard(Table table, double budget, bool absolute, Workspace workspace, int threads) {
+void global_hard(Dtype dtype, Table table, double budget, bool absolute, Workspace workspace, int threads,
+                 const Group& group) {
   Arena arena(workspace);
-  Problem<T> problem(table, absolute, threads, arena);
+  Problem<T> problem(dtype, table, absolute, false, threads, group, arena);
   GlobalSolve<T> solve(&problem, budget, 0.0, nullptr);
   if (problem.length() > 0) solve.run_hard();
 }
@@ -205,17 +212,18 @@ void global_hard(Table table, double budget, bool absolute, Workspace workspace,
 }  // namespace
 
 void soft_topk_global(Dtype dtype, Table table, double budget, double beta, bool absolute, double* state,
-                      double* threshold, Workspace workspace, int threads) {
-  SPARTAN_DISPATCH(global_forward<T>(table, budget, beta, absolute, state, threshold, workspace, threads))
+                      double* threshold, Workspace workspace, int threads, const Group& group) {
+  SPARTAN_DISPATCH(global_forward<T>(dtype, table, budget, beta, absolute, state, threshold, workspace, threads, group))
 }
 
 void soft_topk_global_backward(Dtype dtype, Table table, const double* threshold, double beta, double* scalars,
-                               Workspace workspace, int threads) {
-  SPARTAN_DISPATCH(global_backward<T>(table, threshold, beta, scalars, workspace, threads))
+                               Workspace workspace, int threads, const Group& group) {
+  SPARTAN_DISPATCH(global_backward<T>(dtype, table, threshold, beta, scalars, workspace, threads, group))
 }
 
-void hard_topk_global(Dtype dtype, Table table, double budget, bool absolute, Workspace workspace, int threads) {
-  SPARTAN_DISPATCH(global_hard<T>(table, budget, absolute, workspace, threads))
+void hard_topk_global(Dtype dtype, Table table, double budget, bool absolute, Workspace workspace, int threads,
+                      const Group& group) {
+  SPARTAN_DISPATCH(global_hard<T>(dtype, table, budget, absolute, workspace, threads, group))
 }
 
 }  // namespace spartan::cpu

@@ -350,13 +350,13 @@ GradientSums gradient_sums(const Span<T>& span, const T* grad, const Logit<T>& p
   });
 }
 
-template <class T>
-void gradient(const Span<T>& span, const T* grad, const Logit<T>& p, T r, T* grad_values, T* grad_costs) {
+template <class T, bool Stream>
+void write_gradients(const Span<T>& span, const T* grad, const Logit<T>& p, T r, T* grad_values, T* grad_costs) {
   const Logistic<T> logistic(p);
   specialised(span, [&]<CostKind C, bool Absolute>() {
     const auto body = [&](const Lane<T>& lane, Vec<T> g, Vec<T>* grad_cost) {
       const Sigmoid<T> sig = logistic(lane.u);
-      const Vec<T> out = p.beta * sig.s * (g / lane.a - r);
+      const Vec<T> out = p.beta * sig.s * ((C == CostKind::unit ? g : g / lane.a) - r);
       if (grad_costs != nullptr) *grad_cost = -out * lane.u - r * sig.m;
       return out;
     };
@@ -364,7 +364,8 @@ void gradient(const Span<T>& span, const T* grad, const Logit<T>& p, T r, T* gra
         span,
         [&](int64_t i, const Lane<T>& lane) {
           Vec<T> grad_cost{};
-          store(grad_values + i, body(lane, load(grad + i), &grad_cost));
+          const Vec<T> out = body(lane, load(grad + i), &grad_cost);
+          Stream ? stream(grad_values + i, out) : store(grad_values + i, out);
           if (grad_costs != nullptr) store(grad_costs + i, grad_cost);
         },
         [&](int64_t i, int count, const Lane<T>& lane) {
@@ -375,6 +376,16 @@ void gradient(const Span<T>& span, const T* grad, const Logit<T>& p, T r, T* gra
         [] {});
     return 0;
   });
+}
+
+template <class T>
+void gradient(const Span<T>& span, const T* grad, const Logit<T>& p, T r, T* grad_values, T* grad_costs, bool past_cache) {
+  if (!past_cache || !can_stream(grad_values)) {
+    write_gradients<T, false>(span, grad, p, r, grad_values, grad_costs);
+    return;
+  }
+  write_gradients<T, true>(span, grad, p, r, grad_values, grad_costs);
+  stream_end();
 }
 
 template <class T>

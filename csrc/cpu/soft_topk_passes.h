@@ -88,7 +88,7 @@ struct SoftTopkPasses {
   void (*ratio)(const Span<T>&, T* ratio);
   GradientSums (*gradient_sums)(const Span<T>&, const T* grad, const Logit<T>&);
   // grad_values = beta s (g / a - r); grad_costs, where not null, = -(g - a r) s beta u / a - r m
-  void (*gradient)(const Span<T>&, const T* grad, const Logit<T>&, T r, T* grad_values, T* grad_costs);
+  void (*gradient)(const Span<T>&, const T* grad, const Logit<T>&, T r, T* grad_values, T* grad_costs, bool past_cache);
 };
 
 // The table for the best instruction set of this machine.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import threading
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from spartan_kernels.arguments import require_beta
-from spartan_kernels.groups import refuse_group
+from spartan_kernels.groups import gather, process_group
 
 _native: Any = None
 _import_error: str | None = None
@@ -75,22 +76,46 @@ def _workspace(size: int) -> torch.Tensor:
     return _scratch.tensor
 
 
+# Dtype of csrc/ops.h
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+class _Ranks:
+    """The exchange of a solve over the ranks of a process group; keeps what the extension reads last."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.last = name, torch.empty(0)
+        group = process_group(name)
+        self.native = _native.Ranks(group.rank(), group.size(), self._gather)
+
+    def _gather(self, address: int, count: int) -> int:
+        own = torch.frombuffer((ctypes.c_uint8 * count).from_address(address), dtype=torch.uint8)
+        self.last = gather(own, self.name)
+        return self.last.data_ptr()
+
+
 class _List:
     """A list of tensors as the extension's table: one row of seven 64-bit words for each (ops.h, TableRow)."""
 
-    def __init__(self, values: list[torch.Tensor], costs: list[torch.Tensor]) -> None:
-        self.values = [_compute(v) for v in values]
+    def __init__(self, values: list[torch.Tensor], costs: list[torch.Tensor], group: str = "") -> None:
+        self.values = [v.detach().contiguous() for v in values]
         self.costs: list[torch.Tensor | None] = [None] * len(values)
         self.unit = [1.0] * len(values)
         for index, cost in enumerate(costs):
             if cost.dim() == 0:
                 self.unit[index] = float(cost)
             else:
-                self.costs[index] = _compute(cost)
+                self.costs[index] = cost.detach().contiguous()
         self.length = sum(v.numel() for v in self.values)
-        self.element = self.values[0].element_size()
+        self.dtype = self.values[0].dtype
+        self.ranks = _Ranks(group) if group else None
 
-    def table(self, *extra: list[torch.Tensor] | None) -> torch.Tensor:
+    def empty(self) -> list[torch.Tensor]:
+        """Room for one entry for each value, in the values' dtype."""
+        return [torch.empty_like(v) for v in self.values]
+
+    def first(self, *extra: list[torch.Tensor] | None) -> tuple[torch.Tensor, tuple[int, int, int]]:
+        """The table, to be kept alive, and the arguments that every kernel takes first."""
         words = torch.zeros((len(self.values), 7), dtype=torch.int64)
         words[:, 0] = torch.tensor([v.data_ptr() for v in self.values])
         words[:, 1] = torch.tensor([_pointer(c) for c in self.costs])
@@ -99,40 +124,27 @@ class _List:
         for column, tensors in enumerate(extra, start=4):
             if tensors:
                 words[:, column] = torch.tensor([t.data_ptr() for t in tensors])
-        return words
+        return words, (_DTYPES[self.dtype], words.data_ptr(), len(self.values))
 
-    def workspace(self) -> torch.Tensor:
-        return _workspace(_native.cpu.workspace_bytes(len(self.values), self.length, self.element))
-
-
-def _narrow(tensors: list[torch.Tensor], like: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [t.to(v.dtype) for t, v in zip(tensors, like, strict=True)]
+    def rest(self) -> tuple[int, int, int, Any]:
+        """The arguments that every kernel takes last."""
+        element = 8 if self.dtype == torch.float64 else 4
+        size = _native.cpu.workspace_bytes(len(self.values), self.length, element, self.ranks is not None)
+        workspace = _workspace(size)
+        ranks = None if self.ranks is None else self.ranks.native
+        return workspace.data_ptr(), workspace.numel(), torch.get_num_threads(), ranks
 
 
 def soft_topk_global_forward(
     values: list[torch.Tensor], budget: torch.Tensor, costs: list[torch.Tensor], beta: torch.Tensor, group: str
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """m for a list that shares one budget."""
-    refuse_group(group, "native")
-    require_beta(beta)
-    problem = _List(values, costs)
-    masks = [torch.empty_like(v) for v in problem.values]
+    problem = _List(values, costs, group)
+    masks = problem.empty()
     threshold = torch.empty(2, dtype=torch.float64)
-    table, workspace = problem.table(masks), problem.workspace()
-    _native.cpu.soft_topk_global(
-        problem.element,
-        table.data_ptr(),
-        len(masks),
-        float(budget),
-        float(beta),
-        False,
-        0,
-        threshold.data_ptr(),
-        workspace.data_ptr(),
-        workspace.numel(),
-        torch.get_num_threads(),
-    )
-    return _narrow(masks, values), threshold
+    _table, first = problem.first(masks)
+    _native.cpu.soft_topk_global(*first, float(budget), float(beta), False, 0, threshold.data_ptr(), *problem.rest())
+    return masks, threshold
 
 
 def soft_topk_global_backward(
@@ -145,26 +157,13 @@ def soft_topk_global_backward(
     group: str,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """Gradients for values, costs (elementwise), budget and beta of a list that shares one budget."""
-    refuse_group(group, "native")
-    problem = _List(values, costs)
-    g = [_compute(grad) for grad in grads]
-    grad_values = [torch.empty_like(v) for v in problem.values]
-    grad_costs = [torch.empty_like(v) for v in problem.values] if cost_grad else []
-    scalars = torch.empty(2, dtype=torch.float64)
-    table, workspace = problem.table(g, grad_values, grad_costs), problem.workspace()
-    _native.cpu.soft_topk_global_backward(
-        problem.element,
-        table.data_ptr(),
-        len(g),
-        threshold.data_ptr(),
-        float(beta),
-        scalars.data_ptr(),
-        workspace.data_ptr(),
-        workspace.numel(),
-        torch.get_num_threads(),
-    )
-    narrowed = _narrow(grad_costs, values) if cost_grad else []
-    return _narrow(grad_values, values), narrowed, scalars[0].clone(), scalars[1].clone()
+    problem = _List(values, costs, group)
+    g = [grad.detach().to(problem.dtype).contiguous() for grad in grads]
+    grad_values, grad_costs = problem.empty(), problem.empty() if cost_grad else []
+    saved, scalars = threshold.contiguous(), torch.empty(2, dtype=torch.float64)
+    _table, first = problem.first(g, grad_values, grad_costs)
+    _native.cpu.soft_topk_global_backward(*first, saved.data_ptr(), float(beta), scalars.data_ptr(), *problem.rest())
+    return grad_values, grad_costs, scalars[0].clone(), scalars[1].clone()
 
 
 def solve_masks_(
@@ -179,49 +178,22 @@ def solve_masks_(
     group: str,
 ) -> None:
     """Soft and hard mask of a training step, in place."""
-    refuse_group(group, "native")
-    require_beta(beta)
-    problem = _List(values, costs)
-    same = soft[0].dtype == problem.values[0].dtype
-    masks = soft if same else [torch.empty_like(v) for v in problem.values]
+    problem = _List(values, costs, group)
     threshold = torch.empty(2, dtype=torch.float64)
-    table, workspace = problem.table(masks, hard), problem.workspace()
+    _table, first = problem.first(soft, hard)
     _native.cpu.soft_topk_global(
-        problem.element,
-        table.data_ptr(),
-        len(masks),
-        float(budget),
-        float(beta),
-        absolute,
-        state.data_ptr(),
-        threshold.data_ptr(),
-        workspace.data_ptr(),
-        workspace.numel(),
-        torch.get_num_threads(),
+        *first, float(budget), float(beta), absolute, state.data_ptr(), threshold.data_ptr(), *problem.rest()
     )
-    if not same:
-        for target, mask in zip(soft, masks, strict=True):
-            target.copy_(mask)
 
 
 def hard_topk_global_forward(
     values: list[torch.Tensor], budget: torch.Tensor, costs: list[torch.Tensor], absolute: bool, group: str
 ) -> list[torch.Tensor]:
     """h for a list that shares one budget."""
-    refuse_group(group, "native")
-    problem = _List(values, costs)
+    problem = _List(values, costs, group)
     hard = [torch.empty(v.shape, dtype=torch.bool) for v in problem.values]
-    table, workspace = problem.table(hard), problem.workspace()
-    _native.cpu.hard_topk_global(
-        problem.element,
-        table.data_ptr(),
-        len(hard),
-        float(budget),
-        absolute,
-        workspace.data_ptr(),
-        workspace.numel(),
-        torch.get_num_threads(),
-    )
+    _table, first = problem.first(hard)
+    _native.cpu.hard_topk_global(*first, float(budget), absolute, *problem.rest())
     return hard
 
 

@@ -14,6 +14,8 @@ from spartan_kernels.groups import group_name
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+_GROUP_BACKENDS = ("native", "reference")
+
 
 def row_problem(
     values: torch.Tensor, budget: float | torch.Tensor, costs: float | torch.Tensor | None, dim: int
@@ -54,15 +56,22 @@ def global_problem(
     return tensors, [_tensor_cost(i, c, v) for i, (c, v) in enumerate(zip(costs, tensors, strict=True))]
 
 
-def served_group(group: ProcessGroup | str | None, backend: str | None) -> tuple[str, str | None]:
-    """The group's name, and the backend that serves it."""
+def served_group(
+    group: ProcessGroup | str | None, backend: str | None, operator: str, like: torch.Tensor
+) -> tuple[str, str | None]:
+    """The group's name, and the backend that serves `operator` over it."""
     name = group_name(group)
     if not name:
         return name, backend
-    asked = dispatch.requested(backend)
-    if asked not in ("auto", "reference"):
-        raise ValueError(f"group is served by the reference backend only; got backend={asked!r}")
-    return name, "reference"
+    asked, device = dispatch.requested(backend), like.device.type
+    if asked != "auto" and asked not in _GROUP_BACKENDS:
+        allowed = " and ".join(_GROUP_BACKENDS)
+        raise ValueError(f"group is served by the {allowed} backends only; got backend={asked!r}")
+    candidates = (
+        [n for n in dispatch.AUTO_ORDER.get(device, ()) if n in _GROUP_BACKENDS] if asked == "auto" else [asked]
+    )
+    able = (n for n in candidates if dispatch.refusal(operator, n, device, like.dtype) is None)
+    return name, next(able, asked if asked != "auto" else "reference")
 
 
 def as_in_autocast(values: Any) -> Any:

@@ -91,7 +91,7 @@ def hard_topk_global(
         absolute: choose by |values| (no copy is made).
         group: a `torch.distributed` process group (or its name) whose ranks each pass their own part, which may be
             empty; the index that breaks ties counts through the ranks in their order, on each through the list of its
-            parts. None for this process alone, and with DTensors, whose mesh has it. Served by the reference backend.
+            parts. None for this process alone, and with DTensors, whose mesh has it. Served by the native and reference backends.
         backend: "auto" or the name of a backend.
 
     Returns:
@@ -104,5 +104,5 @@ def hard_topk_global(
         parts = shards(values, costs, group)
         tensors, cost_list = global_problem(parts.values, parts.costs)
         k = scalar("budget", budget, tensors[0].device)
-        name, backend = served_group(parts.group, backend)
+        name, backend = served_group(parts.group, backend, "hard_topk_global_forward", tensors[0])
         return parts.restore(hard_topk_global_forward(tensors, k, cost_list, absolute, name, backend or ""))

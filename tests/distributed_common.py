@@ -23,7 +23,7 @@ from spartan_kernels.testing import (
 )
 
 WORLDS = (2, 4)
-BACKENDS = ("reference",)  # those that serve a group
+BACKENDS = ("reference", "native")  # those that serve a group
 SHAPES = [(40, 33), (7,), (16, 5, 3), (1001,)]
 COSTS = ("none", "numbers", "mixed")
 CUTS = ("even", "uneven", "first", "last")

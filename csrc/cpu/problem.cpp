@@ -110,12 +110,22 @@ void Problem<T>::check_costs() {
 
 template <class T>
 void Problem<T>::require_agreement(const Agreed& own) const {
-  if (!grouped()) return;
-  const auto* all = static_cast<const Agreed*>(group_.gather(group_.context, &own, sizeof own));
-  for (int rank = 1; rank < group_.size; ++rank)
-    if (std::memcmp(all, all + rank, sizeof own) != 0)
-      throw std::invalid_argument("budget, beta and state must be the same on every rank of group; rank " +
-                                  std::to_string(rank) + " differs from rank 0");
+  const Agreed* all = &own;
+  if (grouped()) all = static_cast<const Agreed*>(group_.gather(group_.context, &own, sizeof own));
+  for (int rank = 0; rank < group_.size; ++rank)
+    if (!(all[rank].beta >= 0 && all[rank].beta < INFINITY))
+      throw std::invalid_argument("beta must be finite and at least 0; got " + std::to_string(all[rank].beta));
+  const auto same = [&](const char* what, double Agreed::* member) {
+    for (int rank = 1; rank < group_.size; ++rank)
+      if (all[rank].*member != all[0].*member)
+        throw std::invalid_argument(std::string(what) + " must be the same on every rank of group; got " +
+                                    std::to_string(all[0].*member) + " on rank 0, " + std::to_string(all[rank].*member) +
+                                    " on rank " + std::to_string(rank));
+  };
+  same("budget", &Agreed::budget);
+  same("beta", &Agreed::beta);
+  same("state", &Agreed::solves);
+  same("state", &Agreed::soft);
 }
 
 template <class T>

@@ -67,7 +67,7 @@ class Problem {
   int64_t length() const { return length_; }
   double total_cost() const { return total_cost_; }
   double clamped_budget(double budget) const;
-  // Throws, on every rank, where the ranks were called differently.
+  // Throws, on every rank, where one has a bad beta or they were called differently.
   void require_agreement(const Agreed& own) const;
 
   // Entries copied to the workspace: everything up to kSampleBytes, runs spread over the problem beyond.

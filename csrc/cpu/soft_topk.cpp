@@ -21,8 +21,6 @@ class GlobalSolve {
       : problem_(*problem), budget_(problem->clamped_budget(budget)), search_(budget_, problem->total_cost(), beta),
         state_(state), want_cut_(state != nullptr) {
     problem->require_agreement({budget, beta, state != nullptr ? state->solves : 0, state != nullptr ? state->soft : 0});
-    if (!(beta >= 0 && beta < INFINITY))
-      throw std::invalid_argument("beta must be finite and at least 0; got " + std::to_string(beta));
   }
 
   const ThresholdSearch& search() const { return search_; }

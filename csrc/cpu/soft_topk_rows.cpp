@@ -196,7 +196,7 @@ class RowSolver {
       const GradientSums sums = passes_.gradient_sums(entries, g, logit);
       *out.budget = sums.as > 0 ? sums.gs / sums.as : 0.0;
       *out.beta = sums.gsu - *out.budget * sums.asu;
-      passes_.gradient(entries, g, logit, static_cast<T>(*out.budget), of_values, of_costs);
+      passes_.gradient(entries, g, logit, static_cast<T>(*out.budget), of_values, of_costs, false);
     } else {
       TableRow list = entry(entries);
       list.extra[0] = const_cast<T*>(g), list.extra[1] = of_values, list.extra[2] = of_costs;

@@ -84,8 +84,20 @@ def _soft_rows(s: Settings, rows: int, n: int, k: float, beta: float) -> Work:
         operands=operands,
         check=check,
         bytes=nbytes,
-        peers={"copy": lambda v: v.clone(), "Sinkhorn": sinkhorn},
+        peers={"copy": lambda v: v.clone(), "Sinkhorn": sinkhorn, "torch.topk": lambda v: v.topk(int(k), -1)},
     )
+
+
+@case("soft_topk", "8192x4096")
+def soft_topk_long_rows(s: Settings) -> Work:
+    """A tenth of each row, where sorting or selecting costs most."""
+    return _soft_rows(s, 8192, 4096, 409.0, 10.0)
+
+
+@case("soft_topk", "2:4-1000000x4")
+def soft_topk_pattern(s: Settings) -> Work:
+    """Two of every four."""
+    return _soft_rows(s, 1_000_000, 4, 2.0, 10.0)
 
 
 @case("soft_topk", "4096x1024")
@@ -100,10 +112,8 @@ def soft_topk_routing(s: Settings) -> Work:
     return _soft_rows(s, 65536, 64, 8.0, 10.0)
 
 
-@case("soft_topk_backward", "4096x1024")
-def soft_topk_backward(s: Settings) -> Work:
-    """Gradient for the values, from a finished forward pass."""
-    rows, n, k, beta = (512 if s.quick else 4096), 1024, 64.0, 10.0
+def _soft_rows_backward(s: Settings, rows: int, n: int, k: float, beta: float) -> Work:
+    rows = max(1, rows // 8) if s.quick else rows
     nbytes = 3 * rows * n * s.dtype.itemsize  # values and upstream in, gradient out
 
     def build(i: int) -> tuple[Any, ...]:
@@ -127,6 +137,18 @@ def soft_topk_backward(s: Settings) -> Work:
             "eager formula": lambda v, m, g: eager.soft_topk_gradient(g, m.detach(), beta),
         },
     )
+
+
+@case("soft_topk_backward", "4096x1024")
+def soft_topk_backward(s: Settings) -> Work:
+    """Gradient for the values, from a finished forward pass."""
+    return _soft_rows_backward(s, 4096, 1024, 64.0, 10.0)
+
+
+@case("soft_topk_backward", "8192x4096")
+def soft_topk_backward_long_rows(s: Settings) -> Work:
+    """The same for longer rows."""
+    return _soft_rows_backward(s, 8192, 4096, 409.0, 10.0)
 
 
 # ----------------------------------------------------- one budget over a network: solve, hard mask, soft mask
@@ -247,6 +269,12 @@ def _hard(s: Settings, shape: tuple[int, ...], density: float) -> Work:
 def hard_topk_row(s: Settings) -> Work:
     """One budget over four million entries."""
     return _hard(s, (1 << 18 if s.quick else 1 << 22,), 0.1)
+
+
+@case("hard_topk", "2:4-1000000x4")
+def hard_topk_pattern(s: Settings) -> Work:
+    """Two of every four."""
+    return _hard(s, (125_000 if s.quick else 1_000_000, 4), 0.5)
 
 
 @case("hard_topk", "4096x1024")

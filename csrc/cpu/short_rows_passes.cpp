@@ -4,8 +4,7 @@ namespace spartan::cpu::SPARTAN_ISA {
 namespace {
 
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
-// As soft_topk.cpp: what a written mask may miss, and the residual after which one more Halley step is exact to rounding.
-constexpr float kTolerance = 5e-7f, kLastStep = 1e-3f;
+constexpr float kTolerance = 5e-7f;  // on the sum of a mask, relative to its budget: as cache_solve.h
 constexpr double kEverything = 1 - 1e-12;  // a budget of this part of the costs is all of them, summed in another order
 constexpr int kMaxTrials = 40;
 constexpr float kSmallestBeta = 1e-20f, kLargestBeta = 1e20f;
@@ -43,7 +42,7 @@ struct Spread {
   I finite;
 };
 
-Spread spread_of(const LaneProblem& p, int n) {
+inline Spread spread_of(const LaneProblem& p, int n) {
   Spread s{p.u[0], p.u[0], V{}, V{}, I{}};
   V first{}, second{}, poison{};
   for (int j = 0; j < n; ++j) {
@@ -62,12 +61,14 @@ Spread spread_of(const LaneProblem& p, int n) {
   return s;
 }
 
-// What ThresholdSearch is to one problem, for one in each lane, in float.
+// What ThresholdSearch is to one problem, for one in each lane, in float. N is the rows' length where the loops over so few
+// entries are unrolled, or 0.
+template <int N>
 class LaneSearch {
  public:
   LaneSearch(const LaneProblem& problem, const LaneMap& map, int n, RowBudgets budgets, double unit, float beta)
-      : p_(problem), n_(n), beta_(beta) {
-    const Spread spread = spread_of(problem, n);
+      : p_(problem), n_(N > 0 ? N : n), beta_(beta) {
+    const Spread spread = spread_of(problem, length());
     live_ = problem.fine & spread.finite;
     float sign[kLanes], quota[kLanes], other[kLanes];
     for (int l = 0; l < kLanes; ++l) {
@@ -93,31 +94,19 @@ class LaneSearch {
     start(spread);
   }
 
-  // Rows that were solved, as bits of lanes; their thresholds are centre() and shift().
-  void run() {
+  // Each trial writes its masks, the last one's stand. Returns the lanes that met their budgets, as bits.
+  uint32_t run(V* masks) {
     I ready = ~live_;
-    for (int trial = 0; trial < kMaxTrials && bits(~ready) != 0; ++trial) step(&ready);
-    live_ &= ready;
-  }
-
-  // Masks in place of the ratios; lanes whose masks miss their budget are dropped.
-  uint32_t write(V* out) {
-    const LaneLogistic logistic(beta_, sign_, centre_, shift_);
-    const I kept_side = sign_ > 0.0f;
-    LaneSum mass;
-    for (int j = 0; j < n_; ++j) {
-      const V e = logistic.exponential(p_.u[j]), m = 1.0f / (1.0f + e);
-      mass.add(p_.priced ? p_.a[j] * m : m);
-      out[j] = choose(kept_side, m, e * m);
-    }
-    const V miss = absolute((mass.value - quota_) + mass.dropped);
-    return bits(live_ & (miss <= kTolerance * quota_));
+    for (int trial = 0; trial < kMaxTrials && bits(~ready) != 0; ++trial) step(masks, &ready);
+    return bits(live_ & ready);
   }
 
   V centre() const { return centre_; }
   V shift() const { return shift_; }
 
  private:
+  int length() const { return N > 0 ? N : n_; }
+
   // As if the entries were logistic, or, where the mask is sharper than that can serve, by counting.
   void start(const Spread& spread) {
     constexpr float kOverLogistic = 0.303963551f;  // 3 / pi^2
@@ -138,7 +127,7 @@ class LaneSearch {
     I exact{};
     for (int i = 0; i < kMaxCounts && bits(open) != 0; ++i) {
       V above{};
-      for (int j = 0; j < n_; ++j) above += choose(p_.u[j] > t, p_.priced ? p_.a[j] : splat(1.0f), V{});
+      for (int j = 0; j < length(); ++j) above += choose(p_.u[j] > t, p_.priced ? p_.a[j] : splat(1.0f), V{});
       exact |= open & (above == kept);
       open &= ~exact;
       low = choose(open & (above > kept), t, low);
@@ -148,7 +137,7 @@ class LaneSearch {
     }
     if (bits(exact) == 0) return t;
     V below = spread.low, over = spread.high;
-    for (int j = 0; j < n_; ++j) {
+    for (int j = 0; j < length(); ++j) {
       const V u = p_.u[j];
       const I up = u > t;
       over = choose(up, smaller(u, over), over);
@@ -157,16 +146,18 @@ class LaneSearch {
     return choose(exact, 0.5f * below + 0.5f * over, t);
   }
 
-  void step(I* ready) {
+  void step(V* masks, I* ready) {
     const LaneLogistic logistic(beta_, sign_, centre_, shift_);
+    const I kept_side = sign_ > 0.0f;
     LaneSum mass;
     V slope{}, curvature{};
-    for (int j = 0; j < n_; ++j) {
+    for (int j = 0; j < length(); ++j) {
       const V e = logistic.exponential(p_.u[j]), m = 1.0f / (1.0f + e), complement = e * m;
       const V weighted = p_.priced ? p_.a[j] * m : m, s = weighted * complement;
       mass.add(weighted);
       slope += s;
       curvature += s * (complement - m);
+      masks[j] = choose(kept_side, m, complement);
     }
     advance(mass, slope, curvature, ready);
   }
@@ -176,7 +167,7 @@ class LaneSearch {
     const V rest = larger(total_ - mass, splat(1e-30f));
     const V f = log_of(mass / quota_ * (other_ / rest), total_ * miss / (rest * quota_));
     const V residual = absolute(f), t = centre_ - shift_ / beta_;
-    const I done = absolute(miss) <= 0.25f * kTolerance * quota_;
+    const I done = absolute(miss) <= kTolerance * quota_;
     low_ = choose(sign_ * f > 0.0f, larger(low_, t), low_);
     high_ = choose(sign_ * f < 0.0f, smaller(high_, t), high_);
     // Halley's step, in units of logit
@@ -190,7 +181,7 @@ class LaneSearch {
     moved(choose(accepted, move, middle - centre_), ~*ready & ~done & ~stuck);
     previous_ = choose(accepted, residual, splat(static_cast<float>(INFINITY)));
     live_ &= *ready | ~stuck;
-    *ready |= done | stuck | (accepted & (residual < kLastStep));
+    *ready |= done | stuck;
   }
 
   // t = centre + move in lanes `where`, as a centre inside the data and the shift that carries the rest.
@@ -217,18 +208,21 @@ uint32_t soft(const RowBlock<S>& block, RowBudgets budgets, double beta, S* mask
   const int n = static_cast<int>(block.length);
   const LaneMap map(block);
   LaneProblem problem(block, map);
-  LaneSearch search(problem, map, n, budgets, problem.unit, static_cast<float>(beta));
-  search.run();
-  const uint32_t solved = map.rows(search.write(problem.u));
-  map.scatter_to(problem.u, mask);
-  const V centre = search.centre(), shift = search.shift();
-  float centres[kLanes], shifts[kLanes];
-  store(centres, centre);
-  store(shifts, shift);
-  for (int l = 0; l < kLanes; ++l) {
-    threshold[2 * map.row(l)] = static_cast<double>(centres[l]);
-    threshold[2 * map.row(l) + 1] = static_cast<double>(shifts[l]);
-  }
+  V masks[kLongestLane];
+  const auto solve = [&]<int N>() {
+    LaneSearch<N> search(problem, map, n, budgets, problem.unit, static_cast<float>(beta));
+    const uint32_t solved = search.run(masks);
+    float centres[kLanes], shifts[kLanes];
+    store(centres, search.centre());
+    store(shifts, search.shift());
+    for (int l = 0; l < kLanes; ++l) {
+      threshold[2 * map.row(l)] = static_cast<double>(centres[l]);
+      threshold[2 * map.row(l) + 1] = static_cast<double>(shifts[l]);
+    }
+    return solved;
+  };
+  const uint32_t solved = map.rows(n == 4 ? solve.template operator()<4>() : solve.template operator()<0>());
+  map.scatter_to(masks, mask);
   return all & ~solved;
 }
 
@@ -328,6 +322,44 @@ float affordable(double budget, double cost, int n) {
   return static_cast<float>(count);
 }
 
+// Each entry's place in the order is counted at once: for few of them.
+template <int N>
+void keep_by_rank(V* u, V keep) {
+  V ahead[N] = {};
+  for (int i = 0; i < N; ++i) {
+    for (int j = i + 1; j < N; ++j) {
+      const I later_first = u[j] > u[i];
+      ahead[i] += choose(later_first, splat(1.0f), V{});
+      ahead[j] += choose(later_first, V{}, splat(1.0f));
+    }
+  }
+  for (int i = 0; i < N; ++i) u[i] = choose(ahead[i] < keep, splat(1.0f), V{});
+}
+
+void keep_by_counting(V* u, int n, V keep) {
+  const LaneCut found = cut(u, n, keep);
+  V left = found.ties;
+  for (int j = 0; j < n; ++j) {
+    const I tied = (u[j] == found.above) & (left > 0.0f);
+    left = choose(tied, left - 1.0f, left);
+    u[j] = choose((u[j] > found.above) | tied, splat(1.0f), V{});
+  }
+}
+
+// 1 in place of what is kept, 0 of the rest.
+void keep_best(V* u, int n, V keep) {
+  switch (n) {
+    case 2:
+      return keep_by_rank<2>(u, keep);
+    case 4:
+      return keep_by_rank<4>(u, keep);
+    case 8:
+      return keep_by_rank<8>(u, keep);
+    default:
+      return keep_by_counting(u, n, keep);
+  }
+}
+
 template <class S>
 uint32_t hard(const RowBlock<S>& block, RowBudgets budgets, uint8_t* mask) {
   const int n = static_cast<int>(block.length);
@@ -337,16 +369,14 @@ uint32_t hard(const RowBlock<S>& block, RowBudgets budgets, uint8_t* mask) {
   for (int j = 0; j < n; ++j) poison += problem.u[j] * 0.0f;
   I fine = problem.fine & (poison == 0.0f);
   const double cost = static_cast<double>(static_cast<float>(block.cost));
-  for (int l = 0; l < kLanes; ++l) keep[l] = affordable(budgets.first[map.row(l) * budgets.stride], cost, n);
+  if (budgets.stride == 0) {
+    keep = splat(affordable(budgets.first[0], cost, n));
+  } else {
+    for (int l = 0; l < kLanes; ++l) keep[l] = affordable(budgets.first[map.row(l) * budgets.stride], cost, n);
+  }
   fine &= keep >= 0.0f;
   for (int j = 0; j < n; ++j) problem.u[j] = choose(fine, problem.u[j], V{});
-  const LaneCut found = cut(problem.u, n, larger(keep, V{}));
-  V left = found.ties;
-  for (int j = 0; j < n; ++j) {
-    const I tied = (problem.u[j] == found.above) & (left > 0.0f);
-    left = choose(tied, left - 1.0f, left);
-    problem.u[j] = choose((problem.u[j] > found.above) | tied, splat(1.0f), V{});
-  }
+  keep_best(problem.u, n, larger(keep, V{}));
   map.scatter(
       problem.u, [&](int64_t at, V v) { store_truth(mask + at, v > 0.0f); },
       [&](int64_t at, V v, int count) {

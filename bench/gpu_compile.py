@@ -27,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SAVED = ROOT / "bench" / "results" / "gpu-compile.csv"
-MODULES = ("masked_weight", "soft_topk_rows", "hard_topk", "global_solve", "masked_matmul")
+MODULES = ("masked_weight", "soft_topk_rows", "long_rows", "hard_topk", "global_solve", "masked_matmul")
 
 
 @dataclass(frozen=True)

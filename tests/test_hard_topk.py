@@ -99,6 +99,16 @@ def test_ties_go_to_the_lowest_index(target: Any) -> None:
     assert mask[:, :33_333].all() and not mask[:, 33_333:].any()
 
 
+def test_long_rows_with_costs(target: Any) -> None:
+    """Rows that one program of a GPU cannot hold, many entries alike, budgets from nothing to everything."""
+    values = make_values("normal", (4, 8195), seed=5).mul(8).round().div(8)
+    a = make_costs("power_of_two", (4, 8195), seed=6)
+    budget = a.double().sum(-1) * torch.tensor([0.0, 0.03, 0.6, 1.0])
+    mask = ops.hard_topk(values.to(target.device), budget, a.to(target.device), backend=target.backend)
+    for row in range(4):
+        assert torch.equal(mask[row].cpu(), oracle_hard_topk(values[row], float(budget[row]), a[row]))
+
+
 def test_stops_at_the_first_entry_that_does_not_fit(target: Any) -> None:
     # in order of v/a: 0 (cost 1), 1 (cost 4: does not fit), 2 (cost 1: would fit, but comes later)
     values = torch.tensor([10.0, 20.0, 3.0], device=target.device)

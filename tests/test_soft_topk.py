@@ -142,6 +142,25 @@ def test_odd_lengths(target: Any, n: int) -> None:
     assert_within_error_budget(mask, exact, plain_soft_topk(values, 0.37 * n, None, 4.0), floor=floor)
 
 
+@pytest.mark.parametrize("costs", ["none", "element"])
+def test_long_rows_of_any_stride_and_their_gradients(target: Any, costs: str) -> None:
+    """Rows that one program of a GPU cannot hold, not a whole number of tiles long, against float64."""
+    base = make_values("student_t", (9001, 3), seed=1)
+    a = None if costs == "none" else make_costs(costs, (9001,), seed=2)
+    grad, results = make_values("normal", (3, 9001), seed=3), []
+    for dtype, device, backend in ((torch.float32, target.device, target.backend), (torch.float64, "cpu", "reference")):
+        v = base.detach().to(device, dtype).requires_grad_()
+        k = torch.tensor([20.0, 900.0, 7000.0], device=device, dtype=torch.float64, requires_grad=True)
+        beta = torch.tensor(7.0, device=device, dtype=torch.float64, requires_grad=True)
+        price = None if a is None else a.detach().to(device, dtype).requires_grad_()
+        mask = F.soft_topk(v.T, k, price, beta, backend=backend)
+        mask.backward(grad.to(device, dtype))
+        found = [mask, v.grad, k.grad, beta.grad] + ([] if price is None else [price.grad])
+        results.append([t.detach().cpu().double() for t in found if t is not None])
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
+
+
 # -------------------------------------------------------------------------------------- limits and degenerate
 
 

@@ -21,8 +21,9 @@ SELECTIONS = {
     "test_autograd.py": "(corners and (flat or nothing or everything)) or every_shape_of_costs",
     "test_patterns.py": "(the_largest and quantised) or soft_pattern",
     "test_masked_weight.py": "block_scores or zero_weights or dropped or (forward_and_gradient and float32 and both)",
-    "test_soft_topk.py": "odd_lengths or nothing_and or ties or plateau or non_finite or (float32_gradient and 20.0)",
-    "test_hard_topk.py": "lowest_index or first_entry or fractional or (concatenation and mixed_scales)",
+    "test_soft_topk.py": "long_rows or odd_lengths or nothing_and or ties or plateau or non_finite"
+    " or (float32_gradient and 20.0)",
+    "test_hard_topk.py": "long_rows or lowest_index or first_entry or fractional or (concatenation and mixed_scales)",
     "test_triton_launch_plan.py": "reads_of",
     "test_soft_topk_global.py": "list_equals or sharded or nothing or stale or carries or (oracle and mixed)",
 }

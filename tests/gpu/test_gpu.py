@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import spartan
+import spartan_kernels
 from spartan_kernels import dispatch, new_solver_state, smoke, solve_masks_
 
 pytestmark = [
@@ -77,6 +78,60 @@ def test_replay_follows_changed_beta_budget_and_weights(name: str) -> None:
         assert int(hard[0].sum()) == int(k)
         kept = weight.abs()[hard[0]].min()
         assert bool((weight.abs()[~hard[0]] <= kept).all())
+
+
+@pytest.mark.parametrize("shape", [(300, 4), (50, 4096), (7, 20_000)], ids=str)
+@pytest.mark.parametrize("name", _BACKENDS)
+def test_rows_replay_follows_changed_beta_budget_and_values(name: str, shape: tuple[int, int]) -> None:
+    if name not in _serving("soft_topk_forward"):
+        pytest.skip(f"{name} does not serve soft_topk_forward here")
+    values = torch.randn(shape, device="cuda")
+    budget, beta = (torch.full((n,), v, dtype=torch.float64, device="cuda") for n, v in ((shape[0], 1.0), (1, 5.0)))
+    masks = []
+
+    def call() -> None:
+        masks[:] = [
+            spartan_kernels.soft_topk(values, budget, beta=beta[0], backend=name),
+            spartan_kernels.hard_topk(values, budget, backend=name),
+        ]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    for k, b in ((0.5 * shape[1], 5.0), (1.0, 40.0), (0.25 * shape[1], 0.1)):
+        values.normal_()
+        budget.fill_(k)
+        beta.fill_(b)
+        graph.replay()
+        torch.testing.assert_close(masks[0].double().sum(-1), budget, rtol=2e-6, atol=0)
+        assert bool((masks[1].sum(-1) == int(k)).all())
+
+
+@pytest.mark.parametrize("name", _BACKENDS)
+def test_list_replay_and_a_second_call_give_the_same_bits(name: str) -> None:
+    """A graph of the operator over a list follows its inputs, and finds what a call outside of it finds."""
+    if name not in _serving("soft_topk_global_forward"):
+        pytest.skip(f"{name} does not serve soft_topk_global_forward here")
+    values = [torch.randn(n, device="cuda") for n in (100_003, 1, 70_000)]
+    budget, beta = (torch.tensor(v, dtype=torch.float64, device="cuda") for v in (5000.0, 5.0))
+    call = partial(spartan_kernels.soft_topk_global, values, budget, beta=beta, backend=name)
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        masks = call()
+    for k, b in ((5000.0, 5.0), (160_000.0, 1e3), (17.0, 0.5)):
+        for v in values:
+            v.normal_()
+        budget.fill_(k)
+        beta.fill_(b)
+        graph.replay()
+        torch.testing.assert_close(torch.cat(masks).double().sum(), budget, rtol=1e-6, atol=0)
+        assert all(torch.equal(m, again) for m, again in zip(masks, call(), strict=True))
 
 
 def test_compiled_training_step() -> None:

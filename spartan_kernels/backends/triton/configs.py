@@ -8,13 +8,18 @@ from typing import Any
 import torch
 import triton
 
-# Entries of one tile of the elementwise kernels; entries of a row per warp, where one array is held or three.
+# Entries of one tile of the elementwise kernels; entries of rows that stay in registers, for each warp: the soft
+# forward pass needs the registers of fewer warps.
 TILE = 2048
+ENTRIES_PER_WARP = 512
 FORWARD_ENTRIES_PER_WARP = 1024
-BACKWARD_ENTRIES_PER_WARP = 512
 # Longest row that stays in registers, without and with a cost for each entry.
 MAX_RESIDENT_ROW = 8192
 MAX_RESIDENT_ROW_WITH_COSTS = 4096
+# Longest row that one program walks, reading it from the L2 cache; a longer one is worth a grid of its own.
+MAX_LONG_ROW = 1 << 17
+LONG_ROW_TILE = 4096
+LONG_ROW_WARPS = 8
 # Chunk of the kernels that walk a list of tensors, without and with costs: four vector loads of 16 bytes in flight for
 # each thread. Two programs share a multiprocessor, if none takes more registers than this.
 CHUNK = 4096
@@ -66,16 +71,22 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def fits_in_registers(values: torch.Tensor, costs: torch.Tensor | None) -> bool:
-    """Whether the rows of values [rows, n] can stay in registers; longer ones are solved one by one."""
+    """Whether the rows of values [rows, n] can stay in registers."""
     limit = MAX_RESIDENT_ROW if costs is None or costs.dim() == 0 else MAX_RESIDENT_ROW_WITH_COSTS
     return values.shape[1] <= limit
 
 
-def row_tile(n: int, entries_per_warp: int = FORWARD_ENTRIES_PER_WARP) -> tuple[int, int, int]:
+def fits_one_program(values: torch.Tensor) -> bool:
+    """Whether a program can walk each of the rows of values [rows, n]; longer ones are solved one after the other."""
+    return values.shape[1] <= MAX_LONG_ROW
+
+
+def row_tile(n: int, entries_per_warp: int = ENTRIES_PER_WARP) -> tuple[int, int, int]:
     """(BLOCK_M, BLOCK_N, num_warps) for rows of n entries that stay in registers: short rows share a program."""
     block_n = power_of_two(n)
-    block_m = max(1, min(32, TILE // 2 // block_n))
-    warps = max(1, min(16, block_m * block_n // entries_per_warp))
+    block_m = max(1, min(128, TILE // 2 // block_n))
+    # a thread for each of the short rows, at least
+    warps = max(1, block_m // 32, min(16, block_m * block_n // entries_per_warp))
     return block_m, block_n, power_of_two(warps)
 
 

@@ -8,19 +8,21 @@ import torch
 import triton
 import triton.language as tl
 
-from spartan_kernels.arguments import clamp_budget, require_costs, require_finite
+from spartan_kernels.arguments import clamp_budget, inspectable, require_costs, require_finite
+from spartan_kernels.backends.triton import long_rows
 from spartan_kernels.backends.triton.configs import (
     MAX_RESIDENT_ROW,
     MAX_RESIDENT_ROW_WITH_COSTS,
     CompileCase,
     fits_in_registers,
+    fits_one_program,
     name_of,
     row_tile,
 )
 from spartan_kernels.backends.triton.global_solve import hard_topk_global_forward
-from spartan_kernels.backends.triton.primitives import ordered_key
+from spartan_kernels.backends.triton.primitives import clamped_budget, ordered_key
 from spartan_kernels.backends.triton.soft_topk import rows_of_costs
-from spartan_kernels.backends.triton.soft_topk_rows import cost_strides, load_rows, row_totals
+from spartan_kernels.backends.triton.soft_topk_rows import cost_strides, dense, load_rows, row_totals
 
 __all__ = ["hard_topk_forward", "hard_topk_global_forward"]
 
@@ -37,14 +39,14 @@ def _spent(a, chosen, HAS_COSTS: tl.constexpr):
 def _hard_topk_forward_kernel(
     values_ptr, costs_ptr, budget_ptr, mask_ptr,
     n_rows, n, stride_vm, stride_vn, stride_cm, stride_cn, stride_bm,
-    HAS_COSTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_COSTS: tl.constexpr, DENSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     u, a, row, offsets, live = load_rows(
-        values_ptr, costs_ptr, n_rows, n, stride_vm, stride_vn, stride_cm, stride_cn, HAS_COSTS, BLOCK_M, BLOCK_N
+        values_ptr, costs_ptr, n_rows, n, stride_vm, stride_vn, stride_cm, stride_cn, HAS_COSTS, DENSE, BLOCK_M, BLOCK_N
     )
     key = ordered_key(u)
     total = row_totals(a, live, n, HAS_COSTS, BLOCK_M)
-    budget = tl.load(budget_ptr + row * stride_bm, row < n_rows, other=0.0).to(tl.float64)
+    budget = clamped_budget(tl.load(budget_ptr + row * stride_bm, row < n_rows, other=0.0).to(tl.float64), total)
     # the largest key from which on upwards the row costs more than its budget
     cut = tl.zeros((BLOCK_M,), tl.uint32)
     bit = tl.full((BLOCK_M,), 1 << 31, tl.uint32)
@@ -65,14 +67,17 @@ def _hard_topk_forward_kernel(
 
 def hard_topk_forward(values: torch.Tensor, budget: torch.Tensor, costs: torch.Tensor | None) -> torch.Tensor:
     """h for each row of values [rows, n]."""
-    require_finite("values", values)
-    a = values.new_ones(()) if costs is None else costs
-    require_costs(a)
-    budget = clamp_budget(budget, a.expand_as(values).sum(-1, dtype=torch.float64))
+    if inspectable(values):
+        require_finite("values", values)
+        a = values.new_ones(()) if costs is None else costs
+        require_costs(a)
+        clamp_budget(budget, a.expand_as(values).sum(-1, dtype=torch.float64))
     rows, n = values.shape
     mask = torch.empty((rows, n), dtype=torch.bool, device=values.device)
     if mask.numel() == 0:
         return mask
+    if not fits_in_registers(values, costs) and fits_one_program(values):
+        return long_rows.hard_forward(values, budget, costs, mask)
     if not fits_in_registers(values, costs):
         masks = [
             hard_topk_global_forward([row], k, cost, False, "")[0]
@@ -84,7 +89,8 @@ def hard_topk_forward(values: torch.Tensor, budget: torch.Tensor, costs: torch.T
         _hard_topk_forward_kernel[(triton.cdiv(rows, block_m),)](
             values, values if costs is None else costs, budget, mask.view(torch.uint8),
             rows, n, *values.stride(), *cost_strides(costs), budget.stride(0),
-            HAS_COSTS=costs is not None, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+            HAS_COSTS=costs is not None, DENSE=dense(block_n, values),
+            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
         )  # fmt: skip
     return mask
 
@@ -94,7 +100,13 @@ def _compile_cases() -> list[CompileCase]:
     dtype = torch.float32
     for n, costs in ((4, False), (4096, False), (MAX_RESIDENT_ROW, False), (MAX_RESIDENT_ROW_WITH_COSTS, True)):
         block_m, block_n, warps = row_tile(n)
-        constants: dict[str, Any] = {"HAS_COSTS": costs, "BLOCK_M": block_m, "BLOCK_N": block_n, "stride_vn": 1}
+        constants: dict[str, Any] = {
+            "HAS_COSTS": costs,
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "stride_vn": 1,
+            "DENSE": True,
+        }
         types = {"mask_ptr": "*u8", "budget_ptr": "*fp64"}
         signature = {
             name: types.get(name, f"*{name_of(dtype)}" if name.endswith("_ptr") else "i32")

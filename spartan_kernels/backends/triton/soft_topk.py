@@ -1,12 +1,12 @@
-"""Soft top-k: rows that fit in registers by one kernel, longer ones and lists of tensors by the global solve."""
+"""Soft top-k: by rows, in registers or from the L2 cache; lists of tensors, and longer rows, by the global solve."""
 
 from __future__ import annotations
 
 import torch
 
 from spartan_kernels.arguments import clamp_budget, inspectable, require_beta, require_costs, require_finite
-from spartan_kernels.backends.triton import soft_topk_rows
-from spartan_kernels.backends.triton.configs import fits_in_registers
+from spartan_kernels.backends.triton import long_rows, soft_topk_rows
+from spartan_kernels.backends.triton.configs import fits_in_registers, fits_one_program
 from spartan_kernels.backends.triton.global_solve import (
     soft_topk_global_backward,
     soft_topk_global_forward,
@@ -48,6 +48,8 @@ def soft_topk_forward(
         return torch.empty_like(values), budget.new_zeros((values.shape[0], 2))
     if fits_in_registers(values, costs):
         return soft_topk_rows.forward(values, budget, costs, beta)
+    if fits_one_program(values):
+        return long_rows.forward(values, budget, costs, beta)
     rows = [
         soft_topk_global_forward([row], k, cost, beta, "")
         for row, k, cost in zip(values, budget, rows_of_costs(costs, values), strict=True)
@@ -69,6 +71,8 @@ def soft_topk_backward(
         return torch.empty_like(values), values.new_empty(values.shape if cost_grad else 0), none, none.clone()
     if fits_in_registers(values, costs):
         return soft_topk_rows.backward(grad, values, threshold, costs, beta, cost_grad)
+    if fits_one_program(values):
+        return long_rows.backward(grad, values, threshold, costs, beta, cost_grad)
     rows = [
         soft_topk_global_backward([g], [row], c, cost, beta, cost_grad, "")
         for g, row, c, cost in zip(grad, values, threshold, rows_of_costs(costs, values), strict=True)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from spartan_kernels.backends.triton.configs import (
-    BACKWARD_ENTRIES_PER_WARP,
+    FORWARD_ENTRIES_PER_WARP,
     MAX_RESIDENT_ROW,
     MAX_RESIDENT_ROW_WITH_COSTS,
     CompileCase,
@@ -35,19 +35,28 @@ MAX_TRIALS = tl.constexpr(200)
 @triton.jit
 def load_rows(
     values_ptr, costs_ptr, n_rows, n, stride_vm, stride_vn, stride_cm, stride_cn,
-    HAS_COSTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_COSTS: tl.constexpr, DENSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """u = v / a and a in float32, row numbers [BLOCK_M], output offsets and mask [BLOCK_M, BLOCK_N] of this program."""
+    """u = v / a and a in float32, row numbers [BLOCK_M], output offsets and mask [BLOCK_M, BLOCK_N] of this program.
+
+    DENSE: rows of BLOCK_N values one after the other, which the compiler must know to load short rows as vectors.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N).to(tl.int64)[None, :]
-    live = (row < n_rows)[:, None] & (column < n)
-    u = tl.load(values_ptr + row[:, None] * stride_vm + column * stride_vn, live, other=0.0).to(tl.float32)
+    if DENSE:
+        live = tl.broadcast_to((row < n_rows)[:, None], (BLOCK_M, BLOCK_N))
+        offsets = row[:, None] * BLOCK_N + column
+        u = tl.load(values_ptr + offsets, live, other=0.0).to(tl.float32)
+    else:
+        live = (row < n_rows)[:, None] & (column < n)
+        offsets = row[:, None] * n + column
+        u = tl.load(values_ptr + row[:, None] * stride_vm + column * stride_vn, live, other=0.0).to(tl.float32)
     if HAS_COSTS:
         a = tl.load(costs_ptr + row[:, None] * stride_cm + column * stride_cn, live, other=1.0).to(tl.float32)
         u = u / a
     else:
         a = tl.full((BLOCK_M, BLOCK_N), 1.0, tl.float32)
-    return u, a, row, row[:, None] * n + column, live
+    return u, a, row, offsets, live
 
 
 @triton.jit
@@ -120,10 +129,10 @@ def solve_rows(
 def _soft_topk_forward_kernel(
     values_ptr, costs_ptr, budget_ptr, beta_ptr, mask_ptr, threshold_ptr,
     n_rows, n, stride_vm, stride_vn, stride_cm, stride_cn, stride_bm,
-    HAS_COSTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_COSTS: tl.constexpr, DENSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     u, a, row, offsets, live = load_rows(
-        values_ptr, costs_ptr, n_rows, n, stride_vm, stride_vn, stride_cm, stride_cn, HAS_COSTS, BLOCK_M, BLOCK_N
+        values_ptr, costs_ptr, n_rows, n, stride_vm, stride_vn, stride_cm, stride_cn, HAS_COSTS, DENSE, BLOCK_M, BLOCK_N
     )
     beta = load_beta(beta_ptr)
     total = row_totals(a, live, n, HAS_COSTS, BLOCK_M)
@@ -150,13 +159,15 @@ def _soft_topk_backward_kernel(
     grad_ptr, values_ptr, threshold_ptr, costs_ptr, beta_ptr,
     grad_values_ptr, grad_costs_ptr, grad_budget_ptr, grad_beta_ptr,
     n_rows, n, stride_gm, stride_gn, stride_vm, stride_vn, stride_cm, stride_cn,
-    HAS_COSTS: tl.constexpr, COST_GRAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_COSTS: tl.constexpr, COST_GRAD: tl.constexpr, DENSE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     u, a, row, offsets, live = load_rows(
-        values_ptr, costs_ptr, n_rows, n, stride_vm, stride_vn, stride_cm, stride_cn, HAS_COSTS, BLOCK_M, BLOCK_N
+        values_ptr, costs_ptr, n_rows, n, stride_vm, stride_vn, stride_cm, stride_cn, HAS_COSTS, DENSE, BLOCK_M, BLOCK_N
     )
     column = tl.arange(0, BLOCK_N).to(tl.int64)[None, :]
-    g = tl.load(grad_ptr + row[:, None] * stride_gm + column * stride_gn, live, other=0.0).to(tl.float32)
+    where = offsets if DENSE else row[:, None] * stride_gm + column * stride_gn
+    g = tl.load(grad_ptr + where, live, other=0.0).to(tl.float32)
     beta = tl.load(beta_ptr).to(tl.float32)
     centre = tl.load(threshold_ptr + 2 * row, row < n_rows, other=0.0).to(tl.float32)[:, None]
     shift = tl.load(threshold_ptr + 2 * row + 1, row < n_rows, other=0.0).to(tl.float32)[:, None]
@@ -185,6 +196,11 @@ def cost_strides(costs: torch.Tensor | None) -> tuple[int, int]:
     return (0, costs.stride(0)) if costs.dim() == 1 else (costs.stride(0), costs.stride(1))
 
 
+def dense(block_n: int, *tensors: torch.Tensor) -> bool:
+    """Whether the rows of all tensors [rows, n] follow each other without gaps and fill tiles of `block_n`."""
+    return all(t.shape[1] == block_n and t.is_contiguous() for t in tensors)
+
+
 def forward(
     values: torch.Tensor, budget: torch.Tensor, costs: torch.Tensor | None, beta: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,12 +208,13 @@ def forward(
     rows, n = values.shape
     mask = torch.empty((rows, n), dtype=values.dtype, device=values.device)
     threshold = torch.empty((rows, 2), dtype=torch.float64, device=values.device)
-    block_m, block_n, warps = row_tile(n)
+    block_m, block_n, warps = row_tile(n, FORWARD_ENTRIES_PER_WARP)
     with torch.cuda.device_of(values):
         _soft_topk_forward_kernel[(triton.cdiv(rows, block_m),)](
             values, values if costs is None else costs, budget, beta, mask, threshold,
             rows, n, *values.stride(), *cost_strides(costs), budget.stride(0),
-            HAS_COSTS=costs is not None, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+            HAS_COSTS=costs is not None, DENSE=dense(block_n, values),
+            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
         )  # fmt: skip
     return mask, threshold
 
@@ -215,13 +232,14 @@ def backward(
     grad_values = torch.empty((rows, n), dtype=values.dtype, device=values.device)
     grad_costs = torch.empty_like(grad_values) if cost_grad else values.new_empty(0)
     grad_budget, grad_beta = torch.empty((2, rows), dtype=torch.float64, device=values.device).unbind()
-    block_m, block_n, warps = row_tile(n, BACKWARD_ENTRIES_PER_WARP)
+    block_m, block_n, warps = row_tile(n)
     with torch.cuda.device_of(values):
         _soft_topk_backward_kernel[(triton.cdiv(rows, block_m),)](
             grad, values, threshold.contiguous(), values if costs is None else costs, beta,
             grad_values, grad_costs, grad_budget, grad_beta,
             rows, n, *grad.stride(), *values.stride(), *cost_strides(costs),
-            HAS_COSTS=costs is not None, COST_GRAD=cost_grad, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+            HAS_COSTS=costs is not None, COST_GRAD=cost_grad, DENSE=dense(block_n, values, grad),
+            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
         )  # fmt: skip
     return grad_values, grad_costs, grad_budget, grad_beta
 
@@ -238,8 +256,9 @@ def _compile_cases() -> list[CompileCase]:
     ):
         for kernel in (_soft_topk_forward_kernel, _soft_topk_backward_kernel):
             backwards = kernel is _soft_topk_backward_kernel
-            block_m, block_n, warps = row_tile(n, BACKWARD_ENTRIES_PER_WARP) if backwards else row_tile(n)
+            block_m, block_n, warps = row_tile(n) if backwards else row_tile(n, FORWARD_ENTRIES_PER_WARP)
             constants: dict[str, Any] = {"HAS_COSTS": costs, "BLOCK_M": block_m, "BLOCK_N": block_n}
+            constants["DENSE"] = True
             if backwards:
                 constants["COST_GRAD"] = costs
             signature = {
@@ -252,7 +271,9 @@ def _compile_cases() -> list[CompileCase]:
                 del signature[name]
                 constants[name] = 1
             label = f"rows of {n}, {'costs, ' if costs else ''}{name_of(dtype)}"
-            cases.append(CompileCase(kernel, signature, constants, warps, label))
+            even = ("stride_gm", "stride_cm") if n % 16 == 0 else ()
+            case = CompileCase(kernel, signature, constants, warps, label, divisible=even, vector_loads=n > 4)
+            cases.append(case)
     return cases
 
 

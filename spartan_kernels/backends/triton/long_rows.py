@@ -1,0 +1,333 @@
+"""Soft and hard top-k of rows too long for registers: one program for each, which reads its row from the L2 cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from spartan_kernels.backends.triton.configs import (
+    LANES,
+    LONG_ROW_TILE,
+    LONG_ROW_WARPS,
+    CompileCase,
+    name_of,
+    vector_length,
+)
+from spartan_kernels.backends.triton.global_passes import chunk_moments, moment_logit
+from spartan_kernels.backends.triton.primitives import (
+    INFINITY,
+    clamped_budget,
+    first_threshold,
+    halley_step,
+    lane_max,
+    lane_min,
+    lane_sum,
+    load_beta,
+    logistic,
+    logit_at,
+    ordered_key,
+    smaller_side,
+)
+from spartan_kernels.backends.triton.soft_topk_rows import MAX_TRIALS, TOLERANCE, cost_strides
+
+
+@triton.jit
+def _load_tile(pointer, stride, start, n, absent: tl.constexpr, TILE: tl.constexpr):
+    """Entries of a row from `start`, float32; only the last tile has a mask, which forbids vector loads."""
+    at = start + tl.arange(0, TILE)
+    if start + TILE <= n:
+        found = tl.load(pointer + at * stride)
+    else:
+        found = tl.load(pointer + at * stride, at < n, other=absent)
+    return found.to(tl.float32)
+
+
+@triton.jit
+def _store_tile(pointer, start, n, entries, TILE: tl.constexpr):
+    """The counterpart of `_load_tile`, to a row without gaps."""
+    at = start + tl.arange(0, TILE)
+    if start + TILE <= n:
+        tl.store(pointer + at, entries)
+    else:
+        tl.store(pointer + at, entries, at < n)
+
+
+@triton.jit
+def _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS: tl.constexpr, TILE: tl.constexpr):
+    """u = v / a and a in float32, and which of them exist."""
+    u = _load_tile(values_ptr, stride_vn, start, n, 0.0, TILE)
+    if HAS_COSTS:
+        a = _load_tile(costs_ptr, stride_cn, start, n, 1.0, TILE)
+        u = u / a
+    else:
+        a = tl.full((TILE,), 1.0, tl.float32)
+    return u, a, start + tl.arange(0, TILE) < n
+
+
+@triton.jit
+def _extent(
+    values_ptr, costs_ptr, n, stride_vn, stride_cn,
+    HAS_COSTS: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Sum of the costs, smallest and largest entry, mean (NaN where an entry is not finite) and variance."""
+    total = tl.zeros((LANES,), tl.float64)
+    first, second = total, total
+    lowest = tl.full((LANES,), float("inf"), tl.float32)
+    highest = -lowest
+    origin = tl.load(values_ptr).to(tl.float32)
+    if HAS_COSTS:
+        origin = origin / tl.load(costs_ptr).to(tl.float32)
+    for start in range(0, n, TILE):
+        u, a, live = _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
+        # relative to one of the entries the spread does not cancel
+        span = tl.where(live, u - origin, 0.0)
+        total += lane_sum(tl.where(live, a, 0.0), LANES, VECTOR, tl.float64)
+        first += lane_sum(span, LANES, VECTOR, tl.float64)
+        second += lane_sum(span * span, LANES, VECTOR, tl.float64)
+        lowest = tl.minimum(lowest, lane_min(tl.where(live, u, INFINITY), LANES, VECTOR))
+        highest = tl.maximum(highest, lane_max(tl.where(live, u, -INFINITY), LANES, VECTOR))
+    mean, square = tl.sum(first, 0) / n, tl.sum(second, 0) / n
+    low, high = tl.min(lowest, 0).to(tl.float64), tl.max(highest, 0).to(tl.float64)
+    mean = tl.where((low == -INFINITY) | (high == INFINITY), float("nan"), mean)
+    return tl.sum(total, 0), low, high, origin.to(tl.float64) + mean, square - mean * mean
+
+
+@triton.jit
+def _long_soft_topk_forward_kernel(
+    values_ptr, costs_ptr, budget_ptr, beta_ptr, mask_ptr, threshold_ptr,
+    n, stride_vm, stride_vn, stride_cm, stride_cn, stride_bm,
+    HAS_COSTS: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    values_ptr += row * stride_vm
+    costs_ptr += row * stride_cm
+    total, lowest, highest, mean, variance = _extent(
+        values_ptr, costs_ptr, n, stride_vn, stride_cn, HAS_COSTS, TILE, LANES, VECTOR
+    )
+    beta = load_beta(beta_ptr)
+    sign, quota, target = smaller_side(clamped_budget(tl.load(budget_ptr + row * stride_bm), total), total)
+    constant = quota * beta <= 0.0
+    poison = mean * 0.0
+    low, high = lowest - sign * target / beta, highest - sign * target / beta
+    t = first_threshold(mean, variance, beta, sign, target, low, high)
+    residual = total * 0.0 + INFINITY
+    best, best_miss = t, residual
+    trial = 0
+    pending = (quota * beta > 0.0) & (poison == 0.0)
+    while (trial < MAX_TRIALS) & pending:
+        centre, slope, shift = moment_logit(t, beta, sign, lowest, highest)
+        mass = tl.zeros((LANES,), tl.float64)
+        weight, bend = mass, mass
+        for start in range(0, n, TILE):
+            u, a, live = _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
+            m0, m1, m2 = chunk_moments(u, a, live, centre, slope, shift, LANES, VECTOR)
+            mass += m0
+            weight += m1
+            bend += m2
+        found = tl.sum(mass, 0)
+        miss = tl.abs(found - quota)
+        best = tl.where(miss < best_miss, t, best)
+        best_miss = tl.minimum(miss, best_miss)
+        t, low, high, residual, stuck = halley_step(
+            t, low, high, residual, found, tl.sum(weight, 0), tl.sum(bend, 0), beta, sign, quota, total, target
+        )
+        pending = (miss > TOLERANCE * quota) & (stuck == 0)
+        trial += 1
+
+    centre, shift = logit_at(best, beta, lowest, highest)
+    centre = tl.where(constant, 0.0, centre)
+    shift = tl.where(constant, sign * target, shift) + poison
+    slope = tl.where(constant, 0.0, beta.to(tl.float32))
+    for start in range(0, n, TILE):
+        u, _, _ = _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
+        m, _ = logistic(slope * (u - centre) + shift.to(tl.float32))
+        _store_tile(mask_ptr + row * n, start, n, m.to(mask_ptr.dtype.element_ty), TILE)
+    tl.store(threshold_ptr + 2 * row, centre.to(tl.float64))
+    tl.store(threshold_ptr + 2 * row + 1, shift)
+
+
+@triton.jit
+def _long_soft_topk_backward_kernel(
+    grad_ptr, values_ptr, threshold_ptr, costs_ptr, beta_ptr,
+    grad_values_ptr, grad_costs_ptr, grad_budget_ptr, grad_beta_ptr,
+    n, stride_gm, stride_gn, stride_vm, stride_vn, stride_cm, stride_cn,
+    HAS_COSTS: tl.constexpr, COST_GRAD: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    grad_ptr += row * stride_gm
+    values_ptr += row * stride_vm
+    costs_ptr += row * stride_cm
+    beta = tl.load(beta_ptr).to(tl.float32)
+    centre = tl.load(threshold_ptr + 2 * row).to(tl.float32)
+    shift = tl.load(threshold_ptr + 2 * row + 1).to(tl.float32)
+    gs = tl.zeros((LANES,), tl.float64)
+    weight, gsu, asu = gs, gs, gs
+    for start in range(0, n, TILE):
+        u, a, live = _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
+        g = _load_tile(grad_ptr, stride_gn, start, n, 0.0, TILE)
+        m, rest = logistic(beta * (u - centre) + shift)
+        s = tl.where(live, m * rest, 0.0)
+        gs += lane_sum(g * s, LANES, VECTOR, tl.float64)
+        weight += lane_sum(a * s, LANES, VECTOR, tl.float64)
+        # sum (g - a r) s vanishes, so u may be measured from the threshold
+        gsu += lane_sum(g * s * (u - centre), LANES, VECTOR, tl.float64)
+        asu += lane_sum(a * s * (u - centre), LANES, VECTOR, tl.float64)
+    total = tl.sum(weight, 0)
+    r = tl.where(total > 0.0, tl.sum(gs, 0) / total, total * 0.0)  # a NaN row stays NaN
+    tl.store(grad_budget_ptr + row, r)
+    tl.store(grad_beta_ptr + row, tl.sum(gsu, 0) - r * tl.sum(asu, 0))
+    r = r.to(tl.float32)
+    for start in range(0, n, TILE):
+        u, a, _ = _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
+        g = _load_tile(grad_ptr, stride_gn, start, n, 0.0, TILE)
+        m, rest = logistic(beta * (u - centre) + shift)
+        pull = beta * m * rest * (g / a - r)
+        _store_tile(grad_values_ptr + row * n, start, n, pull.to(grad_values_ptr.dtype.element_ty), TILE)
+        if COST_GRAD:
+            slope = (-pull * u - r * m).to(grad_costs_ptr.dtype.element_ty)
+            _store_tile(grad_costs_ptr + row * n, start, n, slope, TILE)
+
+
+@triton.jit
+def _long_hard_topk_forward_kernel(
+    values_ptr, costs_ptr, budget_ptr, mask_ptr, n, stride_vm, stride_vn, stride_cm, stride_cn, stride_bm,
+    HAS_COSTS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The largest key from which on upwards the row costs more than its budget, two bits for each pass over the row."""
+    row = tl.program_id(0).to(tl.int64)
+    values_ptr += row * stride_vm
+    costs_ptr += row * stride_cm
+    budget = tl.load(budget_ptr + row * stride_bm).to(tl.float64)
+    total = budget * 0.0 + n
+    if HAS_COSTS:
+        costs = tl.zeros((TILE,), tl.float64)
+        for start in range(0, n, TILE):
+            at = start + tl.arange(0, TILE)
+            costs += tl.load(costs_ptr + at * stride_cn, at < n, other=0.0).to(tl.float64)
+        total = tl.sum(costs, 0)
+    budget = clamped_budget(budget, total)
+    digits = tl.arange(0, 4)
+    cut = tl.zeros((4,), tl.int64)
+    shift = 30
+    while shift >= 0:
+        least = (cut + (digits.to(tl.int64) << shift)).to(tl.uint32)
+        spent = tl.zeros((TILE, 4), tl.float64 if HAS_COSTS else tl.int32)
+        for start in range(0, n, TILE):
+            u, a, live = _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
+            chosen = live[:, None] & (ordered_key(u)[:, None] >= least[None, :])
+            if HAS_COSTS:
+                spent += tl.where(chosen, a[:, None], 0.0).to(tl.float64)
+            else:
+                spent += chosen.to(tl.int32)
+        over = (tl.sum(spent, 0).to(tl.float64) > budget) & (digits > 0)
+        cut += tl.sum(over.to(tl.int64), 0) << shift
+        shift -= 2
+    cut_key = tl.max(cut, 0).to(tl.uint32)
+
+    spent = tl.zeros((TILE,), tl.float64)
+    for start in range(0, n, TILE):
+        u, a, live = _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
+        spent += tl.where(live & (ordered_key(u) > cut_key), a, 0.0).to(tl.float64)
+    room = budget - tl.sum(spent, 0)
+    # with nothing left out, the cut is below all
+    cut_key = tl.where(budget >= total, 0, cut_key)
+    before = budget * 0.0
+    for start in range(0, n, TILE):
+        u, a, live = _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
+        key = ordered_key(u)
+        cost = tl.where(live & (key == cut_key), a, 0.0).to(tl.float64)
+        fits = before + tl.cumsum(cost, 0) <= room
+        before += tl.sum(cost, 0)
+        keep = (key > cut_key) | ((key == cut_key) & fits)
+        _store_tile(mask_ptr + row * n, start, n, keep.to(tl.uint8), TILE)
+
+
+def _options(values: torch.Tensor, costs: torch.Tensor | None) -> dict[str, Any]:
+    vector = vector_length(values.dtype)
+    kind = {"HAS_COSTS": costs is not None, "TILE": LONG_ROW_TILE, "LANES": LANES, "VECTOR": vector}
+    return kind | {"num_warps": LONG_ROW_WARPS}
+
+
+def forward(
+    values: torch.Tensor, budget: torch.Tensor, costs: torch.Tensor | None, beta: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """m and (c, d) for each row of values [rows, n]."""
+    rows, n = values.shape
+    mask = torch.empty((rows, n), dtype=values.dtype, device=values.device)
+    threshold = torch.empty((rows, 2), dtype=torch.float64, device=values.device)
+    with torch.cuda.device_of(values):
+        _long_soft_topk_forward_kernel[(rows,)](
+            values, values if costs is None else costs, budget, beta, mask, threshold,
+            n, *values.stride(), *cost_strides(costs), budget.stride(0), **_options(values, costs),
+        )  # fmt: skip
+    return mask, threshold
+
+
+def backward(
+    grad: torch.Tensor,
+    values: torch.Tensor,
+    threshold: torch.Tensor,
+    costs: torch.Tensor | None,
+    beta: torch.Tensor,
+    cost_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients for values, costs (elementwise), budget and beta (by row)."""
+    rows, n = values.shape
+    grad_values = torch.empty((rows, n), dtype=values.dtype, device=values.device)
+    grad_costs = torch.empty_like(grad_values) if cost_grad else values.new_empty(0)
+    grad_budget, grad_beta = torch.empty((2, rows), dtype=torch.float64, device=values.device).unbind()
+    with torch.cuda.device_of(values):
+        _long_soft_topk_backward_kernel[(rows,)](
+            grad, values, threshold.contiguous(), values if costs is None else costs, beta,
+            grad_values, grad_costs, grad_budget, grad_beta,
+            n, *grad.stride(), *values.stride(), *cost_strides(costs), COST_GRAD=cost_grad, **_options(values, costs),
+        )  # fmt: skip
+    return grad_values, grad_costs, grad_budget, grad_beta
+
+
+def hard_forward(
+    values: torch.Tensor, budget: torch.Tensor, costs: torch.Tensor | None, mask: torch.Tensor
+) -> torch.Tensor:
+    """h for each row of values [rows, n], into the bool tensor `mask`."""
+    rows, n = values.shape
+    with torch.cuda.device_of(values):
+        _long_hard_topk_forward_kernel[(rows,)](
+            values, values if costs is None else costs, budget, mask.view(torch.uint8),
+            n, *values.stride(), *cost_strides(costs), budget.stride(0),
+            HAS_COSTS=costs is not None, TILE=LONG_ROW_TILE // 2, num_warps=LONG_ROW_WARPS,
+        )  # fmt: skip
+    return mask
+
+
+def _compile_cases() -> list[CompileCase]:
+    cases = []
+    doubles = {"budget_ptr", "beta_ptr", "threshold_ptr", "grad_budget_ptr", "grad_beta_ptr"}
+    kernels = (_long_soft_topk_forward_kernel, _long_soft_topk_backward_kernel, _long_hard_topk_forward_kernel)
+    for kernel in kernels:
+        hard = kernel is _long_hard_topk_forward_kernel
+        for dtype, costs in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
+            constants = {
+                "HAS_COSTS": costs, "COST_GRAD": costs, "TILE": LONG_ROW_TILE // (2 if hard else 1), "LANES": LANES,
+                "VECTOR": vector_length(dtype), "stride_vn": 1, "stride_gn": 1, "stride_cn": 1,
+            }  # fmt: skip
+            constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+            signature = {
+                name: "*fp64" if name in doubles else f"*{name_of(dtype)}" if name.endswith("_ptr") else "i32"
+                for name in kernel.arg_names
+                if name not in constants
+            }
+            if hard:
+                signature["mask_ptr"] = "*u8"
+            label = f"{'costs, ' if costs else ''}{name_of(dtype)}"
+            even = ("n", "stride_vm", "stride_gm", "stride_cm")
+            case = CompileCase(
+                kernel, signature, constants, LONG_ROW_WARPS, label, divisible=even, vector_loads=not hard
+            )
+            cases.append(case)
+    return cases
+
+
+COMPILE_CASES = _compile_cases()

@@ -16,7 +16,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 from spartan_kernels import ops
-from spartan_kernels.backends.triton import global_passes, global_solve, launches, tables
+from spartan_kernels.backends.triton import global_passes, global_solve, launches, soft_topk_rows, tables
 from spartan_kernels.backends.triton.global_solve import GlobalSolve
 from spartan_kernels.backends.triton.tables import TensorList
 from spartan_kernels.testing import make_values, oracle_hard_topk
@@ -61,6 +61,18 @@ def test_bytes_of_gradients(dtype: torch.dtype, size: int) -> None:
     table = problem.table(values, values)
     plan = global_solve.gradient_plan(problem, table, torch.ones(2).double(), SCALAR, torch.ones(2).double(), False)
     assert launches.bytes_moved(plan, "always", "cold", "rare") == 5 * size * 2100
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)], ids=["float32", "bfloat16"])
+def test_bytes_of_rows(dtype: torch.dtype, size: int) -> None:
+    """Rows in registers move no more than their limit: 8 in float32, 12 backwards."""
+    values, budget = torch.empty(50, 24, dtype=dtype), torch.ones(50).double()
+    threshold = torch.ones(50, 2).double()
+    forward = soft_topk_rows.forward_launch(values, budget, None, SCALAR, values, threshold)
+    assert launches.bytes_moved([forward], "always") == 2 * size * values.numel()
+    grads = values, values.new_empty(0), budget, budget
+    backward = soft_topk_rows.backward_launch(values, values, threshold, None, SCALAR, grads)
+    assert launches.bytes_moved([backward], "always") == 3 * size * values.numel()
 
 
 @pytest.mark.parametrize("programs", [264, 608])

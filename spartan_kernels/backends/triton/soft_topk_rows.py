@@ -16,6 +16,7 @@ from spartan_kernels.backends.triton.configs import (
     name_of,
     row_tile,
 )
+from spartan_kernels.backends.triton.launches import Launch, run
 from spartan_kernels.backends.triton.primitives import (
     INFINITY,
     clamped_budget,
@@ -201,22 +202,70 @@ def dense(block_n: int, *tensors: torch.Tensor) -> bool:
     return all(t.shape[1] == block_n and t.is_contiguous() for t in tensors)
 
 
+def forward_launch(
+    values: torch.Tensor,
+    budget: torch.Tensor,
+    costs: torch.Tensor | None,
+    beta: torch.Tensor,
+    mask: torch.Tensor,
+    threshold: torch.Tensor,
+) -> Launch:
+    """Values read once, the mask written once."""
+    rows, n = values.shape
+    block_m, block_n, warps = row_tile(n, FORWARD_ENTRIES_PER_WARP)
+    array_costs = 0 if costs is None or costs.dim() == 0 else costs.nbytes
+    return Launch(
+        _soft_topk_forward_kernel,
+        triton.cdiv(rows, block_m),
+        (
+            values, values if costs is None else costs, budget, beta, mask, threshold,
+            rows, n, *values.stride(), *cost_strides(costs), budget.stride(0),
+        ),
+        {
+            "HAS_COSTS": costs is not None, "DENSE": dense(block_n, values),
+            "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps,
+        },
+        values.nbytes + array_costs,
+        mask.nbytes,
+    )  # fmt: skip
+
+
 def forward(
     values: torch.Tensor, budget: torch.Tensor, costs: torch.Tensor | None, beta: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """m and (c, d) for each row of values [rows, n] with n at most `MAX_RESIDENT_ROW`."""
-    rows, n = values.shape
-    mask = torch.empty((rows, n), dtype=values.dtype, device=values.device)
-    threshold = torch.empty((rows, 2), dtype=torch.float64, device=values.device)
-    block_m, block_n, warps = row_tile(n, FORWARD_ENTRIES_PER_WARP)
-    with torch.cuda.device_of(values):
-        _soft_topk_forward_kernel[(triton.cdiv(rows, block_m),)](
-            values, values if costs is None else costs, budget, beta, mask, threshold,
-            rows, n, *values.stride(), *cost_strides(costs), budget.stride(0),
-            HAS_COSTS=costs is not None, DENSE=dense(block_n, values),
-            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
-        )  # fmt: skip
+    mask = torch.empty(values.shape, dtype=values.dtype, device=values.device)
+    threshold = torch.empty((values.shape[0], 2), dtype=torch.float64, device=values.device)
+    run([forward_launch(values, budget, costs, beta, mask, threshold)], values)
     return mask, threshold
+
+
+def backward_launch(
+    grad: torch.Tensor,
+    values: torch.Tensor,
+    threshold: torch.Tensor,
+    costs: torch.Tensor | None,
+    beta: torch.Tensor,
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+) -> Launch:
+    """Gradient and values read once, what goes to `grads` written once; no gradient of the costs where it is empty."""
+    rows, n = values.shape
+    block_m, block_n, warps = row_tile(n)
+    array_costs = 0 if costs is None or costs.dim() == 0 else costs.nbytes
+    return Launch(
+        _soft_topk_backward_kernel,
+        triton.cdiv(rows, block_m),
+        (
+            grad, values, threshold.contiguous(), values if costs is None else costs, beta, *grads,
+            rows, n, *grad.stride(), *values.stride(), *cost_strides(costs),
+        ),
+        {
+            "HAS_COSTS": costs is not None, "COST_GRAD": grads[1].numel() > 0, "DENSE": dense(block_n, values, grad),
+            "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps,
+        },
+        grad.nbytes + values.nbytes + array_costs,
+        grads[0].nbytes + grads[1].nbytes,
+    )  # fmt: skip
 
 
 def backward(
@@ -228,20 +277,12 @@ def backward(
     cost_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for values, costs (elementwise), budget and beta (by row)."""
-    rows, n = values.shape
-    grad_values = torch.empty((rows, n), dtype=values.dtype, device=values.device)
+    grad_values = torch.empty(values.shape, dtype=values.dtype, device=values.device)
     grad_costs = torch.empty_like(grad_values) if cost_grad else values.new_empty(0)
-    grad_budget, grad_beta = torch.empty((2, rows), dtype=torch.float64, device=values.device).unbind()
-    block_m, block_n, warps = row_tile(n)
-    with torch.cuda.device_of(values):
-        _soft_topk_backward_kernel[(triton.cdiv(rows, block_m),)](
-            grad, values, threshold.contiguous(), values if costs is None else costs, beta,
-            grad_values, grad_costs, grad_budget, grad_beta,
-            rows, n, *grad.stride(), *values.stride(), *cost_strides(costs),
-            HAS_COSTS=costs is not None, COST_GRAD=cost_grad, DENSE=dense(block_n, values, grad),
-            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
-        )  # fmt: skip
-    return grad_values, grad_costs, grad_budget, grad_beta
+    grad_budget, grad_beta = torch.empty((2, values.shape[0]), dtype=torch.float64, device=values.device).unbind()
+    grads = grad_values, grad_costs, grad_budget, grad_beta
+    run([backward_launch(grad, values, threshold, costs, beta, grads)], values)
+    return grads
 
 
 def _compile_cases() -> list[CompileCase]:

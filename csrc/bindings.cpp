@@ -142,8 +142,9 @@ void bind_cuda(py::module_& m) {
       unlocked);
 
   py::class_<cuda::Rows>(m, "Rows")
-      .def(py::init([](Address values, Address costs, int64_t rows, int64_t length, int64_t cost_stride, int64_t cost_step) {
-        return cuda::Rows{at(values), at(costs), rows, length, cost_stride, cost_step};
+      .def(py::init([](Address values, Address costs, int64_t rows, int64_t length, int64_t stride, int64_t cost_stride,
+                       int64_t cost_step) {
+        return cuda::Rows{at(values), at(costs), rows, length, stride, cost_stride, cost_step};
       }));
   m.def(
       "soft_topk_rows",

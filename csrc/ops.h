@@ -164,11 +164,11 @@ void masked_weight_coupling(Dtype, Blocks, const void* grad, const void* weight,
 void masked_weight_correct(Dtype, Blocks, void* grad, const void* weight, const void* soft, const double* scale, Stream);
 void block_scores(Dtype, Blocks, const void* weight, void* scores, Stream);
 
-// A contiguous [rows, length]; the cost of entry i of a row is costs[row * cost_stride + i * cost_step], null: 1.
+// A [rows, length] whose rows are contiguous and `stride` apart; what is written is contiguous. The cost of entry i of a row is costs[row * cost_stride + i * cost_step], null: 1.
 struct Rows {
   const void* values;
   const void* costs;
-  int64_t rows, length, cost_stride, cost_step;
+  int64_t rows, length, stride, cost_stride, cost_step;
 };
 void soft_topk_rows(Dtype, Rows, const double* budget, const double* beta, void* mask, double* threshold, Stream);
 void soft_topk_rows_backward(Dtype, Rows, const void* grad, const double* threshold, const double* beta, void* grad_values,

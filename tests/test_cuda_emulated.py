@@ -76,13 +76,14 @@ def test_lists_move_what_they_should_on_every_way_through_a_solve(emulated: Path
 def test_rows_of_every_length_the_kernels_distinguish(emulated: Path) -> None:
     script = """
 import tests.cuda_emulator.plugin
+import spartan
 import torch
 from spartan_kernels import ops
 from spartan_kernels.testing import make_costs, make_values, oracle_hard_topk, oracle_soft_topk, total_cost
 
-for n in (1, 2, 8, 9, 256, 257, 4096, 4097, 5000):
+for n in (1, 2, 4, 5, 16, 17, 64, 65, 256, 257, 8192, 8193, 15_361):  # the emulator's shared memory ends at 15,360
     for kind in ("none", "power_of_two"):
-        values = make_values("quantised", (3, n))
+        values = make_values("quantised", (3, n + 2))[:, 1:-1]  # rows that are not side by side
         a = make_costs(kind, values.shape)
         budget = total_cost(a, values, -1) * torch.tensor([0.13, 0.5, 0.999], dtype=torch.float64)
         hard = ops.hard_topk(values, budget, a, backend="cuda")
@@ -90,8 +91,26 @@ for n in (1, 2, 8, 9, 256, 257, 4096, 4097, 5000):
         soft = ops.soft_topk(values, budget, a, 3.0, backend="cuda")
         error = (soft - oracle_soft_topk(values, budget, a, 3.0)).abs().max()
         assert error < 2e-6, (n, kind, error)
+
+# too long for a thread block
+values, budget = torch.randn(2, 131_075), torch.tensor([10_000.0, 40_000.0], dtype=torch.float64)
+costs = 0.5 + torch.rand(2, 131_075)
+for a in (None, costs, costs[0]):
+    assert torch.equal(ops.hard_topk(values, budget, a, backend="cuda"), oracle_hard_topk(values, budget, a))
+    found = {}
+    for name in ("cuda", "reference"):
+        leaf = values.clone().requires_grad_()
+        with spartan.backend(name):
+            spartan.soft_topk(leaf, budget, a, 3.0).mul(costs).sum().backward()
+        found[name] = leaf.grad
+    error = (found["cuda"] - found["reference"]).abs().max()
+    assert error < 1e-5, error
 """
-    environment = {**os.environ, "SPARTAN_EMULATED": str(emulated), "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "SPARTAN_EMULATED": str(emulated),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}",
+    }
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -45,12 +45,37 @@ inline void check(cudaError_t status) {
   if (status != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
 }
 
+#ifdef __CUDACC__
+// The thread block's memory whose size the launch gives.
+__device__ inline float* dynamic_shared() {
+  extern __shared__ float memory[];
+  return memory;
+}
+#endif
+
+// What a thread block may ask for of it, beside what its kernel declares.
+inline int shared_limit(const Stream& stream) {
+  constexpr int kDeclared = 4 << 10;
+  int bytes = 0;
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, stream.device));
+  return bytes - kDeclared;
+}
+
+struct Block {
+  int threads, shared_bytes = 0;
+  Block(int threads_, int shared_bytes_ = 0) : threads(threads_), shared_bytes(shared_bytes_) {}
+};
+
 template <class... Parameters, class... Arguments>
-void launch(const Stream& stream, void (*kernel)(Parameters...), dim3 grid, int threads, Arguments... arguments) {
+void launch(const Stream& stream, void (*kernel)(Parameters...), dim3 grid, Block block, Arguments... arguments) {
   check(cudaSetDevice(stream.device));  // this library's runtime is its own; the caller's current device is not known to it
+  constexpr int kWithoutAsking = 44 << 10;
+  if (block.shared_bytes > kWithoutAsking)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, block.shared_bytes));
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
-  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.blockDim = dim3(static_cast<unsigned>(block.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(block.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream.handle);
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
 }

@@ -6,6 +6,9 @@
 //   settle   the same again while either is still open, and who is kept of too many ties
 //   write    one read: both masks, and the sum of the soft one; the last few entries at the hard threshold are sorted
 //   again    the soft mask once more, only if that sum missed the budget
+//
+// A captured graph may be replayed with other values, budgets and sharpness, which are read on the device. It holds the
+// addresses of the tensors: these must stay.
 #include <cooperative_groups.h>
 
 #include "global_start.cuh"
@@ -53,11 +56,11 @@ __global__ void __launch_bounds__(kThreads, 1) costs_kernel(Plan plan, Workspace
 // ---- Survey.
 
 // After a pass, by one thread: the data's range is known, the search moves, and what is not finite ends it all.
-__device__ __noinline__ void learn(const double (&sums)[6], const Moments& moments, double enough, Solve* solve) {
+__device__ __noinline__ void learn(const double (&sums)[5], const Moments& moments, double enough, Solve* solve) {
   ThresholdSearch& search = solve->search;
-  const double lowest = -sums[4], highest = sums[5];
+  const double lowest = -sums[3], highest = sums[4];
   solve->passes += 1;
-  if (sums[3] != sums[3]) {
+  if (sums[0] != sums[0]) {
     search = ThresholdSearch(NAN, search.total, search.beta);
     solve->cut.nothing = true;
     solve->cut.everything = false;
@@ -81,7 +84,7 @@ __device__ void one_pass(const Plan& plan, const Workspace& w, double enough, Bi
   const Logit<float> p = solve->search.logit<float>();
   Histogram histogram(cut);
   MomentSums moments;
-  float low = INFINITY, high = -INFINITY, poison = 0.0f;
+  float low = INFINITY, high = -INFINITY;
   histogram.clear(bins);
   walk<T>(
       plan, solve->passes,
@@ -91,7 +94,7 @@ __device__ void one_pass(const Plan& plan, const Workspace& w, double enough, Bi
           if (j >= x.live) continue;
           low = x.u[j] < low ? x.u[j] : low;
           high = x.u[j] > high ? x.u[j] : high;
-          poison += x.u[j] * 0.0f;
+          moments.mass += x.u[j] * 0.0f;  // NaN for what is not finite
           if (searching) moments.add(p, x.u[j], x.a[j]);
           if (histogram.wanted) histogram.add(bins, cut, x.u[j], x.a[j]);
         }
@@ -100,8 +103,8 @@ __device__ void one_pass(const Plan& plan, const Workspace& w, double enough, Bi
   Units* counts = w.histogram();
   histogram.hand_over(bins, counts);
   const auto& m = moments.total;
-  double sums[6] = {m[0], m[1], m[2], static_cast<double>(poison), -static_cast<double>(low), static_cast<double>(high)};
-  if (!grid_reduce(sums, SumsThenMaxima<4>{}, w.partials, &solve->ticket)) return;
+  double sums[5] = {m[0], m[1], m[2], -static_cast<double>(low), static_cast<double>(high)};
+  if (!grid_reduce(sums, SumsThenMaxima<3>{}, w.partials, &solve->ticket)) return;
   if (histogram.wanted) narrow(counts, &solve->cut);
   if (threadIdx.x != 0) return;
   solve->rounds += histogram.wanted;
@@ -203,7 +206,7 @@ __device__ void count_ties(const Plan& plan, const Workspace& w) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, kResident<T>) settle_kernel(Plan plan, Workspace w) {
+__global__ void __launch_bounds__(kThreads, 2) settle_kernel(Plan plan, Workspace w) {
   __shared__ Bins bins;
   const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
   settle<T>(plan, w, &bins, grid);
@@ -297,7 +300,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) write_kernel(Plan plan
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, kResident<T>) again_kernel(Plan plan, Request request, Workspace w) {
+__global__ void __launch_bounds__(kThreads, 2) again_kernel(Plan plan, Request request, Workspace w) {
   __shared__ Bins bins;
   if (!now(&w.solve->again)) return;
   const cooperative_groups::grid_group grid = cooperative_groups::this_grid();

@@ -52,7 +52,7 @@ __device__ uint64_t lowest_kept(const R& row, const Order& order, double budget)
 }
 
 template <class T, int kGroup, int kItems>
-__global__ void __launch_bounds__(block_threads(kGroup), 1)
+__global__ void __launch_bounds__(block_threads(kGroup), 512 / block_threads(kGroup))
     hard_topk_forward_kernel(Rows rows, Order order, const double* budget, uint8_t* mask) {
   for (int64_t r = first_row<kGroup>(); r < rows.rows; r += row_stride<kGroup>()) {
     const Row<T, kGroup, kItems> row(rows, r);
@@ -63,9 +63,9 @@ __global__ void __launch_bounds__(block_threads(kGroup), 1)
 
 template <class T>
 void forward(const Rows& rows, const double* budget, uint8_t* mask, Stream stream) {
-  for_length(rows.length, [&](auto group, auto items) {
-    launch(stream, &hard_topk_forward_kernel<T, group(), items()>, grid_for(rows, group), block_threads(group), rows,
-           Order(rows.length), budget, mask);
+  for_length(rows.length, stream, [&](auto group, auto items, int shared) {
+    launch(stream, &hard_topk_forward_kernel<T, group(), items()>, grid_for(rows, group),
+           Block(block_threads(group), shared), rows, Order(rows.length), budget, mask);
   });
 }
 

@@ -7,20 +7,28 @@
 
 namespace spartan::cuda {
 
-// One row. Its ratios u = v / a stay in kItems registers of each of kGroup threads; with kItems = 0 the row is too long for
-// that and is read again (from a cache, as a rule) by every walk.
+// Where a row's ratios u = v / a stay while it is solved: in so many registers of each thread, or ...
+constexpr int kInShared = -1;  // ... in shared memory, each thread's own
+constexpr int kInMemory = 0;   // ... nowhere: the row is read again, from a cache as a rule, by every walk
+
+// One row, shared by kGroup threads.
 template <class T, int kGroup, int kItems>
 class Row {
  public:
   __device__ Row(const Rows& rows, int64_t row)
-      : values_(static_cast<const T*>(rows.values) + row * rows.length),
+      : values_(static_cast<const T*>(rows.values) + row * rows.stride),
         costs_(rows.costs == nullptr ? nullptr : static_cast<const T*>(rows.costs) + row * rows.cost_stride),
         cost_step_(rows.cost_step),
-        length_(rows.length),
-        lane_(threadIdx.x % kGroup) {
+        length_(static_cast<Index>(rows.length)),
+        lane_(threadIdx.x % kGroup),
+        kept_(kItems == kInShared ? dynamic_shared() + threadIdx.x / kGroup * length_ : nullptr) {
     if constexpr (kItems > 0) {
 #pragma unroll
       for (int j = 0; j < kItems; ++j) u_[j] = at(j) < length_ ? ratio(at(j)) : 0.0f;
+    }
+    if constexpr (kItems == kInShared) {
+#pragma unroll 8
+      for (Index i = lane_; i < length_; i += kGroup) kept_[i] = ratio(i);
     }
   }
 
@@ -40,11 +48,11 @@ class Row {
       flush();
     } else {
       constexpr int kRun = 16;
-      for (int64_t begin = lane_; begin < length_; begin += kRun * kGroup) {
+      for (Index begin = lane_; begin < length_; begin += kRun * kGroup) {
 #pragma unroll 4
         for (int j = 0; j < kRun; ++j) {
-          const int64_t i = begin + j * kGroup;
-          if (i < length_) f(i, ratio(i));
+          const Index i = begin + j * kGroup;
+          if (i < length_) f(i, kItems == kInShared ? kept_[i] : ratio(i));
         }
         flush();
       }
@@ -56,7 +64,9 @@ class Row {
   }
 
  private:
-  __device__ int64_t at(int j) const { return lane_ + static_cast<int64_t>(j) * kGroup; }
+  using Index = std::conditional_t<kItems == kInMemory, int64_t, int>;
+
+  __device__ Index at(int j) const { return lane_ + static_cast<Index>(j) * kGroup; }
   __device__ float ratio(int64_t i) const {
     const float v = to_float(values_[i]);
     return costs_ == nullptr ? v : v / cost(i);
@@ -64,8 +74,10 @@ class Row {
 
   const T* values_;
   const T* costs_;
-  int64_t cost_step_, length_;
+  int64_t cost_step_;
+  Index length_;
   int lane_;
+  float* kept_;
   float u_[kItems > 0 ? kItems : 1];
 };
 
@@ -82,14 +94,19 @@ __device__ inline int64_t row_stride() {
   return static_cast<int64_t>(gridDim.x) * (block_threads(kGroup) / kGroup);
 }
 
-// Calls f(integral constants of group and items) for rows of this length.
+// Calls f(integral constants of group and items, bytes of shared memory) for rows of this length.
 template <class F>
-void for_length(int64_t length, F f) {
+void for_length(int64_t length, Stream stream, F f) {
   using std::integral_constant;
-  if (length <= 8) return f(integral_constant<int, 4>{}, integral_constant<int, 2>{});
-  if (length <= 256) return f(integral_constant<int, 32>{}, integral_constant<int, 8>{});
-  if (length <= 4096) return f(integral_constant<int, 256>{}, integral_constant<int, 16>{});
-  return f(integral_constant<int, 512>{}, integral_constant<int, 0>{});
+  if (length <= 4) return f(integral_constant<int, 4>{}, integral_constant<int, 1>{}, 0);
+  if (length <= 16) return f(integral_constant<int, 8>{}, integral_constant<int, 2>{}, 0);
+  if (length <= 64) return f(integral_constant<int, 32>{}, integral_constant<int, 2>{}, 0);
+  const int64_t bytes = length * static_cast<int64_t>(sizeof(float));
+  using Shared = integral_constant<int, kInShared>;
+  if (length <= 256) return f(integral_constant<int, 32>{}, Shared{}, static_cast<int>(bytes * (kThreads / 32)));
+  if (length <= 8192) return f(integral_constant<int, 256>{}, Shared{}, static_cast<int>(bytes));
+  if (bytes <= shared_limit(stream)) return f(integral_constant<int, 512>{}, Shared{}, static_cast<int>(bytes));
+  return f(integral_constant<int, 512>{}, integral_constant<int, kInMemory>{}, 0);
 }
 
 inline unsigned grid_for(const Rows& rows, int group) { return blocks_for(rows.rows, block_threads(group) / group); }

@@ -15,7 +15,7 @@ __device__ ThresholdSearch solve(const R& row, int64_t length, double budget, do
 }
 
 template <class T, int kGroup, int kItems>
-__global__ void __launch_bounds__(block_threads(kGroup), 1)
+__global__ void __launch_bounds__(block_threads(kGroup), 512 / block_threads(kGroup))
     soft_topk_forward_kernel(Rows rows, const double* budget, const double* beta, T* mask, double* threshold) {
   for (int64_t r = first_row<kGroup>(); r < rows.rows; r += row_stride<kGroup>()) {
     const Row<T, kGroup, kItems> row(rows, r);
@@ -34,7 +34,7 @@ struct Gradients {
 };
 
 template <class T, int kGroup, int kItems>
-__global__ void __launch_bounds__(block_threads(kGroup), 1)
+__global__ void __launch_bounds__(block_threads(kGroup), 512 / block_threads(kGroup))
     soft_topk_backward_kernel(Rows rows, const T* grad, Gradients scalars, T* grad_values, T* grad_costs) {
   const float beta = static_cast<float>(*scalars.beta);
   for (int64_t r = first_row<kGroup>(); r < rows.rows; r += row_stride<kGroup>()) {
@@ -61,17 +61,17 @@ __global__ void __launch_bounds__(block_threads(kGroup), 1)
 
 template <class T>
 void forward(const Rows& rows, const double* budget, const double* beta, T* mask, double* threshold, Stream stream) {
-  for_length(rows.length, [&](auto group, auto items) {
-    launch(stream, &soft_topk_forward_kernel<T, group(), items()>, grid_for(rows, group), block_threads(group), rows, budget,
-           beta, mask, threshold);
+  for_length(rows.length, stream, [&](auto group, auto items, int shared) {
+    launch(stream, &soft_topk_forward_kernel<T, group(), items()>, grid_for(rows, group),
+           Block(block_threads(group), shared), rows, budget, beta, mask, threshold);
   });
 }
 
 template <class T>
 void backward(const Rows& rows, const T* grad, Gradients scalars, T* grad_values, T* grad_costs, Stream stream) {
-  for_length(rows.length, [&](auto group, auto items) {
-    launch(stream, &soft_topk_backward_kernel<T, group(), items()>, grid_for(rows, group), block_threads(group), rows, grad,
-           scalars, grad_values, grad_costs);
+  for_length(rows.length, stream, [&](auto group, auto items, int shared) {
+    launch(stream, &soft_topk_backward_kernel<T, group(), items()>, grid_for(rows, group),
+           Block(block_threads(group), shared), rows, grad, scalars, grad_values, grad_costs);
   });
 }
 

@@ -66,13 +66,14 @@ class _Rows:
     """Rows of one tensor; costs of every shape are one array with two strides."""
 
     def __init__(self, values: torch.Tensor, costs: torch.Tensor | None) -> None:
-        self.values = values.detach().contiguous()
+        self.values = values.detach() if values.stride(-1) == 1 else values.detach().contiguous()
         self.costs = _contiguous(costs)
         rows, length = values.shape
         step = int(costs is not None and costs.dim() > 0)
         stride = length if costs is not None and costs.dim() == 2 else 0
         self.dtype = _DTYPES[values.dtype]
-        self.rows = _native.cuda.Rows(self.values.data_ptr(), _pointer(self.costs), rows, length, stride, step)
+        apart = self.values.stride(0)
+        self.rows = _native.cuda.Rows(self.values.data_ptr(), _pointer(self.costs), rows, length, apart, stride, step)
 
 
 def _inspect_rows(
@@ -89,15 +90,34 @@ def _inspect_rows(
     clamp_budget(budget, a.expand_as(values).sum(-1, dtype=torch.float64))
 
 
+# Longer rows, where they are too few to give every multiprocessor one, are each solved by the whole device.
+_LONGEST_ROW = 131_072
+_FEW_ROWS = 64
+
+
+def _as_lists(values: torch.Tensor) -> bool:
+    return values.shape[1] > _LONGEST_ROW and values.shape[0] <= _FEW_ROWS
+
+
+def _row_costs(costs: torch.Tensor | None, row: int) -> list[torch.Tensor]:
+    if costs is None:
+        return []
+    return [costs[row] if costs.dim() == 2 else costs]
+
+
 def soft_topk_forward(
     values: torch.Tensor, budget: torch.Tensor, costs: torch.Tensor | None, beta: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """m and (centre, shift) for each row of values [rows, n]."""
     _inspect_rows(values, budget, costs, beta)
+    mask = torch.empty_like(values, memory_format=torch.contiguous_format)
+    threshold = torch.empty((values.shape[0], 2), dtype=torch.float64, device=values.device)
+    if _as_lists(values):
+        for r, (v, k) in enumerate(zip(values, budget, strict=True)):
+            _launch_list([v], k, _row_costs(costs, r), beta, False, ([mask[r]], None), None, threshold[r])
+        return mask, threshold
     rows = _Rows(values, costs)
     k = budget.contiguous()
-    mask = torch.empty_like(rows.values)
-    threshold = torch.empty((values.shape[0], 2), dtype=torch.float64, device=values.device)
     _call(
         _native.cuda.soft_topk_rows,
         values,
@@ -120,15 +140,28 @@ def soft_topk_backward(
     cost_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for values, costs (elementwise), budget and beta (by row)."""
-    rows = _Rows(values, costs)
     g, saved = grad.to(values.dtype).contiguous(), threshold.contiguous()
-    grad_values = torch.empty_like(rows.values)
-    grad_costs = torch.empty_like(rows.values) if cost_grad else None
-    of_budget = torch.empty(values.shape[0], dtype=torch.float64, device=values.device)
+    if _as_lists(values):
+        found = [
+            soft_topk_global_backward([g[r]], [v], saved[r], _row_costs(costs, r), beta, cost_grad, "")
+            for r, v in enumerate(values)
+        ]
+        of_values, of_costs, of_budget, of_beta = zip(*found, strict=True)
+        grad_costs = torch.stack([c[0] for c in of_costs]) if cost_grad else values.new_empty(0)
+        return torch.stack([v[0] for v in of_values]), grad_costs, torch.stack(of_budget), torch.stack(of_beta)
+    return _backward_by_rows(g, _Rows(values, costs), saved, beta, cost_grad)
+
+
+def _backward_by_rows(
+    g: torch.Tensor, rows: _Rows, saved: torch.Tensor, beta: torch.Tensor, cost_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad_values = torch.empty_like(g)
+    grad_costs = torch.empty_like(g) if cost_grad else None
+    of_budget = torch.empty(len(g), dtype=torch.float64, device=g.device)
     of_beta = torch.empty_like(of_budget)
     _call(
         _native.cuda.soft_topk_rows_backward,
-        values,
+        g,
         rows.dtype,
         rows.rows,
         g.data_ptr(),
@@ -139,15 +172,20 @@ def soft_topk_backward(
         of_budget.data_ptr(),
         of_beta.data_ptr(),
     )
-    return grad_values, values.new_empty(0) if grad_costs is None else grad_costs, of_budget, of_beta
+    return grad_values, g.new_empty(0) if grad_costs is None else grad_costs, of_budget, of_beta
 
 
 def hard_topk_forward(values: torch.Tensor, budget: torch.Tensor, costs: torch.Tensor | None) -> torch.Tensor:
     """h for each row of values [rows, n]."""
     _inspect_rows(values, budget, costs, None)
+    mask = torch.empty(values.shape, dtype=torch.bool, device=values.device)
+    if _as_lists(values):
+        beta = torch.ones((), dtype=torch.float64, device=values.device)
+        for r, (v, k) in enumerate(zip(values, budget, strict=True)):
+            _launch_list([v], k, _row_costs(costs, r), beta, False, (None, [mask[r]]), None, None)
+        return mask
     rows = _Rows(values, costs)
     k = budget.contiguous()
-    mask = torch.empty(values.shape, dtype=torch.bool, device=values.device)
     _call(_native.cuda.hard_topk_rows, values, rows.dtype, rows.rows, k.data_ptr(), mask.data_ptr())
     return mask
 
@@ -201,6 +239,19 @@ def _solve_list(
     threshold: torch.Tensor | None,
 ) -> None:
     _inspect_list(values, budget, costs, beta)
+    _launch_list(values, budget, costs, beta, absolute, masks, state, threshold)
+
+
+def _launch_list(
+    values: list[torch.Tensor],
+    budget: torch.Tensor,
+    costs: list[torch.Tensor],
+    beta: torch.Tensor,
+    absolute: bool,
+    masks: tuple[list[torch.Tensor] | None, list[torch.Tensor] | None],
+    state: torch.Tensor | None,
+    threshold: torch.Tensor | None,
+) -> None:
     problem = _List(values, costs)
     if problem.length == 0:
         return

@@ -41,7 +41,8 @@ def test_compiles_for_sm_90_without_spills(module: str, index: int) -> None:
         (Row("k", "", "sm_90", spilled=8), False, "spills"),
         (Row("k", "", "sm_90", shared=SM_90.shared_limit + 1), False, "shared memory"),
         (Row("k", "", "sm_90"), True, "tensor-core"),
-        (Row("k", "", "sm_90", matrix=4, shared=SM_90.shared_limit), True, ""),
+        (Row("k", "", "sm_90", matrix=4), True, "loads ahead"),
+        (Row("k", "", "sm_90", matrix=4, copies=2, shared=SM_90.shared_limit), True, ""),
     ],
 )
 def test_the_gate_refuses_what_cannot_run_well(row: Row, tensor_cores: bool, problem: str) -> None:
@@ -53,3 +54,11 @@ def test_a_kernel_that_does_not_compile_is_a_line_of_the_table(monkeypatch: pyte
     cases = importlib.import_module("spartan_kernels.backends.triton.hard_topk").COMPILE_CASES
     monkeypatch.setitem(cases[0].constexprs, "BLOCK_N", 3)  # tiles are powers of two
     assert "does not compile" in compile_triton("hard_topk", 0, SM_90).problem
+
+
+def test_a_walk_without_vector_loads_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = importlib.import_module("spartan_kernels.backends.triton.global_solve").COMPILE_CASES
+    index = next(i for i, case in enumerate(cases) if "gradient_write" in case.kernel.fn.__name__)
+    assert compile_triton("global_solve", index, SM_90).problem == ""
+    monkeypatch.setitem(cases[index].constexprs, "ALIGNED", False)
+    assert "16-byte" in compile_triton("global_solve", index, SM_90).problem

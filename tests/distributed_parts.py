@@ -221,9 +221,9 @@ def a_bad_value_on_one_rank_is_refused_on_all(backend: str) -> None:
 
 @check()
 def what_ranks_exchange_does_not_grow_with_the_values(backend: str) -> None:
-    """A few exchanges of at most a histogram each, however many values there are."""
+    """A few exchanges of a sample or a histogram at most, however many values there are."""
     group = dist.group.WORLD
-    for length in (1_000, 300_000):
+    for length in (1_000, 1_000_000):
         v = make_values("normal", (length,), seed=rank())
         state, soft, hard = ops.new_solver_state(), [torch.empty_like(v)], [torch.empty_like(v, dtype=torch.bool)]
         with patch.object(dist, "all_gather", wraps=dist.all_gather) as exchange:
@@ -232,7 +232,7 @@ def what_ranks_exchange_does_not_grow_with_the_values(backend: str) -> None:
             ops.solve_masks_([v], 0.1 * length * world(), None, 5.0, soft, hard, state, group=group, backend=backend)
         sent = [call.args[1].nbytes for call in exchange.call_args_list]
         assert 3 <= len(sent) <= 60, sent
-        assert max(sent) <= 64 * 1024, sent
+        assert max(sent) <= 512 * 1024, sent
 
 
 @check()

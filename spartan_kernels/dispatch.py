@@ -20,6 +20,8 @@ AUTO_ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("native", "reference"),
     "cuda": ("triton", "cuda", "reference"),
 }
+# Those that solve over the ranks of a process group.
+GROUP_BACKENDS = ("native", "reference")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Triton's interpreter runs the same kernels on CPU tensors; chosen for the whole process, before triton is imported.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -137,8 +139,8 @@ def _triton_unavailable() -> str | None:
     return None
 
 
-def refusal(operator: str, name: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why the backend `name` does not serve this call, or None when it does."""
+def refusal(operator: str, name: str, device: str, dtype: torch.dtype, grouped: bool = False) -> str | None:
+    """Why the backend `name` does not serve this call (over a process group: `grouped`), or None when it does."""
     support = SUPPORT[operator].get(name)
     if support is None:
         return f"the {name} backend has no {operator}"
@@ -146,12 +148,14 @@ def refusal(operator: str, name: str, device: str, dtype: torch.dtype) -> str | 
         return f"the {name} backend serves {', '.join(support.devices)} tensors, not {device}"
     if dtype not in support.dtypes:
         return f"the {name} backend has no {operator} for {dtype}"
+    if grouped and name not in GROUP_BACKENDS:
+        return f"the {name} backend has no {operator} over a process group"
     reason = unavailable(name)
     return reason and f"the {name} backend is not available: {reason}"
 
 
 @cache
-def select(operator: str, device: str, dtype: torch.dtype, name: str) -> str:
+def select(operator: str, device: str, dtype: torch.dtype, name: str, grouped: bool = False) -> str:
     """The backend that serves `operator`: `name` itself, or for "auto" the first of AUTO_ORDER that can.
 
     "auto" warns once when it steps over a backend that exists for the operator but cannot run here.
@@ -160,12 +164,12 @@ def select(operator: str, device: str, dtype: torch.dtype, name: str) -> str:
         ValueError: the backend named cannot serve this call; it never falls back.
     """
     if name != "auto":
-        reason = refusal(operator, name, device, dtype)
+        reason = refusal(operator, name, device, dtype, grouped)
         if reason:
             raise ValueError(f"backend={name!r}: {reason}")
         return name
     for candidate in AUTO_ORDER.get(device, ("reference",)):
-        reason = refusal(operator, candidate, device, dtype)
+        reason = refusal(operator, candidate, device, dtype, grouped)
         if reason is None:
             return candidate
         if candidate in SUPPORT[operator]:
@@ -188,9 +192,9 @@ def implementation(operator: str, name: str) -> Callable[..., Any]:
     return function
 
 
-def resolve(operator: str, like: torch.Tensor, name: str | None) -> Callable[..., Any]:
-    """The function that computes `operator` for tensors like `like`."""
-    return implementation(operator, select(operator, like.device.type, like.dtype, requested(name)))
+def resolve(operator: str, like: torch.Tensor, name: str | None, grouped: bool = False) -> Callable[..., Any]:
+    """The function that computes `operator` for tensors like `like`, over a process group where `grouped`."""
+    return implementation(operator, select(operator, like.device.type, like.dtype, requested(name), grouped))
 
 
 def info() -> dict[str, Any]:

@@ -53,6 +53,17 @@ def test_info_agrees_with_the_choice_and_gives_a_reason_for_every_no() -> None:
             assert row[row["auto"]] is None
 
 
+@pytest.mark.parametrize("operator", ["soft_topk_global_forward", "hard_topk_global_forward", "solve_masks_"])
+def test_over_a_process_group_only_those_that_solve_over_one_serve(operator: str) -> None:
+    for name in dispatch.BACKENDS:
+        alone = dispatch.refusal(operator, name, "cuda", torch.float32)
+        grouped = dispatch.refusal(operator, name, "cuda", torch.float32, grouped=True)
+        missing = f"the {name} backend has no {operator} over a process group"
+        assert grouped == (alone if name in dispatch.GROUP_BACKENDS else missing)
+    with pytest.raises(ValueError, match=r"backend='cuda': the cuda backend has no \w+ over a process group"):
+        dispatch.select(operator, "cuda", torch.float32, "cuda", grouped=True)
+
+
 def test_auto_steps_down_and_says_so_once(no_native: None) -> None:
     with pytest.warns(RuntimeWarning, match=r"native.*not built"):
         assert dispatch.select("soft_topk_forward", "cpu", torch.float32, "auto") == "reference"

@@ -94,8 +94,8 @@ def soft_topk_global(
         costs: None (ones), or for each tensor a number, a 0-dim tensor or a tensor of its shape.
         beta: sharpness, at least 0.
         group: a `torch.distributed` process group (or its name) whose ranks each pass their own part, which may be
-            empty; None for this process alone, and with DTensors, whose mesh has it. Served by the reference backend.
-            All ranks call with the same budget and beta, forward and backward.
+            empty; None for this process alone, and with DTensors, whose mesh has it. All ranks call with the same
+            budget and beta, forward and backward. Served by the native and reference backends.
         straight_through: return the hard masks of `hard_topk_global` as 0 and 1, with the gradient of the soft ones.
         backend: "auto" or the name of a backend.
 

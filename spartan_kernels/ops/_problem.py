@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from spartan_kernels import dispatch
 from spartan_kernels.arguments import require_float, scalar
-from spartan_kernels.groups import group_name
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-_GROUP_BACKENDS = ("native", "reference")
 
 
 def row_problem(
@@ -54,24 +47,6 @@ def global_problem(
         found = len(costs) if isinstance(costs, Sequence) else type(costs).__name__
         raise ValueError(f"costs must be None or one entry for each of the {len(tensors)} values; got {found}")
     return tensors, [_tensor_cost(i, c, v) for i, (c, v) in enumerate(zip(costs, tensors, strict=True))]
-
-
-def served_group(
-    group: ProcessGroup | str | None, backend: str | None, operator: str, like: torch.Tensor
-) -> tuple[str, str | None]:
-    """The group's name, and the backend that serves `operator` over it."""
-    name = group_name(group)
-    if not name:
-        return name, backend
-    asked, device = dispatch.requested(backend), like.device.type
-    if asked != "auto" and asked not in _GROUP_BACKENDS:
-        allowed = " and ".join(_GROUP_BACKENDS)
-        raise ValueError(f"group is served by the {allowed} backends only; got backend={asked!r}")
-    candidates = (
-        [n for n in dispatch.AUTO_ORDER.get(device, ()) if n in _GROUP_BACKENDS] if asked == "auto" else [asked]
-    )
-    able = (n for n in candidates if dispatch.refusal(operator, n, device, like.dtype) is None)
-    return name, next(able, asked if asked != "auto" else "reference")
 
 
 def as_in_autocast(values: Any) -> Any:

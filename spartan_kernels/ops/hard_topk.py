@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from spartan_kernels.arguments import scalar
+from spartan_kernels.groups import group_name
 from spartan_kernels.ops._define import define
-from spartan_kernels.ops._problem import global_problem, row_problem, served_group
+from spartan_kernels.ops._problem import global_problem, row_problem
 from spartan_kernels.ops._shards import shards
 from spartan_kernels.ops._vmap import fold_rows
 
@@ -105,5 +106,5 @@ def hard_topk_global(
         parts = shards(values, costs, group)
         tensors, cost_list = global_problem(parts.values, parts.costs)
         k = scalar("budget", budget, tensors[0].device)
-        name, backend = served_group(parts.group, backend, "hard_topk_global_forward", tensors[0])
+        name = group_name(parts.group)
         return parts.restore(hard_topk_global_forward(tensors, k, cost_list, absolute, name, backend or ""))

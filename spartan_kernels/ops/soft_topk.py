@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from spartan_kernels.arguments import scalar
+from spartan_kernels.groups import group_name
 from spartan_kernels.ops._define import define
-from spartan_kernels.ops._problem import as_in_autocast, global_problem, row_problem, served_group
+from spartan_kernels.ops._problem import as_in_autocast, global_problem, row_problem
 from spartan_kernels.ops._shards import shards
 from spartan_kernels.ops._vmap import fold_rows
 
@@ -134,9 +135,9 @@ def soft_topk_global(
         costs: None (ones), or for each tensor a number, a 0-dim tensor or a tensor of its shape.
         beta: sharpness, at least 0.
         group: a `torch.distributed` process group (or its name) whose ranks each pass their own part, which may be
-            empty; None for this process alone, and with DTensors, whose mesh has it. Served by the native and
-            reference backends. All ranks call with the same budget and beta, and every mask comes out of the same bits
-            of threshold.
+            empty; None for this process alone, and with DTensors, whose mesh has it. All ranks call with the same
+            budget and beta, and every mask comes out of the same bits of threshold. Served by the native and
+            reference backends.
         backend: "auto" or the name of a backend.
 
     Returns:
@@ -152,7 +153,7 @@ def soft_topk_global(
     """
     parts = shards(values, costs, group)
     tensors, cost_list = global_problem([as_in_autocast(v) for v in parts.values], parts.costs)
-    name, backend = served_group(parts.group, backend, "soft_topk_global_forward", tensors[0])
+    name = group_name(parts.group)
     masks, _ = soft_topk_global_forward(
         tensors,
         scalar("budget", budget, tensors[0].device),
@@ -214,7 +215,7 @@ def solve_masks_(
     if state.shape != (SOLVER_STATE_SIZE,) or state.dtype != torch.float64:
         raise ValueError(f"state must come from new_solver_state; got {state.dtype} of shape {tuple(state.shape)}")
     device = tensors[0].device
-    name, backend = served_group(parts.group, backend, "solve_masks_", tensors[0])
+    name = group_name(parts.group)
     _solve_masks(
         tensors,
         scalar("budget", budget, device),

@@ -6,19 +6,19 @@ To add one: a function of `Settings` that returns a `Work`, under `@case(op, nam
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import spartan.functional as F
-from bench import cases_matmul, training
+from bench import cases_global, cases_matmul, training
 from bench.case import CASES, Settings, Work, case, select
-from bench.checks import check_budget_mask, check_close, check_hard_mask
+from bench.checks import check_budget_mask, check_close
 from bench.inputs import normal, rotating
 from bench.peers import eager
-from bench.peers.sinkhorn import sinkhorn_soft_topk, sort_and_sinkhorn
+from bench.peers import soft_topk as relaxations
 from spartan_kernels import ops
 from spartan_kernels.testing import (
     oracle_block_sum,
@@ -29,30 +29,9 @@ from spartan_kernels.testing import (
     soft_topk_tolerance,
 )
 
-__all__ = ["CASES", "cases_matmul", "select", "training"]
+_SECONDS = 1.5  # for each implementation of the soft top-k by rows: there are many
 
-
-def resnet50_shapes() -> list[tuple[int, ...]]:
-    """Shapes of the convolutions and the classifier of ResNet-50: 25.5 million weights."""
-    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7)]
-    in_ = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        shapes.append((4 * width, in_, 1, 1))
-        for _ in range(blocks):
-            shapes += [(width, in_, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
-            in_ = 4 * width
-    return [*shapes, (1000, 2048)]
-
-
-def _copy(*sources: Tensor) -> Callable[..., None]:
-    """Make the peer that every memory-bound case has, a copy of its tensors."""
-    targets = [torch.empty_like(t) for t in sources]
-
-    def copy(*_: Any) -> None:
-        for target, source in zip(targets, sources, strict=True):
-            target.copy_(source)
-
-    return copy
+__all__ = ["CASES", "cases_global", "cases_matmul", "select", "training"]
 
 
 # ----------------------------------------------------------------------------------------- soft_topk, by rows
@@ -64,31 +43,62 @@ def _soft_rows(s: Settings, rows: int, n: int, k: float, beta: float) -> Work:
     operands = rotating(s, nbytes // 2, lambda i: (normal((rows, n), s, i),))
 
     def check(mask: Tensor, values: Tensor) -> None:
-        few = slice(0, 24 * 1024 // n)  # the oracle bisects in float64: a part of the rows has to do
+        few = slice(0, max(1, 24 * 1024 // n))  # the oracle bisects in float64: a part of the rows has to do
         v, m = values[few], mask[few]
         exact = oracle_soft_topk(v, k, None, beta)
         check_close(m, exact, plain_soft_topk(v, k, None, beta), soft_topk_tolerance(exact, v, k, None, beta))
         check_budget_mask(mask, k, dim=-1)
-
-    def sinkhorn(values: Tensor) -> Tensor:
-        mu = torch.zeros(rows, 1, device=s.device, dtype=s.dtype)
-        for _ in range(100):
-            step = math.log(k) - torch.nn.functional.logsigmoid(beta * values + mu).logsumexp(-1, keepdim=True)
-            mu = mu + step
-            if step.abs().max().item() < 1e-3:
-                break
-        return torch.sigmoid(beta * values + mu)
 
     return Work(
         ours=lambda v: ops.soft_topk(v, k, beta=beta, backend=s.backend),
         operands=operands,
         check=check,
         bytes=nbytes,
-        peers={"copy": lambda v: v.clone(), "Sinkhorn": sinkhorn, "torch.topk": lambda v: v.topk(int(k), -1)},
+        peers={
+            "copy": lambda v: v.clone(),
+            "torch.topk (hard)": lambda v: v.topk(int(k), -1),
+            "torch.sort (hard)": lambda v: v.sort(-1, descending=True),
+            "torch.kthvalue (hard)": lambda v: eager.kthvalue_mask(v, int(k)),
+            **relaxations.peers(operands[0][0], k, beta),
+        },
+        seconds=_SECONDS,
     )
 
 
-@case("soft_topk", "8192x4096")
+def _soft_rows_with_gradient(s: Settings, rows: int, n: int, k: float, beta: float) -> Work:
+    rows = max(1, rows // 8) if s.quick else rows
+    nbytes = 5 * rows * n * s.dtype.itemsize  # values in, mask out; values and upstream in, gradient out
+
+    def ours(values: Tensor, upstream: Tensor) -> Tensor:
+        mask = F.soft_topk(values, k, beta=beta, backend=s.backend)
+        return torch.autograd.grad(mask, values, upstream)[0]
+
+    def check(gradient: Tensor, values: Tensor, upstream: Tensor) -> None:
+        few = slice(0, max(1, 24 * 1024 // n))
+        leaf = values[few].detach().double().requires_grad_()
+        mask = oracle_soft_topk(leaf, k, None, beta)
+        (exact,) = torch.autograd.grad(mask, leaf, upstream[few].double())
+        plain = eager.soft_topk_gradient(upstream[few], mask.detach().to(s.dtype), beta)
+        check_close(gradient[few], exact, plain, 1e-5 * exact.abs().amax())
+
+    operands = rotating(
+        s, nbytes // 5, lambda i: (normal((rows, n), s, i).requires_grad_(), normal((rows, n), s, 1000 + i))
+    )
+    return Work(
+        ours=ours,
+        operands=operands,
+        check=check,
+        bytes=nbytes,
+        peers={
+            "copy": lambda v, g: v.detach().clone(),
+            "torch.topk (hard, forward)": lambda v, g: v.detach().topk(int(k), -1),
+            **relaxations.peers(operands[0][0], k, beta, gradient=True),
+        },
+        seconds=_SECONDS,
+    )
+
+
+@case("soft_topk", "8192x4096", quick=False)
 def soft_topk_long_rows(s: Settings) -> Work:
     """A tenth of each row, where sorting or selecting costs most."""
     return _soft_rows(s, 8192, 4096, 409.0, 10.0)
@@ -145,100 +155,22 @@ def soft_topk_backward(s: Settings) -> Work:
     return _soft_rows_backward(s, 4096, 1024, 64.0, 10.0)
 
 
-@case("soft_topk_backward", "8192x4096")
+@case("soft_topk_backward", "8192x4096", quick=False)
 def soft_topk_backward_long_rows(s: Settings) -> Work:
     """The same for longer rows."""
     return _soft_rows_backward(s, 8192, 4096, 409.0, 10.0)
 
 
-# ----------------------------------------------------- one budget over a network: solve, hard mask, soft mask
+@case("soft_topk", "dictionary-256x131072", quick=False)
+def soft_topk_dictionary(s: Settings) -> Work:
+    """64 of the 131,072 features of a large sparse autoencoder."""
+    return _soft_rows(s, 256, 131_072, 64.0, 10.0)
 
 
-class _TrainingStep:
-    """Weights of a network, their masks and the solver's state, as a training step holds them."""
-
-    def __init__(self, s: Settings) -> None:
-        shapes = [(512, 512)] * 4 if s.quick else resnet50_shapes()
-        self.weights = [normal(shape, s, i, (2 / math.prod(shape[1:])) ** 0.5) for i, shape in enumerate(shapes)]
-        self.noise = [1e-3 * normal(w.shape, s, 500 + i, float(w.std())) for i, w in enumerate(self.weights)]
-        self.n = sum(w.numel() for w in self.weights)
-        self.budget, self.beta, self.steps = 0.1 * self.n, 20.0, 0
-        self.soft = [torch.empty_like(w) for w in self.weights]
-        self.hard = [torch.empty_like(w, dtype=torch.bool) for w in self.weights]
-        self.state = ops.new_solver_state(s.device)
-        self.backend = s.backend
-
-    def drift(self) -> None:
-        """One optimizer step's worth of change, and the schedule's."""
-        for w, e in zip(self.weights, self.noise, strict=True):
-            w.add_(e)
-        self.beta *= 1.001
-        self.budget *= 0.9995
-
-    def solve(self, state: Tensor) -> None:
-        ops.solve_masks_(
-            self.weights,
-            self.budget,
-            None,
-            self.beta,
-            self.soft,
-            self.hard,
-            state,
-            absolute=True,
-            backend=self.backend,
-        )
-
-    def check(self) -> None:
-        soft, hard = (torch.cat([m.flatten() for m in masks]) for masks in (self.soft, self.hard))
-        row = torch.cat([w.flatten() for w in self.weights]).abs()
-        check_budget_mask(soft, self.budget, values=row, beta=self.beta)
-        check_hard_mask(hard, row, self.budget)
-
-
-def _global_solve(s: Settings, ours: Callable[[_TrainingStep], None], warm: bool) -> Work:
-    step = _TrainingStep(s)
-    if warm:
-        for _ in range(2):  # the start extrapolates from two thresholds
-            step.solve(step.state)
-            step.drift()
-    return Work(
-        ours=lambda: ours(step),
-        operands=[()],
-        prepare=step.drift,
-        check=lambda _: step.check(),
-        bytes=2 * step.n * s.dtype.itemsize + step.n,
-        peers={
-            "copy": _copy(*step.weights),
-            "sort + Sinkhorn": lambda: sort_and_sinkhorn(step.weights, step.budget, step.beta),
-        },
-        notes={"weights": float(step.n)},
-    )
-
-
-@case("soft_topk_global", "resnet50-cold")
-def global_cold(s: Settings) -> Work:
-    """Both masks of 25.5 million weights from nothing."""
-    return _global_solve(s, lambda step: step.solve(ops.new_solver_state(s.device)), warm=False)
-
-
-@case("soft_topk_global", "resnet50-warm")
-def global_warm(s: Settings) -> Work:
-    """Both masks of 25.5 million weights, one training step after the last solve."""
-    return _global_solve(s, lambda step: step.solve(step.state), warm=True)
-
-
-@case("soft_topk_global", "one-tensor-cold")
-def global_one_tensor(s: Settings) -> Work:
-    """Soft mask alone of one flat tensor of 25.6 million values, as a differentiable call."""
-    n, beta = (1 << 20 if s.quick else 25_600_000), 5.0
-    values, k = normal((n,), s, 0), 0.1 * n
-    return Work(
-        ours=lambda v: ops.soft_topk_global([v], k, beta=beta, backend=s.backend)[0],
-        operands=[(values,)],
-        check=lambda mask, v: check_budget_mask(mask, k, values=v, beta=beta),
-        bytes=2 * n * s.dtype.itemsize,
-        peers={"copy": lambda v: v.clone(), "Sinkhorn": lambda v: sinkhorn_soft_topk(v, k, beta=beta)},
-    )
+@case("soft_topk", "forward-backward-8192x4096", quick=False)
+def soft_topk_long_rows_with_gradient(s: Settings) -> Work:
+    """A tenth of each of 8192 rows of 4096, and its gradient."""
+    return _soft_rows_with_gradient(s, 8192, 4096, 409.0, 10.0)
 
 
 # -------------------------------------------------------------------------------------------------- hard_topk

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from bench import save
 from bench.run import Report, Result
@@ -220,6 +221,39 @@ def figure_of_roofline(report: Report, path: Path) -> None:
     _write(figure, path)
 
 
+def figure_of_traffic(report: Report, path: Path) -> None:
+    """Draw the time of every memory-bound case against the bytes it cannot avoid, over the line that a copy takes."""
+    results = [r for r in report.results if r.time is not None and r.bytes and not r.flops]
+    figure, axis = plt.subplots(figsize=(7, 4.4))
+    ends = min(r.bytes for r in results) / 2e6, max(r.bytes for r in results) * 2e-6
+    axis.plot(
+        ends,
+        [1e9 * x * report.copy.median for x in ends],
+        "k-",
+        lw=1,
+        label=f"copy, {1e-9 / report.copy.median:.3g} GB/s",
+    )
+    for i, r in enumerate(results):
+        assert r.time is not None
+        share = r.bytes * report.copy.median / r.time.median
+        label = f"{r.case.partition('/')[2]}: {share:.0%} of copy"
+        axis.plot(
+            r.bytes / 1e6, 1e3 * r.time.median, "os^Dv*"[i % 6], ms=6, color=plt.get_cmap("tab10")(i % 10), label=label
+        )
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter("{x:g}")
+        side.set_minor_formatter(NullFormatter())
+    axis.set_xlabel("megabytes that have to be read and written", fontsize=8)
+    axis.set_ylabel("milliseconds", fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.legend(fontsize=6, frameon=False, loc="upper left")
+    figure.text(0.01, 0.01, _caption(report), fontsize=6)
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    _write(figure, path)
+
+
 def _write(figure: Figure, path: Path) -> None:
     # no date or version inside: the same results give the same bytes
     figure.savefig(path, dpi=130, metadata={"Software": None})
@@ -236,6 +270,8 @@ def _drawings(report: Report, path: Path) -> list[tuple[Callable[[Report, Path],
     drawings = [(main, path)]
     if any(r.flops and r.bytes for r in timed):
         drawings.append((figure_of_roofline, path.with_stem(f"{path.stem}-roofline")))
+    elif sum(bool(r.bytes) for r in timed) > 1 and not any(r.parts for r in timed):
+        drawings.append((figure_of_traffic, path.with_stem(f"{path.stem}-roofline")))
     return drawings
 
 

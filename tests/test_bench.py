@@ -272,7 +272,7 @@ def test_registry() -> None:
     with pytest.raises(ValueError, match="twice"):
         case("hard_topk", "4096x1024")(lambda s: None)
     assert all(c.build.__doc__ for c in CASES.values())
-    assert sum(torch.Size(shape).numel() for shape in cases.resnet50_shapes()) == 25_502_912
+    assert sum(torch.Size(shape).numel() for shape in cases.cases_global.resnet50_shapes()) == 25_502_912
 
 
 def test_trace_is_a_chrome_trace(tmp_path: Path) -> None:

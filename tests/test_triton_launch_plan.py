@@ -16,7 +16,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 from spartan_kernels import ops
-from spartan_kernels.backends.triton import global_passes, global_solve, launches, soft_topk_rows, tables
+from spartan_kernels.backends.triton import global_passes, global_solve, launches, masked_matmul, soft_topk_rows, tables
 from spartan_kernels.backends.triton.global_solve import GlobalSolve
 from spartan_kernels.backends.triton.tables import TensorList
 from spartan_kernels.testing import make_values, oracle_hard_topk
@@ -107,3 +107,39 @@ def test_reads_of_a_training_run(capacity: int | None, monkeypatch: pytest.Monke
     if capacity is None:
         assert reads[0] <= 2
         assert reads[2:] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("rows", [8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("width", [2, 4])
+def test_traffic_of_a_product_is_the_bound_of_its_blocks(rows: int, width: int) -> None:
+    """An element of x serves as many outputs as its block has rows, up to a tile: that many operations for a byte."""
+    tokens, columns, active = 8192, 64, 500
+    tile = masked_matmul.product_tile(tokens, rows, width == 2, width)
+    traffic = masked_matmul.product_traffic(tokens, 4096, (rows, columns), active, tile, width)
+    served = min(rows, tile["BLOCK_N"])
+    assert traffic.flops == traffic.x_bytes * 2 // width * served
+    assert traffic.flops == traffic.weight_bytes * 2 // width * tile["BLOCK_M"]
+    assert traffic.y_bytes == tokens * 4096 * width
+    if width == 2:
+        assert served == min(rows, 128) and tile["BLOCK_M"] == 128
+
+
+def test_a_product_asks_for_what_its_tile_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launch has one program for each tile of tokens and outputs: as the traffic counts them."""
+    launched: list[tuple[tuple[int, ...], dict[str, object]]] = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            return lambda *args, **options: launched.append((grid, options))
+
+    monkeypatch.setattr(masked_matmul.kernels, "_product_kernel", Recorder())
+    monkeypatch.setattr(masked_matmul.kernels, "_join_kernel", Recorder())
+    gate = torch.ones(6, 4)
+    layout = [torch.zeros(7, dtype=torch.int32), torch.zeros(24, dtype=torch.int32)] * 2
+    masked_matmul.masked_linear_forward(
+        torch.zeros(3000, 256), torch.zeros(1536, 256), gate, layout, None, "", 256, 64, False
+    )
+    grid, options = launched[0]
+    tile = masked_matmul.product_tile(3000, 256, False, 4)
+    assert grid == (-(-3000 // tile["BLOCK_M"]) * 6 * (256 // tile["BLOCK_N"]), 1)
+    assert {key: options[key] for key in tile} == tile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,6 +42,34 @@ def product_tile(tokens: int, span: int, tensor_cores: bool, width: int) -> dict
     block_k = 128 // width if tensor_cores else 16
     warps = 8 if block_m * block_n > (8192 if tensor_cores else 2048) else 4
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": 3}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a product asks for: floating-point operations, bytes into the multiprocessors and bytes written."""
+
+    flops: int
+    x_bytes: int
+    weight_bytes: int
+    y_bytes: int
+
+
+def product_traffic(
+    tokens: int, extent: int, block: tuple[int, int], active: int, tile: dict[str, int], width: int
+) -> Traffic:
+    """Traffic of a product with `active` blocks of (outputs, columns) under a tile, for numbers of `width` bytes.
+
+    A tile of outputs reads the active columns of its tokens: each element of x that comes from the L2 cache serves
+    min(outputs of a block, BLOCK_N) outputs, and each weight BLOCK_M tokens. That bounds a product with small blocks.
+    """
+    span, columns = block
+    pieces, tiles = triton.cdiv(span, tile["BLOCK_N"]), triton.cdiv(tokens, tile["BLOCK_M"])
+    return Traffic(
+        flops=2 * tokens * active * span * columns,
+        x_bytes=tokens * active * columns * pieces * width,
+        weight_bytes=tiles * active * span * columns * width,
+        y_bytes=tokens * extent * width,
+    )
 
 
 def sampled_tile(rows: int, columns: int, tensor_cores: bool, width: int) -> dict[str, int]:

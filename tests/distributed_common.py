@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from spartan_kernels import dispatch
 from spartan_kernels.testing import (
     assert_within_error_budget,
     budget_error,
@@ -23,7 +24,7 @@ from spartan_kernels.testing import (
 )
 
 WORLDS = (2, 4)
-BACKENDS = ("reference", "native")  # those that serve a group
+BACKENDS = [name for name in dispatch.GROUP_BACKENDS if dispatch.unavailable(name) is None]
 SHAPES = [(40, 33), (7,), (16, 5, 3), (1001,)]
 COSTS = ("none", "numbers", "mixed")
 CUTS = ("even", "uneven", "first", "last")

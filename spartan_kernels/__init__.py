@@ -7,11 +7,14 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
+from spartan_kernels.block_sparse import BlockSparseWeight
 from spartan_kernels.dispatch import backend, info
+from spartan_kernels.layout import BlockLayout
 from spartan_kernels.ops import (
     block_costs,
     block_grid,
     block_scores,
+    block_sparse_linear,
     checks,
     expand_blocks,
     hard_topk,
@@ -21,17 +24,21 @@ from spartan_kernels.ops import (
     masked_weight_correct_,
     masked_weight_coupling,
     new_solver_state,
+    sampled_matmul,
     soft_topk,
     soft_topk_global,
     solve_masks_,
 )
 
 __all__ = [
+    "BlockLayout",
+    "BlockSparseWeight",
     "__version__",
     "backend",
     "block_costs",
     "block_grid",
     "block_scores",
+    "block_sparse_linear",
     "checks",
     "expand_blocks",
     "hard_topk",
@@ -42,6 +49,7 @@ __all__ = [
     "masked_weight_correct_",
     "masked_weight_coupling",
     "new_solver_state",
+    "sampled_matmul",
     "soft_topk",
     "soft_topk_global",
     "solve_masks_",

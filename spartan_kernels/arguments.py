@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -95,3 +96,20 @@ def block_shape(block_size: int | tuple[int, int]) -> tuple[int, int]:
     if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
         raise ValueError(f"block_size must be a positive int or a pair of positive ints; got {block_size!r}")
     return pair[0], pair[1]
+
+
+def block_grid(shape: tuple[int, ...] | torch.Size, block_size: int | tuple[int, int]) -> tuple[int, ...]:
+    """Shape of the blocks of a weight: [ceil(out / rows), ceil(in / columns), *rest].
+
+    A block covers (rows, columns) of the first two dimensions; each position of further ones (a convolution's kernel)
+    is a block of its own. Block size 1 gives `shape` itself, for weights of any number of dimensions.
+
+    Raises:
+        ValueError: a block size that is not positive, or larger than 1 for a weight of fewer than two dimensions.
+    """
+    rows, columns = block_shape(block_size)
+    if (rows, columns) == (1, 1):
+        return tuple(shape)
+    if len(shape) < 2:
+        raise ValueError(f"block_size {block_size} needs a weight of at least two dimensions; got {tuple(shape)}")
+    return (math.ceil(shape[0] / rows), math.ceil(shape[1] / columns), *shape[2:])

@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -27,6 +27,7 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _TRITON_DEVICES = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -51,6 +52,18 @@ def _rows(
         row["cuda"] = Support(stem, ("cuda",), _CUDA_DTYPES)
     return {operator: row for operator in operators}
 
+
+_PRODUCT_OPERATORS = (
+    "masked_linear_forward",
+    "masked_linear_backward",
+    "sampled_matmul_forward",
+    "block_sparse_linear_forward",
+    "block_sparse_linear_backward",
+)
+_PRODUCTS = {
+    "reference": Support("masked_matmul", (), _FLOATS),
+    "native": Support("masked_matmul", ("cpu",), _PRODUCT_DTYPES),
+}
 
 # operator -> backend -> what it serves. The only place that says so.
 SUPPORT: dict[str, dict[str, Support]] = {
@@ -77,7 +90,8 @@ SUPPORT: dict[str, dict[str, Support]] = {
         triton=True,
         cuda=True,
     ),
-    **_rows("masked_matmul", ("masked_linear_forward", "masked_linear_backward"), native=False),
+    **{operator: _PRODUCTS for operator in _PRODUCT_OPERATORS},
+    "block_layout": {n: replace(s, dtypes=(*_FLOATS, torch.bool)) for n, s in _PRODUCTS.items()},
 }
 
 
@@ -186,8 +200,9 @@ def _warn_once(message: str) -> None:
 def implementation(operator: str, name: str) -> Callable[..., Any]:
     """The function of the backend `name` that computes `operator`."""
     package = "spartan_kernels.backends."
-    compiled = {"native": "native", "cuda": "native_cuda"}
-    module = compiled.get(name) or f"{name}.{SUPPORT[operator][name].stem}"
+    stem = SUPPORT[operator][name].stem
+    compiled = {"native": "native_matmul" if stem == "masked_matmul" else "native", "cuda": "native_cuda"}
+    module = compiled.get(name) or f"{name}.{stem}"
     function: Callable[..., Any] = getattr(importlib.import_module(package + module), operator)
     return function
 

@@ -17,6 +17,9 @@ from typing import Any
 import torch
 
 from spartan_kernels import dispatch, ops
+from spartan_kernels.block_sparse import BlockSparseWeight
+from spartan_kernels.layout import BlockLayout
+from spartan_kernels.ops.block_sparse import block_sparse_linear_backward
 from spartan_kernels.ops.masked_matmul import masked_linear_backward
 from spartan_kernels.ops.masked_weight import masked_weight_backward
 from spartan_kernels.ops.soft_topk import soft_topk_backward, soft_topk_forward, soft_topk_global_backward
@@ -83,10 +86,18 @@ def probes() -> list[Probe]:
         ops.masked_weight_correct_(grad, i["weight"], i["gate"], i["scale"], (16, 8), backend=b)
         return grad
 
+    def layout(i: Inputs, b: str) -> list[torch.Tensor]:
+        return BlockLayout.from_gate(i["gate"], i["weight"].shape, block, i["hard"], backend=b).tensors()
+
     def linear_backward(i: Inputs, b: str) -> Any:
-        needs = [True] * 4
-        arguments = i["x"], i["weight"], i["gate"], i["bias"], i["hard"], i["hard"], "gelu", 16, 8, needs, b
-        return masked_linear_backward(i["grad_y"], *arguments)
+        index, needs = layout(i, b), [True] * 4
+        operands = i["x"], i["weight"], i["gate"], index, index, i["grad_y"] * 2, "gelu", *block, needs, -1.0
+        return masked_linear_backward(i["grad_y"], *operands, b)
+
+    def packed_backward(i: Inputs, b: str) -> Any:
+        p = BlockSparseWeight.from_dense(i["weight"], block, i["hard"])
+        operands = i["x"], p.values, p.layout.tensors(), p.positions, i["grad_y"] * 2, "gelu", [True] * 3
+        return block_sparse_linear_backward(i["grad_y"], *operands, b)
 
     block = (16, 8)
     calls: dict[str, Call] = {
@@ -114,6 +125,12 @@ def probes() -> list[Probe]:
             i["x"], i["weight"], i["gate"], block, i["bias"], "silu", i["hard"], backend=b
         ),
         "masked_linear_backward": linear_backward,
+        "sampled_matmul_forward": lambda i, b: ops.sampled_matmul(i["grad_y"].mT, i["x"], i["hard"], block, backend=b),
+        "block_sparse_linear_forward": lambda i, b: ops.block_sparse_linear(
+            i["x"], BlockSparseWeight.from_dense(i["weight"], block, i["hard"]), i["bias"], "silu", backend=b
+        ),
+        "block_sparse_linear_backward": packed_backward,
+        "block_layout": layout,
     }
     return [Probe(operator, calls[operator]) for operator in dispatch.SUPPORT]
 

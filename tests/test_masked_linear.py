@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import spartan.functional as F
-from spartan_kernels import ops
+from spartan_kernels import BlockLayout, ops
 from spartan_kernels.testing import (
     assert_within_error_budget,
     make_values,
@@ -22,7 +22,7 @@ from spartan_kernels.testing import (
 )
 
 pytestmark = [
-    pytest.mark.operators("masked_linear_forward", "masked_linear_backward"),
+    pytest.mark.operators("masked_linear_forward", "masked_linear_backward", "block_layout"),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
 
@@ -188,17 +188,22 @@ def test_non_contiguous_input(target: Any) -> None:
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
-def test_opcheck_and_compile(target: Any) -> None:
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_opcheck_and_compile(target: Any, activation: str | None) -> None:
     p = problem((4,), 10, 12, (4, 8))
     moved = {k: v.to(target.device) if isinstance(v, Tensor) else v for k, v in p.items()}
     leaves = [moved[name].requires_grad_() for name in ("x", "weight", "gate", "bias")]
     masks = (moved["forward_mask"], moved["backward_mask"])
-    torch.library.opcheck(
-        torch.ops.spartan.masked_linear_forward.default, (*leaves, *masks, "gelu", 4, 8, target.backend)
-    )
+    layouts = [
+        BlockLayout.from_gate(leaves[2], (10, 12), (4, 8), mask, backend=target.backend).tensors() for mask in masks
+    ]
+    rest = (leaves[3], activation or "", 4, 8, activation == "gelu", -1.0, target.backend)
+    forward = torch.ops.spartan.masked_linear_forward.default
+    torch.library.opcheck(forward, (*leaves[:3], *layouts, *rest))
+    torch.library.opcheck(torch.ops.spartan.block_layout.default, (leaves[2].detach(), masks[0], target.backend))
 
     def step(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor) -> Tensor:
-        return F.masked_linear(x, weight, gate, (4, 8), bias, "gelu", *masks, backend=target.backend)
+        return F.masked_linear(x, weight, gate, (4, 8), bias, activation, *masks, backend=target.backend)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for eager, traced in zip(
@@ -207,6 +212,116 @@ def test_opcheck_and_compile(target: Any) -> None:
         strict=True,
     ):
         torch.testing.assert_close(traced, eager, rtol=1e-6, atol=1e-6)
+
+
+def test_one_graph_serves_any_number_of_tokens(target: Any) -> None:
+    p = problem((7,), 10, 12, (4, 8))
+    weight, gate = (p[name].to(target.device).requires_grad_() for name in ("weight", "gate"))
+
+    def step(x: Tensor) -> Tensor:
+        return F.masked_linear(x, weight, gate, (4, 8), activation="gelu", backend=target.backend)
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (7, 3, 12):
+        x = make_values("normal", (tokens, 12), seed=tokens, device=target.device)
+        torch.testing.assert_close(compiled(x), step(x), rtol=1e-6, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+def test_saved_state_is_what_the_gradients_need(target: Any, activation: str | None) -> None:
+    """Beside x and the parameters: nothing without an activation, y for relu, z for the others; x only for them."""
+    p = problem((64,), 48, 40, (8, 8))
+    moved = {k: v.to(target.device) if isinstance(v, Tensor) else v for k, v in p.items()}
+    moved["x"].requires_grad_()
+
+    def saved() -> list[tuple[int, ...]]:
+        shapes: list[tuple[int, ...]] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            shapes.append(tuple(tensor.shape))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            F.masked_linear(**moved, activation=activation, backend=target.backend)
+        return [s for s in shapes if len(s) == 2 and s[0] == 64]
+
+    outputs = [] if activation is None else [(64, 48)]
+    assert saved() == outputs
+    moved["weight"].requires_grad_()
+    assert sorted(saved()) == sorted([(64, 40), *outputs])
+
+
+def test_a_layout_replaces_the_gates_zeros(target: Any) -> None:
+    p = problem((5,), 20, 24, (4, 8))
+    x, weight, gate, mask = (p[n].to(target.device) for n in ("x", "weight", "gate", "forward_mask"))
+    layout = BlockLayout.from_gate(gate, (20, 24), (4, 8), mask, backend=target.backend)
+    expected = ops.masked_linear(x, weight, gate, (4, 8), forward_mask=mask, backend=target.backend)
+    got = ops.masked_linear(x, weight, gate, (4, 8), layout=layout, backend=target.backend)
+    assert torch.equal(got, expected)
+    nothing = BlockLayout.from_gate(torch.zeros_like(gate), (20, 24), (4, 8), backend=target.backend)
+    assert not ops.masked_linear(x, weight, gate, (4, 8), layout=nothing, backend=target.backend).any()
+    with pytest.raises(ValueError, match=r"forward_mask.*layout"):
+        ops.masked_linear(x, weight, gate, (4, 8), forward_mask=mask, layout=layout, backend=target.backend)
+    with pytest.raises(ValueError, match=r"layout.*\(4, 4\).*\(4, 8\)"):
+        wide = torch.ones(5, 6, device=target.device)
+        ops.masked_linear(x, weight, wide, (4, 4), layout=layout, backend=target.backend)
+
+
+def test_a_nan_gate_gives_nan_rows(target: Any) -> None:
+    gate = torch.ones(3, 2, device=target.device)
+    gate[1, 0] = torch.nan
+    y = ops.masked_linear(
+        torch.ones(4, 6, device=target.device),
+        torch.ones(9, 6, device=target.device),
+        gate,
+        (3, 3),
+        backend=target.backend,
+    )
+    assert y[:, 3:6].isnan().all() and (y[:, :3] == 6).all() and (y[:, 6:] == 6).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_is_that_of_a_linear_layer(target: Any, dtype: torch.dtype) -> None:
+    p = problem((5,), 20, 24, (4, 8))
+    x, weight, gate, bias = (p[n].to(target.device) for n in ("x", "weight", "gate", "bias"))
+    weight.requires_grad_()
+    with torch.autocast(target.device, dtype=torch.bfloat16):
+        y = F.masked_linear(x.to(dtype), weight, gate, (4, 8), bias, "relu", backend=target.backend)
+    half = [t.bfloat16() for t in (x, weight, bias)]
+    plain = F.masked_linear(half[0], half[1], gate, (4, 8), half[2], "relu", backend=target.backend)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, plain)
+    (grad,) = torch.autograd.grad(y.sum(), weight)
+    assert grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_functional_transforms(target: Any, activation: str) -> None:
+    p = problem((3, 5), 6, 8, (2, 4))
+    x, weight, gate = (p[n].to(target.device) for n in ("x", "weight", "gate"))
+
+    def loss(x: Tensor, weight: Tensor) -> Tensor:
+        y = F.masked_linear(x, weight, gate, (2, 4), activation=activation, backend=target.backend)
+        return y.square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(0, None))(x, weight)
+    whole = torch.func.grad(lambda w: torch.func.vmap(loss, in_dims=(0, None))(x, w).sum())(weight)
+    leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    torch.testing.assert_close(each[0], expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(each[1].sum(0), expected[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(whole, expected[1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_derivative_is_refused(target: Any) -> None:
+    p = problem((3,), 6, 8, (2, 4))
+    x, weight, gate = (p[n].to(target.device).requires_grad_() for n in ("x", "weight", "gate"))
+    y = F.masked_linear(x, weight, gate, (2, 4), backend=target.backend)
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"masked_linear is differentiable once"):
+        grad.sum().backward()
 
 
 @pytest.mark.parametrize(

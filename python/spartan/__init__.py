@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from spartan.export import load_pretrained, save_pretrained, sparsity_of
-from spartan.functional import hard_topk, masked_linear, masked_weight, soft_topk, soft_topk_global
+from spartan.functional import (
+    block_sparse_linear,
+    hard_topk,
+    masked_linear,
+    masked_weight,
+    sampled_matmul,
+    soft_topk,
+    soft_topk_global,
+)
 from spartan.masks import Mask
 from spartan.methods import GMP, Dense, OneShot, Spartan, StaticRandom
 from spartan.patterns import sparsity_pattern
 from spartan.sparsifier import Sparsifier
-from spartan_kernels import __version__, backend, checks, info
+from spartan_kernels import BlockLayout, BlockSparseWeight, __version__, backend, checks, info
 
 __all__ = [
     "GMP",
+    "BlockLayout",
+    "BlockSparseWeight",
     "Dense",
     "Mask",
     "OneShot",
@@ -20,12 +30,14 @@ __all__ = [
     "StaticRandom",
     "__version__",
     "backend",
+    "block_sparse_linear",
     "checks",
     "hard_topk",
     "info",
     "load_pretrained",
     "masked_linear",
     "masked_weight",
+    "sampled_matmul",
     "save_pretrained",
     "soft_topk",
     "soft_topk_global",

@@ -33,10 +33,12 @@ class _Gradient(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, rule: _Rule, keyset: Any, lengths: Any, output_lengths: list[Any], *flat: Any) -> Any:
         operands = _nested(flat, lengths)
-        # Grad mode is off inside a function's forward; functorch levels below this one must still record.
-        with torch.set_grad_enabled(torch._C._are_functorch_transforms_active()):
+        # Both modes are off inside a function's forward; functorch levels below this one must still record.
+        below = torch._C._are_functorch_transforms_active()
+        with torch.set_grad_enabled(below), forward_ad._set_fwd_grad_enabled(below):
             output = _below(rule.operator, keyset, operands)
         ctx.rule, ctx.lengths, ctx.output_lengths = rule, lengths, output_lengths
+        ctx.needs = _nested(ctx.needs_input_grad[4:], lengths)
         rule.setup(ctx, operands, output)
         if isinstance(output, torch.Tensor):
             return output
@@ -50,7 +52,6 @@ class _Gradient(_SingleLevelFunction):
     @staticmethod
     def backward(ctx: Any, *flat_grads: Any) -> Any:
         grads = _nested(flat_grads, ctx.output_lengths) if ctx.output_lengths else flat_grads
-        ctx.needs = _nested(ctx.needs_input_grad[4:], ctx.lengths)
         result = ctx.rule.backward(ctx, *grads)
         spread = [
             [None] * length if grad is None and length is not None else grad
@@ -62,8 +63,8 @@ class _Gradient(_SingleLevelFunction):
 def differentiable(name: str, setup: Callable[[Any, Any, Any], None], backward: Callable[..., Any]) -> None:
     """Give `spartan::name` the gradient `backward(ctx, *grads)`, one entry or None for each operand.
 
-    `setup(ctx, operands, output)` saves what it needs; in `backward`, `ctx.needs` says which operands need a gradient,
-    nested as they are.
+    `setup(ctx, operands, output)` saves what it needs; `ctx.needs` says, in both, which operands need a
+    gradient, nested as they are.
     """
     operator = getattr(torch.ops.spartan, name).default
     rule = _Rule(operator, setup, backward)

@@ -13,17 +13,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from spartan._autograd import differentiable, differentiable_once
+from spartan.matmul import block_sparse_linear, masked_linear, sampled_matmul
 from spartan_kernels import ops
-from spartan_kernels.ops import hard_topk, hard_topk_global, masked_linear, masked_weight
+from spartan_kernels.ops import hard_topk, hard_topk_global, masked_weight
 from spartan_kernels.ops._problem import as_in_autocast
-from spartan_kernels.ops.masked_matmul import masked_linear_backward
 from spartan_kernels.ops.masked_weight import masked_weight_backward
 from spartan_kernels.ops.soft_topk import soft_topk_backward, soft_topk_global_backward
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["hard_topk", "hard_topk_global", "masked_linear", "masked_weight", "soft_topk", "soft_topk_global"]
+__all__ = [
+    "block_sparse_linear",
+    "hard_topk",
+    "hard_topk_global",
+    "masked_linear",
+    "masked_weight",
+    "sampled_matmul",
+    "soft_topk",
+    "soft_topk_global",
+]
 
 
 def soft_topk(
@@ -194,24 +203,9 @@ def _backward_weight(ctx: Any, grad: torch.Tensor) -> Any:
     return (masked_weight_backward(grad, *ctx.saved_tensors, *ctx.rest), *[None] * 8)
 
 
-def _setup_linear(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, gate, bias, forward_mask, backward_mask, activation, rows, columns, backend = inputs
-    ctx.save_for_backward(x, weight, gate, bias, forward_mask, backward_mask)
-    ctx.rest = activation, rows, columns
-    ctx.backend = backend
-
-
-def _backward_linear(ctx: Any, grad: torch.Tensor) -> Any:
-    needs = list(ctx.needs[:4])
-    grads = masked_linear_backward(grad, *ctx.saved_tensors, *ctx.rest, needs, ctx.backend)
-    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 6)
-
-
 differentiable("soft_topk_forward", _setup_rows, _backward_rows)
 differentiable("soft_topk_global_forward", _setup_global, _backward_global)
 differentiable("masked_weight_forward", _setup_weight, _backward_weight)
-differentiable("masked_linear_forward", _setup_linear, _backward_linear)
 differentiable_once("soft_topk_backward", "soft_topk")
 differentiable_once("soft_topk_global_backward", "soft_topk_global")
 differentiable_once("masked_weight_backward", "masked_weight")
-differentiable_once("masked_linear_backward", "masked_linear")

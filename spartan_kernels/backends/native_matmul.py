@@ -17,7 +17,8 @@ def block_layout(gate: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.T
     mask = None if mask is None else mask.contiguous()
     grid_rows, grid_columns = gate.shape
     sizes = (grid_rows + 1, gate.numel(), grid_columns + 1, gate.numel())
-    parts = torch.empty(sum(sizes), dtype=torch.int32).split(sizes)
+    # four tensors, not parts of one: what an operator returns may share no memory
+    parts = tuple(torch.empty(size, dtype=torch.int32) for size in sizes)
     native._native.cpu.block_layout(
         gate.data_ptr(),
         gate.element_size(),
@@ -55,6 +56,8 @@ class _Matrix:
         if positions is not None or self.data.stride(-1) != 1:
             self.data = self.data.contiguous()
         self.gate = None if gate is None else gate.detach().to(torch.float32).contiguous()
+        if positions is not None and positions.numel() == 0:
+            positions = positions.new_zeros(1)  # a null pointer would say that the matrix is not packed
         self.layout, self.positions = [part.contiguous() for part in layout], positions
         stride = 0 if positions is not None else self.data.stride(0)
         offsets = [part.data_ptr() for part in self.layout] if layout else [0] * 4

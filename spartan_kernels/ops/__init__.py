@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from spartan_kernels.arguments import checks
+from spartan_kernels.arguments import block_grid, checks
+from spartan_kernels.ops.block_sparse import block_sparse_linear
 from spartan_kernels.ops.hard_topk import hard_topk, hard_topk_global
-from spartan_kernels.ops.masked_matmul import masked_linear
+from spartan_kernels.ops.masked_matmul import masked_linear, sampled_matmul
 from spartan_kernels.ops.masked_weight import (
     block_costs,
-    block_grid,
     block_scores,
     expand_blocks,
     masked_weight,
@@ -20,6 +20,7 @@ __all__ = [
     "block_costs",
     "block_grid",
     "block_scores",
+    "block_sparse_linear",
     "checks",
     "expand_blocks",
     "hard_topk",
@@ -29,6 +30,7 @@ __all__ = [
     "masked_weight_correct_",
     "masked_weight_coupling",
     "new_solver_state",
+    "sampled_matmul",
     "soft_topk",
     "soft_topk_global",
     "solve_masks_",

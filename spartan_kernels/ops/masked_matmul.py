@@ -1,4 +1,4 @@
-"""Product with a block-masked weight that stays dense in memory."""
+"""Products with block-masked matrices that stay dense in memory: a masked linear layer, a sampled product."""
 
 from __future__ import annotations
 
@@ -6,48 +6,99 @@ from typing import Any
 
 import torch
 
-from spartan_kernels.arguments import block_shape, require_float
+from spartan_kernels import dispatch
+from spartan_kernels.arguments import block_grid, block_shape, require_float
+from spartan_kernels.break_even import dense_wins
+from spartan_kernels.layout import BlockLayout, require_mask
 from spartan_kernels.ops._define import define
-from spartan_kernels.ops.masked_weight import block_grid
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+SAVES_INPUT = ("gelu", "gelu_tanh", "silu")  # activations whose gradient is of what went in; relu's is of what came out
 
 
-def _fake_forward(x: Any, weight: Any, *rest: Any) -> Any:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _fake_layout(gate: torch.Tensor, mask: torch.Tensor | None, backend: str) -> tuple[torch.Tensor, ...]:
+    rows, columns = gate.shape
+    lengths = (rows + 1, rows * columns, columns + 1, rows * columns)
+    return tuple(gate.new_empty(n, dtype=torch.int32) for n in lengths)
 
 
-def _fake_backward(
-    grad: Any,
+def _fake_forward(
     x: Any,
     weight: Any,
     gate: Any,
+    layout: Any,
+    backward_layout: Any,
     bias: Any,
-    forward_mask: Any,
-    backward_mask: Any,
     activation: str,
     rows: int,
     columns: int,
-    needs: Any,
+    save: bool,
+    density: float,
     backend: str,
 ) -> Any:
-    like = (x, weight, gate, bias)
+    shape = (*x.shape[:-1], weight.shape[0])
+    return x.new_empty(shape), x.new_empty(shape if save else 0)
+
+
+def _fake_backward(grad: Any, x: Any, weight: Any, gate: Any, *rest: Any) -> Any:
+    needs = rest[-3]
+    shapes = ((*grad.shape[:-1], weight.shape[1]), weight.shape, gate.shape, weight.shape[:1])
+    dtypes = (grad.dtype, grad.dtype, gate.dtype, grad.dtype)
     return [
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else x.new_empty(0)
-        for t, need in zip(like, needs, strict=True)
+        grad.new_empty(shape, dtype=dtype) if need else grad.new_empty(0)
+        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
     ]
 
 
-masked_linear_forward = define(
-    "masked_linear_forward(Tensor x, Tensor weight, Tensor gate, Tensor? bias, Tensor? forward_mask,"
-    " Tensor? backward_mask, str activation, int rows, int columns, str backend) -> Tensor",
-    _fake_forward,
+def _fake_sampled(a: Any, b: Any, *rest: Any) -> Any:
+    return a.new_empty((a.shape[0], b.shape[1]))
+
+
+def _serve_forward(x: Any, weight: Any, gate: Any, layout: Any, backward_layout: Any, *rest: Any) -> Any:
+    *operands, density, backend = rest
+    function = _serving("masked_linear_forward", x, layout, operands[2:4], density, backend)
+    return function(x, weight, gate, layout, *operands)
+
+
+def _serve_backward(grad: Any, x: Any, weight: Any, gate: Any, layout: Any, *rest: Any) -> Any:
+    *operands, density, backend = rest
+    function = _serving("masked_linear_backward", x, layout, operands[3:5], density, backend)
+    return function(grad, x, weight, gate, layout, *operands)
+
+
+def _serving(name: str, x: Any, layout: Any, block: Any, density: float, backend: str) -> Any:
+    """The backend's function; in "auto" the dense product where so many blocks are active that it is faster."""
+    if dispatch.requested(backend) == "auto":
+        blocks = layout[1].shape[0]
+        if x.device.type == "cpu" and blocks:
+            density = int(layout[0][-1]) / blocks
+        tokens = x.shape[:-1].numel()
+        if density >= 0 and dense_wins(density, x.device, x.dtype, (block[0], block[1]), tokens):
+            return dispatch.implementation(name, "reference")
+    return dispatch.resolve(name, x, backend)
+
+
+block_layout = define(
+    "block_layout(Tensor gate, Tensor? mask, str backend) -> (Tensor, Tensor, Tensor, Tensor)", _fake_layout
 )
-# -> gradients of x, weight, gate, bias; empty where not needed
+# backward_layout is there for the gradient alone
+masked_linear_forward = define(
+    "masked_linear_forward(Tensor x, Tensor weight, Tensor gate, Tensor[] layout, Tensor[] backward_layout,"
+    " Tensor? bias, str activation, int rows, int columns, bool save, float density, str backend) -> (Tensor, Tensor)",
+    _fake_forward,
+    serve=_serve_forward,
+)
+# -> gradients of x, weight, gate, bias; empty where not needed. Only those of weight and gate read x.
 masked_linear_backward = define(
-    "masked_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor gate, Tensor? bias, Tensor? forward_mask,"
-    " Tensor? backward_mask, str activation, int rows, int columns, bool[] needs, str backend) -> Tensor[]",
+    "masked_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor gate, Tensor[] layout,"
+    " Tensor[] backward_layout, Tensor saved, str activation, int rows, int columns, bool[] needs, float density,"
+    " str backend) -> Tensor[]",
     _fake_backward,
+    serve=_serve_backward,
+)
+sampled_matmul_forward = define(
+    "sampled_matmul_forward(Tensor a, Tensor b, Tensor[] layout, int rows, int columns, str backend) -> Tensor",
+    _fake_sampled,
 )
 
 
@@ -61,61 +112,175 @@ def masked_linear(
     forward_mask: torch.Tensor | None = None,
     backward_mask: torch.Tensor | None = None,
     *,
+    layout: BlockLayout | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Linear layer whose weight is scaled block by block; a block whose gate or mask is zero takes no part.
 
     y = act(x (theta * gate * forward_mask)^T + b). The gradient for x goes through that masked weight. With
-    G = dL/dy' x (y' before the activation) the gradient for the weight is G * gate and for the gate the sum of
+    G = dL/dz^T x (z before the activation) the gradient for the weight is G * gate and for the gate the sum of
     G_i theta_i over the block, both on the blocks of `backward_mask` (None: all, also where gate or mask is zero).
 
     Args:
         x: [..., in_features].
-        weight: theta, [out_features, in_features], dtype of `x`.
+        weight: theta, [out_features, in_features], dtype of `x`; under autocast both are cast, as in a linear layer.
         gate: [ceil(out / rows), ceil(in / columns)], any floating dtype.
         block_size: an int or (rows, columns); shapes need not divide by it.
         bias: [out_features] or None.
         activation: None, "relu", "gelu" (exact), "gelu_tanh" or "silu".
         forward_mask: bool, shape of `gate`; None for all blocks.
         backward_mask: bool, shape of `gate`; None for all blocks.
-        backend: "auto" or the name of a backend.
+        layout: the blocks to multiply, in place of those where gate and forward_mask are not zero.
+        backend: "auto" or the name of a backend. "auto" multiplies densely where that is faster: see `spartan.tune`.
 
     Returns:
-        y, [..., out_features]; differentiable in x, weight, gate and bias under `spartan`.
+        y, [..., out_features]; differentiable (once) in x, weight, gate and bias under `spartan`.
 
     Raises:
         TypeError: integer tensors or masks that are not bool. ValueError: shapes, dtypes or devices that do not match,
-            an unknown activation, a block size that is not positive.
+            an unknown activation, a block size that is not positive, a layout with a forward_mask.
 
     Source: Tai, Tian, Lim, "Spartan", NeurIPS 2022: its forward and straight-through backward, by blocks.
     """
     rows, columns = block_shape(block_size)
-    for name, tensor in (("x", x), ("weight", weight), ("gate", gate)):
-        require_float(name, tensor)
+    require_float("gate", gate)
+    x, weight, bias = linear_operands(x, weight, bias, activation)
+    if gate.device != weight.device:
+        raise ValueError(f"gate must be on {weight.device}, as weight; got {gate.device}")
+    shape = (weight.shape[0], weight.shape[1])
+    if tuple(gate.shape) != block_grid(shape, (rows, columns)):
+        raise ValueError(
+            f"gate must have shape {block_grid(shape, (rows, columns))}, one entry per ({rows}, {columns}) block of"
+            f" weight {shape}; got {tuple(gate.shape)}"
+        )
+    for name, mask in (("forward_mask", forward_mask), ("backward_mask", backward_mask)):
+        if mask is not None:
+            require_mask(name, mask, weight, shape, (rows, columns))
+    if layout is None:
+        layout = BlockLayout.from_gate(gate, shape, (rows, columns), forward_mask, backend=backend)
+    elif forward_mask is not None:
+        raise ValueError("forward_mask must be None with a layout, which says itself what blocks are multiplied")
+    else:
+        require_layout(layout, shape, (rows, columns), weight.device)
+    learns = torch.is_grad_enabled() and (weight.requires_grad or gate.requires_grad)
+    backward: list[torch.Tensor] = []
+    if learns and backward_mask is not None:
+        index = BlockLayout.from_gate(backward_mask, shape, (rows, columns), backend=backend)
+        backward = index.tensors()
+    save = activation in SAVES_INPUT and records(x, weight, gate, bias)
+    density = -1.0 if layout.density is None else layout.density
+    operands = x, weight, gate, layout.tensors(), backward, bias, activation or "", rows, columns, save, density
+    result: torch.Tensor = masked_linear_forward(*operands, backend or "")[0]
+    return result
+
+
+def sampled_matmul(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    mask: torch.Tensor | None,
+    block_size: int | tuple[int, int] = (32, 32),
+    *,
+    layout: BlockLayout | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Product of two dense matrices at the active blocks of the result; zero elsewhere, where nothing is computed.
+
+    c = (a b) * mask by blocks. With G = dL/dc on the active blocks: dL/da = G b^T, dL/db = a^T G.
+
+    Args:
+        a: [m, k].
+        b: [k, n], dtype of `a`.
+        mask: float (what is not zero counts) or bool, [ceil(m / rows), ceil(n / columns)]; None with a layout.
+        block_size: an int or (rows, columns) of the result.
+        layout: the active blocks, in place of a mask.
+        backend: "auto" or the name of a backend.
+
+    Returns:
+        c, [m, n], dtype of `a`; differentiable (once) in a and b under `spartan`.
+
+    Raises:
+        TypeError: integer tensors. ValueError: shapes, dtypes or devices that do not match, a block size that is not
+            positive, both or neither of mask and layout.
+    """
+    rows, columns = block_shape(block_size)
+    require_float("a", a)
+    require_float("b", b)
+    a, b = in_autocast(a), in_autocast(b)
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
+        raise ValueError(f"a must be [m, k] and b [k, n]; got a {tuple(a.shape)} and b {tuple(b.shape)}")
+    if (a.dtype, a.device) != (b.dtype, b.device):
+        raise ValueError(f"b must be {a.dtype} on {a.device}, as a; got {b.dtype} on {b.device}")
+    shape = (a.shape[0], b.shape[1])
+    if (mask is None) == (layout is None):
+        raise ValueError("one of mask and layout says which blocks are computed; got both or neither")
+    if layout is None:
+        assert mask is not None
+        if mask.device != a.device:
+            raise ValueError(f"mask must be on {a.device}, as a; got {mask.device}")
+        layout = BlockLayout.from_gate(mask, shape, (rows, columns), backend=backend)
+    require_layout(layout, shape, (rows, columns), a.device)
+    product: torch.Tensor = sampled_matmul_forward(a, b, layout.tensors(), rows, columns, backend or "")
+    return product
+
+
+def linear_operands(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """What a linear layer takes, checked, in the dtype that autocast wants."""
+    require_float("x", x)
+    require_float("weight", weight)
+    x, weight = in_autocast(x), in_autocast(weight)
+    bias = None if bias is None else in_autocast(bias)
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"x must be [..., in] and weight [out, in]; got x {tuple(x.shape)} and weight {tuple(weight.shape)}"
         )
-    if x.dtype != weight.dtype or len({t.device for t in (x, weight, gate)}) != 1:
+    if (x.dtype, x.device) != (weight.dtype, weight.device):
         raise ValueError(
-            f"x and weight must share a dtype, and all a device; got x {x.dtype} on {x.device}, weight"
-            f" {weight.dtype} on {weight.device}, gate on {gate.device}"
+            f"x and weight must share a dtype and a device; got x {x.dtype} on {x.device}, weight {weight.dtype} on"
+            f" {weight.device}"
         )
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
-        raise ValueError(f"bias must be {x.dtype} of shape ({weight.shape[0]},); got {bias.dtype} {tuple(bias.shape)}")
+    require_bias(bias, x, weight.shape[0])
+    require_activation(activation)
+    return x, weight, bias
+
+
+def require_bias(bias: torch.Tensor | None, x: torch.Tensor, out: int) -> None:
+    """Raise unless `bias` is None or fits `out` features of the dtype and on the device of `x`."""
+    if bias is None:
+        return
+    if tuple(bias.shape) != (out,) or (bias.dtype, bias.device) != (x.dtype, x.device):
+        raise ValueError(
+            f"bias must be {x.dtype} of shape ({out},) on {x.device}; got {bias.dtype} {tuple(bias.shape)} on"
+            f" {bias.device}"
+        )
+
+
+def require_activation(activation: str | None) -> None:
+    """Raise unless `activation` is None or a known name."""
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-    grid = block_grid(weight.shape, (rows, columns))
-    for name, mask in (("gate", gate), ("forward_mask", forward_mask), ("backward_mask", backward_mask)):
-        if mask is None:
-            continue
-        if name != "gate" and mask.dtype != torch.bool:
-            raise TypeError(f"{name} must be a bool tensor; got dtype {mask.dtype}")
-        if tuple(mask.shape) != grid:
-            raise ValueError(
-                f"{name} must have shape {grid}, one entry per ({rows}, {columns}) block of weight"
-                f" {tuple(weight.shape)}; got {tuple(mask.shape)}"
-            )
-    return masked_linear_forward(
-        x, weight, gate, bias, forward_mask, backward_mask, activation or "", rows, columns, backend or ""
-    )
+
+
+def require_layout(
+    layout: BlockLayout, shape: tuple[int, int], block_size: tuple[int, int], device: torch.device
+) -> None:
+    """Raise unless `layout` is of this shape and block size, on this device."""
+    if (layout.shape, layout.block_size, layout.device) != (shape, block_size, device):
+        raise ValueError(
+            f"layout must be of shape {shape} in blocks of {block_size} on {device}; got {layout.shape} in blocks of"
+            f" {layout.block_size} on {layout.device}"
+        )
+
+
+def in_autocast(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in the dtype of the autocast region, as matrix products take it; float64 stays."""
+    kind = tensor.device.type
+    if not torch.is_autocast_enabled(kind) or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(kind))
+
+
+def records(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd wants a gradient of one of them."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -1,49 +1,75 @@
-"""Masked linear by forming the masked weight and multiplying densely."""
+"""Products with block-masked matrices by forming the masked matrix and multiplying densely."""
 
 from __future__ import annotations
 
 import torch
 from torch.nn import functional
 
+from spartan_kernels.backends.reference.activations import ACTIVATIONS, before_activation
+from spartan_kernels.backends.reference.block_sparse import block_sparse_linear_backward, block_sparse_linear_forward
 from spartan_kernels.backends.reference.masked_weight import block_sum, expand
 
-_aten = torch.ops.aten
-_ACTIVATIONS = {
-    "": lambda y: y,
-    "relu": functional.relu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda y: functional.gelu(y, approximate="tanh"),
-    "silu": functional.silu,
-}
-_ACTIVATION_GRADIENTS = {
-    "relu": lambda grad, y: _aten.threshold_backward(grad, y, 0),
-    "gelu": lambda grad, y: _aten.gelu_backward(grad, y),
-    "gelu_tanh": lambda grad, y: _aten.gelu_backward(grad, y, approximate="tanh"),
-    "silu": lambda grad, y: _aten.silu_backward(grad, y),
-}
+__all__ = [
+    "block_layout",
+    "block_sparse_linear_backward",
+    "block_sparse_linear_forward",
+    "masked_linear_backward",
+    "masked_linear_forward",
+    "sampled_matmul_forward",
+]
 
 
-def _gated(
-    weight: torch.Tensor, gate: torch.Tensor, mask: torch.Tensor | None, rows: int, columns: int
+def block_layout(gate: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """The blocks whose gate and mask are not zero, by rows and by columns of blocks; no host waits for their number."""
+    active = gate != 0 if mask is None else (gate != 0) & mask
+    return *_compressed(active), *_compressed(active.mT)
+
+
+def _compressed(active: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Offsets of the rows, and the columns of what is active, zeros behind them."""
+    lines, length = active.shape
+    flat = active.reshape(-1)
+    offsets = functional.pad(active.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    place = torch.where(flat, flat.cumsum(0) - 1, flat.numel())  # what is not active: one place past the end
+    column = torch.arange(length, dtype=torch.int32, device=active.device).repeat(lines)
+    indices = torch.zeros(flat.numel() + 1, dtype=torch.int32, device=active.device)
+    indices.scatter_(0, place, torch.where(flat, column, 0))
+    return offsets, indices[:-1].clone()
+
+
+def _active(layout: list[torch.Tensor], shape: torch.Size, rows: int, columns: int) -> torch.Tensor:
+    """Which elements of a matrix lie in the layout's blocks."""
+    grid_rows, grid_columns = layout[0].shape[0] - 1, layout[2].shape[0] - 1
+    entry = torch.arange(layout[1].shape[0], dtype=torch.int32, device=layout[0].device)
+    row = torch.searchsorted(layout[0][1:].contiguous(), entry, right=True)
+    count = grid_rows * grid_columns
+    place = torch.where(entry < layout[0][-1], row * grid_columns + layout[1], count)
+    flags = torch.zeros(count + 1, dtype=torch.bool, device=entry.device).index_fill(0, place, True)
+    return expand(flags[:-1].view(grid_rows, grid_columns), shape, rows, columns)
+
+
+def _masked(
+    weight: torch.Tensor, gate: torch.Tensor, layout: list[torch.Tensor], rows: int, columns: int
 ) -> torch.Tensor:
-    scale = gate if mask is None else torch.where(mask, gate, 0.0)
-    return weight * expand(scale.to(weight.dtype), weight.shape, rows, columns)
+    """theta * gate on the layout's blocks."""
+    gated = (weight * expand(gate, weight.shape, rows, columns)).to(weight.dtype)
+    return torch.where(_active(layout, weight.shape, rows, columns), gated, 0.0)
 
 
 def masked_linear_forward(
     x: torch.Tensor,
     weight: torch.Tensor,
     gate: torch.Tensor,
+    layout: list[torch.Tensor],
     bias: torch.Tensor | None,
-    forward_mask: torch.Tensor | None,
-    backward_mask: torch.Tensor | None,
     activation: str,
     rows: int,
     columns: int,
-) -> torch.Tensor:
-    """act(x (theta * gate * mask)^T + b)."""
-    y = functional.linear(x, _gated(weight, gate, forward_mask, rows, columns), bias)
-    return _ACTIVATIONS[activation](y).contiguous()
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """act(z), z = x (theta * gate on the layout's blocks)^T + b, and z when it is to be saved."""
+    z = functional.linear(x, _masked(weight, gate, layout, rows, columns), bias).contiguous()
+    return ACTIVATIONS[activation](z), z if save else x.new_empty(0)
 
 
 def masked_linear_backward(
@@ -51,29 +77,36 @@ def masked_linear_backward(
     x: torch.Tensor,
     weight: torch.Tensor,
     gate: torch.Tensor,
-    bias: torch.Tensor | None,
-    forward_mask: torch.Tensor | None,
-    backward_mask: torch.Tensor | None,
+    layout: list[torch.Tensor],
+    backward_layout: list[torch.Tensor],
+    saved: torch.Tensor,
     activation: str,
     rows: int,
     columns: int,
     needs: list[bool],
 ) -> list[torch.Tensor]:
-    """Gradients of x, weight, gate and bias; empty where not needed."""
-    masked = _gated(weight, gate, forward_mask, rows, columns)
-    if activation:
-        grad = _ACTIVATION_GRADIENTS[activation](grad, functional.linear(x, masked, bias))
+    """Gradients of x, weight, gate and bias; empty where not needed. No backward layout means every block."""
+    dz = before_activation(grad, saved, activation)
     results = [x.new_empty(0)] * 4
     if needs[0]:
-        results[0] = grad @ masked
+        results[0] = (dz @ _masked(weight, gate, layout, rows, columns)).contiguous()
     if needs[1] or needs[2]:
-        dense = grad.reshape(-1, weight.shape[0]).mT @ x.reshape(-1, weight.shape[1])
-        if backward_mask is not None:
-            dense = torch.where(expand(backward_mask, weight.shape, rows, columns), dense, 0.0)
+        dense = dz.reshape(-1, weight.shape[0]).mT @ x.reshape(-1, weight.shape[1])
+        if backward_layout:
+            dense = torch.where(_active(backward_layout, weight.shape, rows, columns), dense, 0.0)
         if needs[1]:
-            results[1] = dense * expand(gate.to(weight.dtype), weight.shape, rows, columns)
+            results[1] = (dense * expand(gate, weight.shape, rows, columns)).to(weight.dtype).contiguous()
         if needs[2]:
-            results[2] = block_sum(dense * weight, rows, columns).to(gate.dtype).contiguous()
+            wide = torch.promote_types(gate.dtype, torch.float32)
+            results[2] = block_sum(dense.to(wide) * weight, rows, columns).to(gate.dtype).contiguous()
     if needs[3]:
-        results[3] = grad.reshape(-1, weight.shape[0]).sum(0)
+        results[3] = dz.reshape(-1, weight.shape[0]).sum(0)
     return results
+
+
+def sampled_matmul_forward(
+    a: torch.Tensor, b: torch.Tensor, layout: list[torch.Tensor], rows: int, columns: int
+) -> torch.Tensor:
+    """a b on the layout's blocks, zero elsewhere."""
+    product = a @ b
+    return torch.where(_active(layout, product.shape, rows, columns), product, 0.0)

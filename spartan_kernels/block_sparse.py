@@ -1,0 +1,191 @@
+"""A block-sparse weight that stores its active blocks alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+
+from spartan_kernels.arguments import block_grid, block_shape, require_float
+from spartan_kernels.layout import BlockLayout, require_mask
+
+if TYPE_CHECKING:
+    import scipy.sparse
+
+__all__ = ["BlockSparseWeight"]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockSparseWeight:
+    """The active blocks of a weight, packed by rows of blocks.
+
+    Attributes:
+        values: [n, rows, columns], the blocks in the order of `layout.column_indices`; zeros past the weight's edge.
+        layout: their index; unlike a gate's, its buffers have exactly n entries.
+        positions: int32 [n]; entry j by columns (of `layout.row_indices`) is block positions[j] of `values`.
+    """
+
+    values: torch.Tensor
+    layout: BlockLayout
+    positions: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.layout.shape
+
+    @property
+    def block_size(self) -> tuple[int, int]:
+        """(rows, columns)."""
+        return self.layout.block_size
+
+    @property
+    def density(self) -> float:
+        """Stored blocks / blocks."""
+        return self.values.shape[0] / max(1, math.prod(self.layout.grid))
+
+    @staticmethod
+    def from_blocks(
+        values: torch.Tensor, row_offsets: torch.Tensor, column_indices: torch.Tensor, shape: tuple[int, int]
+    ) -> BlockSparseWeight:
+        """From blocks [n, rows, columns] in compressed rows; the index by columns is made here.
+
+        Raises:
+            TypeError: integer values. ValueError: offsets and columns that do not fit the shape or one another.
+        """
+        require_float("values", values)
+        if values.dim() != 3 or not all(values.shape[1:]):
+            raise ValueError(f"values must be [blocks, rows, columns]; got {tuple(values.shape)}")
+        block_size = (values.shape[1], values.shape[2])
+        grid = block_grid(shape, block_size)
+        offsets, columns = row_offsets.to(torch.int64), column_indices.to(torch.int64)
+        _require_compressed(offsets, columns, values.shape[0], grid)
+        rows = torch.repeat_interleave(torch.arange(grid[0], device=values.device), offsets.diff())
+        order = torch.argsort(columns, stable=True)
+        counts = torch.bincount(columns, minlength=grid[1])
+        column_offsets = functional.pad(counts.cumsum(0), (1, 0))
+        index = (offsets, columns, column_offsets, rows[order], order)
+        a, b, c, d, positions = (t.to(torch.int32).contiguous() for t in index)
+        density = values.shape[0] / max(1, math.prod(grid))
+        layout = BlockLayout((int(shape[0]), int(shape[1])), block_size, a, b, c, d, density)
+        return BlockSparseWeight(_without_edges(values, rows, columns, layout), layout, positions)
+
+    @staticmethod
+    def from_dense(
+        weight: torch.Tensor, block_size: int | tuple[int, int], mask: torch.Tensor | None = None
+    ) -> BlockSparseWeight:
+        """The blocks of `weight` where `mask` is set, or (without one) that hold anything but zeros.
+
+        Raises:
+            TypeError: an integer weight, a mask that is not bool. ValueError: shapes that do not match.
+        """
+        require_float("weight", weight)
+        if weight.dim() != 2:
+            raise ValueError(f"weight must be [out, in]; got {tuple(weight.shape)}")
+        rows, columns = block_shape(block_size)
+        out, in_ = weight.shape
+        tiles = functional.pad(weight, (0, -in_ % columns, 0, -out % rows))
+        tiles = tiles.reshape(tiles.shape[0] // rows, rows, tiles.shape[1] // columns, columns).movedim(1, 2)
+        if mask is None:
+            mask = (tiles != 0).flatten(2).any(-1)
+        else:
+            require_mask("mask", mask, weight, (out, in_), (rows, columns))
+        offsets = functional.pad(mask.sum(1).cumsum(0), (1, 0))
+        return BlockSparseWeight.from_blocks(tiles[mask].contiguous(), offsets, mask.nonzero()[:, 1], (out, in_))
+
+    def to_dense(self) -> torch.Tensor:
+        """The weight [out, in], zeros where no block is stored."""
+        (rows, columns), grid, (out, in_) = self.block_size, self.layout.grid, self.shape
+        tiles = self.values.new_zeros(*grid, rows, columns)
+        tiles = tiles.index_put((self._rows(), self.layout.column_indices.long()), self.values)
+        return tiles.movedim(2, 1).reshape(grid[0] * rows, grid[1] * columns)[:out, :in_]
+
+    def to_bsr(self) -> torch.Tensor:
+        """As `torch.sparse_bsr`, which knows whole blocks only.
+
+        Raises:
+            ValueError: a shape that the blocks do not divide.
+        """
+        self._require_whole("torch.sparse_bsr")
+        offsets, columns = self.layout.row_offsets, self.layout.column_indices
+        return torch.sparse_bsr_tensor(offsets, columns, self.values, size=self.shape, check_invariants=True)
+
+    @staticmethod
+    def from_bsr(matrix: torch.Tensor) -> BlockSparseWeight:
+        """From a `torch.sparse_bsr` matrix.
+
+        Raises:
+            TypeError: a tensor of another layout.
+        """
+        if matrix.layout != torch.sparse_bsr:
+            raise TypeError(f"matrix must be torch.sparse_bsr; got {matrix.layout}")
+        shape = (matrix.shape[0], matrix.shape[1])
+        return BlockSparseWeight.from_blocks(matrix.values(), matrix.crow_indices(), matrix.col_indices(), shape)
+
+    def to_scipy(self) -> scipy.sparse.bsr_array:
+        """As `scipy.sparse.bsr_array`, sharing memory where SciPy lets it; bfloat16 becomes float32.
+
+        Raises:
+            ValueError: a shape that the blocks do not divide.
+        """
+        import scipy.sparse
+
+        self._require_whole("scipy.sparse.bsr_array")
+        values = self.values.detach().cpu()
+        values = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+        columns, offsets = self.layout.column_indices.cpu(), self.layout.row_offsets.cpu()
+        return scipy.sparse.bsr_array((values.numpy(), columns.numpy(), offsets.numpy()), shape=self.shape)
+
+    @staticmethod
+    def from_scipy(matrix: Any) -> BlockSparseWeight:
+        """From a SciPy BSR array or matrix.
+
+        Raises:
+            TypeError: a matrix of another format.
+        """
+        if getattr(matrix, "format", None) != "bsr":
+            raise TypeError(f"matrix must be a scipy.sparse BSR array; got {type(matrix).__name__}")
+        matrix = matrix.copy()
+        matrix.sum_duplicates()
+        values, offsets, columns = map(torch.from_numpy, (matrix.data, matrix.indptr, matrix.indices))
+        return BlockSparseWeight.from_blocks(values, offsets, columns, (int(matrix.shape[0]), int(matrix.shape[1])))
+
+    def _rows(self) -> torch.Tensor:
+        offsets = self.layout.row_offsets.long()
+        return torch.repeat_interleave(torch.arange(self.layout.grid[0], device=offsets.device), offsets.diff())
+
+    def _require_whole(self, target: str) -> None:
+        if any(side % size for side, size in zip(self.shape, self.block_size, strict=True)):
+            raise ValueError(f"{target} needs whole blocks; got shape {self.shape} in blocks of {self.block_size}")
+
+
+def _require_compressed(offsets: torch.Tensor, columns: torch.Tensor, count: int, grid: tuple[int, ...]) -> None:
+    if tuple(offsets.shape) != (grid[0] + 1,) or tuple(columns.shape) != (count,):
+        raise ValueError(
+            f"row_offsets must have {grid[0] + 1} entries and column_indices {count}; got {tuple(offsets.shape)} and"
+            f" {tuple(columns.shape)}"
+        )
+    rising = bool((offsets.diff() >= 0).all()) and int(offsets[0]) == 0 and int(offsets[-1]) == count
+    if not rising or (count and not 0 <= int(columns.min()) <= int(columns.max()) < grid[1]):
+        raise ValueError(f"row_offsets must rise from 0 to {count} and column_indices lie in [0, {grid[1]})")
+    step = columns.diff() > 0
+    starts = offsets[1:-1]
+    inner = starts[(starts > 0) & (starts < count)] - 1
+    step[inner] = True  # where a row begins, any column may follow
+    if not bool(step.all()):
+        raise ValueError("column_indices must increase in each row of blocks")
+
+
+def _without_edges(
+    values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, layout: BlockLayout
+) -> torch.Tensor:
+    """The blocks with zeros past the edge of the weight."""
+    (out, in_), (height, width) = layout.shape, layout.block_size
+    if out % height == 0 and in_ % width == 0:
+        return values
+    row = rows[:, None] * height + torch.arange(height, device=values.device)
+    column = columns[:, None] * width + torch.arange(width, device=values.device)
+    return torch.where((row < out)[:, :, None] & (column < in_)[:, None, :], values, 0.0)

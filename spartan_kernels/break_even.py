@@ -1,0 +1,123 @@
+"""From which density on the dense product is faster: measured once for a machine, a shipped table before that.
+
+The surface says, for a dtype, a block size and few or many tokens, the density (active blocks / blocks) above which
+multiplying the masked weight densely takes less time. `tune` measures it and writes it to the user's cache; the shipped
+tables are of the machines in bench/results.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+__all__ = ["Crossing", "Surface", "cache_file", "dense_wins", "device_kind", "load", "store"]
+
+FEW_TOKENS = 16  # up to here a product is bound by reading the weight
+_NEVER = math.inf
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Above `density`, the dense product is faster; None where it never is.
+
+    Attributes:
+        dtype: name of the dtype, as "float32".
+        rows, columns: the block.
+        few: whether this was measured with few tokens (at most 16) or with many.
+        density: active blocks / blocks.
+    """
+
+    dtype: str
+    rows: int
+    columns: int
+    few: bool
+    density: float | None
+
+
+Surface = tuple[Crossing, ...]
+
+
+def dense_wins(
+    density: float, device: torch.device, dtype: torch.dtype, block_size: tuple[int, int], tokens: int
+) -> bool:
+    """Whether the dense product is the faster one here; without a measurement, the block-sparse one is taken."""
+    return density > _threshold(device.type, device.index, dtype, block_size, tokens <= FEW_TOKENS)
+
+
+@cache
+def _threshold(kind: str, index: int | None, dtype: torch.dtype, block_size: tuple[int, int], few: bool) -> float:
+    name = str(dtype).removeprefix("torch.")
+    entries = [
+        c
+        for c in _surface(device_kind(torch.device(kind if index is None else f"{kind}:{index}")))
+        if (c.dtype, c.few) == (name, few)
+    ]
+    if not entries:
+        return _NEVER
+    # the nearest block measured, by its area and then its shape
+    rows, columns = block_size
+    nearest = min(entries, key=lambda c: (abs(math.log(c.rows / rows)) + abs(math.log(c.columns / columns)), c.rows))
+    return _NEVER if nearest.density is None else nearest.density
+
+
+def _surface(kind: str) -> Surface:
+    return load().get(kind) or SHIPPED.get(kind) or ()
+
+
+def device_kind(device: torch.device) -> str:
+    """What a surface belongs to: the GPU's name, or the CPU's architecture and vector instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return device.type
+
+
+def cache_file() -> Path:
+    """Where `spartan.tune` writes: SPARTAN_TUNE_CACHE, or break_even.json in the user's cache directory."""
+    named = os.environ.get("SPARTAN_TUNE_CACHE")
+    if named:
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "spartan-kernels" / "break_even.json"
+
+
+def load() -> dict[str, Surface]:
+    """The surfaces of the user's cache by kind of device; none where there is no file.
+
+    Raises:
+        ValueError: a file that is not such a cache.
+    """
+    path = cache_file()
+    try:
+        text = path.read_text()
+    except OSError:
+        return {}
+    try:
+        return {kind: tuple(Crossing(**entry) for entry in entries) for kind, entries in json.loads(text).items()}
+    except (TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a break-even cache ({error}); delete it or run spartan.tune()") from error
+
+
+def store(kind: str, surface: Surface) -> Path:
+    """Write the surface of one kind of device beside the others in the user's cache, and use it from now on."""
+    path = cache_file()
+    surfaces: Mapping[str, Surface] = {**load(), kind: surface}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({k: [asdict(c) for c in entries] for k, entries in surfaces.items()}, indent=1)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(text + "\n")
+    partial.replace(path)  # a reader sees the old file or the new one
+    _threshold.cache_clear()
+    return path
+
+
+SHIPPED: dict[str, Surface] = {}

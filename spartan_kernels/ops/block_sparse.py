@@ -1,0 +1,93 @@
+"""Product with a packed block-sparse weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from spartan_kernels.arguments import require_float
+from spartan_kernels.block_sparse import BlockSparseWeight
+from spartan_kernels.ops._define import define
+from spartan_kernels.ops.masked_matmul import (
+    SAVES_INPUT,
+    in_autocast,
+    records,
+    require_activation,
+    require_bias,
+)
+
+
+def _fake_forward(
+    x: Any, values: Any, layout: Any, positions: Any, bias: Any, activation: str, out: int, save: bool, backend: str
+) -> Any:
+    shape = (*x.shape[:-1], out)
+    return x.new_empty(shape), x.new_empty(shape if save else 0)
+
+
+def _fake_backward(
+    grad: Any, x: Any, values: Any, layout: Any, positions: Any, saved: Any, activation: str, needs: Any, backend: str
+) -> Any:
+    shapes = (x.shape, values.shape, grad.shape[-1:])
+    return [x.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True)]
+
+
+block_sparse_linear_forward = define(
+    "block_sparse_linear_forward(Tensor x, Tensor values, Tensor[] layout, Tensor positions, Tensor? bias,"
+    " str activation, int out, bool save, str backend) -> (Tensor, Tensor)",
+    _fake_forward,
+)
+# -> gradients of x, values, bias; empty where not needed
+block_sparse_linear_backward = define(
+    "block_sparse_linear_backward(Tensor grad, Tensor x, Tensor values, Tensor[] layout, Tensor positions,"
+    " Tensor saved, str activation, bool[] needs, str backend) -> Tensor[]",
+    _fake_backward,
+)
+
+
+def block_sparse_linear(
+    x: torch.Tensor,
+    packed: BlockSparseWeight,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Linear layer with a packed block-sparse weight, for inference and for masks that no longer change.
+
+    y = act(x w^T + b). With G = dL/dz^T x (z before the activation), the gradient for `packed.values` is G on the
+    stored blocks.
+
+    Args:
+        x: [..., in_features].
+        packed: w, [out_features, in_features], dtype of `x`; under autocast both are cast, as in a linear layer.
+        bias: [out_features] or None.
+        activation: None, "relu", "gelu" (exact), "gelu_tanh" or "silu".
+        backend: "auto" or the name of a backend.
+
+    Returns:
+        y, [..., out_features]; differentiable (once) in x, packed.values and bias under `spartan`.
+
+    Raises:
+        TypeError: integer tensors, a weight that is not packed. ValueError: shapes, dtypes or devices that do not
+            match, an unknown activation.
+    """
+    if not isinstance(packed, BlockSparseWeight):
+        raise TypeError(f"packed must be a BlockSparseWeight; got {type(packed).__name__}")
+    require_float("x", x)
+    out, in_ = packed.shape
+    x, values = in_autocast(x), in_autocast(packed.values)
+    bias = None if bias is None else in_autocast(bias)
+    if x.dim() < 1 or x.shape[-1] != in_:
+        raise ValueError(f"x must be [..., {in_}] for a packed weight {packed.shape}; got {tuple(x.shape)}")
+    if (x.dtype, x.device) != (values.dtype, values.device):
+        raise ValueError(
+            f"x must be {values.dtype} on {values.device}, as the packed weight; got {x.dtype} on {x.device}"
+        )
+    require_bias(bias, x, out)
+    require_activation(activation)
+    save = activation in SAVES_INPUT and records(x, values, bias)
+    layout = packed.layout.tensors()
+    operands = x, values, layout, packed.positions, bias, activation or "", out, save
+    result: torch.Tensor = block_sparse_linear_forward(*operands, backend or "")[0]
+    return result

@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import json
 import threading
+from array import array
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ def _workspace(size: int) -> torch.Tensor:
     return _scratch.tensor
 
 
+_ROW_BYTES = 7 * 8  # of a TableRow (csrc/ops.h)
 # Dtype of csrc/ops.h
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -98,38 +100,35 @@ class _List:
     """A list of tensors as the extension's table: one row of seven 64-bit words for each (ops.h, TableRow)."""
 
     def __init__(self, values: list[torch.Tensor], costs: list[torch.Tensor], group: str = "") -> None:
-        self.values = [v.detach().contiguous() for v in values]
-        self.costs: list[torch.Tensor | None] = [None] * len(values)
-        self.unit = [1.0] * len(values)
-        for index, cost in enumerate(costs):
-            if cost.dim() == 0:
-                self.unit[index] = float(cost)
-            else:
-                self.costs[index] = cost.detach().contiguous()
-        self.length = sum(v.numel() for v in self.values)
-        self.dtype = self.values[0].dtype
+        self.values = [v if v.is_contiguous() else v.contiguous() for v in values]
+        self.arrays = [c.contiguous() if c.dim() else None for c in costs]
+        self.unit = array("d", [1.0 if c.dim() else float(c) for c in costs] or [1.0]) * (1 if costs else len(values))
+        self.lengths = array("q", [v.numel() for v in values])
+        self.dtype = values[0].dtype
         self.ranks = _Ranks(group) if group else None
 
     def empty(self) -> list[torch.Tensor]:
         """Room for one entry for each value, in the values' dtype."""
         return [torch.empty_like(v) for v in self.values]
 
-    def first(self, *extra: list[torch.Tensor] | None) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    def first(self, *extra: list[torch.Tensor]) -> tuple[array[int], tuple[int, int, int]]:
         """The table, to be kept alive, and the arguments that every kernel takes first."""
-        words = torch.zeros((len(self.values), 7), dtype=torch.int64)
-        words[:, 0] = torch.tensor([v.data_ptr() for v in self.values])
-        words[:, 1] = torch.tensor([_pointer(c) for c in self.costs])
-        words[:, 2] = torch.tensor(self.unit, dtype=torch.float64).view(torch.int64)
-        words[:, 3] = torch.tensor([v.numel() for v in self.values])
+        count = len(self.values)
+        words = array("q", bytes(_ROW_BYTES * count))
+        words[0::7] = array("q", [v.data_ptr() for v in self.values])
+        if self.arrays:
+            words[1::7] = array("q", [_pointer(c) for c in self.arrays])
+        words[2::7] = array("q", self.unit.tobytes())
+        words[3::7] = self.lengths
         for column, tensors in enumerate(extra, start=4):
             if tensors:
-                words[:, column] = torch.tensor([t.data_ptr() for t in tensors])
-        return words, (_DTYPES[self.dtype], words.data_ptr(), len(self.values))
+                words[column::7] = array("q", [t.data_ptr() for t in tensors])
+        return words, (_DTYPES[self.dtype], words.buffer_info()[0], count)
 
     def rest(self) -> tuple[int, int, int, Any]:
         """The arguments that every kernel takes last."""
         element = 8 if self.dtype == torch.float64 else 4
-        size = _native.cpu.workspace_bytes(len(self.values), self.length, element, self.ranks is not None)
+        size = _native.cpu.workspace_bytes(len(self.values), sum(self.lengths), element, self.ranks is not None)
         workspace = _workspace(size)
         ranks = None if self.ranks is None else self.ranks.native
         return workspace.data_ptr(), workspace.numel(), torch.get_num_threads(), ranks

@@ -180,7 +180,7 @@ def test_opcheck(target: Any) -> None:
     # its state makes a second call start elsewhere by design: no test that runs it twice
     torch.library.opcheck(
         torch.ops.spartan.solve_masks_.default,
-        (values, budget, costs, beta, True, soft, hard, state, "", target.backend),
+        (values, budget, costs, beta, True, [], soft, hard, state, "", target.backend),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -240,6 +240,27 @@ def test_solve_masks_along_a_training_run(target: Any, kind: str, absolute: bool
         cold = solve(values, budget, costs, beta, ops.new_solver_state(target.device), target, absolute)
         torch.testing.assert_close(joined(warm[0]), joined(cold[0]), rtol=0, atol=1e-6)
         assert torch.equal(joined(warm[1]), joined(cold[1]))
+
+
+@pytest.mark.parametrize("sizes", [[1, 1, 1], [(3, 4), (3, 4), (3, 4)], [(2, 5), 1, (16, 16)]])
+def test_weights_with_block_sizes_are_solved_as_their_block_scores(target: Any, sizes: list[Any]) -> None:
+    """Edges and convolutions included; the masks and the state are those of a solve on the scores."""
+    shapes = [(40, 33), (9, 20), (16, 5, 3, 3)]
+    weights = [make_values("normal", s, scale=10.0**i, seed=i, device=target.device) for i, s in enumerate(shapes)]
+    scores = [ops.block_scores(w, b, backend=target.backend) for w, b in zip(weights, sizes, strict=True)]
+    costs = [ops.block_costs(s, b) for s, b in zip(shapes, sizes, strict=True)]
+    costs = [a.to(target.device) if isinstance(a, Tensor) else a for a in costs]
+    budget = 0.2 * sum(w.numel() for w in weights)
+    states = [ops.new_solver_state(target.device) for _ in range(2)]
+    for _ in range(2):
+        expected = solve(scores, budget, costs, 3.0, states[0], target, False)
+        soft, hard = ([torch.empty_like(m) for m in masks] for masks in expected)
+        ops.solve_masks_(weights, budget, costs, 3.0, soft, hard, states[1], block_sizes=sizes, backend=target.backend)
+        for got, mask in zip((*soft, *hard), (*expected[0], *expected[1]), strict=True):
+            assert torch.equal(got, mask)
+        assert torch.equal(*states)
+    with pytest.raises(ValueError, match=r"block_sizes must hold one for each of the 3 values; got 1"):
+        ops.solve_masks_(weights, budget, costs, 3.0, soft, hard, states[1], block_sizes=[2], backend=target.backend)
 
 
 @pytest.mark.parametrize("jump", ["scale", "values", "beta", "budget"])

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "dispatch.h"
+#include "huge_pages.h"
 
 namespace spartan::cpu {
 namespace {
@@ -19,6 +20,8 @@ uint64_t scramble(uint64_t x) {
   x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
   return x ^ (x >> 31);
 }
+
+constexpr int64_t kLeastStreamed = 4096;  // entries: waiting for stores around the cache costs more than it saves below
 
 // What the ranks tell each other first.
 struct Share {
@@ -247,6 +250,7 @@ template <class T>
 double Problem<T>::write(const Logit<T>& logit, const Cut<T>* cut) {
   const bool past_cache = own_length_ * storage_.bytes() > kCacheBytes;
   const bool around = past_cache && storage_.direct();
+  if (cut == nullptr) advise_fresh(0, storage_.bytes());  // masks of a training step are the caller's own
   return reduce<Total>([&](const Part& part, int64_t at, const Span<T>& span) {
            T buffer[kBuffer];
            T* soft = storage_.target(part.row->extra[0], at, buffer);
@@ -257,7 +261,8 @@ double Problem<T>::write(const Logit<T>& logit, const Cut<T>* cut) {
              uint8_t* hard = static_cast<uint8_t*>(part.row->extra[1]) + at;
              split_at(*cut, part.first_index + at, span.length, [&](int64_t offset, int64_t length, T hard_from) {
                sum.value +=
-                   passes_.write(piece(span, offset, length), logit, hard_from, soft + offset, hard + offset, around);
+                   passes_.write(piece(span, offset, length), logit, hard_from, soft + offset, hard + offset,
+                                 around && length >= kLeastStreamed);
              });
            }
            storage_.put(soft, span.length, part.row->extra[0], at, past_cache);
@@ -266,8 +271,16 @@ double Problem<T>::write(const Logit<T>& logit, const Cut<T>* cut) {
       .value;
 }
 
+// Outputs that nobody has touched yet.
+template <class T>
+void Problem<T>::advise_fresh(int output, int64_t bytes) const {
+  for (const Part* part = parts_; part < parts_ + n_parts_; ++part)
+    advise_huge_pages(part->row->extra[output], part->row->length * bytes);
+}
+
 template <class T>
 void Problem<T>::write_hard(const Cut<T>& cut) {
+  advise_fresh(0, 1);
   for_chunks([&](int64_t, const Part& part, int64_t offset, int64_t length) {
     for_runs(part, offset, length, length, [&](int64_t at, const Span<T>& span) {
       uint8_t* hard = static_cast<uint8_t*>(part.row->extra[0]) + at;
@@ -281,6 +294,7 @@ void Problem<T>::write_hard(const Cut<T>& cut) {
 template <class T>
 void Problem<T>::write_gradient(const Logit<T>& logit, T r) {
   const bool past_cache = own_length_ * storage_.bytes() > kCacheBytes;
+  advise_fresh(1, storage_.bytes());
   for_chunks([&](int64_t, const Part& part, int64_t offset, int64_t length) {
     for_runs(part, offset, length, length, [&](int64_t at, const Span<T>& span) {
       T buffers[3][kBuffer];

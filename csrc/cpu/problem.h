@@ -123,6 +123,7 @@ class Problem {
   template <class F>
   void split_at(const Cut<T>& cut, int64_t first_index, int64_t length, F&& f);
 
+  void advise_fresh(int output, int64_t bytes) const;
   void check_costs();
   int64_t own_sample(int64_t limit, T* values, T* costs) const;
   int64_t gather_sample(int64_t limit, T* values, T* costs);

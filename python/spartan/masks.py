@@ -131,17 +131,16 @@ class MaskGroup:
         rows, columns = carriers[0].mask_block_size
         for carrier in carriers:
             carrier.mask_beta.fill_(beta * (rows * columns) ** 0.5)
-        values, absolute = self._values()
         try:
             solve_masks_(
-                values,
+                [tensor.weight.detach() for tensor in self.tensors],
                 budget,
                 self._costs(),
                 carriers[0].mask_beta,
                 [tensor.mask.soft for tensor in self.tensors],
                 [carrier.mask_hard for carrier in carriers],
                 self.state,
-                absolute=absolute,
+                block_sizes=[carrier.mask_block_size for carrier in carriers],
             )
         except ValueError:
             self._require_finite()

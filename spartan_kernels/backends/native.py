@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from spartan_kernels.arguments import require_beta
+from spartan_kernels.arguments import block_grid, require_beta
+from spartan_kernels.blocks import score_list
 from spartan_kernels.groups import gather, process_group
 
 _native: Any = None
@@ -171,12 +172,14 @@ def solve_masks_(
     costs: list[torch.Tensor],
     beta: torch.Tensor,
     absolute: bool,
+    block_sizes: list[int],
     soft: list[torch.Tensor],
     hard: list[torch.Tensor],
     state: torch.Tensor,
     group: str,
 ) -> None:
     """Soft and hard mask of a training step, in place."""
+    values, absolute = score_list(values, block_sizes, absolute, block_scores)
     problem = _List(values, costs, group)
     threshold = torch.empty(2, dtype=torch.float64)
     _table, first = problem.first(soft, hard)
@@ -414,9 +417,6 @@ def masked_weight_correct_(
 def block_scores(weight: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """Sum of |theta| over each block."""
     w = _Weight(weight, rows, columns)
-    shape = weight.shape if (rows, columns) == (1, 1) else None
-    if shape is None:
-        shape = torch.Size((-(-weight.shape[0] // rows), -(-weight.shape[1] // columns), *weight.shape[2:]))
-    scores = torch.empty(shape, dtype=w.weight.dtype)
+    scores = torch.empty(block_grid(weight.shape, (rows, columns)), dtype=w.weight.dtype)
     _native.cpu.block_scores(w.element, w.blocks, w.weight.data_ptr(), scores.data_ptr(), torch.get_num_threads())
     return scores.to(weight.dtype)

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from spartan_kernels.arguments import clamp_budget, inspectable, require_beta, require_costs, require_finite
+from spartan_kernels.arguments import block_grid, clamp_budget, inspectable, require_beta, require_costs, require_finite
 from spartan_kernels.backends import native
+from spartan_kernels.blocks import score_list
 from spartan_kernels.groups import refuse_group
 
 _native: Any = native._native
@@ -317,12 +318,14 @@ def solve_masks_(
     costs: list[torch.Tensor],
     beta: torch.Tensor,
     absolute: bool,
+    block_sizes: list[int],
     soft: list[torch.Tensor],
     hard: list[torch.Tensor],
     state: torch.Tensor,
     group: str,
 ) -> None:
     """Soft and hard mask of a training step, in place."""
+    values, absolute = score_list(values, block_sizes, absolute, block_scores)
     refuse_group(group, "cuda")
     _solve_list(values, budget, costs, beta, absolute, (soft, hard), state, None)
 
@@ -492,9 +495,7 @@ def masked_weight_correct_(
 def block_scores(weight: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """Sum of |theta| over each block."""
     w = _Weight(weight, rows, columns)
-    shape: tuple[int, ...] = tuple(weight.shape)
-    if (rows, columns) != (1, 1):
-        shape = (-(-weight.shape[0] // rows), -(-weight.shape[1] // columns), *weight.shape[2:])
-    scores = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+    grid = block_grid(weight.shape, (rows, columns))
+    scores = torch.empty(grid, dtype=weight.dtype, device=weight.device)
     _call(_native.cuda.block_scores, weight, *w.first, w.weight.data_ptr(), scores.data_ptr())
     return scores

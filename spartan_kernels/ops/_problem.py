@@ -28,15 +28,22 @@ def row_problem(
 
 
 def global_problem(
-    values: Sequence[torch.Tensor], costs: Sequence[float | torch.Tensor] | None
+    values: Sequence[torch.Tensor],
+    costs: Sequence[float | torch.Tensor] | None,
+    shapes: list[torch.Size] | None = None,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The tensors and costs of an operator over a list, checked; no costs are an empty list."""
+    """The tensors and costs of an operator over a list, checked; no costs are an empty list.
+
+    `shapes` are those of the costs, where they are not their values'.
+    """
     tensors = list(values)
     if not tensors:
         raise ValueError("values must hold at least one tensor; got none")
+    dtype, device = getattr(tensors[0], "dtype", None), getattr(tensors[0], "device", None)
     for index, tensor in enumerate(tensors):
-        require_float(f"values[{index}]", tensor)
-        if (tensor.dtype, tensor.device) != (tensors[0].dtype, tensors[0].device):
+        if index == 0 or not isinstance(tensor, torch.Tensor) or tensor.dtype is not dtype:  # lists may be long
+            require_float(f"values[{index}]", tensor)
+        if tensor.dtype is not dtype or tensor.device != device:
             raise ValueError(
                 f"values must share a dtype and a device; values[0] is {tensors[0].dtype} on {tensors[0].device},"
                 f" values[{index}] is {tensor.dtype} on {tensor.device}"
@@ -46,7 +53,10 @@ def global_problem(
     if isinstance(costs, int | float | torch.Tensor) or len(costs) != len(tensors):
         found = len(costs) if isinstance(costs, Sequence) else type(costs).__name__
         raise ValueError(f"costs must be None or one entry for each of the {len(tensors)} values; got {found}")
-    return tensors, [_tensor_cost(i, c, v) for i, (c, v) in enumerate(zip(costs, tensors, strict=True))]
+    wanted = shapes or [tensor.shape for tensor in tensors]
+    return tensors, [
+        _tensor_cost(i, c, v, shape) for i, (c, v, shape) in enumerate(zip(costs, tensors, wanted, strict=True))
+    ]
 
 
 def as_in_autocast(values: Any) -> Any:
@@ -55,13 +65,11 @@ def as_in_autocast(values: Any) -> Any:
     return values.float() if half and torch.is_autocast_enabled(values.device.type) else values
 
 
-def _tensor_cost(index: int, cost: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def _tensor_cost(index: int, cost: float | torch.Tensor, like: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     if not isinstance(cost, torch.Tensor):
         return scalar(f"costs[{index}]", cost, like.device).to(like.dtype)
-    if cost.dim() and cost.shape != like.shape:
-        raise ValueError(
-            f"costs[{index}] must be a number, 0-dim or of shape {tuple(like.shape)}; got {tuple(cost.shape)}"
-        )
+    if cost.dim() and cost.shape != shape:
+        raise ValueError(f"costs[{index}] must be a number, 0-dim or of shape {tuple(shape)}; got {tuple(cost.shape)}")
     return cost.to(device=like.device, dtype=like.dtype)
 
 

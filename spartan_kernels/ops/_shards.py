@@ -82,7 +82,7 @@ def shards(values: Sequence[torch.Tensor], costs: Costs, group: ProcessGroup | s
             `group` (theirs is the mesh's); entrywise costs that are not DTensors of their values' shape.
     """
     tensors: list[Any] = list(values)
-    if not any(is_dtensor(tensor) for tensor in tensors):
+    if "torch.distributed.tensor" not in sys.modules or not any(is_dtensor(tensor) for tensor in tensors):
         return Shards(tensors, costs, group)
     if group is not None:
         raise ValueError("group must be None where values are DTensors: the ranks are those of their mesh")

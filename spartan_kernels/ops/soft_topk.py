@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spartan_kernels.arguments import scalar
+from spartan_kernels.arguments import block_grid, block_shape, scalar
 from spartan_kernels.groups import group_name
 from spartan_kernels.ops._define import define
 from spartan_kernels.ops._problem import as_in_autocast, global_problem, row_problem
@@ -73,8 +73,8 @@ soft_topk_global_backward = define(
     _fake_global_backward,
 )
 _solve_masks = define(
-    "solve_masks_(Tensor[] values, Tensor budget, Tensor[] costs, Tensor beta, bool absolute, Tensor(a!)[] soft,"
-    " Tensor(b!)[] hard, Tensor(c!) state, str group, str backend) -> ()",
+    "solve_masks_(Tensor[] values, Tensor budget, Tensor[] costs, Tensor beta, bool absolute, int[] block_sizes,"
+    " Tensor(a!)[] soft, Tensor(b!)[] hard, Tensor(c!) state, str group, str backend) -> ()",
     _fake_solve,
 )
 
@@ -185,12 +185,14 @@ def solve_masks_(
     state: torch.Tensor,
     *,
     absolute: bool = False,
+    block_sizes: Sequence[int | tuple[int, int]] | None = None,
     group: ProcessGroup | str | None = None,
     backend: str | None = None,
 ) -> None:
     """Write the soft and the hard mask of one training step in place, starting from the thresholds of the last one.
 
-    soft = m of `soft_topk_global`; hard = `hard_topk_global`; v = values, or |values| with `absolute` (no copy).
+    soft = m of `soft_topk_global`; hard = `hard_topk_global`; v = values, or |values| with `absolute` (no copy), or
+    with `block_sizes` the sum of |values| over each block, computed in the same call.
 
     Args:
         values: weights or block scores, of one dtype and device; or DTensors, as in `soft_topk_global`.
@@ -201,6 +203,8 @@ def solve_masks_(
         hard: for each tensor, where its hard mask goes: its shape, bool, contiguous; placed as it is for a DTensor.
         state: from `new_solver_state`, updated; over ranks each has its own, all of the same bits.
         absolute: choose by magnitude.
+        block_sizes: for each tensor, a weight, its block size: masks and costs have one entry per block (`block_grid`).
+            None where values are scores already. Not for DTensors, whose blocks a cut may divide.
         group: as in `soft_topk_global`; the index that breaks ties counts through the ranks in their order.
         backend: "auto" or the name of a backend.
 
@@ -208,10 +212,17 @@ def solve_masks_(
         TypeError, ValueError: as `soft_topk_global`; also for masks or a state of the wrong shape or dtype.
     """
     parts = shards(values, costs, group)
-    tensors, cost_list = global_problem(parts.values, parts.costs)
+    sides = None if block_sizes is None else [block_shape(size) for size in block_sizes]
+    shapes = None if sides is None else _grids(parts.values, sides)
+    if sides is not None and all(pair == (1, 1) for pair in sides):
+        absolute, sides = True, None
+    if sides is not None and parts.layouts:
+        raise ValueError("block_sizes must be 1 where values are DTensors; pass the scores of their blocks")
+    tensors, cost_list = global_problem(parts.values, parts.costs, shapes)
     soft_parts, hard_parts = parts.targets("soft", soft), parts.targets("hard", hard)
-    _require_masks("soft", soft_parts, tensors, None)
-    _require_masks("hard", hard_parts, tensors, torch.bool)
+    grids = shapes or [tensor.shape for tensor in tensors]
+    _require_masks("soft", soft_parts, grids, tensors[0].dtype)
+    _require_masks("hard", hard_parts, grids, torch.bool)
     if state.shape != (SOLVER_STATE_SIZE,) or state.dtype != torch.float64:
         raise ValueError(f"state must come from new_solver_state; got {state.dtype} of shape {tuple(state.shape)}")
     device = tensors[0].device
@@ -222,6 +233,7 @@ def solve_masks_(
         cost_list,
         scalar("beta", beta, device),
         absolute,
+        [side for pair in sides or [] for side in pair],
         soft_parts,
         hard_parts,
         state,
@@ -232,15 +244,18 @@ def solve_masks_(
     parts.store(hard_parts, hard)
 
 
-def _require_masks(
-    name: str, masks: Sequence[torch.Tensor], tensors: list[torch.Tensor], dtype: torch.dtype | None
-) -> None:
-    if len(masks) != len(tensors):
-        raise ValueError(f"{name} must hold one mask for each of the {len(tensors)} values; got {len(masks)}")
-    for index, (mask, tensor) in enumerate(zip(masks, tensors, strict=True)):
-        wanted = dtype or tensor.dtype
-        if mask.shape != tensor.shape or mask.dtype != wanted or not mask.is_contiguous():
+def _grids(values: Sequence[torch.Tensor], sides: list[tuple[int, int]]) -> list[torch.Size]:
+    if len(sides) != len(values):
+        raise ValueError(f"block_sizes must hold one for each of the {len(values)} values; got {len(sides)}")
+    return [torch.Size(block_grid(value.shape, pair)) for value, pair in zip(values, sides, strict=True)]
+
+
+def _require_masks(name: str, masks: Sequence[torch.Tensor], shapes: list[torch.Size], dtype: torch.dtype) -> None:
+    if len(masks) != len(shapes):
+        raise ValueError(f"{name} must hold one mask for each of the {len(shapes)} values; got {len(masks)}")
+    for index, (mask, shape) in enumerate(zip(masks, shapes, strict=True)):
+        if mask.dtype is not dtype or mask.shape != shape or not mask.is_contiguous():
             raise ValueError(
-                f"{name}[{index}] must be contiguous {wanted} of shape {tuple(tensor.shape)};"
+                f"{name}[{index}] must be contiguous {dtype} of shape {tuple(shape)};"
                 f" got {mask.dtype} of shape {tuple(mask.shape)}"
             )

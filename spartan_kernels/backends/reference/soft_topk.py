@@ -12,7 +12,9 @@ import torch
 
 from spartan_kernels.arguments import SMALLEST_BETA
 from spartan_kernels.backends.reference.hard_topk import select
+from spartan_kernels.backends.reference.masked_weight import block_scores
 from spartan_kernels.backends.reference.survey import Survey, survey
+from spartan_kernels.blocks import score_list
 from spartan_kernels.groups import gather, summed
 
 MAX_STEPS = 200
@@ -199,12 +201,14 @@ def solve_masks_(
     costs: list[torch.Tensor],
     beta: torch.Tensor,
     absolute: bool,
+    block_sizes: list[int],
     soft: list[torch.Tensor],
     hard: list[torch.Tensor],
     state: torch.Tensor,
     group: str,
 ) -> None:
     """Soft and hard mask of a training step, in place."""
+    values, absolute = score_list(values, block_sizes, absolute, block_scores)
     row, costs_row = _concatenated(values, costs)
     row = row.abs() if absolute else row
     u, a = _ratio(row, costs_row)

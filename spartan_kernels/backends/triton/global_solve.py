@@ -39,7 +39,9 @@ from spartan_kernels.backends.triton.configs import (
     vector_length,
 )
 from spartan_kernels.backends.triton.launches import Launch, When
+from spartan_kernels.backends.triton.masked_weight import block_scores
 from spartan_kernels.backends.triton.tables import Table, TensorList
+from spartan_kernels.blocks import score_list
 from spartan_kernels.groups import refuse_group
 
 ROUNDS = 4  # exact for any hard cut: a range that misses costs one round, all 32 bits of the key three
@@ -171,12 +173,14 @@ def solve_masks_(
     costs: list[torch.Tensor],
     beta: torch.Tensor,
     absolute: bool,
+    block_sizes: list[int],
     soft: list[torch.Tensor],
     hard: list[torch.Tensor],
     state: torch.Tensor,
     group: str,
 ) -> None:
     """Soft and hard mask of a training step, in place."""
+    values, absolute = score_list(values, block_sizes, absolute, block_scores)
     refuse_group(group, "triton")
     _check(values, budget, costs, beta)
     problem = TensorList(values, costs)

@@ -63,6 +63,7 @@ _PRODUCT_OPERATORS = (
 _PRODUCTS = {
     "reference": Support("masked_matmul", (), _FLOATS),
     "native": Support("masked_matmul", ("cpu",), _PRODUCT_DTYPES),
+    "triton": Support("masked_matmul", _TRITON_DEVICES, _PRODUCT_DTYPES),
 }
 
 # operator -> backend -> what it serves. The only place that says so.

@@ -14,6 +14,7 @@ from spartan.functional import (
 )
 from spartan.masks import Mask
 from spartan.methods import GMP, Dense, OneShot, Spartan, StaticRandom
+from spartan.pack_modules import to_block_sparse
 from spartan.patterns import sparsity_pattern
 from spartan.sparsifier import Sparsifier
 from spartan_kernels import BlockLayout, BlockSparseWeight, __version__, backend, checks, info
@@ -43,4 +44,5 @@ __all__ = [
     "soft_topk_global",
     "sparsity_of",
     "sparsity_pattern",
+    "to_block_sparse",
 ]

@@ -7,11 +7,55 @@ from typing import Any
 import torch
 
 from spartan._autograd import differentiable, differentiable_once
-from spartan_kernels.ops import block_sparse_linear, masked_linear, sampled_matmul
+from spartan_kernels.ops import block_sparse_linear, expand_blocks, masked_linear, sampled_matmul
 from spartan_kernels.ops.block_sparse import block_sparse_linear_backward, block_sparse_linear_forward
 from spartan_kernels.ops.masked_matmul import SAVES_INPUT, masked_linear_backward, masked_linear_forward
 
-__all__ = ["block_sparse_linear", "masked_linear", "sampled_matmul"]
+__all__ = ["block_sparse_linear", "gate_of_weight", "masked_linear", "sampled_matmul"]
+
+
+def gate_of_weight(
+    weight: torch.Tensor,
+    soft: torch.Tensor,
+    block_size: tuple[int, int],
+    beta: torch.Tensor,
+    costs: torch.Tensor,
+) -> torch.Tensor:
+    """The soft mask m as a function of the weight it was solved from: what `masked_linear` takes as its gate.
+
+    dm_b/dtheta_i = beta s_b sign(theta_i) / a_b, s = m (1 - m): the part of equation (2) that needs this layer only.
+    Then `masked_linear` gives the weight the gradient that `masked_weight` and a dense product give.
+
+    Args:
+        weight: theta, [out, in].
+        soft: m, one per block.
+        block_size: (rows, columns).
+        beta: sharpness that m was solved with, 0-dim.
+        costs: a, 0-dim or one per block.
+    """
+    gate: torch.Tensor = _GateOfWeight.apply(weight, soft, beta, costs, *block_size)
+    return gate
+
+
+class _GateOfWeight(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        weight: torch.Tensor, soft: torch.Tensor, beta: torch.Tensor, costs: torch.Tensor, rows: int, columns: int
+    ) -> torch.Tensor:
+        return soft.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs[:4])
+        ctx.block_size = inputs[4:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        weight, soft, beta, costs = ctx.saved_tensors
+        pull = (beta * soft * (1 - soft) * grad / costs).to(weight.dtype)
+        return torch.sign(weight) * expand_blocks(pull, weight.shape, ctx.block_size), *[None] * 5
 
 
 def _kept_for_activation(activation: str, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor | None:

@@ -11,9 +11,18 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from spartan.functional import masked_weight
-from spartan_kernels import block_costs, block_grid
+from spartan.matmul import block_sparse_linear, gate_of_weight, masked_linear
+from spartan_kernels import BlockLayout, BlockSparseWeight, block_costs, block_grid
 
-__all__ = ["MaskCarrier", "MaskedConv2d", "MaskedLinear", "MaskedWeight", "mask_weight", "unmask_weight"]
+__all__ = [
+    "BlockSparseLinear",
+    "MaskCarrier",
+    "MaskedConv2d",
+    "MaskedLinear",
+    "MaskedWeight",
+    "mask_weight",
+    "unmask_weight",
+]
 
 
 class MaskCarrier(nn.Module):
@@ -78,8 +87,70 @@ class MaskedLinear(MaskCarrier, nn.Linear):
     """`nn.Linear` that multiplies by its masked weight; made from one in place by `Sparsifier`."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """y = x w^T + b with w = theta * m * h."""
-        return functional.linear(input, self.masked(self.weight), self.bias)
+        """y = x w^T + b with w = theta * m * h; where weights are masked by blocks, only kept blocks are multiplied."""
+        if self.mask_block_size == (1, 1):
+            return functional.linear(input, self.masked(self.weight), self.bias)
+        if self.mask_soft is None:
+            gate = torch.ones_like(self.mask_hard, dtype=self.weight.dtype)
+        else:
+            gate = gate_of_weight(self.weight, self.mask_soft, self.mask_block_size, self.mask_beta, self.mask_costs)
+        return masked_linear(
+            input,
+            self.weight,
+            gate if self.mask_scale is None else gate * self.mask_scale,
+            self.mask_block_size,
+            self.bias,
+            forward_mask=self.mask_hard,
+            backward_mask=None if self.mask_straight_through else self.mask_hard,
+        )
+
+
+class BlockSparseLinear(nn.Module):
+    """`nn.Linear` on the packed blocks of its weight: for inference, or to train the kept blocks alone.
+
+    Args:
+        packed: the weight.
+        bias: [out_features] or None.
+
+    Attributes:
+        values: parameter [blocks, rows, columns]. bias: parameter or None. The index of the blocks is in buffers.
+    """
+
+    def __init__(self, packed: BlockSparseWeight, bias: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = packed.shape
+        self.block_size = packed.block_size
+        self.values = nn.Parameter(packed.values.detach().clone())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        for name in _INDEX:
+            self.register_buffer(name, getattr(packed.layout, name))
+        self.register_buffer("positions", packed.positions)
+
+    @property
+    def packed(self) -> BlockSparseWeight:
+        """The weight, whose values are the parameter itself."""
+        a, b, c, d = (self.get_buffer(name) for name in _INDEX)
+        grid = block_grid((self.out_features, self.in_features), self.block_size)
+        density = self.values.shape[0] / max(1, math.prod(grid))
+        layout = BlockLayout((self.out_features, self.in_features), self.block_size, a, b, c, d, density)
+        return BlockSparseWeight(self.values, layout, self.get_buffer("positions"))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dense weight, for modules that read it of their parts."""
+        return self.packed.to_dense()
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """y = x w^T + b."""
+        return block_sparse_linear(input, self.packed, self.bias)
+
+    def extra_repr(self) -> str:
+        """What the module prints of itself."""
+        density = self.packed.density
+        return f"{self.in_features}, {self.out_features}, block_size={self.block_size}, density={density:.3g}"
+
+
+_INDEX = ("row_offsets", "column_indices", "column_offsets", "row_indices")
 
 
 class MaskedConv2d(MaskCarrier, nn.Conv2d):

@@ -177,7 +177,7 @@ def masked_linear_backward(
     """Gradients of x, weight, gate and bias; empty where not needed."""
     shape, block = (weight.shape[0], weight.shape[1]), (rows, columns)
     dz = _GRADIENTS[activation](grad, saved)
-    results = [x.new_empty(0)] * 4
+    results = [x.new_empty(0) for _ in range(4)]
     if needs[0]:
         results[0] = _Matrix(weight, shape, block, layout, gate).input_gradient(dz)
     if needs[1] or needs[2]:
@@ -232,7 +232,7 @@ def block_sparse_linear_backward(
     shape, block = (grad.shape[-1], x.shape[-1]), (values.shape[1], values.shape[2])
     dz = _GRADIENTS[activation](grad, saved)
     matrix = _Matrix(values, shape, block, layout, positions=positions)
-    results = [x.new_empty(0)] * 3
+    results = [x.new_empty(0) for _ in range(3)]
     if needs[0]:
         results[0] = matrix.input_gradient(dz)
     if needs[1]:

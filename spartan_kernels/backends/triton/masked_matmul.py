@@ -84,9 +84,11 @@ def block_layout(gate: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.T
     """The blocks whose gate and mask are not zero, by rows and by columns of blocks; two launches."""
     grid_rows, grid_columns = gate.shape
     gate = (gate.view(torch.uint8) if gate.dtype == torch.bool else gate).contiguous()
-    sizes = (grid_rows + 1, gate.numel(), grid_columns + 1, gate.numel())
-    whole = torch.zeros(sum(sizes) + grid_rows + grid_columns, dtype=torch.int32, device=gate.device)
-    row_offsets, column_indices, column_offsets, row_indices, counts = whole.split((*sizes, grid_rows + grid_columns))
+    counts, row_offsets, column_offsets = (
+        torch.zeros(n, dtype=torch.int32, device=gate.device)
+        for n in (grid_rows + grid_columns, grid_rows + 1, grid_columns + 1)
+    )
+    column_indices, row_indices = (torch.zeros(gate.numel(), dtype=torch.int32, device=gate.device) for _ in range(2))
     grid = (grid_rows + grid_columns,)
     given = gate if mask is None else mask.contiguous().view(torch.uint8)
     rest: Any = {"HAS_MASK": mask is not None, "BLOCK": _LAYOUT_BLOCK, "num_warps": 4}
@@ -232,7 +234,7 @@ def masked_linear_backward(
     """Gradients of x, weight, gate and bias; empty where not needed."""
     dz = _before_activation(grad, saved, activation)
     shape, block = (weight.shape[0], weight.shape[1]), (rows, columns)
-    results = [x.new_empty(0)] * 4
+    results = [x.new_empty(0) for _ in range(4)]
     if needs[0]:
         results[0] = _Operand(weight, shape, block, layout, gate, None).product(dz, False)[0]
     if needs[1] or needs[2]:
@@ -317,7 +319,7 @@ def block_sparse_linear_backward(
     shape, block = (grad.shape[-1], x.shape[-1]), (values.shape[1], values.shape[2])
     dz = _before_activation(grad, saved, activation)
     operand = _Operand(values, shape, block, layout, None, positions)
-    results = [x.new_empty(0)] * 3
+    results = [x.new_empty(0) for _ in range(3)]
     if needs[0]:
         results[0] = operand.product(dz, False)[0]
     if needs[1]:

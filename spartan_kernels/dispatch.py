@@ -173,7 +173,7 @@ def refusal(operator: str, name: str, device: str, dtype: torch.dtype, grouped: 
 def select(operator: str, device: str, dtype: torch.dtype, name: str, grouped: bool = False) -> str:
     """The backend that serves `operator`: `name` itself, or for "auto" the first of AUTO_ORDER that can.
 
-    "auto" warns once when it steps over a backend that exists for the operator but cannot run here.
+    "auto" warns once when it steps over a backend that exists for the operator and dtype but cannot run here.
 
     Raises:
         ValueError: the backend named cannot serve this call; it never falls back.
@@ -187,7 +187,8 @@ def select(operator: str, device: str, dtype: torch.dtype, name: str, grouped: b
         reason = refusal(operator, candidate, device, dtype, grouped)
         if reason is None:
             return candidate
-        if candidate in SUPPORT[operator]:
+        support = SUPPORT[operator].get(candidate)
+        if support and dtype in support.dtypes:
             _warn_once(f"spartan: {reason}; using a slower backend")
     raise ValueError(f"{operator}: no backend serves {device} tensors of {dtype}")
 

@@ -227,3 +227,23 @@ def test_masks_larger_than_the_caches() -> None:
     torch.testing.assert_close(mask, torch.sigmoid(7.0 * (values.abs() - state[0]).float()), rtol=0, atol=1e-6)
     assert int(kept.sum()) == budget
     assert values.abs()[kept].min() >= values.abs()[~kept].max()
+
+
+@pytest.mark.skipif(not os.environ.get("SPARTAN_LARGE_TESTS"), reason="takes 9 GB; SPARTAN_LARGE_TESTS=1 runs it")
+def test_more_than_two_to_the_31_values() -> None:
+    """bfloat16, 4.3 GB of values and as much of mask: positions past 2^31 are seen, chosen and written."""
+    n = 2**31 + 4099
+    values = torch.zeros(n, dtype=torch.bfloat16)
+    special = torch.tensor([0, 5, 2**31 - 1, 2**31, 2**31 + 1, n - 1])
+    values[special] = torch.tensor([1.0, 4.0, 2.0, 5.0, 3.0, 6.0], dtype=torch.bfloat16)
+    (hard,) = hard_topk_global([values], 4.0, backend="native")
+    assert hard.nonzero().flatten().tolist() == [5, 2**31, 2**31 + 1, n - 1]
+    # ties go to the lowest index: all six, and the first of the zeros
+    (hard,) = hard_topk_global([values], n - 3.0, backend="native")
+    assert (~hard).nonzero().flatten().tolist() == [n - 4, n - 3, n - 2]
+    del hard
+    (mask,) = soft_topk_global([values], n / 2.0, beta=1.0, backend="native")
+    # all but six entries are zero, so the threshold lies at zero
+    torch.testing.assert_close(mask[special].float(), torch.sigmoid(values[special].float()), rtol=5e-3, atol=0)
+    for at in (1, 2**31 - 2, 2**31 + 2, n - 2):
+        assert abs(mask[at].item() - 0.5) < 2e-3

@@ -17,6 +17,7 @@ from spartan.methods import GMP, Dense, OneShot, Spartan, StaticRandom
 from spartan.pack_modules import to_block_sparse
 from spartan.patterns import sparsity_pattern
 from spartan.sparsifier import Sparsifier
+from spartan.tuning import tune
 from spartan_kernels import BlockLayout, BlockSparseWeight, __version__, backend, checks, info
 
 __all__ = [
@@ -45,4 +46,5 @@ __all__ = [
     "sparsity_of",
     "sparsity_pattern",
     "to_block_sparse",
+    "tune",
 ]

@@ -1,0 +1,119 @@
+"""Measure from which density on the dense product is faster than the block-sparse one, on this machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+from spartan.matmul import masked_linear
+from spartan_kernels.arguments import block_grid, block_shape
+from spartan_kernels.break_even import Crossing, Surface, device_kind, store
+from spartan_kernels.dispatch import AUTO_ORDER, refusal
+
+__all__ = ["tune"]
+
+_SHAPE = (3072, 768)  # the first layer of a transformer's MLP
+_DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 0.95, 1.0)
+_TOKENS = {True: 8, False: 2048}  # few, many
+_SLACK = 1.05  # the dense product is preferred only where the block-sparse one is this much slower
+Timer = Callable[[Callable[[], object], torch.device], float]
+
+
+def tune(
+    device: str | torch.device | None = None,
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
+    block_sizes: Sequence[int | tuple[int, int]] = (16, 32, 64, 128),
+    *,
+    timer: Timer | None = None,
+) -> Path:
+    """Measure once where `masked_linear` should multiply densely, and store that in the user's cache.
+
+    For each dtype, block size and few or many tokens, forward passes through a 3072 x 768 weight are timed at rising
+    densities against `torch.nn.functional.linear` on the same weight; the crossing is interpolated in the density.
+
+    Args:
+        device: None for the GPU where there is one, else the CPU.
+        dtypes: dtypes to measure; one that only the reference serves is left out.
+        block_sizes: ints or (rows, columns); sizes between them take the nearest.
+        timer: seconds of a call on a device; None measures the median of several.
+
+    Returns:
+        The file: SPARTAN_TUNE_CACHE, or spartan-kernels/break_even.json in XDG_CACHE_HOME or ~/.cache.
+
+    Raises:
+        ValueError: a block size that is not positive, no dtype that can be measured, or a cache file that cannot be
+            read.
+    """
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kernel = next(
+        (name for name in AUTO_ORDER.get(where.type, ()) if _serves(name, where.type, torch.float32)), "reference"
+    )
+    sizes = [block_shape(size) for size in block_sizes]
+    surface: Surface = tuple(
+        _crossing(where, dtype, size, few, kernel, timer or _median_seconds)
+        for dtype in dtypes
+        if kernel != "reference" and _serves(kernel, where.type, dtype)
+        for size in sizes
+        for few in (True, False)
+    )
+    if not surface:
+        raise ValueError(f"dtypes must hold one that a kernel serves on {where.type}; got {list(dtypes)}")
+    return store(device_kind(where), surface)
+
+
+def _serves(name: str, kind: str, dtype: torch.dtype) -> bool:
+    return name != "reference" and refusal("masked_linear_forward", name, kind, dtype) is None
+
+
+def _crossing(
+    device: torch.device, dtype: torch.dtype, size: tuple[int, int], few: bool, kernel: str, timer: Timer
+) -> Crossing:
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(_SHAPE, generator=g).to(device, dtype)
+    x = torch.randn(_TOKENS[few], _SHAPE[1], generator=g).to(device, dtype)
+    grid = block_grid(_SHAPE, size)
+    order = torch.rand(grid, generator=g).flatten().argsort().argsort().view(grid)
+    with torch.no_grad():
+        dense = timer(lambda: functional.linear(x, weight), device)
+        ratios = []
+        for density in _DENSITIES:
+            gate = (order < round(density * order.numel())).to(device, torch.float32)
+            sparse = partial(masked_linear, x, weight, gate, size, backend=kernel)
+            ratios.append(timer(sparse, device) / dense)
+    name = str(dtype).removeprefix("torch.")
+    return Crossing(name, *size, few, interpolated_crossing(_DENSITIES, ratios))
+
+
+def interpolated_crossing(densities: Sequence[float], ratios: Sequence[float]) -> float | None:
+    """The density from which on sparse time / dense time stays over 1.05; None where even the last is not.
+
+    One slow measurement between fast ones is noise, so the search comes from the dense end.
+    """
+    if ratios[-1] <= _SLACK:
+        return None
+    for i in range(len(ratios) - 1, 0, -1):
+        if ratios[i - 1] <= _SLACK:
+            part = (_SLACK - ratios[i - 1]) / (ratios[i] - ratios[i - 1])
+            return densities[i - 1] + part * (densities[i] - densities[i - 1])
+    return 0.0
+
+
+def _median_seconds(call: Callable[[], object], device: torch.device, seconds: float = 0.1, least: int = 5) -> float:
+    def once() -> float:
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    once()
+    times: list[float] = []
+    while len(times) < least or sum(times) < seconds:
+        times.append(once())
+    return statistics.median(times)

@@ -1,0 +1,128 @@
+"""The break-even: which product serves a density, what is stored, and how it is measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import spartan
+from spartan.tuning import interpolated_crossing
+from spartan_kernels import break_even, dispatch
+from spartan_kernels.break_even import Crossing, dense_wins, device_kind, load, store
+
+CPU = torch.device("cpu")
+KIND = device_kind(CPU)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    path = tmp_path / "folder" / "break_even.json"
+    monkeypatch.setenv("SPARTAN_TUNE_CACHE", str(path))
+    break_even._threshold.cache_clear()
+    yield path
+    break_even._threshold.cache_clear()
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own_cache: Path) -> None:
+    assert break_even.cache_file() == own_cache
+    monkeypatch.delenv("SPARTAN_TUNE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert break_even.cache_file() == tmp_path / "spartan-kernels" / "break_even.json"
+
+
+def test_the_nearest_block_decides(own_cache: Path) -> None:
+    store("another machine", (Crossing("float32", 8, 8, False, 0.1),))
+    small, large = Crossing("float32", 16, 16, False, 0.2), Crossing("float32", 128, 128, False, None)
+    assert store(KIND, (small, large)) == own_cache
+    assert load() == {"another machine": (Crossing("float32", 8, 8, False, 0.1),), KIND: (small, large)}
+    assert dense_wins(0.21, CPU, torch.float32, (16, 16), 2048)
+    assert not dense_wins(0.19, CPU, torch.float32, (16, 16), 2048)
+    assert dense_wins(0.3, CPU, torch.float32, (8, 32), 2048)
+    assert not dense_wins(1.0, CPU, torch.float32, (128, 64), 2048)
+    assert list(own_cache.parent.iterdir()) == [own_cache]
+
+
+def test_without_a_measurement_nothing_is_dense() -> None:
+    store(KIND, (Crossing("float32", 16, 16, False, 0.0),))
+    assert dense_wins(0.5, CPU, torch.float32, (16, 16), 17)
+    assert not dense_wins(1.0, CPU, torch.float32, (16, 16), 16)  # few tokens
+    assert not dense_wins(1.0, CPU, torch.float16, (16, 16), 17)
+
+
+def test_a_broken_cache_is_named(own_cache: Path) -> None:
+    own_cache.parent.mkdir()
+    for text in ("{", "[]", json.dumps({KIND: [{"dtype": "float32"}]})):
+        own_cache.write_text(text)
+        with pytest.raises(ValueError, match=rf"{own_cache}.*spartan\.tune"):
+            load()
+
+
+def test_auto_multiplies_densely_above_the_break_even(monkeypatch: pytest.MonkeyPatch) -> None:
+    store(KIND, (Crossing("float32", 4, 4, False, 0.6), Crossing("float32", 4, 4, True, 0.6)))
+    asked: list[str] = []
+    implementation = dispatch.implementation
+
+    def recording(operator: str, name: str) -> Callable[..., object]:
+        asked.append(f"{operator} {name}")
+        return implementation(operator, name)
+
+    monkeypatch.setattr(dispatch, "implementation", recording)
+    weight = torch.randn(8, 8, requires_grad=True)
+    x = torch.randn(3, 8)
+    half = torch.eye(2)
+    usual = dispatch.select("masked_linear_forward", "cpu", torch.float32, "auto")
+    for gate, name in ((half, usual), (torch.ones(2, 2), "reference")):
+        asked.clear()
+        spartan.masked_linear(x, weight, gate, 4).sum().backward()
+        assert [a for a in asked if "linear" in a] == [
+            f"masked_linear_forward {name}",
+            f"masked_linear_backward {name}",
+        ]
+    asked.clear()
+    spartan.masked_linear(x, weight, torch.ones(2, 2), 4, backend=usual)  # by name: obeyed
+    assert f"masked_linear_forward {usual}" in asked
+
+
+@pytest.mark.parametrize(
+    ("ratios", "crossing"),
+    [
+        ([0.2, 0.5, 1.0], None),
+        ([0.2, 0.5, 1.6], 0.75),
+        ([0.2, 1.5, 0.9], None),  # noise
+        ([1.2, 1.5, 1.9], 0.0),
+        ([0.85, 1.25, 1.6], 0.25),
+    ],
+)
+def test_the_crossing(ratios: list[float], crossing: float | None) -> None:
+    found = interpolated_crossing([0.0, 0.5, 1.0], ratios)
+    assert found == (crossing if crossing is None else pytest.approx(crossing))
+
+
+@pytest.mark.skipif(dispatch.unavailable("native") is not None, reason="needs the native backend")
+def test_tune_with_a_timer() -> None:
+    calls: list[torch.Tensor] = []
+
+    def timer(call: Callable[[], object], device: torch.device) -> float:
+        result = call()
+        assert isinstance(result, torch.Tensor) and device == CPU
+        calls.append(result)
+        # the first of ten is the dense product, the others rise with the density: they pass 1.05 between 0.5 and 0.7
+        return 1.0 if len(calls) % 10 == 1 else (0.1, 0.2, 0.3, 0.4, 0.85, 1.25, 1.5, 1.6, 1.7)[(len(calls) - 2) % 10]
+
+    path = spartan.tune("cpu", (torch.float32, torch.float64), (64, (32, 16)), timer=timer)
+    surface = load()[KIND]
+    assert path.exists() and len(calls) == 40  # float64 has no kernel
+    assert [(c.dtype, c.rows, c.columns, c.few) for c in surface] == [
+        ("float32", 64, 64, True),
+        ("float32", 64, 64, False),
+        ("float32", 32, 16, True),
+        ("float32", 32, 16, False),
+    ]
+    assert all(c.density == pytest.approx(0.6) for c in surface)
+    torch.testing.assert_close(calls[9], calls[0], rtol=1e-4, atol=1e-3)  # density 1 is the dense product
+    with pytest.raises(ValueError, match=r"dtypes.*float64"):
+        spartan.tune("cpu", (torch.float64,), timer=timer)

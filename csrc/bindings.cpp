@@ -97,6 +97,53 @@ namespace {
 
 cuda::Stream stream_of(Address handle, int device) { return {at(handle), device}; }
 
+void bind_cuda_matmul(py::module_& m) {
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+  m.def(
+      "block_layout",
+      [](Address gate, int gate_bytes, Address mask, int64_t grid_rows, int64_t grid_columns, Address counts,
+         Address row_offsets, Address column_indices, Address column_offsets, Address row_indices, Address stream, int device) {
+        cuda::block_layout(at(gate), gate_bytes, at<const uint8_t>(mask), grid_rows, grid_columns, at<int32_t>(counts),
+                           at<int32_t>(row_offsets), at<int32_t>(column_indices), at<int32_t>(column_offsets),
+                           at<int32_t>(row_indices), stream_of(stream, device));
+      },
+      unlocked);
+  m.def("masked_matmul_workspace_bytes", [](int dtype, const cpu::BlockMatrix& w, int64_t tokens) {
+    return cuda::masked_matmul_workspace_bytes(static_cast<Dtype>(dtype), w, tokens);
+  });
+  m.def(
+      "masked_matmul",
+      [](int dtype, const cpu::BlockMatrix& w, Address x, int64_t tokens, int64_t stride, Address bias, int activation,
+         Address y, Address saved, Address workspace, Address stream, int device) {
+        cuda::masked_matmul(static_cast<Dtype>(dtype), w, {at(x), tokens, stride}, at(bias),
+                            static_cast<cpu::Activation>(activation), at(y), at(saved), at(workspace),
+                            stream_of(stream, device));
+      },
+      unlocked);
+  m.def(
+      "masked_matmul_input_gradient",
+      [](int dtype, const cpu::BlockMatrix& w, Address dz, int64_t tokens, int64_t stride, Address dx, Address workspace,
+         Address stream, int device) {
+        cuda::masked_matmul_input_gradient(static_cast<Dtype>(dtype), w, {at(dz), tokens, stride}, at(dx), at(workspace),
+                                           stream_of(stream, device));
+      },
+      unlocked);
+  m.def(
+      "sampled_matmul",
+      [](int dtype, const cpu::BlockMatrix& w, Address dz, int64_t dz_stride, Address x, int64_t x_stride, int64_t tokens,
+         Address result, Address grad_gate, Address stream, int device) {
+        cuda::sampled_matmul(static_cast<Dtype>(dtype), w, {at(dz), tokens, dz_stride}, {at(x), tokens, x_stride},
+                             at(result), at<float>(grad_gate), stream_of(stream, device));
+      },
+      unlocked);
+  m.def(
+      "gate_gradient",
+      [](int dtype, const cpu::BlockMatrix& w, Address raw, Address grad_gate, Address stream, int device) {
+        cuda::gate_gradient(static_cast<Dtype>(dtype), w, at(raw), at<float>(grad_gate), stream_of(stream, device));
+      },
+      unlocked);
+}
+
 void bind_cuda(py::module_& m) {
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   m.attr("coupling_workspace") = cuda::kCouplingPartials;
@@ -332,5 +379,6 @@ PYBIND11_MODULE(_native, m) {
 #ifdef SPARTAN_WITH_CUDA
   py::module_ cuda_module = m.def_submodule("cuda");
   bind_cuda(cuda_module);
+  bind_cuda_matmul(cuda_module);
 #endif
 }

@@ -164,6 +164,25 @@ void masked_weight_coupling(Dtype, Blocks, const void* grad, const void* weight,
 void masked_weight_correct(Dtype, Blocks, void* grad, const void* weight, const void* soft, const double* scale, Stream);
 void block_scores(Dtype, Blocks, const void* weight, void* scores, Stream);
 
+// Products with a matrix in blocks, described as for the CPU; positions are of its packed blocks by columns. A workspace of the
+// bytes asked for, where that is not none, lets few tokens use the whole device.
+using cpu::Activation;
+using cpu::BlockMatrix;
+using cpu::Tokens;
+// `counts` holds grid_rows + grid_columns numbers of scratch.
+void block_layout(const void* gate, int gate_bytes, const uint8_t* mask, int64_t grid_rows, int64_t grid_columns,
+                  int32_t* counts, int32_t* row_offsets, int32_t* column_indices, int32_t* column_offsets,
+                  int32_t* row_indices, Stream);
+int64_t masked_matmul_workspace_bytes(Dtype, const BlockMatrix&, int64_t tokens);
+void masked_matmul(Dtype, const BlockMatrix&, Tokens x, const void* bias, Activation, void* y, void* saved, void* workspace,
+                   Stream);
+void masked_matmul_input_gradient(Dtype, const BlockMatrix&, Tokens dz, void* dx, void* workspace, Stream);
+// The active blocks of dz^T x, times their gate, in the matrix's type: [out, in] whose other blocks are left alone, or packed
+// blocks. grad_gate_b = <(dz^T x)_b, data_b> there, unless null.
+void sampled_matmul(Dtype, const BlockMatrix&, Tokens dz, Tokens x, void* result, float* grad_gate, Stream);
+// The same of every block from a dense dz^T x: raw [out, in], contiguous, is multiplied by the gates in place.
+void gate_gradient(Dtype, const BlockMatrix&, void* raw, float* grad_gate, Stream);
+
 // A [rows, length] whose rows are contiguous and `stride` apart; what is written is contiguous. The cost of entry i of a row is costs[row * cost_stride + i * cost_step], null: 1.
 struct Rows {
   const void* values;

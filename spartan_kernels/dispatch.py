@@ -64,6 +64,7 @@ _PRODUCTS = {
     "reference": Support("masked_matmul", (), _FLOATS),
     "native": Support("masked_matmul", ("cpu",), _PRODUCT_DTYPES),
     "triton": Support("masked_matmul", _TRITON_DEVICES, _PRODUCT_DTYPES),
+    "cuda": Support("masked_matmul", ("cuda",), _PRODUCT_DTYPES),
 }
 
 # operator -> backend -> what it serves. The only place that says so.
@@ -203,8 +204,8 @@ def implementation(operator: str, name: str) -> Callable[..., Any]:
     """The function of the backend `name` that computes `operator`."""
     package = "spartan_kernels.backends."
     stem = SUPPORT[operator][name].stem
-    compiled = {"native": "native_matmul" if stem == "masked_matmul" else "native", "cuda": "native_cuda"}
-    module = compiled.get(name) or f"{name}.{stem}"
+    compiled = {"native": "native", "cuda": "native_cuda"}
+    module = compiled[name] + "_matmul" * (stem == "masked_matmul") if name in compiled else f"{name}.{stem}"
     function: Callable[..., Any] = getattr(importlib.import_module(package + module), operator)
     return function
 

@@ -53,6 +53,7 @@ def test_the_operators_pass_their_own_tests(emulated: Path) -> None:
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]),
     }
     files = ("masked_weight", "soft_topk", "soft_topk_global", "hard_topk", "step_gradient")
+    files += ("layout", "masked_linear", "block_sparse", "sampled_matmul")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.cuda_emulator.plugin", "-p", "no:cacheprovider"]
     # what only concerns torch.library and torch.compile is the same on every backend
     command += ["-k", "cuda-cpu and not opcheck and not compiled and not thread_count"]
@@ -61,14 +62,15 @@ def test_the_operators_pass_their_own_tests(emulated: Path) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
-def test_lists_move_what_they_should_on_every_way_through_a_solve(emulated: Path) -> None:
+@pytest.mark.parametrize("name", ["lists", "matmul"])
+def test_every_way_through_the_kernels(emulated: Path, name: str) -> None:
     environment = {
         **os.environ,
         "SPARTAN_EMULATED": str(emulated),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.cuda_emulator.plugin", "-p", "no:cacheprovider"]
-    command += [str(ROOT / "tests" / "cuda_emulator" / "test_lists.py")]
+    command += [str(ROOT / "tests" / "cuda_emulator" / f"test_{name}.py")]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 

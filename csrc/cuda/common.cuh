@@ -48,7 +48,7 @@ inline void check(cudaError_t status) {
 #ifdef __CUDACC__
 // The thread block's memory whose size the launch gives.
 __device__ inline float* dynamic_shared() {
-  extern __shared__ float memory[];
+  extern __shared__ __align__(16) float memory[];
   return memory;
 }
 #endif

@@ -48,10 +48,6 @@ template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
   return cudaSuccess;
 }
-inline float* dynamic_shared() {
-  static float memory[kEmulatedSharedBytes / sizeof(float)];
-  return memory;
-}
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   return std::memset(to, value, bytes), cudaSuccess;
 }
@@ -77,6 +73,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
 namespace emulator {
 
 constexpr size_t kStack = 128 << 10;
+constexpr size_t kSharedMemory = 99 << 10;  // what a thread block may have on the smallest device
 
 struct Barrier {
   unsigned arrived = 0, generation = 0;
@@ -95,6 +92,8 @@ inline unsigned current, progress;
 inline std::function<void()> body;
 inline Barrier block_barrier, warp_barriers[32][32];
 inline uint64_t exchange[32][32];
+alignas(128) inline float shared_memory[kSharedMemory / sizeof(float)];
+inline uint64_t blocks_run;
 
 inline void enter() {
   body();
@@ -134,6 +133,8 @@ inline void run_block() {
   fibers.assign(n, Fiber{});
   stacks.resize(n * kStack);
   block_barrier = {};
+  ++blocks_run;
+  std::memset(shared_memory, 0xff, sizeof shared_memory);  // NaN
   for (auto& warp : warp_barriers)
     for (Barrier& barrier : warp) barrier = {};
   for (unsigned i = 0; i < n; ++i) {
@@ -162,6 +163,10 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
   static std::mutex one_launch;
   const std::lock_guard<std::mutex> lock(one_launch);
+  if (config->dynamicSmemBytes > emulator::kSharedMemory) {
+    std::fprintf(stderr, "CUDA emulator: %zu bytes of shared memory\n", config->dynamicSmemBytes);
+    std::abort();
+  }
   gridDim = config->numAttrs > 0 ? dim3(1) : config->gridDim;  // blocks that wait for each other: one, as they run in turn
   blockDim = config->blockDim;
   emulator::body = [=] { kernel(arguments...); };
@@ -173,6 +178,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return cudaSuccess;
 }
 
+inline float* dynamic_shared() { return emulator::shared_memory; }
 inline void __syncthreads() { emulator::wait(&emulator::block_barrier, blockDim.x); }
 inline void __threadfence() {}
 
@@ -188,6 +194,21 @@ T __shfl_xor_sync(unsigned mask, T value, int other) {
   std::memcpy(&result, &emulator::exchange[warp][lane ^ static_cast<unsigned>(other)], sizeof result);
   emulator::wait(barrier, threads);
   return result;
+}
+
+inline unsigned __ballot_sync(unsigned mask, bool value) {
+  unsigned found = static_cast<unsigned>(value) << (threadIdx.x % 32);
+  for (int other = 1; other < 32; other *= 2) found |= __shfl_xor_sync(mask, found, other);
+  return found;
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+template <class T>
+T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+T max(T a, T b) {
+  return a < b ? b : a;
 }
 
 template <class T, class V>

@@ -212,6 +212,8 @@ int64_t Problem<T>::gather_sample(int64_t limit, T* values, T* costs) {
 
 template <class T>
 Sample<T> Problem<T>::sample() {
+  if (candidates_ != nullptr) arena_.release(static_cast<char*>(candidates_));  // they share one place
+  candidates_ = nullptr;
   char* mark = arena_.mark();
   const int64_t limit = std::min<int64_t>(length_, kSampleBytes / sizeof(T));
   T* values = arena_.take<T>(limit);

@@ -80,6 +80,13 @@ class Problem {
   // Counts above the window and collects within it, with the moments at `logit` in the same pass where it is given.
   // False when the candidates do not fit.
   bool survey(const Logit<T>* logit, const Window<T>& window, Moments* moments);
+  // How many candidates fit.
+  int64_t candidate_capacity() const { return kCandidateBytes / static_cast<int64_t>(one_cost_ ? sizeof(T) : sizeof(Priced<T>)); }
+  // A survey that counts the window's entries by bins of it instead, and leaves the bin in which the budget runs out as the
+  // window; false when that is in none.
+  bool narrow(const Logit<T>* logit, double budget, Window<T>* window, Moments* moments);
+  // The exact hard cut if it lies within the window: surveyed, and narrowed for as long as its candidates do not fit.
+  bool cut_within(Window<T> window, double budget, Cut<T>* cut);
   // The exact hard cut from the last survey; false when the window does not hold it.
   bool cut_from_candidates(const Window<T>& window, double above, double budget, Cut<T>* cut);
   // The exact hard cut of a sample that is complete.
@@ -128,6 +135,8 @@ class Problem {
   int64_t own_sample(int64_t limit, T* values, T* costs) const;
   int64_t gather_sample(int64_t limit, T* values, T* costs);
   void merge_histogram(double* histogram) const;
+  template <class Gatherer>
+  Moments survey_into(Gatherer* gatherer, const Logit<T>* logit, const Window<T>& window);
   RadixDescent<T> descend_candidates(double budget);
   Cut<T> tie_cut(T ratio, double remaining);
   bool grouped() const { return group_.size > 1; }
@@ -145,7 +154,7 @@ class Problem {
   void* partials_;
   double* histograms_;
   void* candidates_ = nullptr;  // T, or Priced<T> where costs differ
-  int64_t candidate_capacity_ = 0, candidate_count_ = 0;
+  int64_t candidate_count_ = 0;
 };
 
 // `budget` within [0, total]; throws where it is outside by more than rounding.

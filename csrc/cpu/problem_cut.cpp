@@ -27,6 +27,40 @@ struct Collector {
   }
 };
 
+// Bins of a window, of 2^shift keys each.
+template <class T>
+struct Bins {
+  using Bits = typename Key<T>::Bits;
+  Bits first, last;
+  int shift = 0;
+
+  explicit Bins(const Window<T>& window) : first(key_of(window.low)), last(key_of(window.high)) {
+    while (((last - first) >> shift) >= kRadixBins) ++shift;
+  }
+  int bin(T ratio) const { return static_cast<int>((key_of(ratio) - first) >> shift); }
+  Window<T> window(int bin) const {
+    const Bits low = first + (static_cast<Bits>(bin) << shift), rest = last - low, size = (Bits(1) << shift) - 1;
+    return {value_of<T>(low), value_of<T>(rest < size ? last : low + size)};
+  }
+};
+
+// Adds up the costs of what the threads' sinks flush, by bin. They only say where to look: their order is free.
+template <class T>
+struct Binner {
+  Bins<T> bins;
+  double unit;  // 0: costs differ
+  double* histogram;
+
+  static void flush(Sink<T>* sink) {
+    auto* self = static_cast<Binner*>(sink->context);
+    for (int64_t i = 0; i < sink->count; ++i) {
+      const double cost = self->unit > 0 ? self->unit : static_cast<double>(sink->cost[i]);
+      std::atomic_ref<double>(self->histogram[self->bins.bin(sink->ratio[i])]).fetch_add(cost, std::memory_order_relaxed);
+    }
+    sink->count = 0;
+  }
+};
+
 struct Found {
   Moments moments;
   double overflows = 0;  // ranks whose candidates did not fit
@@ -40,28 +74,63 @@ struct Found {
 }  // namespace
 
 template <class T>
-bool Problem<T>::survey(const Logit<T>* logit, const Window<T>& window, Moments* moments) {
-  if (candidates_ == nullptr) {
-    candidates_ = arena_.take<char>(kCandidateBytes);
-    candidate_capacity_ = kCandidateBytes / static_cast<int64_t>(one_cost_ ? sizeof(T) : sizeof(Priced<T>));
-  }
-  Collector<T> collector{candidates_, !one_cost_, candidate_capacity_};
-  Found own;
-  own.moments = reduce_own<Moments>([&](const Part&, int64_t, const Span<T>& span) {
+template <class Gatherer>
+Moments Problem<T>::survey_into(Gatherer* gatherer, const Logit<T>* logit, const Window<T>& window) {
+  return reduce_own<Moments>([&](const Part&, int64_t, const Span<T>& span) {
     Sink<T> sink;
-    sink.flush = Collector<T>::flush;
-    sink.context = &collector;
+    sink.flush = Gatherer::flush;
+    sink.context = gatherer;
     const Moments found =
         logit != nullptr ? passes_.survey(span, *logit, window, &sink) : passes_.count(span, window, &sink);
-    if (sink.count > 0) Collector<T>::flush(&sink);
+    if (sink.count > 0) Gatherer::flush(&sink);
     return found;
   });
+}
+
+template <class T>
+bool Problem<T>::survey(const Logit<T>* logit, const Window<T>& window, Moments* moments) {
+  if (candidates_ == nullptr) candidates_ = arena_.take<char>(kCandidateBytes);
+  Collector<T> collector{candidates_, !one_cost_, candidate_capacity()};
+  Found own;
+  own.moments = survey_into(&collector, logit, window);
   candidate_count_ = collector.count.load();
-  own.overflows = candidate_count_ > candidate_capacity_;
+  own.overflows = candidate_count_ > candidate_capacity();
   const Found found = across(own);
   *moments = found.moments;
   if (std::isnan(moments->poison)) refuse_values();
   return found.overflows == 0;
+}
+
+template <class T>
+bool Problem<T>::narrow(const Logit<T>* logit, double budget, Window<T>* window, Moments* moments) {
+  const double unit = one_cost_ && n_parts_ > 0 ? static_cast<double>(parts_[0].unit) : 0.0;
+  Binner<T> binner{Bins<T>(*window), unit, histograms_};
+  std::memset(histograms_, 0, kRadixBins * sizeof(double));
+  *moments = across(survey_into(&binner, logit, *window));
+  if (std::isnan(moments->poison)) refuse_values();
+  merge_histogram(histograms_);
+  double spent = moments->above;
+  for (int bin = kRadixBins - 1; bin >= 0 && spent <= budget; --bin) {
+    spent += histograms_[bin];
+    if (spent <= budget) continue;
+    *window = binner.bins.window(bin);
+    return true;
+  }
+  return false;
+}
+
+template <class T>
+bool Problem<T>::cut_within(Window<T> window, double budget, Cut<T>* cut) {
+  Moments m;
+  while (!survey(nullptr, window, &m)) {
+    if (m.above > budget) return false;
+    if (window.low == window.high) {
+      *cut = tie_cut(window.low, budget - m.above);
+      return true;
+    }
+    if (!narrow(nullptr, budget, &window, &m)) return false;
+  }
+  return cut_from_candidates(window, m.above, budget, cut);
 }
 
 template <class T>

@@ -75,6 +75,8 @@ class GlobalSolve {
     if (budget > margin) window.high = sample.descend(budget - margin, problem_.histogram()).ratio();
     const RadixDescent<T> below = sample.descend(budget + margin, problem_.histogram());
     if (!below.everything) window.low = below.ratio();
+    const double inside = 2 * margin / sample.extent.cost * static_cast<double>(problem_.length());
+    wide_ = inside > static_cast<double>(problem_.candidate_capacity());
     return window;
   }
 
@@ -100,7 +102,9 @@ class GlobalSolve {
     for (int trial = 0; trial < kMaxTrials; ++trial) {
       const Logit<T> logit = search_.logit<T>();
       Moments m;
-      if (trial == 0 && want_cut_) {
+      if (trial == 0 && want_cut_ && wide_) {
+        problem_.narrow(&logit, budget_, &window_, &m);
+      } else if (want_cut_ && !have_cut_ && trial <= (wide_ ? 1 : 0)) {
         const bool fits = problem_.survey(&logit, window_, &m);
         have_cut_ = fits && problem_.cut_from_candidates(window_, m.above, budget_, &cut_);
       } else {
@@ -124,19 +128,18 @@ class GlobalSolve {
     return search_.bisect();
   }
 
-  // The window missed or there was no pass for it: look at a sample, then at everything.
+  // The window missed or there was no pass for it: look around, then where a sample says, then at everything.
   void find_cut() {
     if (have_cut_) return;
+    have_cut_ = true;
     if (budget_ >= problem_.total_cost()) {
       cut_ = Cut<T>::everything();
-      have_cut_ = true;
-      return;
+    } else if (!problem_.cut_within(window_, budget_, &cut_)) {
+      const Sample<T> sample = problem_.sample();
+      window_ = window_from(sample, budget_ * (sample.extent.cost / problem_.total_cost()));
+      problem_.forget(sample);
+      if (!problem_.cut_within(window_, budget_, &cut_)) cut_ = problem_.cut_by_radix(budget_);
     }
-    Moments m;
-    have_cut_ = problem_.survey(nullptr, window_, &m) &&
-                problem_.cut_from_candidates(window_, m.above, budget_, &cut_);
-    if (!have_cut_) cut_ = problem_.cut_by_radix(budget_);
-    have_cut_ = true;
   }
 
   // P2: the masks. Where their sum misses the budget (few entries near a steep threshold: a staircase, on which one
@@ -170,6 +173,7 @@ class GlobalSolve {
   ThresholdSearch search_;
   State* state_;
   bool want_cut_, have_cut_ = false, solved_ = false;
+  bool wide_ = false;  // the window holds more than the candidates that fit
   Window<T> window_{T(0), T(0)};
   Cut<T> cut_ = Cut<T>::nothing();
 };

@@ -13,6 +13,7 @@ from spartan.budgets import LayerSize
 from spartan.nn import MaskCarrier, largest_block, unmask_weight
 from spartan_kernels import (
     block_scores,
+    expand_blocks,
     hard_topk_global,
     masked_weight_correct_,
     masked_weight_coupling,
@@ -35,11 +36,15 @@ class Mask(NamedTuple):
 
 @dataclass
 class MaskedTensor:
-    """A masked weight: its name in the model, the module that has it and the module that carries its masks."""
+    """A masked weight: its name in the model, the module that has it and the module that carries its masks.
+
+    `remembered` is what a method keeps from before an optimizer step until after it; no state between steps.
+    """
 
     name: str
     module: nn.Module
     carrier: MaskCarrier
+    remembered: torch.Tensor | None = field(default=None, init=False)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -68,7 +73,15 @@ class MaskedTensor:
     def scores(self) -> torch.Tensor:
         """theta itself where each weight is a block (its magnitude counts), else the sum of |theta| of each block."""
         weight = self.weight.detach()
-        return weight if self.unstructured else block_scores(weight, self.carrier.mask_block_size)
+        return weight if self.unstructured else self.magnitudes(weight)
+
+    def magnitudes(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of |values| of each block, for values shaped like the weight."""
+        return values.abs() if self.unstructured else block_scores(values, self.carrier.mask_block_size)
+
+    def expand(self, grid: torch.Tensor) -> torch.Tensor:
+        """The value of each weight's block, in the weight's shape."""
+        return expand_blocks(grid, self.weight.shape, self.carrier.mask_block_size)
 
     def kept(self) -> int:
         """Number of weights that the hard mask keeps."""
@@ -84,6 +97,7 @@ class MaskedTensor:
         self.project()
         self.carrier.mask_soft = None
         self.carrier.mask_scale = None
+        self.carrier.mask_backward = None
         self.carrier.mask_straight_through = False
 
 
@@ -206,12 +220,16 @@ class MaskGroup:
 
 @dataclass
 class MaskSet:
-    """All masked weights of a model with the clock of their training: what a method acts on."""
+    """All masked weights of a model with the clock of their training: what a method acts on.
+
+    `optimizer` is the one that trains the weights, where it is known: attached, or given to `Sparsifier.step`.
+    """
 
     groups: list[MaskGroup]
     total_steps: int
     step: int = 0
     frozen: bool = False
+    optimizer: torch.optim.Optimizer | None = None
 
     @property
     def tensors(self) -> list[MaskedTensor]:

@@ -32,8 +32,9 @@ class MaskCarrier(nn.Module):
         mask_soft: m, one per block, dtype of the weight; None once it is merged into the weight or if there
         is none. mask_hard: h, one per block, bool. mask_beta: float64 0-dim, the sharpness that m was solved
         with, scaled for the block size. mask_costs: a, 0-dim or one per block. mask_scale: 0-dim factor of
-        the masked weight, or None for 1. mask_block_size: (rows, columns). mask_straight_through: whether
-        gradients reach dropped blocks.
+        the masked weight, or None for 1. mask_backward: bool, one per block, the only blocks whose weight needs a
+        gradient where those are not the kept ones; None if there is no such set. mask_block_size: (rows, columns).
+        mask_straight_through: whether gradients reach dropped blocks.
     """
 
     mask_soft: torch.Tensor | None
@@ -41,13 +42,22 @@ class MaskCarrier(nn.Module):
     mask_beta: torch.Tensor
     mask_costs: torch.Tensor
     mask_scale: torch.Tensor | None
+    mask_backward: torch.Tensor | None
     mask_block_size: tuple[int, int]
     mask_straight_through: bool
 
     def attach_masks(
-        self, weight: torch.Tensor, block_size: tuple[int, int], soft: bool, preserve_scale: bool = False
+        self,
+        weight: torch.Tensor,
+        block_size: tuple[int, int],
+        soft: bool,
+        preserve_scale: bool = False,
+        straight_through: bool = False,
     ) -> None:
-        """Add masks that keep every block of `weight`; without `soft`, only a hard mask that blocks gradients."""
+        """Add masks that keep every block of `weight`; without `soft`, only a hard mask.
+
+        That blocks gradients unless `straight_through`.
+        """
         grid = block_grid(weight.shape, block_size)
         costs = block_costs(weight.shape, block_size)
         costs = costs if isinstance(costs, torch.Tensor) else torch.tensor(costs)
@@ -57,15 +67,16 @@ class MaskCarrier(nn.Module):
             "mask_beta": torch.zeros((), dtype=torch.float64, device=weight.device),
             "mask_costs": costs.to(device=weight.device, dtype=weight.dtype if costs.dim() else torch.float64),
             "mask_scale": weight.new_ones(()) if preserve_scale else None,
+            "mask_backward": None,
         }
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer if buffer is None else buffer.detach(), persistent=False)
         self.mask_block_size = block_size
-        self.mask_straight_through = soft
+        self.mask_straight_through = soft or straight_through
 
     def detach_masks(self) -> None:
         """Remove everything `attach_masks` added."""
-        for name in ("mask_soft", "mask_hard", "mask_beta", "mask_costs", "mask_scale"):
+        for name in ("mask_soft", "mask_hard", "mask_beta", "mask_costs", "mask_scale", "mask_backward"):
             delattr(self, name)
         del self.mask_block_size, self.mask_straight_through
 
@@ -94,6 +105,7 @@ class MaskedLinear(MaskCarrier, nn.Linear):
             gate = torch.ones_like(self.mask_hard, dtype=self.weight.dtype)
         else:
             gate = gate_of_weight(self.weight, self.mask_soft, self.mask_block_size, self.mask_beta, self.mask_costs)
+        everywhere = self.mask_straight_through and self.mask_backward is None
         return masked_linear(
             input,
             self.weight,
@@ -101,7 +113,7 @@ class MaskedLinear(MaskCarrier, nn.Linear):
             self.mask_block_size,
             self.bias,
             forward_mask=self.mask_hard,
-            backward_mask=None if self.mask_straight_through else self.mask_hard,
+            backward_mask=None if everywhere else self.mask_hard if self.mask_backward is None else self.mask_backward,
         )
 
 
@@ -187,6 +199,7 @@ def mask_weight(
     *,
     soft: bool,
     preserve_scale: bool = False,
+    straight_through: bool = False,
     parametrized: bool = False,
 ) -> MaskCarrier:
     """Give the weight of `module` masks that keep everything, and return what carries them.
@@ -199,10 +212,10 @@ def mask_weight(
     if type(module) in _SWAPS and not parametrized:
         module.__class__ = _SWAPS[type(module)]
         assert isinstance(module, MaskCarrier)
-        module.attach_masks(weight, block_size, soft, preserve_scale)
+        module.attach_masks(weight, block_size, soft, preserve_scale, straight_through)
         return module
     carrier = MaskedWeight(tuple(module._parameters))
-    carrier.attach_masks(weight, block_size, soft, preserve_scale)
+    carrier.attach_masks(weight, block_size, soft, preserve_scale, straight_through)
     parametrize.register_parametrization(module, "weight", carrier)
     return carrier
 

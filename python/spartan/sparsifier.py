@@ -19,6 +19,7 @@ __all__ = ["Sparsifier"]
 
 _VERSION = 1
 _COUNTS = ("model", "masked")
+_ENTRIES = ("soft", "hard", "beta", "scale", "backward", "straight_through")
 
 
 class Sparsifier:
@@ -32,7 +33,7 @@ class Sparsifier:
 
     Args:
         model: any module; all masked weights must share a dtype and a device.
-        method: `Spartan`, `GMP`, `OneShot`, `StaticRandom` or `Dense`.
+        method: one of `spartan.methods`: `Spartan`, `TopKAST`, `RigL` and their relatives, or `Dense`.
         total_steps: optimizer steps of the whole training.
         include: names of weights to mask instead of the default: a pattern ("blocks.*.weight"), several, or a
             function of (name, module). Any module with a `weight` of at least two dimensions can be chosen.
@@ -104,6 +105,7 @@ class Sparsifier:
                     block_size,
                     soft=method.soft,
                     preserve_scale=method.preserve_scale,
+                    straight_through=method.straight_through,
                     parametrized=c.parametrized,
                 ),
             )
@@ -172,6 +174,7 @@ class Sparsifier:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+        self._masks.optimizer = optimizer
 
     def correct_gradients(self) -> None:
         """Complete the final `.grad` of the masked weights; by hand, once before `optimizer.step()`.
@@ -183,15 +186,20 @@ class Sparsifier:
         self._require_detached("correct_gradients")
         self.method.correct_gradients(self._masks)
 
-    def step(self) -> None:
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Set the masks for the next forward pass; by hand, once after `optimizer.step()`, not after a skipped one.
+
+        Args:
+            optimizer: the one that made the step, for methods that reset its moments (`SET`, `RigL`).
 
         Raises:
             RuntimeError: an optimizer is attached, which does this itself, or the model is finalized.
-            ValueError: a weight that is not finite, by name (on the CPU).
+            ValueError: a weight that is not finite, by name (on the CPU), or a method that needs the optimizer
+                and has none.
         """
         self._require_active()
         self._require_detached("step")
+        self._masks.optimizer = optimizer
         self._advance()
 
     def finalize(self) -> None:
@@ -210,6 +218,7 @@ class Sparsifier:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._masks.optimizer = None
         self._finalized = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -289,6 +298,8 @@ def _tensor_state(tensor: MaskedTensor) -> dict[str, torch.Tensor]:
         "hard": carrier.mask_hard,
         "beta": carrier.mask_beta,
         "scale": carrier.mask_scale,
+        "backward": carrier.mask_backward,
+        "straight_through": torch.tensor(carrier.mask_straight_through),
     }
     return {key: value.clone() for key, value in state.items() if value is not None}
 
@@ -299,9 +310,9 @@ def _require_same_model(state: dict[str, Any], own: dict[str, Any]) -> None:
         raise ValueError(f"state is of another model: it masks {sorted(theirs)}, here {sorted(ours)} are masked")
     for name, mask in ours.items():
         for key in {"hard", *theirs[name]}:
-            wanted = () if key in ("beta", "scale") else tuple(mask["hard"].shape)
+            wanted = () if key in ("beta", "scale", "straight_through") else tuple(mask["hard"].shape)
             other = theirs[name].get(key)
-            if key not in ("soft", "hard", "beta", "scale") or not isinstance(other, torch.Tensor):
+            if key not in _ENTRIES or not isinstance(other, torch.Tensor):
                 raise ValueError(f"state of {name!r} has a wrong entry {key!r}")
             if tuple(other.shape) != wanted:
                 raise ValueError(
@@ -323,6 +334,8 @@ def _load_tensor(tensor: MaskedTensor, state: dict[str, torch.Tensor]) -> None:
     for key in ("soft", "scale"):
         value = state.get(key)
         setattr(carrier, f"mask_{key}", value if value is None else value.to(weight.device, weight.dtype, copy=True))
+    backward = state.get("backward")
+    carrier.mask_backward = backward if backward is None else backward.to(weight.device, copy=True)
     carrier.mask_hard.copy_(state["hard"])
     carrier.mask_beta.copy_(state["beta"])
-    carrier.mask_straight_through = "soft" in state
+    carrier.mask_straight_through = bool(state.get("straight_through", "soft" in state))

@@ -23,6 +23,7 @@ class Method(ABC):
 
     soft: bool = False
     preserve_scale: bool = False
+    straight_through: bool = False  # without soft masks: whether gradients reach dropped blocks
 
     @property
     def name(self) -> str:

@@ -10,7 +10,20 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from spartan.methods import GMP, Dense, Method, OneShot, Spartan, StaticRandom
+from spartan.methods import (
+    DPF,
+    GMP,
+    IHT,
+    SET,
+    Dense,
+    DualAveraging,
+    Method,
+    OneShot,
+    RigL,
+    Spartan,
+    StaticRandom,
+    TopKAST,
+)
 from spartan.sparsifier import Sparsifier
 
 TOTAL_STEPS = 30
@@ -48,7 +61,7 @@ class Run:
                 self.sparsifier.correct_gradients()
             self.optimizer.step()
             if self.by_hand:
-                self.sparsifier.step()
+                self.sparsifier.step(self.optimizer)
 
     def checkpoint(self) -> dict[str, Any]:
         """What a training script saves, through a file."""
@@ -77,6 +90,14 @@ METHODS = [
     GMP(sparsity=0.8, interval=4),
     OneShot(sparsity=0.8),
     StaticRandom(sparsity=0.8),
+    TopKAST(sparsity=0.8, backward_sparsity=0.5, interval=4, freeze=0.9),
+    TopKAST(sparsity=0.5, backward_sparsity=0.3, block_size=(4, 5), interval=4, distribution="uniform", penalty="l1"),
+    DualAveraging(sparsity=0.8),
+    DPF(sparsity=0.8, interval=4),
+    IHT(sparsity=0.8, block_size=(3, 4)),
+    SET(sparsity=0.8, interval=3),
+    RigL(sparsity=0.8, interval=3),
+    RigL(sparsity=0.5, block_size=(4, 5), interval=4, distribution="global"),
     Dense(),
 ]
 

@@ -13,7 +13,7 @@ from spartan.functional import (
     soft_topk_global,
 )
 from spartan.masks import Mask
-from spartan.methods import GMP, Dense, OneShot, Spartan, StaticRandom
+from spartan.methods import DPF, GMP, IHT, SET, Dense, DualAveraging, OneShot, RigL, Spartan, StaticRandom, TopKAST
 from spartan.pack_modules import to_block_sparse
 from spartan.patterns import sparsity_pattern
 from spartan.sparsifier import Sparsifier
@@ -21,15 +21,21 @@ from spartan.tuning import tune
 from spartan_kernels import BlockLayout, BlockSparseWeight, __version__, backend, checks, info
 
 __all__ = [
+    "DPF",
     "GMP",
+    "IHT",
+    "SET",
     "BlockLayout",
     "BlockSparseWeight",
     "Dense",
+    "DualAveraging",
     "Mask",
     "OneShot",
+    "RigL",
     "Sparsifier",
     "Spartan",
     "StaticRandom",
+    "TopKAST",
     "__version__",
     "backend",
     "block_sparse_linear",

@@ -248,6 +248,16 @@ class MaskSet:
             own = None if scores is None else [scores[tensor.name] for tensor in group.tensors]
             carry += group.budget(progress) - group.select(budget, own)
 
+    def gradient_scale(self) -> torch.Tensor | float:
+        """What `.grad` is a multiple of now: 1, or the loss scale where a fused optimizer unscales in its own step."""
+        scale = getattr(self.optimizer, "grad_scale", None)
+        return 1.0 if scale is None else scale
+
+    def step_skipped(self) -> bool:
+        """Whether a fused optimizer found gradients that are not finite and left the weights as they were."""
+        found = getattr(self.optimizer, "found_inf", None)
+        return found is not None and bool(found)
+
     def project(self) -> None:
         """Make every weight what the forward pass uses."""
         for tensor in self.tensors:

@@ -4,9 +4,29 @@ from __future__ import annotations
 
 from spartan.methods.base import Method, SparseMethod
 from spartan.methods.dense import Dense
+from spartan.methods.dpf import DPF
+from spartan.methods.dual_averaging import DualAveraging
 from spartan.methods.gmp import GMP
+from spartan.methods.iht import IHT
 from spartan.methods.one_shot import OneShot
+from spartan.methods.rigl import RigL
+from spartan.methods.set import SET
 from spartan.methods.spartan import Spartan
 from spartan.methods.static_random import StaticRandom
+from spartan.methods.top_kast import TopKAST
 
-__all__ = ["GMP", "Dense", "Method", "OneShot", "SparseMethod", "Spartan", "StaticRandom"]
+__all__ = [
+    "DPF",
+    "GMP",
+    "IHT",
+    "SET",
+    "Dense",
+    "DualAveraging",
+    "Method",
+    "OneShot",
+    "RigL",
+    "SparseMethod",
+    "Spartan",
+    "StaticRandom",
+    "TopKAST",
+]

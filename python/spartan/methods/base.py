@@ -96,6 +96,12 @@ def require_number(name: str, value: Any, low: float, high: float = math.inf, *,
         )
 
 
+def require_interval(value: Any) -> None:
+    """Raise unless `value` is a number of steps: an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"interval must be an int of at least 1; got {value!r}")
+
+
 def require_order(first: str, begin: float, second: str, end: float) -> None:
     """Raise ValueError unless begin <= end."""
     if begin > end:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from spartan.masks import MaskSet
-from spartan.methods.base import SparseMethod, require_number, require_order
+from spartan.methods.base import SparseMethod, require_interval, require_number, require_order
 from spartan.schedules import Cubic
 
 __all__ = ["GMP"]
@@ -34,8 +34,7 @@ class GMP(SparseMethod):
         require_number("begin", self.begin, 0.0, 1.0)
         require_number("end", self.end, 0.0, 1.0)
         require_order("begin", self.begin, "end", self.end)
-        if isinstance(self.interval, bool) or not isinstance(self.interval, int) or self.interval < 1:
-            raise ValueError(f"interval must be an int of at least 1; got {self.interval!r}")
+        require_interval(self.interval)
 
     def update(self, masks: MaskSet) -> None:
         """Prune further when an interval is over."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -10,6 +11,9 @@ from spartan.masks import MaskSet
 from spartan.methods.base import SparseMethod
 
 __all__ = ["StaticRandom"]
+
+# An odd number: different steps of one seed, and small seeds at any steps, draw from different generators.
+_SEED_STRIDE = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,20 +30,30 @@ class StaticRandom(SparseMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"seed must be an int; got {type(self.seed).__name__}")
+        require_seed(self.seed)
 
     def start(self, masks: MaskSet) -> None:
         """Draw the masks."""
-        generator = torch.Generator().manual_seed(self.seed)
-        scores = {}
-        for tensor in masks.tensors:
-            costs = tensor.carrier.mask_costs
-            draw = torch.rand(tensor.carrier.mask_hard.shape, generator=generator)
-            # Blocks at a ragged edge cost less: selection is by score / cost, so the draw is per unit of cost.
-            scores[tensor.name] = draw.to(costs.device) * costs.float()
-        masks.select(1.0, scores)
+        masks.select(1.0, draw_scores(masks, self.seed))
         masks.freeze()
 
     def update(self, masks: MaskSet) -> None:
         """Nothing: the masks stay."""
+
+
+def draw_scores(masks: MaskSet, seed: int, step: int = 0) -> dict[str, torch.Tensor]:
+    """Scores of all blocks by name, drawn for this seed and step, so that every block is as likely to be selected."""
+    generator = torch.Generator().manual_seed((seed + step * _SEED_STRIDE) % 2**63)
+    scores = {}
+    for tensor in masks.tensors:
+        costs = tensor.carrier.mask_costs
+        draw = torch.rand(tensor.carrier.mask_hard.shape, generator=generator)
+        # Blocks at a ragged edge cost less: selection is by score / cost, so the draw is per unit of cost.
+        scores[tensor.name] = draw.to(costs.device) * costs.float()
+    return scores
+
+
+def require_seed(value: Any) -> None:
+    """Raise unless `value` is a seed."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"seed must be an int; got {type(value).__name__}")

@@ -1,0 +1,111 @@
+"""What SET and RigL share: a sparse network from the first step on, whose blocks are dropped and grown now and then."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from spartan.masks import MaskedTensor, MaskSet
+from spartan.methods.base import SparseMethod, require_interval, require_number
+from spartan.methods.static_random import draw_scores, require_seed
+
+__all__ = ["Rewiring"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewiring(SparseMethod):
+    """Begin with random blocks; every `interval` steps drop the smallest and grow as many by `growth`.
+
+    After step t the share f = alpha / 2 (1 + cos(pi t / T)) of the kept weights is dropped, those of smallest mean
+    magnitude, and the room is given to the best of all that are not kept then. A grown weight starts at zero, with
+    the optimizer's moments of it reset; one that is dropped and grown at once stays as it is. After T = `end` of the
+    steps the masks are fixed. The number of kept weights never changes.
+    """
+
+    distribution: str = "erk"
+    fraction: float = 0.3
+    interval: int = 100
+    end: float = 0.75
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("fraction", self.fraction, 0.0, 1.0)
+        require_interval(self.interval)
+        require_number("end", self.end, 0.0, 1.0)
+        require_seed(self.seed)
+
+    @abstractmethod
+    def growth(self, masks: MaskSet) -> dict[str, torch.Tensor]:
+        """How much each block deserves to be grown, at least 0, summed over its weights; by name."""
+
+    def start(self, masks: MaskSet) -> None:
+        """Draw the first masks."""
+        masks.select(1.0, draw_scores(masks, self.seed))
+        masks.project()
+
+    def update(self, masks: MaskSet) -> None:
+        """Drop and grow when an interval is over; fix the masks at their time."""
+        if masks.frozen:
+            return
+        if masks.step >= self.end * masks.total_steps:
+            self.finish(masks)
+        elif self.due(masks, masks.step) and not masks.step_skipped():
+            self._rewire(masks)
+
+    def finish(self, masks: MaskSet) -> None:
+        """Fix the masks, which have the sparsity asked for all along."""
+        if not masks.frozen:
+            masks.freeze()
+
+    def due(self, masks: MaskSet, step: int) -> bool:
+        """Whether masks change after that step."""
+        return step % self.interval == 0 and step < self.end * masks.total_steps
+
+    def share(self, masks: MaskSet) -> float:
+        """f, the share of the kept weights that is dropped after this step."""
+        return self.fraction / 2 * (1 + math.cos(math.pi * masks.step / (self.end * masks.total_steps)))
+
+    def _rewire(self, masks: MaskSet) -> None:
+        if masks.optimizer is None:
+            raise ValueError(
+                f"{self.name} resets the optimizer's moments of the weights it grows and has no optimizer:"
+                " attach(optimizer), or by hand step(optimizer)"
+            )
+        growth = self.growth(masks)
+        masks.project()  # momentum moves dropped weights too
+        before = [tensor.carrier.mask_hard.clone() for tensor in masks.tensors]
+        self._drop(masks)
+        self._grow(masks, growth)
+        masks.project()
+        for tensor, old in zip(masks.tensors, before, strict=True):
+            _reset_moments(masks.optimizer, tensor, tensor.carrier.mask_hard & ~old)
+
+    def _drop(self, masks: MaskSet) -> None:
+        for group in masks.groups:
+            kept = sum(tensor.kept() for tensor in group.tensors)
+            scores = [
+                torch.where(t.carrier.mask_hard, t.magnitudes(t.weight.detach()), -t.carrier.mask_costs)
+                for t in group.tensors
+            ]
+            group.select(kept - round(self.share(masks) * kept), scores)
+
+    def _grow(self, masks: MaskSet, growth: dict[str, torch.Tensor]) -> None:
+        """Fill the budgets up: first come the blocks that are still kept, then those of largest growth."""
+        best = torch.stack([(growth[t.name] / t.carrier.mask_costs).max() for t in masks.tensors]).max()
+        scores = {}
+        for tensor in masks.tensors:
+            first = ((1 + 2 * best) * tensor.carrier.mask_costs).to(best.dtype)
+            scores[tensor.name] = torch.where(tensor.carrier.mask_hard, first, growth[tensor.name])
+        masks.select(1.0, scores)
+
+
+def _reset_moments(optimizer: torch.optim.Optimizer, tensor: MaskedTensor, blocks: torch.Tensor) -> None:
+    """Zero what the optimizer keeps for each weight of these blocks: momentum, moments, sums."""
+    where = tensor.expand(blocks)
+    for value in optimizer.state.get(tensor.weight, {}).values():
+        if isinstance(value, torch.Tensor) and value.shape == where.shape:
+            value.masked_fill_(where, 0)

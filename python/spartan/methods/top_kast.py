@@ -1,0 +1,112 @@
+"""Top-KAST: always-sparse forward pass, gradients for a somewhat larger set of weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from spartan.masks import MaskedTensor, MaskSet
+from spartan.methods.base import SparseMethod, require_interval, require_number
+
+__all__ = ["TopKAST"]
+
+PENALTIES = ("l1", "l2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKAST(SparseMethod):
+    """Multiply by the largest weights A only, train those of a larger set B, and leave all others as they are.
+
+    A = the blocks of largest mean |theta| within the budget D, B = those within the budget D + M, so A lies in B.
+    Forward theta 1_A; the gradient G of that masked weight reaches theta on B, where the penalty is added:
+    G_i + lambda c_i p(theta_i), with c = 1 on A and 1/D on B without A (which keeps what has just entered B from
+    staying for nothing), p = sign for the penalty lambda |theta| and p = theta for lambda theta^2 / 2.
+    D is the kept fraction of the layer's budget. Weights outside B stay bit for bit what they are, whatever
+    momentum, Adam moments and weight decay the optimizer has: a copy of theta is held while it steps.
+
+    Attributes:
+        sparsity: fraction of zeros of the forward pass, from the first step on.
+        backward_sparsity: fraction of weights that get no gradient, at most `sparsity`; counted as `sparsity` is.
+        penalty: "l2" or "l1".
+        strength: lambda, at least 0.
+        interval: steps between choices of A and B, at least 1.
+        freeze: fraction of the steps after which A is fixed and alone trained.
+
+    Source: Jayakumar et al., "Top-KAST: Top-K Always Sparse Training", NeurIPS 2020, arXiv 2106.03517.
+    """
+
+    backward_sparsity: float
+    penalty: str = "l2"
+    strength: float = 1e-4
+    interval: int = 100
+    freeze: float = 1.0
+
+    straight_through = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("backward_sparsity", self.backward_sparsity, 0.0, self.sparsity)
+        if self.penalty not in PENALTIES:
+            raise ValueError(f"penalty must be one of {', '.join(PENALTIES)}; got {self.penalty!r}")
+        require_number("strength", self.strength, 0.0)
+        require_interval(self.interval)
+        require_number("freeze", self.freeze, 0.0, 1.0)
+
+    def start(self, masks: MaskSet) -> None:
+        """Choose A and B among the initial weights."""
+        self._choose(masks)
+
+    def correct_gradients(self, masks: MaskSet) -> None:
+        """Restrict the gradients to B, add the penalty, and remember the weights."""
+        if masks.frozen:
+            return
+        scale = masks.gradient_scale()
+        for group in masks.groups:
+            density = group.target / group.capacity
+            for tensor in group.tensors:
+                if tensor.weight.grad is not None:
+                    self._correct(tensor, density, scale)
+
+    def update(self, masks: MaskSet) -> None:
+        """Undo what the optimizer did outside B; choose A and B anew when an interval is over."""
+        if masks.frozen:
+            return
+        for tensor in masks.tensors:
+            if tensor.remembered is not None:
+                inside = tensor.expand(_backward(tensor))
+                tensor.weight.copy_(torch.where(inside, tensor.weight, tensor.remembered))
+                tensor.remembered = None
+        if masks.step >= self.freeze * masks.total_steps:
+            self.finish(masks)
+        elif masks.step % self.interval == 0:
+            self._choose(masks)
+
+    def _choose(self, masks: MaskSet) -> None:
+        masks.select(self.backward_sparsity / self.sparsity if self.sparsity else 1.0)
+        larger = [tensor.carrier.mask_hard.clone() for tensor in masks.tensors]
+        masks.select(1.0)
+        for tensor, chosen in zip(masks.tensors, larger, strict=True):
+            # With ragged blocks, room that one budget leaves to the next could put a block into A alone.
+            chosen |= tensor.carrier.mask_hard
+            if tensor.carrier.mask_backward is None:
+                tensor.carrier.mask_backward = chosen
+            else:
+                tensor.carrier.mask_backward.copy_(chosen)
+
+    def _correct(self, tensor: MaskedTensor, density: float, scale: torch.Tensor | float) -> None:
+        weight, grad = tensor.weight.detach(), tensor.weight.grad
+        assert grad is not None
+        inside = _backward(tensor).to(grad.dtype)
+        grad.mul_(tensor.expand(inside))
+        if self.strength:
+            ascent = torch.sign(weight) if self.penalty == "l1" else weight
+            factor = torch.where(tensor.carrier.mask_hard, self.strength, self.strength / density) * inside * scale
+            grad.addcmul_(tensor.expand(factor.to(grad.dtype)), ascent)
+        tensor.remembered = weight.clone()
+
+
+def _backward(tensor: MaskedTensor) -> torch.Tensor:
+    backward = tensor.carrier.mask_backward
+    assert backward is not None  # from start on, until the masks are frozen
+    return backward

@@ -249,7 +249,8 @@ void soft_backward(const RowBlock<S>& block, const S* grad, double beta, const R
     gs += g[j] * s;
     as += cost(j) * s;
   }
-  const V r = choose(as > 0.0f, gs / as, V{});
+  // a budget of nothing or everything has no finite threshold, and no gradient
+  const V r = choose((as > 0.0f) & (shift * 0.0f == 0.0f), gs / as, V{});
   // sum (g - a r) s is zero: taken about the centre, sum (g - a r) s u loses nothing to cancellation
   V of_beta{};
   for (int j = 0; j < n; ++j) {

@@ -194,7 +194,8 @@ class RowSolver {
     if (fits_cache<T>(rows_.length)) {
       const Logit<T> logit = saved_logit<T>(out.threshold, beta);
       const GradientSums sums = passes_.gradient_sums(entries, g, logit);
-      *out.budget = sums.as > 0 ? sums.gs / sums.as : 0.0;
+      // a budget of nothing or everything saturates every entry; their logistic is cut off a little above zero
+      *out.budget = sums.as > 0 && std::isfinite(out.threshold[1]) ? sums.gs / sums.as : 0.0;
       *out.beta = sums.gsu - *out.budget * sums.asu;
       passes_.gradient(entries, g, logit, static_cast<T>(*out.budget), of_values, of_costs, false);
     } else {

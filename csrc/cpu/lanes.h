@@ -120,14 +120,41 @@ class LaneMap {
         [&](int64_t at, V v, int count) { store_partial<S>(out + at, v, count); });
   }
 
+  // (first, second) of each row, one row after another.
+  void scatter_pairs(V first, V second, double* out) const {
+    if (count_ < kLanes) {
+      for (int l = 0; l < count_; ++l) {
+        out[2 * l] = static_cast<double>(first[l]);
+        out[2 * l + 1] = static_cast<double>(second[l]);
+      }
+      return;
+    }
+    I low, high;
+    for (int l = 0; l < kLanes; ++l) {
+      low[l] = lane(l / 2) + (l % 2) * kLanes;
+      high[l] = lane(l / 2 + kLanes / 2) + (l % 2) * kLanes;
+    }
+    float pairs[2 * kLanes];
+    store(pairs, pick(first, second, low));
+    store(pairs + kLanes, pick(first, second, high));
+    for (int i = 0; i < 2 * kLanes; ++i) out[i] = static_cast<double>(pairs[i]);
+  }
+
   // Bits of rows from bits of lanes.
   uint32_t rows(uint32_t lanes) const {
+    if (lanes == (1u << kLanes) - 1) return lanes;
     uint32_t out = 0;
     for (; lanes != 0; lanes &= lanes - 1) out |= 1u << row(__builtin_ctz(lanes));
     return out;
   }
 
  private:
+  // The inverse of row(), for full blocks.
+  int lane(int row) const {
+    const int groups = kLanes / length_;
+    return packed_ ? (row % groups) * length_ + row / groups : row;
+  }
+
   int tail(int j) const { return length_ - j < kLanes ? length_ - j : kLanes; }
 
   template <class S>
@@ -161,9 +188,15 @@ static inline void store_truth(uint8_t* out, I truth) {
 }
 
 static inline V square_root(V v) {
+#if defined(__AVX512F__)
+  return (V)_mm512_sqrt_ps((__m512)v);
+#elif defined(__AVX2__)
+  return (V)_mm256_sqrt_ps((__m256)v);
+#else
   V out;
   for (int l = 0; l < kLanes; ++l) out[l] = __builtin_sqrtf(v[l]);
   return out;
+#endif
 }
 
 // A sum that keeps what rounding drops: equal entries all round the same way.

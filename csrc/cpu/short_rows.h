@@ -11,7 +11,7 @@ namespace spartan::cpu {
 // Rows up to this length are solved in lanes: two blocks of them fit into the first-level cache.
 constexpr int kLongestLane = 256;
 
-// Up to ShortRows::lanes rows; the pointers are to the first of them.
+// Up to ShortRows::lanes rows, or ::together; the pointers are to the first of them.
 template <class S>
 struct RowBlock {
   const S* values;
@@ -23,13 +23,24 @@ struct RowBlock {
   double cost;
   int64_t length;
   int count;
+
+  // Without its first rows.
+  RowBlock from(int row) const {
+    RowBlock rest = *this;
+    rest.values += row * stride;
+    rest.readable -= row * stride;
+    if (costs != nullptr) rest.costs += row * cost_stride;
+    rest.cost_readable -= row * cost_stride;
+    rest.count -= row;
+    return rest;
+  }
 };
 
 // Masks and gradients are written without gaps between the rows. A bit that is set in a result stands for a row that was left
 // unsolved, because its values, costs or budget are out of range or its search did not end.
 template <class S>
 struct ShortRows {
-  int lanes;
+  int lanes, together;  // rows of a block; of a block for `soft`
   uint32_t (*soft)(const RowBlock<S>&, RowBudgets, double beta, S* mask, double* threshold);
   void (*soft_backward)(const RowBlock<S>&, const S* grad, double beta, const RowGradient&, S* grad_values, S* grad_costs);
   // Equal costs only.

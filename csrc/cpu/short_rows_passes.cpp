@@ -1,32 +1,15 @@
-#include "lanes.h"
+#include "lane_odds.h"
 
 namespace spartan::cpu::SPARTAN_ISA {
 namespace {
 
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
-constexpr float kTolerance = 5e-7f;  // on the sum of a mask, relative to its budget: as cache_solve.h
-constexpr double kEverything = 1 - 1e-12;  // a budget of this part of the costs is all of them, summed in another order
 constexpr int kMaxTrials = 40;
 constexpr float kSmallestBeta = 1e-20f, kLargestBeta = 1e20f;
 // Masks sharper than this many units of logit per standard deviation start from the hard threshold, found to kNear of them.
 constexpr float kSharp = 6.0f, kNear = 3.0f;
 constexpr int kMaxCounts = 32;
 
-inline V choose(I condition, V yes, V no) { return condition ? yes : no; }
-inline V smaller(V a, V b) { return a < b ? a : b; }
-inline V larger(V a, V b) { return a > b ? a : b; }
 inline uint32_t first_lanes(int count) { return count >= 32 ? ~0u : (1u << count) - 1; }
-
-// log(ratio) with relative accuracy also near 1, where ratio - 1 is given: 2 atanh((m - 1) / (m + 1)) for the mantissa m in
-// [1/sqrt 2, sqrt 2], whose series ends below float rounding.
-inline V log_of(V ratio, V less_one) {
-  const I raw = (I)ratio;
-  const I exponent = (raw - 0x3f3504f3) >> 23;  // of ratio * sqrt 2
-  const V m = (V)(raw - (exponent << 23));
-  const V w = choose(exponent == 0, less_one, m - 1.0f) / (m + 1.0f), square = w * w;
-  const V series = w * (2.0f + square * (2.0f / 3 + square * (2.0f / 5 + square * (2.0f / 7))));
-  return __builtin_convertvector(exponent, V) * kLn2 + series;
-}
 
 // m = sigmoid(sign (beta (u - centre) + shift)) of lanes that each have their own threshold.
 struct LaneLogistic {
@@ -37,68 +20,30 @@ struct LaneLogistic {
   V exponential(V u) const { return exp2_clamped(slope * (u - centre) + shift); }
 };
 
-struct Spread {
-  V low, high, mean, deviation;
-  I finite;
-};
-
-inline Spread spread_of(const LaneProblem& p, int n) {
-  Spread s{p.u[0], p.u[0], V{}, V{}, I{}};
-  V first{}, second{}, poison{};
-  for (int j = 0; j < n; ++j) {
-    const V u = p.u[j], d = u - p.u[0];
-    poison += u * 0.0f;
-    s.low = smaller(u, s.low);
-    s.high = larger(u, s.high);
-    first += d;
-    second += d * d;
-  }
-  const float share = 1.0f / static_cast<float>(n);
-  const V mean = first * share, variance = larger(second * share - mean * mean, V{});
-  s.mean = p.u[0] + mean;
-  s.deviation = square_root(variance);
-  s.finite = poison == 0.0f;
-  return s;
-}
-
 // What ThresholdSearch is to one problem, for one in each lane, in float. N is the rows' length where the loops over so few
 // entries are unrolled, or 0.
 template <int N>
 class LaneSearch {
  public:
-  LaneSearch(const LaneProblem& problem, const LaneMap& map, int n, RowBudgets budgets, double unit, float beta)
-      : p_(problem), n_(N > 0 ? N : n), beta_(beta) {
+  LaneSearch(const LaneProblem& problem, const LaneBudget& budget, int n, float beta)
+      : p_(problem), n_(N > 0 ? N : n), beta_(beta), sign_(budget.sign), quota_(budget.quota), other_(budget.other),
+        total_(budget.total) {
     const Spread spread = spread_of(problem, length());
-    live_ = problem.fine & spread.finite;
-    float sign[kLanes], quota[kLanes], other[kLanes];
-    for (int l = 0; l < kLanes; ++l) {
-      const double k = budgets.first[map.row(l) * budgets.stride] / unit, total = problem.total[l];
-      const bool above_half = k > total * 0.5;
-      const double least = above_half ? total - k : k;
-      sign[l] = above_half ? -1.0f : 1.0f;
-      other[l] = static_cast<float>(total - least);
-      // the negation catches NaN; nothing and everything are no search
-      quota[l] = !(k > 0 && k < total * kEverything) ? -1.0f : static_cast<float>(least);
-    }
-    sign_ = load(sign);
-    quota_ = load(quota);
-    other_ = load(other);
-    total_ = quota_ + other_;
-    live_ &= quota_ > 0.0f;
-    target_ = log_of(quota_ / other_, quota_ / other_ - 1.0f);
+    live_ = problem.fine & spread.finite & (quota_ > 0.0f);
     centre_low_ = spread.low;
     centre_high_ = spread.high;
-    const V reach = sign_ * target_ * (1.0f / beta);
+    const V reach = sign_ * budget.target * (1.0f / beta);
     low_ = spread.low - reach;
     high_ = spread.high - reach;
-    start(spread);
+    start(spread, budget.logistic_start(spread, beta));
   }
 
-  // Each trial writes its masks, the last one's stand. Returns the lanes that met their budgets, as bits.
-  uint32_t run(V* masks) {
+  // Each trial writes its masks, the last one's stand. Returns the lanes that met their budgets; `solved` ones need not.
+  I run(V* masks, I solved) {
+    live_ &= ~solved;
     I ready = ~live_;
     for (int trial = 0; trial < kMaxTrials && bits(~ready) != 0; ++trial) step(masks, &ready);
-    return bits(live_ & ready);
+    return live_ & ready;
   }
 
   V centre() const { return centre_; }
@@ -108,10 +53,7 @@ class LaneSearch {
   int length() const { return N > 0 ? N : n_; }
 
   // As if the entries were logistic, or, where the mask is sharper than that can serve, by counting.
-  void start(const Spread& spread) {
-    constexpr float kOverLogistic = 0.303963551f;  // 3 / pi^2
-    const V wide = spread.deviation * spread.deviation * kOverLogistic + 1.0f / (beta_ * beta_);
-    V t = spread.mean - sign_ * target_ * square_root(wide);
+  void start(const Spread& spread, V t) {
     t = choose((t > low_) & (t < high_), t, 0.5f * (low_ + high_));
     const I sharp = live_ & (spread.deviation * beta_ > kSharp);
     if (bits(sharp) != 0) t = choose(sharp, hard_threshold(spread, sharp), t);
@@ -196,34 +138,88 @@ class LaneSearch {
   int n_;
   float beta_;
   I live_;
-  V sign_, quota_, other_, total_, target_;
+  V sign_, quota_, other_, total_;
   V low_, high_, centre_low_, centre_high_;
   V centre_{}, shift_{}, previous_ = splat(static_cast<float>(INFINITY));
 };
+
+constexpr int kTogether = 2;  // blocks of lanes, whose trials wait on themselves and not on each other
+
+struct SoftBlock {
+  LaneMap map;
+  LaneProblem problem;
+  LaneBudget budget;
+  V masks[kLongestLane];
+  V centre{}, shift{};
+  I solved{};
+
+  template <class S>
+  SoftBlock(const RowBlock<S>& block, RowBudgets budgets) : map(block), problem(block, map), budget(problem, map, budgets) {}
+
+  template <int N>
+  void take(const LaneOdds<N>& odds) {
+    solved = odds.finish(masks);
+    centre = odds.centre();
+    shift = odds.shift();
+  }
+
+  // Lanes not solved yet.
+  template <int N>
+  void search(int n, float beta) {
+    if (bits(~solved) == 0) return;
+    V searched[kLongestLane];
+    LaneSearch<N> search(problem, budget, n, beta);
+    const I found = search.run(searched, solved);
+    for (int j = 0; j < n; ++j) masks[j] = choose(solved, masks[j], searched[j]);
+    centre = choose(solved, centre, search.centre());
+    shift = choose(solved, shift, search.shift());
+    solved |= found;
+  }
+};
+
+// Equal costs first go without exponentials; the lanes that this leaves are searched for.
+template <int N>
+void solve(SoftBlock* one, SoftBlock* other, int n, float beta) {
+  if (!one->problem.priced) {
+    LaneOdds<N> a(one->problem, one->budget, n, beta), b(other->problem, other->budget, n, beta);
+    a.prepare(one->masks);
+    b.prepare(other->masks);
+    for (int i = 0; i < kMostEvaluations && (a.searching() || b.searching()); ++i) {
+      a.trial(one->masks);
+      b.trial(other->masks);
+    }
+    one->take(a);
+    other->take(b);
+  }
+  one->search<N>(n, beta);
+  other->search<N>(n, beta);
+}
 
 template <class S>
 uint32_t soft(const RowBlock<S>& block, RowBudgets budgets, double beta, S* mask, double* threshold) {
   const uint32_t all = first_lanes(block.count);
   if (!(beta > kSmallestBeta && beta < kLargestBeta)) return all;
-  const int n = static_cast<int>(block.length);
-  const LaneMap map(block);
-  LaneProblem problem(block, map);
-  V masks[kLongestLane];
-  const auto solve = [&]<int N>() {
-    LaneSearch<N> search(problem, map, n, budgets, problem.unit, static_cast<float>(beta));
-    const uint32_t solved = search.run(masks);
-    float centres[kLanes], shifts[kLanes];
-    store(centres, search.centre());
-    store(shifts, search.shift());
-    for (int l = 0; l < kLanes; ++l) {
-      threshold[2 * map.row(l)] = static_cast<double>(centres[l]);
-      threshold[2 * map.row(l) + 1] = static_cast<double>(shifts[l]);
-    }
-    return solved;
+  const int n = static_cast<int>(block.length), first_count = block.count < kLanes ? block.count : kLanes;
+  RowBlock<S> first = block, second = block;
+  first.count = first_count;
+  const bool both = block.count > kLanes;
+  if (both) second = block.from(kLanes);
+  // one block alone is solved twice: it ends a tensor
+  const RowBudgets later{budgets.first + kLanes * budgets.stride, budgets.stride};
+  SoftBlock one(first, budgets), other(second, both ? later : budgets);
+  const auto solved = [&]<int N>() { solve<N>(&one, &other, n, static_cast<float>(beta)); };
+  if (n == 2) solved.template operator()<2>();
+  else if (n == 4) solved.template operator()<4>();
+  else if (n == 8) solved.template operator()<8>();
+  else solved.template operator()<0>();
+  const auto put = [&](SoftBlock& from, int64_t row) {
+    from.map.scatter_pairs(from.centre, from.shift, threshold + 2 * row);
+    from.map.scatter_to(from.masks, mask + row * n);
+    return from.map.rows(bits(from.solved)) << row;
   };
-  const uint32_t solved = map.rows(n == 4 ? solve.template operator()<4>() : solve.template operator()<0>());
-  map.scatter_to(masks, mask);
-  return all & ~solved;
+  uint32_t found = put(one, 0);
+  if (both) found |= put(other, kLanes);
+  return all & ~found;
 }
 
 template <class S>
@@ -402,7 +398,7 @@ void narrow(const float* from, int64_t count, S* to) {
 }
 
 template <class S>
-constexpr ShortRows<S> kShortRows{kLanes, soft<S>, soft_backward<S>, hard<S>, widen<S>, narrow<S>};
+constexpr ShortRows<S> kShortRows{kLanes, kLanes * kTogether, soft<S>, soft_backward<S>, hard<S>, widen<S>, narrow<S>};
 
 }  // namespace
 

@@ -37,7 +37,7 @@ class RowSolver {
 
   // Writes the masks of rows [first, last).
   void soft(int64_t first, int64_t last, RowBudgets budget, double beta, S* mask, double* threshold) const {
-    blocks(first, last, [&](int64_t row, int64_t count) {
+    blocks(first, last, &ShortRows<S>::together, [&](int64_t row, int64_t count) {
       if constexpr (kHasLanes<S>) {
         if (in_lanes()) {
           const RowBudgets own{budget.first + row * budget.stride, budget.stride};
@@ -55,7 +55,7 @@ class RowSolver {
 
   void soft_backward(int64_t first, int64_t last, const S* grad, double beta, const RowGradient& out, S* grad_values,
                      S* grad_costs) const {
-    blocks(first, last, [&](int64_t row, int64_t count) {
+    blocks(first, last, &ShortRows<S>::lanes, [&](int64_t row, int64_t count) {
       const int64_t at = row * rows_.length;
       const RowGradient own{out.threshold + 2 * row, out.budget + row, out.beta + row};
       S* costs = grad_costs != nullptr ? grad_costs + at : nullptr;
@@ -70,7 +70,7 @@ class RowSolver {
   }
 
   void hard(int64_t first, int64_t last, RowBudgets budget, uint8_t* mask) const {
-    blocks(first, last, [&](int64_t row, int64_t count) {
+    blocks(first, last, &ShortRows<S>::lanes, [&](int64_t row, int64_t count) {
       if constexpr (kHasLanes<S>) {
         if (in_lanes() && rows_.costs == nullptr) {
           const RowBudgets own{budget.first + row * budget.stride, budget.stride};
@@ -92,9 +92,9 @@ class RowSolver {
 
   // Calls f(row, count) on blocks of rows: as many as there are lanes, or single ones.
   template <class F>
-  void blocks(int64_t first, int64_t last, F&& f) const {
+  void blocks(int64_t first, int64_t last, int ShortRows<S>::* rows, F&& f) const {
     int64_t step = 1;
-    if constexpr (kHasLanes<S>) step = in_lanes() ? short_rows<S>().lanes : 1;
+    if constexpr (kHasLanes<S>) step = in_lanes() ? short_rows<S>().*rows : 1;
     for (int64_t row = first; row < last; row += step) f(row, std::min(step, last - row));
   }
 

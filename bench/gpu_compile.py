@@ -181,31 +181,54 @@ _PTXAS = re.compile(
 )
 
 
+# kernels of csrc/cuda that must use the tensor cores, and those that must load ahead of the arithmetic
+_CUDA_TENSOR_CORES = re.compile(r"(product|sampled)_kernel<__(half|nv_bfloat16)")
+_CUDA_COPIES = re.compile(r"(product|sampled)_kernel<.*true>")
+
+
+def _sass_counts(cubin: Path) -> dict[str, tuple[int, int]]:
+    """For each kernel of a compiled file: tensor-core instructions, and copies of 16 bytes past the registers."""
+    counts = {}
+    for part in _nvidia("cuobjdump", "-sass", str(cubin)).split("Function : ")[1:]:
+        name, code = part.split("\n", 1)
+        counts[name.strip()] = (len(re.findall(r"\b[HQ]G?MMA", code)), len(re.findall(r"LDGSTS[.\w]*\.128", code)))
+    return counts
+
+
 def compile_cuda(source: Path, target: Target) -> list[Row]:
-    """Compile one file of csrc/cuda for one architecture: a row for each of its kernels."""
+    """Compile one file of csrc/cuda for one architecture: a row for each of its kernels.
+
+    Shared memory is what kernels declare; what the products ask for at their launch is less than 99 KiB everywhere.
+    """
     with tempfile.TemporaryDirectory() as folder:
         command = [
             "nvcc", "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-cubin", f"-arch={target.name}", "-Xptxas=-v",
             "-o", f"{folder}/out.cubin", str(source),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
+        sass = {} if done.returncode else _sass_counts(Path(folder, "out.cubin"))
     if done.returncode:
         first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:120])
         return [Row(source.name, "CUDA", target.name, problem=f"does not compile: {first[:120]}")]
     rows = []
     for match in _PTXAS.finditer(done.stderr):
         shared = re.search(r"(\d+) bytes smem", match["rest"])
-        rows.append(
-            Row(
-                _readable(match["name"]),
-                f"CUDA, {source.name}",
-                target.name,
-                int(match["registers"]),
-                int(match["stores"]) + int(match["loads"]),
-                int(shared.group(1)) if shared else 0,
-            )
+        row = Row(
+            _readable(match["name"]),
+            f"CUDA, {source.name}",
+            target.name,
+            int(match["registers"]),
+            int(match["stores"]) + int(match["loads"]),
+            int(shared.group(1)) if shared else 0,
+            *sass[match["name"]],
         )
-    return [_judged(row, target, tensor_cores=False) for row in rows]
+        row = _judged(row, target, tensor_cores=False)
+        if not row.problem and _CUDA_TENSOR_CORES.search(row.kernel) and not row.matrix:
+            row = replace(row, problem="no tensor-core instruction")
+        if not row.problem and _CUDA_COPIES.search(row.kernel) and not row.copies:
+            row = replace(row, problem="no loads ahead of the arithmetic")
+        rows.append(row)
+    return rows
 
 
 def _readable(mangled: str) -> str:

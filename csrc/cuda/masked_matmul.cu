@@ -173,9 +173,9 @@ class Copies {
   }
 
   __device__ void weights(int step) const {
-    const int outputs = place_.outputs;
+    const int outputs = place_.outputs;  // four chunks, unrolled, take more registers than there are beside the sums
     uint4* to = right(step);
-#pragma unroll
+#pragma unroll kEach == 4 ? 1 : kEach
     for (int i = 0; i < kEach; ++i) {
       const int at = thread_ + i * kThreads;
       const int row = kByColumn ? at / kRowChunks : at / kStepChunks, across = kByColumn ? at % kRowChunks : at % kStepChunks;
@@ -257,8 +257,18 @@ constexpr int shared_bytes() {
   return static_cast<int>(std::max(stages, kTokens * (kWidth + kStagePadding) * sizeof(float)));
 }
 
+// Thread blocks that are to fit on a processor. Of the widest only an H100 has the shared memory for two, and then each has
+// 128 registers a thread.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr int kWidestTogether = 2;
+#else
+constexpr int kWidestTogether = 1;
+#endif
+template <int kWidth>
+constexpr int kTogether = kWidth == 128 ? kWidestTogether : 2;
+
 template <class T, int kWidth, bool kByColumn, bool kAligned>
-__global__ void __launch_bounds__(kThreads, kWidth == 128 ? 1 : 2) product_kernel(Product<T> p) {
+__global__ void __launch_bounds__(kThreads, kTogether<kWidth>) product_kernel(Product<T> p) {
   using Tile = typename TileOf<T, kWidth, kByColumn>::type;
   static_assert(Tile::kThreads == kThreads);
   uint4* shared = reinterpret_cast<uint4*>(dynamic_shared());

@@ -20,7 +20,8 @@ def block_layout(gate: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.T
     mask = None if mask is None else mask.contiguous()
     grid_rows, grid_columns = gate.shape
     sizes = (grid_rows + grid_columns, grid_rows + 1, gate.numel(), grid_columns + 1, gate.numel())
-    counts, *parts = (torch.empty(size, dtype=torch.int32, device=gate.device) for size in sizes)
+    make = torch.empty if gate.numel() else torch.zeros  # of a gate without entries not every line writes
+    counts, *parts = (make(size, dtype=torch.int32, device=gate.device) for size in sizes)
     native_cuda._call(
         native_cuda._native.cuda.block_layout,
         gate,

@@ -89,6 +89,13 @@ def test_layout(grid_rows: int, grid_columns: int, density: float, dtype: torch.
             assert indices.tolist() == flat.tolist() + [0] * (gate.numel() - len(flat))
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0)])
+def test_layout_of_nothing(shape: tuple[int, int]) -> None:
+    row_offsets, column_indices, column_offsets, row_indices = backend.block_layout(torch.ones(shape), None)
+    assert row_offsets.tolist() == [0] * (shape[0] + 1) and column_offsets.tolist() == [0] * (shape[1] + 1)
+    assert column_indices.numel() == row_indices.numel() == 0
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "out", "in_", "block"), SHAPES, ids=str)
 def test_masked_linear(tokens: int, out: int, in_: int, block: tuple[int, int], dtype: torch.dtype) -> None:

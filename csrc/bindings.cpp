@@ -370,6 +370,12 @@ PYBIND11_MODULE(_native, m) {
       },
       unlocked);
   cpu_module.def(
+      "add_block_signs",
+      [](int element, Blocks blocks, Address grad, Address weight, Address pull, int threads) {
+        cpu::add_block_signs(dtype_of(element), blocks, at(grad), at(weight), at(pull), threads);
+      },
+      unlocked);
+  cpu_module.def(
       "block_scores",
       [](int element, Blocks blocks, Address weight, Address scores, int threads) {
         cpu::block_scores(dtype_of(element), blocks, at(weight), at(scores), threads);

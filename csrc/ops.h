@@ -96,6 +96,8 @@ void masked_weight_backward(Dtype, Blocks, const void* grad, const void* weight,
 void masked_weight_coupling(Dtype, Blocks, const void* grad, const void* weight, const void* soft, double beta, BlockCosts,
                             double* sums, Workspace, int threads);
 void masked_weight_correct(Dtype, Blocks, void* grad, const void* weight, const void* soft, double scale, int threads);
+// grad += sign(weight) * pull, one pull per block
+void add_block_signs(Dtype, Blocks, void* grad, const void* weight, const void* pull, int threads);
 void block_scores(Dtype, Blocks, const void* weight, void* scores, int threads);
 int64_t blocks_workspace_bytes(Blocks);
 

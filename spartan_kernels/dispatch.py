@@ -92,6 +92,7 @@ SUPPORT: dict[str, dict[str, Support]] = {
         triton=True,
         cuda=True,
     ),
+    **_rows("masked_weight", ("add_block_signs_",), native=True),
     **{operator: _PRODUCTS for operator in _PRODUCT_OPERATORS},
     "block_layout": {n: replace(s, dtypes=(*_FLOATS, torch.bool)) for n, s in _PRODUCTS.items()},
 }

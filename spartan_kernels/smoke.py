@@ -21,7 +21,7 @@ from spartan_kernels.block_sparse import BlockSparseWeight
 from spartan_kernels.layout import BlockLayout
 from spartan_kernels.ops.block_sparse import block_sparse_linear_backward
 from spartan_kernels.ops.masked_matmul import masked_linear_backward
-from spartan_kernels.ops.masked_weight import masked_weight_backward
+from spartan_kernels.ops.masked_weight import add_block_signs_, masked_weight_backward
 from spartan_kernels.ops.soft_topk import soft_topk_backward, soft_topk_forward, soft_topk_global_backward
 
 Inputs = dict[str, torch.Tensor]
@@ -86,12 +86,17 @@ def probes() -> list[Probe]:
         ops.masked_weight_correct_(grad, i["weight"], i["gate"], i["scale"], (16, 8), backend=b)
         return grad
 
+    def signs(i: Inputs, b: str) -> Any:
+        grad = i["weight"] * 2
+        add_block_signs_(grad, i["weight"], i["gate"], *block, b)
+        return grad
+
     def layout(i: Inputs, b: str) -> list[torch.Tensor]:
         return BlockLayout.from_gate(i["gate"], i["weight"].shape, block, i["hard"], backend=b).tensors()
 
     def linear_backward(i: Inputs, b: str) -> Any:
         index, needs = layout(i, b), [True] * 4
-        operands = i["x"], i["weight"], i["gate"], index, index, i["grad_y"] * 2, "gelu", *block, needs, -1.0
+        operands = i["x"], i["weight"], i["gate"], index, index, i["grad_y"] * 2, "gelu", *block, needs, -1.0, i["gate"]
         return masked_linear_backward(i["grad_y"], *operands, b)
 
     def packed_backward(i: Inputs, b: str) -> Any:
@@ -120,6 +125,7 @@ def probes() -> list[Probe]:
             i["weight"] * 2, i["weight"], i["gate"], block, beta=i["beta"], costs=128.0, backend=b
         ),
         "masked_weight_correct_": correct,
+        "add_block_signs_": signs,
         "block_scores": lambda i, b: ops.block_scores(i["weight"], block, backend=b),
         "masked_linear_forward": lambda i, b: ops.masked_linear(
             i["x"], i["weight"], i["gate"], block, i["bias"], "silu", i["hard"], backend=b

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import spartan
-from spartan.matmul import gate_of_weight
 from spartan.nn import BlockSparseLinear, MaskedLinear, mask_weight
 from spartan_kernels import expand_blocks
 
@@ -28,6 +27,7 @@ def masked(block_size: tuple[int, int], soft: bool, preserve_scale: bool, straig
     if carrier.mask_scale is not None:
         carrier.mask_scale.fill_(2.5)
     carrier.mask_straight_through = straight_through
+    carrier.masks_changed()
     return carrier
 
 
@@ -49,19 +49,6 @@ def test_masked_linear_learns_as_the_dense_product_of_its_masked_weight(
     got = torch.autograd.grad(y, leaves, upstream)
     for ours, dense in zip(got, torch.autograd.grad(expected, leaves, upstream), strict=True):
         torch.testing.assert_close(ours, dense, rtol=1e-5, atol=1e-5)
-
-
-def test_gate_of_weight_is_the_mask_with_the_local_gradient() -> None:
-    torch.manual_seed(0)
-    weight = torch.randn(7, 9, dtype=torch.float64, requires_grad=True)
-    soft, upstream = torch.rand(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
-    beta = torch.tensor(2.0, dtype=torch.float64)
-    costs = torch.rand(4, 3, dtype=torch.float64) + 1
-    gate = gate_of_weight(weight, soft, (2, 3), beta, costs)
-    assert torch.equal(gate, soft) and gate.data_ptr() != soft.data_ptr()
-    (grad,) = torch.autograd.grad(gate, weight, upstream)
-    slope = expand_blocks(2.0 * soft * (1 - soft) / costs * upstream, weight.shape, (2, 3))
-    torch.testing.assert_close(grad, slope * weight.detach().sign())
 
 
 def block_linear(out: int, in_: int, side: int, density: float, bias: bool = True) -> nn.Linear:

@@ -115,6 +115,43 @@ def test_value_and_gradients(
             assert_within_error_budget(got, want, want.float(), floor=floor, name=f"{name} without {missing}")
 
 
+@pytest.mark.parametrize("backward", [True, False])
+@pytest.mark.parametrize("gate_grad", [True, False])
+def test_a_gate_that_follows_the_weight(target: Any, backward: bool, gate_grad: bool) -> None:
+    """The weight's gradient is then that of theta itself and that through the gate."""
+    p = problem((6,), 37, 50, (16, 8))
+    p["backward_mask"] = p["backward_mask"] if backward else None
+    slope, upstream = make_values("normal", p["gate"].shape, seed=9), make_values("normal", (6, 37), seed=8)
+    _, _, of_weight, of_gate, _ = exact(p, None, upstream)
+    through = oracle_expand_blocks(slope.double() * of_gate, p["weight"].shape, (16, 8)) * p["weight"].double().sign()
+    moved = {k: v.to(target.device) if isinstance(v, Tensor) else v for k, v in p.items()}
+    leaves = [moved["weight"].requires_grad_()] + ([moved["gate"].requires_grad_()] if gate_grad else [])
+    y = F.masked_linear(**moved, slope=slope.to(target.device), backend=target.backend)
+    got = torch.autograd.grad(y, leaves, upstream.to(target.device))
+    torch.testing.assert_close(got[0].cpu().double(), of_weight + through, rtol=1e-5, atol=1e-5)
+    if gate_grad:
+        torch.testing.assert_close(got[1].cpu().double(), of_gate, rtol=1e-5, atol=1e-5)
+
+
+def test_layouts_stand_in_for_masks(target: Any) -> None:
+    p = problem((6,), 37, 50, (16, 8))
+    moved = {k: v.to(target.device).requires_grad_(v.is_floating_point()) for k, v in p.items() if k != "block_size"}
+    leaves = [moved[name] for name in ("x", "weight", "gate", "bias")]
+    x, weight, gate, bias = leaves
+    forward, backward = (
+        BlockLayout.from_gate(g, (37, 50), (16, 8), mask, backend=target.backend)
+        for g, mask in ((gate, moved["forward_mask"]), (moved["backward_mask"], None))
+    )
+    runs = []
+    for blocks in (
+        {"forward_mask": moved["forward_mask"], "backward_mask": moved["backward_mask"]},
+        {"layout": forward, "backward_layout": backward},
+    ):
+        y = F.masked_linear(x, weight, gate, (16, 8), bias, "silu", **blocks, backend=target.backend)
+        runs.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
 def test_bfloat16(target: Any) -> None:
     p = problem((6,), 48, 64, (16, 16), torch.bfloat16)
     upstream = make_values("normal", (6, 48), seed=8, dtype=torch.bfloat16)
@@ -197,7 +234,7 @@ def test_opcheck_and_compile(target: Any, activation: str | None) -> None:
     layouts = [
         BlockLayout.from_gate(leaves[2], (10, 12), (4, 8), mask, backend=target.backend).tensors() for mask in masks
     ]
-    rest = (leaves[3], activation or "", 4, 8, activation == "gelu", -1.0, target.backend)
+    rest = (leaves[3], activation or "", 4, 8, activation == "gelu", -1.0, None, target.backend)
     forward = torch.ops.spartan.masked_linear_forward.default
     torch.library.opcheck(forward, (*leaves[:3], *layouts, *rest))
     torch.library.opcheck(torch.ops.spartan.block_layout.default, (leaves[2].detach(), masks[0], target.backend))
@@ -265,6 +302,8 @@ def test_a_layout_replaces_the_gates_zeros(target: Any) -> None:
     assert not ops.masked_linear(x, weight, gate, (4, 8), layout=nothing, backend=target.backend).any()
     with pytest.raises(ValueError, match=r"forward_mask.*layout"):
         ops.masked_linear(x, weight, gate, (4, 8), forward_mask=mask, layout=layout, backend=target.backend)
+    with pytest.raises(ValueError, match=r"backward_mask.*backward_layout"):
+        ops.masked_linear(x, weight, gate, (4, 8), backward_mask=mask, backward_layout=layout, backend=target.backend)
     with pytest.raises(ValueError, match=r"layout.*\(4, 4\).*\(4, 8\)"):
         wide = torch.ones(5, 6, device=target.device)
         ops.masked_linear(x, weight, wide, (4, 4), layout=layout, backend=target.backend)
@@ -341,6 +380,7 @@ def test_a_second_derivative_is_refused(target: Any) -> None:
             ValueError,
             r"backward_mask.*\(2, 3\).*\(3, 3\)",
         ),
+        ({"slope": torch.ones(3, 2)}, ValueError, r"slope.*\(2, 3\).*\(3, 2\)"),
         ({"block_size": (4, 0)}, ValueError, "block_size.*0"),
         ({"backend": "magic"}, ValueError, "backend.*magic"),
     ],

@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import spartan.functional as F
 from spartan_kernels import ops
+from spartan_kernels.arguments import block_shape
 from spartan_kernels.testing import (
     assert_within_error_budget,
     cost_tensor,
@@ -294,6 +295,21 @@ def test_coupling_and_correction(target: Any, shape: tuple[int, ...], block_size
         corrected.to(dtype),
         floor=4 * torch.finfo(dtype).eps * (grad.double().abs() + pull),
     )
+
+
+@pytest.mark.operators("add_block_signs_")
+@layouts
+@dtypes
+def test_signs_are_added_by_blocks(target: Any, shape: tuple[int, ...], block_size: Any, dtype: torch.dtype) -> None:
+    weight, soft, _, _, grad = layer(shape, block_size, dtype=dtype)
+    pull = soft - 0.3
+    grad_d, weight_d, pull_d = to(target.device, grad.clone(), weight, pull)
+    torch.ops.spartan.add_block_signs_(grad_d, weight_d, pull_d, *block_shape(block_size), target.backend)
+    exact = grad.double() + weight.double().sign() * oracle_expand_blocks(pull.double(), shape, block_size)
+    assert_within_error_budget(
+        grad_d.cpu(), exact, exact.to(dtype), floor=2 * torch.finfo(dtype).eps * (grad.double().abs() + 1)
+    )
+    assert torch.equal(grad_d.cpu()[weight == 0], grad[weight == 0])
 
 
 def test_correction_takes_a_tensor_and_skips_zero_weights(target: Any) -> None:

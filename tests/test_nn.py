@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
-from spartan.methods import OneShot, Spartan, StaticRandom
+from spartan.methods import GMP, OneShot, Spartan, StaticRandom
 from spartan.nn import MaskedConv2d, MaskedLinear, MaskedWeight, mask_weight, unmask_weight
 from spartan.sparsifier import Sparsifier
 
@@ -166,6 +167,63 @@ def test_compiled_model_does_not_recompile_while_masks_change() -> None:
             assert seen[19] == 2  # once more, when they are merged and fixed
     assert runs[0] == pytest.approx(runs[1], rel=1e-5)
     assert len(set(runs[0])) == 20
+
+
+@pytest.mark.parametrize(
+    "method", [Spartan(sparsity=0.6, block_size=(4, 8)), GMP(sparsity=0.6, block_size=4, interval=1)]
+)
+def test_kept_blocks_are_indexed_whenever_the_masks_change(method: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 26), nn.Linear(26, 3))
+    sparsifier = Sparsifier(model, method, 20)
+
+    def require_index(network: nn.Module) -> int:
+        kept = 0
+        for layer in (m for m in network.modules() if isinstance(m, MaskedLinear)):
+            assert torch.equal(layer._layout().mask(), layer.mask_hard)
+            kept += int(layer.mask_hard.sum())
+        return kept
+
+    counts = {require_index(model)}
+    for _ in range(12):
+        sparsifier.step()
+        counts.add(require_index(model))
+    assert len(counts) > 4
+    other = copy.deepcopy(model)
+    for layer in other[:3:2]:
+        unmask_weight(layer, layer)
+    Sparsifier(other, method, 20).load_state_dict(sparsifier.state_dict())
+    assert require_index(other) == require_index(model)
+    for _ in range(8):
+        sparsifier.step()
+    assert sparsifier.frozen and require_index(model) == min(counts)
+
+
+def test_compiled_blocks_train_as_eager_ones_without_recompiling() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    frames = CompileCounterWithBackend("aot_eager")
+    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 26), nn.Linear(26, 3))
+    eager = copy.deepcopy(model)
+    runs = []
+    for network, call in ((model, torch.compile(model, backend=frames, fullgraph=True)), (eager, eager)):
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
+        sparsifier = Sparsifier(network, Spartan(sparsity=0.6, block_size=4, preserve_scale=True), 20)
+        sparsifier.attach(optimizer)
+        generator = torch.Generator().manual_seed(1)
+        losses, seen = [], []
+        for _ in range(20):
+            x = torch.randn(9, 20, generator=generator)
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(call(x), torch.arange(9) % 3)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            seen.append(frames.frame_count)
+        runs.append(losses)
+        if network is model:
+            assert seen[0] == seen[15] == seen[19] - 1  # once more, when the masks are merged and fixed
+    assert runs[0] == pytest.approx(runs[1], rel=1e-5)
 
 
 def test_masked_model_compiles_for_inference_with_random_masks() -> None:

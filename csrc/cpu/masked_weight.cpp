@@ -107,6 +107,14 @@ void correct(Blocks blocks, void* grad, const void* weight, const void* soft, do
 }
 
 template <class T>
+void add_signs(Blocks blocks, void* grad, const void* weight, const void* pull, int threads) {
+  BlockLoop<T>(blocks, threads)
+      .run(static_cast<const T*>(pull), nullptr, nullptr, 1, 0, [&](int64_t, const BlockRow<T>& row, int64_t at, int64_t) {
+        masked_weight_passes<T>().add_signs(row, static_cast<T*>(grad) + at, static_cast<const T*>(weight) + at);
+      });
+}
+
+template <class T>
 void scores(Blocks blocks, const void* weight, void* out, int threads) {
   BlockLoop<T>(blocks, threads)
       .run(nullptr, nullptr, nullptr, 1, 0, [&](int64_t, const BlockRow<T>& row, int64_t at, int64_t block) {
@@ -138,6 +146,10 @@ void masked_weight_coupling(Dtype dtype, Blocks blocks, const void* grad, const 
 void masked_weight_correct(Dtype dtype, Blocks blocks, void* grad, const void* weight, const void* soft, double scale,
                            int threads) {
   SPARTAN_DISPATCH(correct<T>(blocks, grad, weight, soft, scale, threads))
+}
+
+void add_block_signs(Dtype dtype, Blocks blocks, void* grad, const void* weight, const void* pull, int threads) {
+  SPARTAN_DISPATCH(add_signs<T>(blocks, grad, weight, pull, threads))
 }
 
 void block_scores(Dtype dtype, Blocks blocks, const void* weight, void* out, int threads) {

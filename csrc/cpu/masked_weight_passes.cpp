@@ -168,12 +168,19 @@ void correct(const BlockRow<T>& row, T* grad, const T* weight, T scale) {
 }
 
 template <class T>
+void add_signs(const BlockRow<T>& row, T* grad, const T* weight) {
+  const int64_t length = row.in * row.kernel;
+  for (int64_t r = 0; r < row.rows; ++r, grad += length, weight += length)
+    for_row(row, [&](int64_t i, int64_t b) { grad[i] += sign_of(weight[i]) * row.soft[b]; });
+}
+
+template <class T>
 void scores(const BlockRow<T>& row, const T* weight, T* out) {
   block_sums(row, out, [&](int64_t i) { return magnitude(weight[i]); });
 }
 
 template <class T>
-constexpr MaskedWeightPasses<T> kPasses{forward<T>, backward<T>, coupling<T>, correct<T>, scores<T>};
+constexpr MaskedWeightPasses<T> kPasses{forward<T>, backward<T>, coupling<T>, correct<T>, add_signs<T>, scores<T>};
 
 }  // namespace
 

@@ -31,6 +31,7 @@ struct MaskedWeightPasses {
   void (*backward)(const BlockRow<T>&, const T* grad, const T* weight, bool straight_through, T* result, T* scratch);
   CouplingSums (*coupling)(const BlockRow<T>&, const T* grad, const T* weight, T* scratch);
   void (*correct)(const BlockRow<T>&, T* grad, const T* weight, T scale);
+  void (*add_signs)(const BlockRow<T>&, T* grad, const T* weight);  // grad += sign(weight) * soft
   void (*scores)(const BlockRow<T>&, const T* weight, T* scores);
 };
 

@@ -138,6 +138,7 @@ class MaskGroup:
         self.solved = True
         for tensor in self.tensors:
             _rescale(tensor.carrier)
+            tensor.carrier.masks_changed()
 
     def _solve(self, budget: float, beta: float | torch.Tensor) -> None:
         carriers = [tensor.carrier for tensor in self.tensors]
@@ -168,6 +169,7 @@ class MaskGroup:
         if budget >= self.capacity:
             for tensor in self.tensors:
                 tensor.carrier.mask_hard.fill_(True)
+                tensor.carrier.masks_changed()
             return self.capacity
         values, absolute = self._values() if scores is None else (list(scores), False)
         try:
@@ -177,6 +179,7 @@ class MaskGroup:
             raise
         for tensor, mask in zip(self.tensors, masks, strict=True):
             tensor.carrier.mask_hard.copy_(mask)
+            tensor.carrier.masks_changed()
         return sum(tensor.kept() for tensor in self.tensors)
 
     def correct_gradients(self) -> None:

@@ -7,55 +7,11 @@ from typing import Any
 import torch
 
 from spartan._autograd import differentiable, differentiable_once
-from spartan_kernels.ops import block_sparse_linear, expand_blocks, masked_linear, sampled_matmul
+from spartan_kernels.ops import block_sparse_linear, masked_linear, sampled_matmul
 from spartan_kernels.ops.block_sparse import block_sparse_linear_backward, block_sparse_linear_forward
 from spartan_kernels.ops.masked_matmul import SAVES_INPUT, masked_linear_backward, masked_linear_forward
 
-__all__ = ["block_sparse_linear", "gate_of_weight", "masked_linear", "sampled_matmul"]
-
-
-def gate_of_weight(
-    weight: torch.Tensor,
-    soft: torch.Tensor,
-    block_size: tuple[int, int],
-    beta: torch.Tensor,
-    costs: torch.Tensor,
-) -> torch.Tensor:
-    """The soft mask m as a function of the weight it was solved from: what `masked_linear` takes as its gate.
-
-    dm_b/dtheta_i = beta s_b sign(theta_i) / a_b, s = m (1 - m): the part of equation (2) that needs this layer only.
-    Then `masked_linear` gives the weight the gradient that `masked_weight` and a dense product give.
-
-    Args:
-        weight: theta, [out, in].
-        soft: m, one per block.
-        block_size: (rows, columns).
-        beta: sharpness that m was solved with, 0-dim.
-        costs: a, 0-dim or one per block.
-    """
-    gate: torch.Tensor = _GateOfWeight.apply(weight, soft, beta, costs, *block_size)
-    return gate
-
-
-class _GateOfWeight(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        weight: torch.Tensor, soft: torch.Tensor, beta: torch.Tensor, costs: torch.Tensor, rows: int, columns: int
-    ) -> torch.Tensor:
-        return soft.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs[:4])
-        ctx.block_size = inputs[4:]
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        weight, soft, beta, costs = ctx.saved_tensors
-        pull = (beta * soft * (1 - soft) * grad / costs).to(weight.dtype)
-        return torch.sign(weight) * expand_blocks(pull, weight.shape, ctx.block_size), *[None] * 5
+__all__ = ["block_sparse_linear", "masked_linear", "sampled_matmul"]
 
 
 def _kept_for_activation(activation: str, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor | None:
@@ -66,30 +22,32 @@ def _kept_for_activation(activation: str, y: torch.Tensor, z: torch.Tensor) -> t
 
 
 def _setup_linear(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, gate, layout, backward_layout, bias, activation, rows, columns, save, density, backend = inputs
+    x, weight, gate, layout, backward_layout, bias, activation, rows, columns, save, density, slope, backend = inputs
     y, z = output
     ctx.mark_non_differentiable(z)
     ctx.set_materialize_grads(False)
     needs = ctx.needs[0], ctx.needs[1], ctx.needs[2], ctx.needs[5]
     if activation in SAVES_INPUT and not save:  # a transform of torch.func hid that there would be a gradient
         z = masked_linear_forward(
-            x, weight, gate, layout, backward_layout, bias, "", rows, columns, False, density, backend
+            x, weight, gate, layout, backward_layout, bias, "", rows, columns, False, density, None, backend
         )[0]
     x = x if needs[1] or needs[2] else None
-    ctx.save_for_backward(x, weight, gate, _kept_for_activation(activation, y, z), *layout, *backward_layout)
+    kept = _kept_for_activation(activation, y, z)
+    ctx.save_for_backward(x, weight, gate, slope, kept, *layout, *backward_layout)
     ctx.rest = activation, rows, columns, list(needs), density, backend
 
 
 def _backward_linear(ctx: Any, grad: torch.Tensor | None, grad_z: None) -> Any:
     if grad is None:
-        return (None,) * 12
-    x, weight, gate, kept, *index = ctx.saved_tensors
+        return (None,) * 13
+    x, weight, gate, slope, kept, *index = ctx.saved_tensors
     x = grad if x is None else x  # not read where only the gradient of x is needed
     kept = grad.new_empty(0) if kept is None else kept
-    grads = masked_linear_backward(grad, x, weight, gate, index[:4], index[4:], kept, *ctx.rest)
+    *rest, backend = ctx.rest
+    grads = masked_linear_backward(grad, x, weight, gate, index[:4], index[4:], kept, *rest, slope, backend)
     needs = ctx.rest[3]
     dx, dweight, dgate, dbias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return dx, dweight, dgate, None, None, dbias, *[None] * 6
+    return dx, dweight, dgate, None, None, dbias, *[None] * 7
 
 
 def _setup_sampled(ctx: Any, inputs: Any, output: Any) -> None:
@@ -105,10 +63,11 @@ def _backward_sampled(ctx: Any, grad: torch.Tensor) -> Any:
     gate = grad.new_ones(layout[0].shape[0] - 1, layout[2].shape[0] - 1)
     da = db = None
     if ctx.needs[0]:
-        da = masked_linear_forward(b, grad, gate, layout, [], None, "", rows, columns, False, -1.0, backend)[0].mT
+        da = masked_linear_forward(b, grad, gate, layout, [], None, "", rows, columns, False, -1.0, None, backend)[0].mT
     if ctx.needs[1]:
         needs, empty = [True, False, False, False], grad.new_empty(0)
-        db = masked_linear_backward(a.mT, b, grad, gate, layout, [], empty, "", rows, columns, needs, -1.0, backend)[0]
+        rest = empty, "", rows, columns, needs, -1.0, None, backend
+        db = masked_linear_backward(a.mT, b, grad, gate, layout, [], *rest)[0]
     return da, db, None, None, None, None
 
 

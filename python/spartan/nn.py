@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from spartan.functional import masked_weight
-from spartan.matmul import block_sparse_linear, gate_of_weight, masked_linear
+from spartan.matmul import block_sparse_linear, masked_linear
 from spartan_kernels import BlockLayout, BlockSparseWeight, block_costs, block_grid
 
 __all__ = [
@@ -80,6 +80,9 @@ class MaskCarrier(nn.Module):
             delattr(self, name)
         del self.mask_block_size, self.mask_straight_through
 
+    def masks_changed(self) -> None:
+        """To be called after each change of the hard mask; what is derived from it follows."""
+
     def masked(self, weight: torch.Tensor) -> torch.Tensor:
         """theta * m * h (* scale), with the local part of the gradient of `spartan.masked_weight`."""
         result = masked_weight(
@@ -101,20 +104,62 @@ class MaskedLinear(MaskCarrier, nn.Linear):
         """y = x w^T + b with w = theta * m * h; where weights are masked by blocks, only kept blocks are multiplied."""
         if self.mask_block_size == (1, 1):
             return functional.linear(input, self.masked(self.weight), self.bias)
-        if self.mask_soft is None:
-            gate = torch.ones_like(self.mask_hard, dtype=self.weight.dtype)
-        else:
-            gate = gate_of_weight(self.weight, self.mask_soft, self.mask_block_size, self.mask_beta, self.mask_costs)
-        everywhere = self.mask_straight_through and self.mask_backward is None
+        gate, slope = self._gate()
+        layout = self._layout()
         return masked_linear(
             input,
             self.weight,
-            gate if self.mask_scale is None else gate * self.mask_scale,
+            gate,
             self.mask_block_size,
             self.bias,
-            forward_mask=self.mask_hard,
-            backward_mask=None if everywhere else self.mask_hard if self.mask_backward is None else self.mask_backward,
+            backward_mask=self.mask_backward,
+            layout=layout,
+            backward_layout=layout if self.mask_backward is None and not self.mask_straight_through else None,
+            slope=slope,
         )
+
+    def attach_masks(
+        self,
+        weight: torch.Tensor,
+        block_size: tuple[int, int],
+        soft: bool,
+        preserve_scale: bool = False,
+        straight_through: bool = False,
+    ) -> None:
+        """Also add the index of the kept blocks, where there are blocks."""
+        super().attach_masks(weight, block_size, soft, preserve_scale, straight_through)
+        if block_size != (1, 1):
+            for name, index in zip(_INDEX, self._index(), strict=True):
+                self.register_buffer(f"mask_{name}", index, persistent=False)
+
+    def detach_masks(self) -> None:
+        """Remove everything `attach_masks` added."""
+        if self.mask_block_size != (1, 1):
+            for name in _INDEX:
+                delattr(self, f"mask_{name}")
+        super().detach_masks()
+
+    def masks_changed(self) -> None:
+        """Index the kept blocks again."""
+        if self.mask_block_size != (1, 1):
+            for buffer, index in zip(self._layout().tensors(), self._index(), strict=True):
+                buffer.copy_(index)
+
+    def _index(self) -> list[torch.Tensor]:
+        return BlockLayout.from_gate(self.mask_hard, self.weight.shape, self.mask_block_size).tensors()
+
+    def _layout(self) -> BlockLayout:
+        a, b, c, d = (self.get_buffer(f"mask_{name}") for name in _INDEX)
+        return BlockLayout((self.out_features, self.in_features), self.mask_block_size, a, b, c, d)
+
+    def _gate(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """m (* scale), and its derivative by the weight: beta s / a for each sign(theta), s = m (1 - m)."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        scale = 1.0 if self.mask_scale is None else self.mask_scale.to(wide)
+        if self.mask_soft is None:
+            return torch.ones_like(self.mask_hard, dtype=wide) * scale, None
+        soft = self.mask_soft.to(wide)
+        return soft * scale, (self.mask_beta * soft * (1 - soft) * scale / self.mask_costs).to(wide)
 
 
 class BlockSparseLinear(nn.Module):

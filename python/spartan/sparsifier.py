@@ -339,3 +339,4 @@ def _load_tensor(tensor: MaskedTensor, state: dict[str, torch.Tensor]) -> None:
     carrier.mask_hard.copy_(state["hard"])
     carrier.mask_beta.copy_(state["beta"])
     carrier.mask_straight_through = bool(state.get("straight_through", "soft" in state))
+    carrier.masks_changed()

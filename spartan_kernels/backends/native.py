@@ -414,6 +414,17 @@ def masked_weight_correct_(
         grad.copy_(g)
 
 
+def add_block_signs_(grad: torch.Tensor, weight: torch.Tensor, pull: torch.Tensor, rows: int, columns: int) -> None:
+    """grad_i += sign(theta_i) pull_b."""
+    w = _Weight(weight, rows, columns)
+    g, p = _compute(grad), _compute(pull).to(w.weight.dtype)
+    _native.cpu.add_block_signs(
+        w.element, w.blocks, g.data_ptr(), w.weight.data_ptr(), p.data_ptr(), torch.get_num_threads()
+    )
+    if g.data_ptr() != grad.data_ptr():
+        grad.copy_(g)
+
+
 def block_scores(weight: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """Sum of |theta| over each block."""
     w = _Weight(weight, rows, columns)

@@ -34,6 +34,7 @@ def _fake_forward(
     columns: int,
     save: bool,
     density: float,
+    slope: Any,
     backend: str,
 ) -> Any:
     shape = (*x.shape[:-1], weight.shape[0])
@@ -41,7 +42,7 @@ def _fake_forward(
 
 
 def _fake_backward(grad: Any, x: Any, weight: Any, gate: Any, *rest: Any) -> Any:
-    needs = rest[-3]
+    needs = rest[-4]
     shapes = ((*grad.shape[:-1], weight.shape[1]), weight.shape, gate.shape, weight.shape[:1])
     dtypes = (grad.dtype, grad.dtype, gate.dtype, grad.dtype)
     return [
@@ -55,15 +56,25 @@ def _fake_sampled(a: Any, b: Any, *rest: Any) -> Any:
 
 
 def _serve_forward(x: Any, weight: Any, gate: Any, layout: Any, backward_layout: Any, *rest: Any) -> Any:
-    *operands, density, backend = rest
+    *operands, density, _, backend = rest
     function = _serving("masked_linear_forward", x, layout, operands[2:4], density, backend)
     return function(x, weight, gate, layout, *operands)
 
 
 def _serve_backward(grad: Any, x: Any, weight: Any, gate: Any, layout: Any, *rest: Any) -> Any:
-    *operands, density, backend = rest
-    function = _serving("masked_linear_backward", x, layout, operands[3:5], density, backend)
-    return function(grad, x, weight, gate, layout, *operands)
+    *operands, needs, density, slope, backend = rest
+    rows, columns = operands[3:5]
+    function = _serving("masked_linear_backward", x, layout, (rows, columns), density, backend)
+    of_weight, of_gate = needs[1:3]
+    pulls = slope is not None and of_weight
+    needs = [needs[0], of_weight, of_gate or pulls, needs[3]]
+    grads = function(grad, x, weight, gate, layout, *operands, needs)
+    if pulls:
+        add = dispatch.resolve("add_block_signs_", weight, "auto")
+        add(grads[1], weight, slope * grads[2], rows, columns)
+        if not of_gate:
+            grads[2] = grad.new_empty(0)
+    return grads
 
 
 def _serving(name: str, x: Any, layout: Any, block: Any, density: float, backend: str) -> Any:
@@ -81,10 +92,11 @@ def _serving(name: str, x: Any, layout: Any, block: Any, density: float, backend
 block_layout = define(
     "block_layout(Tensor gate, Tensor? mask, str backend) -> (Tensor, Tensor, Tensor, Tensor)", _fake_layout
 )
-# backward_layout is there for the gradient alone
+# backward_layout and slope are there for the gradient alone
 masked_linear_forward = define(
     "masked_linear_forward(Tensor x, Tensor weight, Tensor gate, Tensor[] layout, Tensor[] backward_layout,"
-    " Tensor? bias, str activation, int rows, int columns, bool save, float density, str backend) -> (Tensor, Tensor)",
+    " Tensor? bias, str activation, int rows, int columns, bool save, float density,"
+    " Tensor? slope, str backend) -> (Tensor, Tensor)",
     _fake_forward,
     serve=_serve_forward,
 )
@@ -92,7 +104,7 @@ masked_linear_forward = define(
 masked_linear_backward = define(
     "masked_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor gate, Tensor[] layout,"
     " Tensor[] backward_layout, Tensor saved, str activation, int rows, int columns, bool[] needs, float density,"
-    " str backend) -> Tensor[]",
+    " Tensor? slope, str backend) -> Tensor[]",
     _fake_backward,
     serve=_serve_backward,
 )
@@ -113,6 +125,8 @@ def masked_linear(
     backward_mask: torch.Tensor | None = None,
     *,
     layout: BlockLayout | None = None,
+    backward_layout: BlockLayout | None = None,
+    slope: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Linear layer whose weight is scaled block by block; a block whose gate or mask is zero takes no part.
@@ -131,6 +145,10 @@ def masked_linear(
         forward_mask: bool, shape of `gate`; None for all blocks.
         backward_mask: bool, shape of `gate`; None for all blocks.
         layout: the blocks to multiply, in place of those where gate and forward_mask are not zero.
+        backward_layout: the blocks that get a gradient, in place of backward_mask.
+        slope: shape of `gate`, for a gate that follows the weight with dgate_b/dtheta_i = slope_b sign(theta_i), as a
+            soft top-k of block magnitudes does: the weight's gradient gets slope_b sign(theta_i) times the gate's too.
+            A constant itself.
         backend: "auto" or the name of a backend. "auto" multiplies densely where that is faster: see `spartan.tune`.
 
     Returns:
@@ -138,7 +156,7 @@ def masked_linear(
 
     Raises:
         TypeError: integer tensors or masks that are not bool. ValueError: shapes, dtypes or devices that do not match,
-            an unknown activation, a block size that is not positive, a layout with a forward_mask.
+            an unknown activation, a block size that is not positive, a layout beside the mask that it replaces.
 
     Source: Tai, Tian, Lim, "Spartan", NeurIPS 2022: its forward and straight-through backward, by blocks.
     """
@@ -162,14 +180,23 @@ def masked_linear(
         raise ValueError("forward_mask must be None with a layout, which says itself what blocks are multiplied")
     else:
         require_layout(layout, shape, (rows, columns), weight.device)
+    if backward_layout is not None:
+        if backward_mask is not None:
+            raise ValueError("backward_mask must be None with a backward_layout, which says itself what it would say")
+        require_layout(backward_layout, shape, (rows, columns), weight.device)
+    if slope is not None and (slope.shape, slope.device) != (gate.shape, gate.device):
+        raise ValueError(
+            f"slope must have shape {tuple(gate.shape)} on {gate.device}, as gate; got {tuple(slope.shape)} on"
+            f" {slope.device}"
+        )
     learns = torch.is_grad_enabled() and (weight.requires_grad or gate.requires_grad)
-    backward: list[torch.Tensor] = []
     if learns and backward_mask is not None:
-        index = BlockLayout.from_gate(backward_mask, shape, (rows, columns), backend=backend)
-        backward = index.tensors()
+        backward_layout = BlockLayout.from_gate(backward_mask, shape, (rows, columns), backend=backend)
+    backward = backward_layout.tensors() if learns and backward_layout is not None else []
     save = activation in SAVES_INPUT and records(x, weight, gate, bias)
     density = -1.0 if layout.density is None else layout.density
-    operands = x, weight, gate, layout.tensors(), backward, bias, activation or "", rows, columns, save, density
+    slope = None if slope is None else slope.detach()
+    operands = x, weight, gate, layout.tensors(), backward, bias, activation or "", rows, columns, save, density, slope
     result: torch.Tensor = masked_linear_forward(*operands, backend or "")[0]
     return result
 

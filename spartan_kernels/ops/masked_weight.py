@@ -50,6 +50,11 @@ _correct = define(
     " str backend) -> ()",
     _fake_correct,
 )
+# grad_i += sign(theta_i) pull_b
+add_block_signs_ = define(
+    "add_block_signs_(Tensor(a!) grad, Tensor weight, Tensor pull, int rows, int columns, str backend) -> ()",
+    _fake_correct,
+)
 _scores = define("block_scores(Tensor weight, int rows, int columns, str backend) -> Tensor", _fake_scores)
 
 

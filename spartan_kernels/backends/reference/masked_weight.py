@@ -94,6 +94,11 @@ def masked_weight_correct_(
     grad.sub_(torch.sign(weight) * expand(pull, weight.shape, rows, columns))
 
 
+def add_block_signs_(grad: torch.Tensor, weight: torch.Tensor, pull: torch.Tensor, rows: int, columns: int) -> None:
+    """grad_i += sign(theta_i) pull_b."""
+    grad.add_(torch.sign(weight) * expand(pull, weight.shape, rows, columns).to(grad.dtype))
+
+
 def block_scores(weight: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """Sum of |theta| over each block."""
     return block_sum(weight.abs(), rows, columns).contiguous()

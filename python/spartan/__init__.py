@@ -13,7 +13,20 @@ from spartan.functional import (
     soft_topk_global,
 )
 from spartan.masks import Mask
-from spartan.methods import DPF, GMP, IHT, SET, Dense, DualAveraging, OneShot, RigL, Spartan, StaticRandom, TopKAST
+from spartan.methods import (
+    DPF,
+    GMP,
+    IHT,
+    SET,
+    Dense,
+    DualAveraging,
+    OneShot,
+    Powerpropagation,
+    RigL,
+    Spartan,
+    StaticRandom,
+    TopKAST,
+)
 from spartan.pack_modules import to_block_sparse
 from spartan.patterns import sparsity_pattern
 from spartan.sparsifier import Sparsifier
@@ -31,6 +44,7 @@ __all__ = [
     "DualAveraging",
     "Mask",
     "OneShot",
+    "Powerpropagation",
     "RigL",
     "Sparsifier",
     "Spartan",

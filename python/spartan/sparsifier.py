@@ -78,8 +78,8 @@ class Sparsifier:
         self._finalized = False
         self._counted = sum(parameter.numel() for parameter in model.parameters())
         groups = []
-        if isinstance(method, SparseMethod):
-            groups = self._make_groups(method, include, exclude, count)
+        if method.masking is not None:
+            groups = self._make_groups(method.masking, include, exclude, count)
         self._masks = MaskSet(groups, total_steps)
         method.start(self._masks)
 
@@ -200,7 +200,10 @@ class Sparsifier:
         self._require_active()
         self._require_detached("step")
         self._masks.optimizer = optimizer
-        self._advance()
+        try:
+            self._advance()
+        finally:
+            self._masks.optimizer = None
 
     def finalize(self) -> None:
         """Apply the masks for good: plain modules again, with exact zeros and exactly the sparsity asked for.

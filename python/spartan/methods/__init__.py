@@ -9,6 +9,7 @@ from spartan.methods.dual_averaging import DualAveraging
 from spartan.methods.gmp import GMP
 from spartan.methods.iht import IHT
 from spartan.methods.one_shot import OneShot
+from spartan.methods.powerpropagation import Powerpropagation
 from spartan.methods.rigl import RigL
 from spartan.methods.set import SET
 from spartan.methods.spartan import Spartan
@@ -24,6 +25,7 @@ __all__ = [
     "DualAveraging",
     "Method",
     "OneShot",
+    "Powerpropagation",
     "RigL",
     "SparseMethod",
     "Spartan",

@@ -30,6 +30,11 @@ class Method(ABC):
         """Name in reports and checkpoints."""
         return type(self).__name__
 
+    @property
+    def masking(self) -> SparseMethod | None:
+        """The method whose settings say what the masks are like; None without masks."""
+        return None
+
     def settings(self) -> dict[str, Any]:
         """The settings as plain types, for checkpoints."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}  # type: ignore[call-overload]
@@ -71,6 +76,13 @@ class SparseMethod(Method):
     sparsity: float
     block_size: int | tuple[int, int] = 1
     distribution: str = "global"
+
+    grows_from_zero = False  # whether dropped weights come back with the value zero
+
+    @property
+    def masking(self) -> SparseMethod:
+        """Itself."""
+        return self
 
     def __post_init__(self) -> None:
         require_number("sparsity", self.sparsity, 0.0, 1.0, open_end=True)

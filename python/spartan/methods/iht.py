@@ -29,6 +29,8 @@ class IHT(DualAveraging):
 
     ramp: float = 0.0
 
+    grows_from_zero = True
+
     def choose(self, masks: MaskSet) -> None:
         """Select, and make zero what was not selected."""
         super().choose(masks)

@@ -31,6 +31,8 @@ class Rewiring(SparseMethod):
     end: float = 0.75
     seed: int = 0
 
+    grows_from_zero = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require_number("fraction", self.fraction, 0.0, 1.0)

@@ -390,6 +390,32 @@ def test_gradients_in_the_corners(target: Any, corner: str, dtype: torch.dtype, 
         )
 
 
+@pytest.mark.parametrize("over", ["short rows", "long rows", "list"])
+@pytest.mark.parametrize(("offset", "beta"), [(0.0, 1e-30), (0.0, 1e-6), (1e3, 1.0), (-1e3, 30.0)])
+def test_the_gradient_of_beta_loses_nothing_where_zero_or_the_threshold_is_far(
+    target: Any, over: str, offset: float, beta: float
+) -> None:
+    """A shift of the values leaves that sum alone; nearly flat masks have their threshold at logit(k/n) / beta."""
+    values = make_values("normal", (2, 23 if over == "short rows" else 1201)).add(offset)
+    if over == "list":
+        values = values.reshape(1, -1)
+    n = values.shape[-1]
+    upstream = make_values("normal", values.shape, seed=5)
+    exact_beta = torch.tensor(beta, dtype=torch.float64, requires_grad=True)
+    exact_mask = oracle_soft_topk(values.double() - offset, 0.03 * n, None, exact_beta)
+    (exact,) = torch.autograd.grad(exact_mask, exact_beta, upstream.double())
+    leaf = torch.tensor(beta, dtype=torch.float64, device=target.device, requires_grad=True)
+    if over == "list":
+        parts = list(values[0].to(target.device).split([n // 3, n - n // 3]))
+        mask = torch.cat(spartan.soft_topk_global(parts, 0.03 * n, beta=leaf, backend=target.backend))[None]
+    else:
+        mask = spartan.soft_topk(values.to(target.device), 0.03 * n, beta=leaf, backend=target.backend)
+    (found,) = torch.autograd.grad(mask, leaf, upstream.to(target.device))
+    m = exact_mask.detach()
+    size = float((m * (1 - m) * (upstream.double() * (values.double() - offset)).abs()).sum())
+    assert abs(float(found.cpu() - exact)) <= 1e-5 * size, f"{float(found)} instead of {float(exact)}, terms of {size}"
+
+
 # ------------------------------------------------------------------------------------------------ straight through
 
 

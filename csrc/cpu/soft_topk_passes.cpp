@@ -326,13 +326,15 @@ GradientSums gradient_sums(const Span<T>& span, const T* grad, const Logit<T>& p
   return specialised(span, [&]<CostKind C, bool Absolute>() {
     GradientSums total;
     Vec<T> gs{}, as{}, gsu{}, asu{};
+    const T origin = p.origin();
     const auto body = [&](const Lane<T>& lane, Vec<T> g, Vec<T> live) {
       const Vec<T> s = logistic(lane.u).s * live;
       const Vec<T> g_s = g * s, a_s = lane.a * s;
       gs += g_s;
       as += a_s;
-      gsu += g_s * lane.u;
-      asu += a_s * lane.u;
+      const Vec<T> u = lane.u - origin;
+      gsu += g_s * u;
+      asu += a_s * u;
     };
     walk<T, C, Absolute>(
         span, [&](int64_t i, const Lane<T>& lane) { body(lane, load(grad + i), splat(T(1))); },

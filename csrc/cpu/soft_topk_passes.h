@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "../host_device.h"
+
 namespace spartan::cpu {
 
 // A run of entries: v, and their costs as an array or one number. The selection is by u = |v| / a or v / a.
@@ -20,6 +22,13 @@ struct Span {
 template <class T>
 struct Logit {
   T beta, centre, shift, sign;
+
+  // Where to measure u from in a sum that the choice leaves alone: from the threshold nothing is lost to cancellation,
+  // unless the mask is so flat that the threshold lies further from the entries than they from zero.
+  SPARTAN_HD T origin() const {
+    const T x = beta * centre;
+    return x > T(20) || x < T(-20) ? centre : T(0);
+  }
 };
 
 // Where the hard threshold is expected: entries above `high` are counted, those within [low, high] collected.
@@ -66,7 +75,7 @@ struct Extent {
 };
 
 struct GradientSums {
-  double gs = 0, as = 0, gsu = 0, asu = 0;  // sums of g s, a s, g s u, a s u
+  double gs = 0, as = 0, gsu = 0, asu = 0;  // sums of g s, a s, and both times u - Logit::origin()
 
   GradientSums& operator+=(const GradientSums& o) {
     gs += o.gs, as += o.as, gsu += o.gsu, asu += o.asu;

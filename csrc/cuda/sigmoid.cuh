@@ -84,7 +84,8 @@ struct GradientSums {
 
   __device__ void add(const Logit<float>& p, float u, float a, float g) {
     const float s = Sigmoid(logit_at(p, u)).slope(), g_s = g * s, a_s = a * s;
-    gs += g_s, as += a_s, gsu += g_s * u, asu += a_s * u;
+    const float from_origin = u - p.origin();
+    gs += g_s, as += a_s, gsu += g_s * from_origin, asu += a_s * from_origin;
   }
   __device__ void flush() {
     total[0] += gs, total[1] += as, total[2] += gsu, total[3] += asu;

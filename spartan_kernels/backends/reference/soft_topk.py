@@ -153,7 +153,8 @@ def soft_topk_backward(
     r_ = r.to(u.dtype)[:, None]
     b = beta.to(u.dtype)
     grad_values = b * s * (g / a - r_)
-    grad_beta = ((g - a * r_) * s * u).sum(-1, dtype=wide)
+    # sum (g - a r) s vanishes, so u may be measured from the threshold: nothing cancels where values are far from zero
+    grad_beta = ((g - a * r_) * s * (u - threshold[:, :1].to(u.dtype))).sum(-1, dtype=wide)
     grad_costs = -(g - a * r_) * s * b * u / a - r_ * m if cost_grad else values.new_empty(0)
     return grad_values.to(values.dtype), grad_costs.to(values.dtype), r, summed(grad_beta, group)
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import spartan.functional as F
-from spartan_kernels import hard_topk_global, new_solver_state, soft_topk, soft_topk_global, solve_masks_
+from spartan_kernels import hard_topk, hard_topk_global, new_solver_state, soft_topk, soft_topk_global, solve_masks_
 from spartan_kernels.backends import native
+from spartan_kernels.testing import make_costs, make_values, oracle_hard_topk
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 
@@ -159,6 +160,8 @@ def test_scratch_memory_stays_under_four_mebibytes() -> None:
         assert native._native.cpu.workspace_bytes(1, length, 4) < 4 << 20
         assert native._native.cpu.workspace_bytes(1, length, 8) < 4 << 20
         assert native._native.cpu.workspace_bytes(1, length, 4, grouped=True) < 4 << 20
+    for element_size, threads in [(2, 16), (4, 16), (8, 16)]:  # rows that all threads solve together
+        assert native._native.cpu.rows_workspace_bytes(25_600_000, element_size, threads) < 4 << 20
 
 
 NARROW = [torch.bfloat16, torch.float16]
@@ -199,6 +202,29 @@ def test_narrow_storage_is_float32_rounded_once(dtype: torch.dtype, costs: bool)
     for got, expected in zip(narrow[3], full[3], strict=True):
         assert torch.equal(got, expected.to(got.dtype))
     assert torch.equal(narrow[4], full[4])
+
+
+@pytest.mark.parametrize("priced", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *NARROW])
+def test_rows_beyond_the_cache_are_solved_as_lists(dtype: torch.dtype, priced: bool) -> None:
+    values, grad = (make_values("normal", (2, 140_003), seed=i, dtype=dtype) for i in range(2))
+    costs = make_costs("power_of_two", values.shape, dtype=dtype) if priced else None
+    results = []
+    for rows in (True, False):
+        leaf = values.clone().requires_grad_()
+        if rows:
+            soft = F.soft_topk(leaf, 9000.0, costs, 3.0, backend="native")
+            hard = hard_topk(values, 9000.0, costs, backend="native")
+        else:
+            prices = [None if costs is None else [a] for a in (costs if priced else values)]
+            parts = list(zip(leaf, prices, strict=True))
+            soft = torch.stack([F.soft_topk_global([v], 9000.0, a, 3.0, backend="native")[0] for v, a in parts])
+            hard = torch.stack([hard_topk_global([v], 9000.0, a, backend="native")[0] for v, a in parts])
+        results.append((soft.detach(), hard, *torch.autograd.grad(soft, leaf, grad)))
+    for by_rows, by_lists in zip(*results, strict=True):
+        assert torch.equal(by_rows, by_lists)
+    assert results[0][0].isfinite().all()
+    assert torch.equal(results[0][1], oracle_hard_topk(values, 9000.0, costs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *NARROW])

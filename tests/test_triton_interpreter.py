@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 TESTS = Path(__file__).parent
 SELECTIONS = {
     "test_autograd.py": "(corners and (flat or nothing or everything)) or every_shape_of_costs or loses_nothing",
-    "test_corners.py": "(1000000.0-1e-06 and two_valued) or (1000000.0-0.999999 and quantised) or (1.0-1e-06 and normal)",
+    "test_corners.py": "1000000.0-1e-06-two_valued or 1000000.0-0.999999-quantised or 1.0-1e-06-normal",
     "test_patterns.py": "(the_largest and quantised) or soft_pattern",
     "test_masked_weight.py": "block_scores or zero_weights or dropped or (forward_and_gradient and float32 and both)",
     "test_soft_topk.py": "long_rows or odd_lengths or nothing_and or ties or plateau or non_finite"

@@ -19,7 +19,10 @@ template <class S>
 constexpr bool kHasLanes = !std::is_same_v<S, double>;
 
 template <class S>
-constexpr Dtype kDtype = std::is_same_v<S, double> ? Dtype::float64 : Dtype::float32;
+constexpr Dtype kDtype = std::is_same_v<S, double>     ? Dtype::float64
+                         : std::is_same_v<S, bfloat16> ? Dtype::bfloat16
+                         : std::is_same_v<S, float16>  ? Dtype::float16
+                                                       : Dtype::float32;
 
 template <class T>
 bool fits_cache(int64_t length) {
@@ -135,8 +138,11 @@ class RowSolver {
             rows_.length, false};
   }
 
-  TableRow entry(const Span<T>& span) const {
-    return {span.values, span.costs, rows_.cost, rows_.length, {nullptr, nullptr, nullptr}};
+  // A row as a list of one tensor, read and written as it is stored: nothing of its length is kept beside it.
+  bool solved_as_list() const { return !fits_cache<T>(rows_.length); }
+  TableRow as_list(int64_t row, const void* first, const void* second = nullptr, const void* third = nullptr) const {
+    return {values(row), costs(row), rows_.cost, rows_.length,
+            {const_cast<void*>(first), const_cast<void*>(second), const_cast<void*>(third)}};
   }
 
   // The budget within the sum of the costs; throws where values, costs or budget are out of range.
@@ -151,15 +157,14 @@ class RowSolver {
   }
 
   void soft_row(int64_t row, double budget, double beta, S* mask, double* threshold) const {
+    if (solved_as_list()) {
+      const TableRow list = as_list(row, mask);
+      soft_topk_global(kDtype<S>, {&list, 1}, budget, beta, false, nullptr, threshold, workspace_, team_);
+      return;
+    }
     Arena arena(workspace_);
     const Span<T> entries = span(row, &arena);
     T* out = staging(mask, &arena);
-    if (!fits_cache<T>(rows_.length)) {
-      TableRow list = entry(entries);
-      list.extra[0] = out;
-      soft_topk_global(kDtype<S>, {&list, 1}, budget, beta, false, nullptr, threshold, arena.rest(), team_);
-      return;
-    }
     Extent extent = passes_.extent(entries);
     ThresholdSearch search(checked(entries, &extent, budget), extent.cost, beta);
     if (!search.constant()) solve_in_cache(entries, extent, &search);
@@ -186,41 +191,39 @@ class RowSolver {
 
   void soft_backward_row(int64_t row, const S* grad, double beta, const RowGradient& out, S* grad_values,
                          S* grad_costs) const {
+    if (solved_as_list()) {
+      const TableRow list = as_list(row, grad, grad_values, grad_costs);
+      double scalars[2];
+      soft_topk_global_backward(kDtype<S>, {&list, 1}, out.threshold, beta, scalars, workspace_, team_);
+      *out.budget = scalars[0], *out.beta = scalars[1];
+      return;
+    }
     Arena arena(workspace_);
     const Span<T> entries = span(row, &arena);
     const T* g = widened(grad, &arena);
     T* of_values = staging(grad_values, &arena);
     T* of_costs = grad_costs != nullptr ? staging(grad_costs, &arena) : nullptr;
-    if (fits_cache<T>(rows_.length)) {
-      const Logit<T> logit = saved_logit<T>(out.threshold, beta);
-      const GradientSums sums = passes_.gradient_sums(entries, g, logit);
-      // a budget of nothing or everything saturates every entry; their logistic is cut off a little above zero
-      *out.budget = sums.as > 0 && std::isfinite(out.threshold[1]) ? sums.gs / sums.as : 0.0;
-      *out.beta = sums.gsu - *out.budget * sums.asu;
-      passes_.gradient(entries, g, logit, static_cast<T>(*out.budget), of_values, of_costs, false);
-    } else {
-      TableRow list = entry(entries);
-      list.extra[0] = const_cast<T*>(g), list.extra[1] = of_values, list.extra[2] = of_costs;
-      double scalars[2];
-      soft_topk_global_backward(kDtype<S>, {&list, 1}, out.threshold, beta, scalars, arena.rest(), team_);
-      *out.budget = scalars[0], *out.beta = scalars[1];
-    }
+    const Logit<T> logit = saved_logit<T>(out.threshold, beta);
+    const GradientSums sums = passes_.gradient_sums(entries, g, logit);
+    // a budget of nothing or everything saturates every entry; their logistic is cut off a little above zero
+    *out.budget = sums.as > 0 && std::isfinite(out.threshold[1]) ? sums.gs / sums.as : 0.0;
+    *out.beta = sums.gsu - *out.budget * sums.asu;
+    passes_.gradient(entries, g, logit, static_cast<T>(*out.budget), of_values, of_costs, false);
     narrowed(of_values, grad_values);
     if (grad_costs != nullptr) narrowed(of_costs, grad_costs);
   }
 
   void hard_row(int64_t row, double budget, uint8_t* mask) const {
-    Arena arena(workspace_);
-    const Span<T> entries = span(row, &arena);
-    if (entries.costs == nullptr && fits_cache<T>(rows_.length)) {
-      Extent extent = passes_.extent(entries);
-      const double limit = checked(entries, &extent, budget);
-      write_hard(entries, cut_by_counting(entries, extent, limit), mask);
+    if (rows_.costs != nullptr || solved_as_list()) {
+      const TableRow list = as_list(row, mask);
+      hard_topk_global(kDtype<S>, {&list, 1}, budget, false, workspace_, team_);
       return;
     }
-    TableRow list = entry(entries);
-    list.extra[0] = mask;
-    hard_topk_global(kDtype<S>, {&list, 1}, budget, false, arena.rest(), team_);
+    Arena arena(workspace_);
+    const Span<T> entries = span(row, &arena);
+    Extent extent = passes_.extent(entries);
+    const double limit = checked(entries, &extent, budget);
+    write_hard(entries, cut_by_counting(entries, extent, limit), mask);
   }
 
   // Equal costs: the entries above a trial threshold are counted until it parts them exactly or only ties are left to part.
@@ -297,6 +300,10 @@ int64_t piece_bytes(int64_t length, int element_size) {
   return element_size == 2 ? one + kMostStaged * (length * 4 + 64) : one;
 }
 
+bool piece_fits_cache(int64_t length, int element_size) {
+  return element_size == 8 ? fits_cache<double>(length) : fits_cache<float>(length);
+}
+
 // Calls f(solver, first, last) on ranges of rows; the first error of any range is thrown after the loop. Rows that do not
 // fit into cache go one after another, with all threads on each.
 template <class S, class F>
@@ -329,6 +336,7 @@ void for_rows(const Rows& rows, Workspace workspace, int threads, F&& f) {
 }  // namespace
 
 int64_t rows_workspace_bytes(int64_t length, int element_size, int threads) {
+  if (!piece_fits_cache(length, element_size)) return workspace_bytes(1, length, std::max(element_size, 4));
   return piece_bytes(length, element_size) * std::max(threads, 1);
 }
 

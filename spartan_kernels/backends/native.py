@@ -70,7 +70,7 @@ _KEPT_BYTES = 16 << 20
 
 
 def _workspace(size: int) -> torch.Tensor:
-    """Scratch memory of this thread, kept up to 4 MiB: fresh pages would cost as much as a pass over the data."""
+    """Scratch memory of this thread, kept up to 16 MiB: fresh pages would cost as much as a pass over the data."""
     if size > _KEPT_BYTES:
         return torch.empty(size, dtype=torch.uint8)
     if _scratch.tensor is None or _scratch.tensor.numel() < size:

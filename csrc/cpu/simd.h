@@ -193,7 +193,7 @@ static inline void store_partial(T* p, Vec<T> v, int count) {
 
 template <class T>
 static inline Vec<T> splat(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};  // a broadcast: 0 + x would be an addition
 }
 
 static inline Vec<float> absolute(Vec<float> v) {

@@ -6,6 +6,7 @@
 
 #include "cache_solve.h"
 #include "dispatch.h"
+#include "huge_pages.h"
 #include "problem.h"
 #include "short_rows.h"
 
@@ -333,6 +334,11 @@ void for_rows(const Rows& rows, Workspace workspace, int threads, F&& f) {
   if (error) std::rethrow_exception(error);
 }
 
+void advise_fresh(Dtype dtype, const Rows& rows, void* output) {
+  const int64_t bytes = dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+  advise_huge_pages(output, rows.rows * rows.length * bytes);
+}
+
 }  // namespace
 
 int64_t rows_workspace_bytes(int64_t length, int element_size, int threads) {
@@ -342,6 +348,7 @@ int64_t rows_workspace_bytes(int64_t length, int element_size, int threads) {
 
 void soft_topk_rows(Dtype dtype, Rows rows, RowBudgets budget, double beta, void* mask, double* threshold,
                     Workspace workspace, int threads) {
+  advise_fresh(dtype, rows, mask);
   SPARTAN_DISPATCH_STORAGE(for_rows<S>(rows, workspace, threads, [&](const RowSolver<S>& solver, int64_t first, int64_t last) {
     solver.soft(first, last, budget, beta, static_cast<S*>(mask), threshold);
   }))
@@ -349,6 +356,8 @@ void soft_topk_rows(Dtype dtype, Rows rows, RowBudgets budget, double beta, void
 
 void soft_topk_rows_backward(Dtype dtype, Rows rows, const void* grad, double beta, RowGradient gradient, void* grad_values,
                              void* grad_costs, Workspace workspace, int threads) {
+  advise_fresh(dtype, rows, grad_values);
+  if (grad_costs != nullptr) advise_fresh(dtype, rows, grad_costs);
   SPARTAN_DISPATCH_STORAGE(for_rows<S>(rows, workspace, threads, [&](const RowSolver<S>& solver, int64_t first, int64_t last) {
     solver.soft_backward(first, last, static_cast<const S*>(grad), beta, gradient, static_cast<S*>(grad_values),
                          static_cast<S*>(grad_costs));
@@ -356,6 +365,7 @@ void soft_topk_rows_backward(Dtype dtype, Rows rows, const void* grad, double be
 }
 
 void hard_topk_rows(Dtype dtype, Rows rows, RowBudgets budget, uint8_t* mask, Workspace workspace, int threads) {
+  advise_huge_pages(mask, rows.rows * rows.length);
   SPARTAN_DISPATCH_STORAGE(for_rows<S>(rows, workspace, threads, [&](const RowSolver<S>& solver, int64_t first, int64_t last) {
     solver.hard(first, last, budget, mask);
   }))

@@ -46,7 +46,7 @@ class RigL(Rewiring):
             tensor.remembered = None
             if grad is not None:
                 tensor.remembered = tensor.magnitudes(grad)
-                grad.mul_(tensor.expand(tensor.carrier.mask_hard))
+                grad.mul_(tensor.expand(tensor.carrier.mask_hard.to(grad.dtype)))
 
     def update(self, masks: MaskSet) -> None:
         """Drop and grow, and let the next step compute dense gradients if masks change after it."""

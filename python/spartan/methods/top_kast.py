@@ -74,8 +74,8 @@ class TopKAST(SparseMethod):
             return
         for tensor in masks.tensors:
             if tensor.remembered is not None:
-                inside = tensor.expand(_backward(tensor))
-                tensor.weight.copy_(torch.where(inside, tensor.weight, tensor.remembered))
+                weight = tensor.weight.detach()
+                torch.where(tensor.expand(_backward(tensor)), weight, tensor.remembered, out=weight)
                 tensor.remembered = None
         if masks.step >= self.freeze * masks.total_steps:
             self.finish(masks)
@@ -97,12 +97,11 @@ class TopKAST(SparseMethod):
     def _correct(self, tensor: MaskedTensor, density: float, scale: torch.Tensor | float) -> None:
         weight, grad = tensor.weight.detach(), tensor.weight.grad
         assert grad is not None
-        inside = _backward(tensor).to(grad.dtype)
-        grad.mul_(tensor.expand(inside))
         if self.strength:
             ascent = torch.sign(weight) if self.penalty == "l1" else weight
-            factor = torch.where(tensor.carrier.mask_hard, self.strength, self.strength / density) * inside * scale
+            factor = torch.where(tensor.carrier.mask_hard, self.strength * scale, self.strength / density * scale)
             grad.addcmul_(tensor.expand(factor.to(grad.dtype)), ascent)
+        grad.mul_(tensor.expand(_backward(tensor).to(grad.dtype)))
         tensor.remembered = weight.clone()
 
 

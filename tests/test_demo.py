@@ -25,7 +25,7 @@ from spartan.demo.data import ImageData, load_folder  # noqa: E402
 from spartan.demo.models import MODELS, VisionTransformer, multilayer_perceptron  # noqa: E402
 from spartan.demo.plan import FULL, QUICK, Plan, Run  # noqa: E402
 from spartan.demo.run import CHECKPOINT, Demo, Interrupted  # noqa: E402
-from spartan.demo.train import DenseProbe, Recipe, Training, accuracy, train  # noqa: E402
+from spartan.demo.train import DenseProbe, Recipe, Training, accuracy, inference_ratio, train  # noqa: E402
 from spartan.methods import Dense, Spartan  # noqa: E402
 from spartan.report import RunResult, hidden_matrices, kept_fractions, results_table, save_figure  # noqa: E402
 
@@ -61,7 +61,8 @@ def weights_of(folder: Path) -> dict[str, bytes]:
 
 
 def without_times(results: list[RunResult]) -> list[RunResult]:
-    return [replace(result, step_ratio=None, step_seconds=0.0, mask_seconds=0.0) for result in results]
+    times = {"step_ratio": None, "step_seconds": 0.0, "mask_seconds": 0.0, "inference_ratio": None}
+    return [replace(result, **times) for result in results]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -166,6 +167,7 @@ def test_results_of_a_demo(data: ImageData, tmp_path: Path) -> None:
         assert len(result.curve) == RECIPE.epochs
         assert abs(result.measured_sparsity - result.sparsity) < (1e-4 if result.block == 1 else 0.01)
     assert results[1].file_bytes < 0.3 * results[0].file_bytes
+    assert [result.inference_ratio is not None for result in results] == [False, False, True, False]
     demo_run.report(demo, 1.0)
     saved = json.loads((tmp_path / "results.json").read_text())
     assert [result["accuracy"] for result in saved["results"]] == [result.accuracy for result in results]
@@ -285,6 +287,18 @@ def test_the_announcement_says_when_the_data_is_another(data: ImageData) -> None
     assert "Fashion-MNIST could not be found" in console.file.getvalue()
 
 
+def test_inference_is_compared_only_where_it_is_the_same(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = multilayer_perceptron(data.side, 10)
+    with torch.no_grad():
+        model.hidden1.weight[16:] = 0
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert 0 < inference_ratio(model, data, 16) < 1000
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    monkeypatch.setattr("spartan.demo.train.to_block_sparse", lambda other, block: other[:-1])
+    with pytest.raises(ValueError, match="logits differ"):
+        inference_ratio(nn.Sequential(*model, nn.Tanh()), data, 16)
+
+
 def test_kept_fractions_count_zeros() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 10), nn.Linear(10, 2))
     with torch.no_grad():
@@ -295,7 +309,7 @@ def test_kept_fractions_count_zeros() -> None:
 
 
 def test_report_of_a_single_run(tmp_path: Path) -> None:
-    result = RunResult("MLP", "Spartan", 0.9, 1, 0.9, 0.8, 0.8, None, 1e-3, 1e-4, 1000, {"0.weight": 0.1}, [0.8])
+    result = RunResult("MLP", "Spartan", 0.9, 1, 0.9, 0.8, 0.8, None, 1e-3, 1e-4, None, 1000, {"0.weight": 0.1}, [0.8])
     assert results_table([result], "title").row_count == 1
     save_figure(tmp_path / "figure.png", [result], "title")
     assert (tmp_path / "figure.png").stat().st_size > 1000

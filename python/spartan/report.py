@@ -27,6 +27,7 @@ class RunResult:
         accuracy: of the trained model on the test images; `loaded_accuracy` of the model loaded back.
         step_ratio: step time over that of a dense twin stepping in between; None if the run was too short.
         step_seconds, mask_seconds: medians of a step, and of the sparsifier's part in one.
+        inference_ratio: time of inference on packed blocks over that of the dense product; None without blocks.
         file_bytes: size of the saved model.
         kept: fraction of non-zeros by weight name.
         curve: test accuracy after each epoch.
@@ -42,6 +43,7 @@ class RunResult:
     step_ratio: float | None
     step_seconds: float
     mask_seconds: float
+    inference_ratio: float | None
     file_bytes: int
     kept: dict[str, float]
     curve: list[float]
@@ -74,7 +76,8 @@ def results_table(results: Sequence[RunResult], title: str) -> Table:
     caption = (
         "zeros: asked for, and counted in the saved file, over the hidden matrices\n"
         "(all linear layers but the last); test: accuracy; to dense: points;\n"
-        "step/dense: beside a dense twin; masks: the sparsifier's part of a step"
+        "step/dense: beside a dense twin; masks: the sparsifier's part of a step;\n"
+        "infer/dense: on packed blocks, beside the same weights multiplied densely"
     )
     table = Table(title=title, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("model, method", no_wrap=True)
@@ -95,6 +98,7 @@ COLUMNS = (
     "step/\ndense",
     "step\nms",
     "masks\nms",
+    "infer/\ndense",
     "file\nKiB",
 )
 
@@ -109,6 +113,7 @@ def _cells(result: RunResult, dense: float | None) -> tuple[str, ...]:
         "" if result.step_ratio is None else f"{result.step_ratio:.2f}",
         f"{1e3 * result.step_seconds:.1f}",
         f"{1e3 * result.mask_seconds:.2f}",
+        "" if result.inference_ratio is None else f"{result.inference_ratio:.2f}",
         f"{result.file_bytes / 1024:.0f}",
     )
 

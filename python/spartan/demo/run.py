@@ -23,7 +23,7 @@ from spartan.demo.checkpoint import load_checkpoint, save_checkpoint
 from spartan.demo.data import ImageData, load_data
 from spartan.demo.models import MODELS
 from spartan.demo.plan import FULL, QUICK, Plan, Run
-from spartan.demo.train import DenseProbe, Training, accuracy, train
+from spartan.demo.train import DenseProbe, Training, accuracy, inference_ratio, train
 from spartan.export import load_pretrained, save_pretrained
 from spartan.report import RunResult, hidden_matrices, kept_fractions, results_table, save_figure, save_json
 
@@ -172,6 +172,7 @@ class Demo:
             step_ratio=1.0 if probe is None else probe.ratio(),
             step_seconds=statistics.median(training.step_seconds),
             mask_seconds=statistics.median(training.mask_seconds),
+            inference_ratio=None if run.block == 1 else inference_ratio(model, self.data, run.block),
             file_bytes=sum(file.stat().st_size for file in folder.iterdir()),
             kept=kept,
             curve=[*curve, final],

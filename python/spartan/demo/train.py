@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import time
@@ -16,9 +17,11 @@ from torch.nn import functional as F
 from spartan.demo.data import ImageData
 from spartan.demo.models import MODELS
 from spartan.methods import Dense, Method
+from spartan.pack_modules import to_block_sparse
 from spartan.sparsifier import Sparsifier
 
 EVALUATION_BATCH = 1000
+INFERENCE_PAIRS = 15
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,31 @@ def accuracy(model: nn.Module, data: ImageData) -> float:
         strict=True,
     )
     return sum(int((model(images).argmax(1) == labels).sum()) for images, labels in batches) / len(data.test_labels)
+
+
+@torch.no_grad()
+def inference_ratio(model: nn.Module, data: ImageData, block: int) -> float:
+    """Time of a batch of test images with the linear layers on packed blocks, over that of `model` as it is.
+
+    Raises:
+        ValueError: the packed model does not compute what the model computes.
+    """
+    packed = to_block_sparse(copy.deepcopy(model), block)
+    images = data.test_images[:EVALUATION_BATCH]
+    contestants = (model.eval(), packed.eval())
+    expected, found = (network(images) for network in contestants)
+    error = float((found - expected).abs().max())
+    if not error <= 1e-4 * max(1.0, float(expected.abs().max())):
+        raise ValueError(f"the packed model's logits differ by {error:g} from the model's")
+    ratios = []
+    for _ in range(INFERENCE_PAIRS):
+        seconds = []
+        for network in contestants:
+            start = time.perf_counter()
+            network(images)
+            seconds.append(time.perf_counter() - start)
+        ratios.append(seconds[1] / seconds[0])
+    return statistics.median(ratios)
 
 
 def train(

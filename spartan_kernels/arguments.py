@@ -113,3 +113,9 @@ def block_grid(shape: tuple[int, ...] | torch.Size, block_size: int | tuple[int,
     if len(shape) < 2:
         raise ValueError(f"block_size {block_size} needs a weight of at least two dimensions; got {tuple(shape)}")
     return (math.ceil(shape[0] / rows), math.ceil(shape[1] / columns), *shape[2:])
+
+
+def memory_format(image: torch.Tensor) -> torch.memory_format:
+    """How to lay out what is made from an image: channels-last where it is that and not plainly contiguous."""
+    last = image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format

@@ -94,6 +94,13 @@ SUPPORT: dict[str, dict[str, Support]] = {
     ),
     **_rows("masked_weight", ("add_block_signs_",), native=True),
     **{operator: _PRODUCTS for operator in _PRODUCT_OPERATORS},
+    **{
+        operator: {
+            "reference": Support("masked_conv", (), _FLOATS),
+            "native": Support("masked_conv", ("cpu",), _PRODUCT_DTYPES),
+        }
+        for operator in ("masked_conv2d_forward", "masked_conv2d_backward")
+    },
     "block_layout": {n: replace(s, dtypes=(*_FLOATS, torch.bool)) for n, s in _PRODUCTS.items()},
 }
 
@@ -206,7 +213,8 @@ def implementation(operator: str, name: str) -> Callable[..., Any]:
     package = "spartan_kernels.backends."
     stem = SUPPORT[operator][name].stem
     compiled = {"native": "native", "cuda": "native_cuda"}
-    module = compiled[name] + "_matmul" * (stem == "masked_matmul") if name in compiled else f"{name}.{stem}"
+    apart = {"masked_matmul": "_matmul", "masked_conv": "_conv"}  # modules beside the compiled backend's first one
+    module = compiled[name] + apart.get(stem, "") if name in compiled else f"{name}.{stem}"
     function: Callable[..., Any] = getattr(importlib.import_module(package + module), operator)
     return function
 

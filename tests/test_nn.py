@@ -233,3 +233,26 @@ def test_masked_model_compiles_for_inference_with_random_masks() -> None:
     x = torch.randn(4, 20)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("soft", [True, False])
+@pytest.mark.parametrize("density", [0.1, 1.0])
+def test_a_convolution_masked_by_blocks_is_that_with_the_masked_weight(soft: bool, density: float) -> None:
+    """Value and gradients, whether the kept blocks or PyTorch's own convolution are taken."""
+    torch.manual_seed(0)
+    module = nn.Conv2d(64, 96, 3, stride=2, padding=1)
+    carrier = mask_weight(module, (16, 16), soft=soft, preserve_scale=True)
+    carrier.mask_hard.copy_(torch.rand(carrier.mask_hard.shape) <= density)
+    carrier.mask_beta.fill_(3.0)
+    assert carrier.mask_scale is not None
+    carrier.mask_scale.fill_(1.5)
+    if carrier.mask_soft is not None:
+        carrier.mask_soft.copy_(torch.rand(carrier.mask_soft.shape))
+    x = torch.randn(2, 64, 9, 9, requires_grad=True)
+    leaves = [x, module.weight, module.bias]
+    actual, expected = module(x), functional.conv2d(x, carrier.masked(module.weight), module.bias, 2, 1)
+    upstream = torch.randn_like(expected)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    grads = zip(*(torch.autograd.grad(y, leaves, upstream) for y in (actual, expected)), strict=True)
+    for got, want in grads:
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

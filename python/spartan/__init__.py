@@ -6,6 +6,7 @@ from spartan.export import load_pretrained, save_pretrained, sparsity_of
 from spartan.functional import (
     block_sparse_linear,
     hard_topk,
+    masked_conv2d,
     masked_linear,
     masked_weight,
     sampled_matmul,
@@ -57,6 +58,7 @@ __all__ = [
     "hard_topk",
     "info",
     "load_pretrained",
+    "masked_conv2d",
     "masked_linear",
     "masked_weight",
     "sampled_matmul",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from spartan._autograd import differentiable, differentiable_once
+from spartan.conv import masked_conv2d
 from spartan.matmul import block_sparse_linear, masked_linear, sampled_matmul
 from spartan_kernels import ops
 from spartan_kernels.ops import hard_topk, hard_topk_global, masked_weight
@@ -27,6 +28,7 @@ __all__ = [
     "block_sparse_linear",
     "hard_topk",
     "hard_topk_global",
+    "masked_conv2d",
     "masked_linear",
     "masked_weight",
     "sampled_matmul",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from spartan_kernels.arguments import block_grid, checks
 from spartan_kernels.ops.block_sparse import block_sparse_linear
 from spartan_kernels.ops.hard_topk import hard_topk, hard_topk_global
+from spartan_kernels.ops.masked_conv import masked_conv2d
 from spartan_kernels.ops.masked_matmul import masked_linear, sampled_matmul
 from spartan_kernels.ops.masked_weight import (
     block_costs,
@@ -25,6 +26,7 @@ __all__ = [
     "expand_blocks",
     "hard_topk",
     "hard_topk_global",
+    "masked_conv2d",
     "masked_linear",
     "masked_weight",
     "masked_weight_correct_",

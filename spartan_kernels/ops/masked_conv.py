@@ -1,0 +1,211 @@
+"""Convolution with a weight that is masked by blocks and stays dense in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from spartan_kernels import dispatch
+from spartan_kernels.arguments import block_grid, block_shape, memory_format, require_float
+from spartan_kernels.ops._define import define
+from spartan_kernels.ops.masked_matmul import in_autocast, require_bias
+
+# What the products over active blocks take, in multiply-adds of a dense convolution: measured on an AVX-512 CPU in
+# float32, 64 to 256 channels, 3 x 3, 14 x 14 to 56 x 56 pixels.
+_KEPT_COST = 2.0  # of each multiply-add that is left
+_COPY_COST = 170.0  # of each value of x and y, which are copied
+
+
+def _fake_forward(x: Any, weight: Any, gate: Any, forward_mask: Any, backward_mask: Any, bias: Any, *rest: Any) -> Any:
+    stride, padding, dilation = rest[:3]
+    shape = _output_size(x.shape, weight.shape, stride, padding, dilation)
+    return x.new_empty(shape).to(memory_format=memory_format(x))
+
+
+def _fake_backward(grad: Any, x: Any, weight: Any, gate: Any, *rest: Any) -> Any:
+    needs = rest[-2]
+    empty = x.new_empty(0)
+    return [
+        torch.empty_like(x, memory_format=memory_format(x)) if needs[0] else empty,
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else x.new_empty(0),
+        torch.empty_like(gate, memory_format=torch.contiguous_format) if needs[2] else x.new_empty(0),
+        x.new_empty(weight.shape[0]) if needs[3] else x.new_empty(0),
+    ]
+
+
+def _output_size(x: Any, weight: Any, stride: Any, padding: Any, dilation: Any) -> tuple[Any, ...]:
+    spatial = (
+        (size + 2 * p - d * (kernel - 1) - 1) // s + 1
+        for size, kernel, s, p, d in zip(x[2:], weight[2:], stride, padding, dilation, strict=True)
+    )
+    return (x[0], weight[0], *spatial)
+
+
+def _serve_forward(x: Any, weight: Any, gate: Any, forward_mask: Any, *rest: Any) -> Any:
+    *operands, backend = rest
+    function = _serving("masked_conv2d_forward", x, weight, gate, forward_mask, operands[5], backend)
+    return function(x, weight, gate, forward_mask, *operands).contiguous(memory_format=memory_format(x))
+
+
+def _serve_backward(grad: Any, x: Any, weight: Any, gate: Any, forward_mask: Any, *rest: Any) -> Any:
+    *operands, backend = rest
+    function = _serving("masked_conv2d_backward", x, weight, gate, forward_mask, operands[4], backend)
+    dx, *others = function(grad, x, weight, gate, forward_mask, *operands)
+    if dx.numel():
+        dx = dx.contiguous(memory_format=memory_format(x))
+    return [dx, *others]
+
+
+def _serving(name: str, x: Any, weight: Any, gate: Any, forward_mask: Any, groups: int, backend: str) -> Any:
+    """The backend's function; in "auto" PyTorch's own convolution for groups and where it is the faster one."""
+    if dispatch.requested(backend) == "auto" and (groups != 1 or _dense_wins(x, weight, gate, forward_mask)):
+        return dispatch.implementation(name, "reference")
+    return dispatch.resolve(name, x, backend)
+
+
+def _dense_wins(x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    if x.device.type != "cpu" or not weight.numel():
+        return False
+    active = gate != 0 if mask is None else (gate != 0) & mask
+    kept = int(active.sum()) / active.numel()
+    out, in_ = weight.shape[:2]
+    return _KEPT_COST * kept + _COPY_COST * (out + in_) / weight.numel() > 1
+
+
+# backward_mask is there for the gradient alone
+masked_conv2d_forward = define(
+    "masked_conv2d_forward(Tensor x, Tensor weight, Tensor gate, Tensor? forward_mask, Tensor? backward_mask,"
+    " Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, int rows, int columns, str backend)"
+    " -> Tensor",
+    _fake_forward,
+    serve=_serve_forward,
+)
+# -> gradients of x, weight, gate, bias; empty where not needed
+masked_conv2d_backward = define(
+    "masked_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor gate, Tensor? forward_mask,"
+    " Tensor? backward_mask, int[] stride, int[] padding, int[] dilation, int groups, int rows, int columns,"
+    " bool[] needs, str backend) -> Tensor[]",
+    _fake_backward,
+    serve=_serve_backward,
+)
+
+
+def masked_conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    gate: torch.Tensor,
+    block_size: int | tuple[int, int] = (32, 32),
+    bias: torch.Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    forward_mask: torch.Tensor | None = None,
+    backward_mask: torch.Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Convolution whose weight is scaled block by block; a block whose gate or mask is zero takes no part.
+
+    y = conv(x, w) + b, w = theta * gate * forward_mask by blocks of the channels; each kernel position has blocks of
+    its own. With G = dL/dw, the gradients are G * gate * backward_mask for the weight and the sum over a block of
+    G * theta * backward_mask for its gate: straight through the forward mask, as in `masked_linear`.
+
+    On the CPU only the active blocks are multiplied, with no im2col in memory, where few enough are active; elsewhere,
+    and for groups other than 1, PyTorch's own convolution takes the masked weight.
+
+    Args:
+        x: [batch, in, height, width] or [in, height, width].
+        weight: theta, [out, in / groups, kernel height, kernel width], dtype and device of `x`.
+        gate: [ceil(out / rows), ceil(in / groups / columns), kernel height, kernel width], any float dtype. NaN is
+            multiplied.
+        block_size: an int or (rows, columns), of out and in channels.
+        bias: [out] or None.
+        stride: pixels from one result to the next, an int or (height, width).
+        padding: pixels of zeros around the image, an int or (height, width).
+        dilation: pixels from one kernel position to the next, an int or (height, width).
+        groups: groups of channels.
+        forward_mask: bool, shape of `gate`, for y and the gradient of x; None for all blocks.
+        backward_mask: bool, shape of `gate`, for the gradients of weight and gate; None for all blocks.
+        backend: "auto" or the name of a backend.
+
+    Returns:
+        y, [batch, out, ...], laid out in memory as x is; differentiable (once) in x, weight, gate and bias under
+        `spartan`.
+
+    Raises:
+        TypeError: integer tensors, a mask that is not bool. ValueError: shapes, dtypes or devices that do not match, a
+            block size, stride or dilation that is not positive, a kernel larger than the padded image.
+    """
+    rows, columns = block_shape(block_size)
+    require_float("x", x)
+    require_float("weight", weight)
+    x, weight = in_autocast(x), in_autocast(weight)
+    bias = None if bias is None else in_autocast(bias)
+    geometry = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
+    _require_image(x, weight, groups, *geometry)
+    require_bias(bias, x, weight.shape[0])
+    require_float("gate", gate)
+    for name, grid in (("gate", gate), ("forward_mask", forward_mask), ("backward_mask", backward_mask)):
+        if grid is not None:
+            _require_grid(name, grid, weight, (rows, columns))
+    batch = x if x.dim() == 4 else x[None]
+    masks = forward_mask, backward_mask
+    operands = batch, weight, gate, *masks, bias, *map(list, geometry), groups, rows, columns
+    y: torch.Tensor = masked_conv2d_forward(*operands, backend or "")
+    return y if x.dim() == 4 else y[0]
+
+
+def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(side, int) and side >= least for side in pair):
+        raise ValueError(f"{name} must be an int of at least {least} or a pair of them; got {value!r}")
+    return pair[0], pair[1]
+
+
+def _require_image(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    groups: int,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> None:
+    """Raise unless the convolution of x with `weight` is defined."""
+    if weight.dim() != 4 or x.dim() not in (3, 4) or 0 in weight.shape[2:]:
+        raise ValueError(
+            f"x must be [batch, in, height, width] or [in, height, width] and weight [out, in, height, width];"
+            f" got x {tuple(x.shape)} and weight {tuple(weight.shape)}"
+        )
+    if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"groups must be a positive int that divides out = {weight.shape[0]}; got {groups!r}")
+    if x.shape[-3] != weight.shape[1] * groups:
+        raise ValueError(
+            f"x must have {weight.shape[1] * groups} channels for weight {tuple(weight.shape)} and groups {groups};"
+            f" got x {tuple(x.shape)}"
+        )
+    if (x.dtype, x.device) != (weight.dtype, weight.device):
+        raise ValueError(
+            f"x and weight must share a dtype and a device; got x {x.dtype} on {x.device}, weight {weight.dtype} on"
+            f" {weight.device}"
+        )
+    size = _output_size((1, 0, *x.shape[-2:]), weight.shape, stride, padding, dilation)[2:]
+    if min(size) < 1:
+        raise ValueError(
+            f"weight {tuple(weight.shape)} with dilation {dilation} must fit into x {tuple(x.shape)} with padding"
+            f" {padding}"
+        )
+
+
+def _require_grid(name: str, grid: torch.Tensor, weight: torch.Tensor, block_size: tuple[int, int]) -> None:
+    """Raise unless `grid` has one entry for each block of `weight`, on its device; bool where it is a mask."""
+    if name != "gate" and (not isinstance(grid, torch.Tensor) or grid.dtype != torch.bool):
+        found = f"dtype {grid.dtype}" if isinstance(grid, torch.Tensor) else type(grid).__name__
+        raise TypeError(f"{name} must be a bool tensor; got {found}")
+    shape = (*block_grid(weight.shape[:2], block_size), *weight.shape[2:])
+    if tuple(grid.shape) != shape or grid.device != weight.device:
+        raise ValueError(
+            f"{name} must have shape {shape}, one entry per {block_size} block of each kernel position of weight"
+            f" {tuple(weight.shape)}, on {weight.device}; got {tuple(grid.shape)} on {grid.device}"
+        )

@@ -47,7 +47,7 @@ def problem(
     gate = make_values("uniform", grid, seed=3, dtype=dtype) + 0.2
     return {
         "x": make_values("normal", (*tokens, in_), seed=1, dtype=dtype),
-        "weight": make_values("normal", (out, in_), seed=2, scale=in_**-0.5, dtype=dtype),
+        "weight": make_values("normal", (out, in_), seed=2, scale=max(in_, 1) ** -0.5, dtype=dtype),
         "gate": torch.where(make_values("uniform", grid, seed=4) < 0.4, torch.zeros_like(gate), gate),
         "bias": make_values("normal", (out,), seed=5, dtype=dtype),
         "forward_mask": make_values("uniform", grid, seed=6) < 0.7,
@@ -214,6 +214,19 @@ def test_any_shape(target: Any, tokens: int, out: int, in_: int, block_size: tup
     upstream = make_values("normal", (tokens, out), seed=8)
     for got, want in zip(run(p, None, upstream, target), exact(p, None, upstream), strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(("out", "in_"), [(8, 0), (0, 8), (0, 0)])
+def test_a_layer_without_features(target: Any, out: int, in_: int) -> None:
+    p = problem((3,), out, in_, (4, 4))
+    upstream = make_values("normal", (3, out), seed=8)
+    y, *gradients = run(p, None, upstream, target)
+    expected, *exact_gradients = exact(p, None, upstream)
+    torch.testing.assert_close(y.double(), expected)
+    for name, got, want in zip(("x", "weight", "gate", "bias"), gradients, exact_gradients, strict=True):
+        assert got.shape == p[name].shape
+        if name != "gate":  # the oracle's grid has at least one block each way
+            torch.testing.assert_close(got.double(), want)
 
 
 def test_non_contiguous_input(target: Any) -> None:

@@ -38,7 +38,7 @@ def block_layout(gate: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.T
 
 def _tokens(x: torch.Tensor) -> torch.Tensor:
     """x as [tokens, features] whose features lie side by side."""
-    flat = x.detach().reshape(-1, x.shape[-1])
+    flat = x.detach().reshape(x.shape[:-1].numel(), x.shape[-1])
     return flat if flat.stride(-1) == 1 or flat.shape[-1] <= 1 else flat.contiguous()
 
 
@@ -200,7 +200,7 @@ def masked_linear_backward(
         results[1] = result if needs[1] else results[1]
         results[2] = grad_gate.to(gate.dtype) if needs[2] else results[2]
     if needs[3]:
-        results[3] = dz.reshape(-1, shape[0]).sum(0)
+        results[3] = dz.reshape(dz.shape[:-1].numel(), shape[0]).sum(0)
     return results
 
 
@@ -249,5 +249,5 @@ def block_sparse_linear_backward(
         results[1] = torch.zeros_like(matrix.data)
         matrix.sampled(dz, x, results[1], None)
     if needs[2]:
-        results[2] = dz.reshape(-1, shape[0]).sum(0)
+        results[2] = dz.reshape(dz.shape[:-1].numel(), shape[0]).sum(0)
     return results

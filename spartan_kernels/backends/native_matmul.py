@@ -36,7 +36,7 @@ def _pointer(tensor: torch.Tensor | None) -> int:
 
 def _tokens(x: torch.Tensor) -> torch.Tensor:
     """x as [tokens, features] whose features lie side by side."""
-    flat = x.detach().reshape(-1, x.shape[-1])
+    flat = x.detach().reshape(x.shape[:-1].numel(), x.shape[-1])
     return flat if flat.stride(-1) == 1 or flat.shape[-1] <= 1 else flat.contiguous()
 
 
@@ -142,7 +142,7 @@ _GRADIENTS = {
 
 
 def _bias_gradient(dz: torch.Tensor) -> torch.Tensor:
-    return dz.reshape(-1, dz.shape[-1]).sum(0)
+    return dz.reshape(dz.shape[:-1].numel(), dz.shape[-1]).sum(0)
 
 
 def masked_linear_forward(

@@ -57,10 +57,10 @@ def block_sparse_linear_backward(
     if needs[0]:
         results[0] = (dz @ _dense(values, layout, out, in_)).contiguous()
     if needs[1]:
-        dense = dz.reshape(-1, out).mT @ x.reshape(-1, in_)
+        dense = dz.reshape(dz.shape[:-1].numel(), out).mT @ x.reshape(x.shape[:-1].numel(), in_)
         padded = functional.pad(dense, (0, -in_ % columns, 0, -out % rows))
         tiles = padded.reshape(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns).movedim(1, 2)
         results[1] = tiles[_rows_of(layout), layout[1].long()].contiguous()
     if needs[2]:
-        results[2] = dz.reshape(-1, out).sum(0)
+        results[2] = dz.reshape(dz.shape[:-1].numel(), out).sum(0)
     return results

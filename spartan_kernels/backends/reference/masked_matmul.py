@@ -91,7 +91,7 @@ def masked_linear_backward(
     if needs[0]:
         results[0] = (dz @ _masked(weight, gate, layout, rows, columns)).contiguous()
     if needs[1] or needs[2]:
-        dense = dz.reshape(-1, weight.shape[0]).mT @ x.reshape(-1, weight.shape[1])
+        dense = dz.reshape(dz.shape[:-1].numel(), weight.shape[0]).mT @ x.reshape(x.shape[:-1].numel(), weight.shape[1])
         if backward_layout:
             dense = torch.where(_active(backward_layout, weight.shape, rows, columns), dense, 0.0)
         if needs[1]:
@@ -100,7 +100,7 @@ def masked_linear_backward(
             wide = torch.promote_types(gate.dtype, torch.float32)
             results[2] = block_sum(dense.to(wide) * weight, rows, columns).to(gate.dtype).contiguous()
     if needs[3]:
-        results[3] = dz.reshape(-1, weight.shape[0]).sum(0)
+        results[3] = dz.reshape(dz.shape[:-1].numel(), weight.shape[0]).sum(0)
     return results
 
 

@@ -18,7 +18,7 @@ def block_sum(tensor: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     if (rows, columns) == (1, 1):
         return tensor
     out, in_, *rest = tensor.shape
-    flat = tensor.reshape(out, in_, -1).movedim(-1, 0)
+    flat = tensor.reshape(out, in_, tensor.shape[2:].numel()).movedim(-1, 0)
     flat = functional.pad(flat, (0, -in_ % columns, 0, -out % rows))
     tiles = flat.reshape(flat.shape[0], flat.shape[1] // rows, rows, flat.shape[2] // columns, columns)
     sums = tiles.sum((2, 4)).movedim(0, -1)

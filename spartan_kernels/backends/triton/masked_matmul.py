@@ -129,7 +129,7 @@ class _Operand:
         self, x: torch.Tensor, forward: bool, bias: torch.Tensor | None = None, activation: str = "", save: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """act(x w^T + b) by rows of blocks, or x w by columns of blocks, and the sums before the activation."""
-        flat = x.reshape(-1, x.shape[-1])
+        flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
         flat = flat if flat.stride(-1) == 1 else flat.contiguous()
         extent, other_extent = self.shape if forward else self.shape[::-1]
         span, other = self.block if forward else self.block[::-1]
@@ -145,7 +145,7 @@ class _Operand:
         precision = _precision(x)
         tile = product_tile(flat.shape[0], span, _on_tensor_cores(x, precision), x.element_size())
         tiles = triton.cdiv(flat.shape[0], tile["BLOCK_M"]) * lines * triton.cdiv(span, tile["BLOCK_N"])
-        most = triton.cdiv(other_extent, tile["BLOCK_K"])
+        most = max(1, triton.cdiv(other_extent, tile["BLOCK_K"]))
         split = min(_MOST_PARTS, most, triton.cdiv(_FEW_PROGRAMS, tiles)) if tiles < _FEW_PROGRAMS else 1
         out = y if split == 1 else x.new_empty((split, y.numel()), dtype=torch.float32)
         flags: Any = {"HAS_BIAS": bias is not None, "ACTIVATION": activation, "SAVE": save, "SPLIT": split}
@@ -167,7 +167,7 @@ class _Operand:
         self, dz: torch.Tensor, x: torch.Tensor, out: torch.Tensor, grad_gate: torch.Tensor | None
     ) -> torch.Tensor:
         """dz^T x on the active blocks of `out`, times the gate; `grad_gate`: its products with the data before that."""
-        left, right = dz.reshape(-1, dz.shape[-1]), x.reshape(-1, x.shape[-1])
+        left, right = dz.reshape(dz.shape[:-1].numel(), dz.shape[-1]), x.reshape(x.shape[:-1].numel(), x.shape[-1])
         right = right if right.stride(-1) == 1 else right.contiguous()
         rows, columns = self.block
         grid_columns = triton.cdiv(self.shape[1], columns)
@@ -242,7 +242,7 @@ def masked_linear_backward(
         results[1] = grad_weight if needs[1] else results[1]
         results[2] = grad_gate.to(gate.dtype) if needs[2] else results[2]
     if needs[3]:
-        results[3] = dz.reshape(-1, shape[0]).sum(0)
+        results[3] = dz.reshape(dz.shape[:-1].numel(), shape[0]).sum(0)
     return results
 
 
@@ -260,7 +260,7 @@ def _weight_gradient(
     if layout and max(block) <= _WIDEST:
         out = torch.zeros(shape, dtype=weight.dtype, device=x.device)
         return _Operand(weight, shape, block, layout, gate, None).sampled(dz, x, out, grad_gate), grad_gate
-    raw = (dz.reshape(-1, shape[0]).mT @ x.reshape(-1, shape[1])).contiguous()
+    raw = (dz.reshape(dz.shape[:-1].numel(), shape[0]).mT @ x.reshape(x.shape[:-1].numel(), shape[1])).contiguous()
     theta = weight if weight.stride(-1) == 1 else weight.contiguous()
     scale = gate.to(torch.float32).contiguous()
     if raw.numel():
@@ -325,7 +325,7 @@ def block_sparse_linear_backward(
     if needs[1]:
         results[1] = operand.sampled(dz, x, torch.zeros_like(operand.data), None)
     if needs[2]:
-        results[2] = dz.reshape(-1, shape[0]).sum(0)
+        results[2] = dz.reshape(dz.shape[:-1].numel(), shape[0]).sum(0)
     return results
 
 

@@ -201,6 +201,9 @@ def test_results_lie_in_memory_as_the_image_does(target: Any) -> None:
     plain = run(p, make_values("normal", (2, 8, 6, 6), seed=8), target)
     p["x"] = p["x"].to(memory_format=torch.channels_last)
     last = run(p, make_values("normal", (2, 8, 6, 6), seed=8), target)
+    point = problem((2, 8, 6, 6), (8, 8, 1, 1), (4, 4))
+    point["x"] = point["x"].to(memory_format=torch.channels_last)
+    compare(point, target, "where a channels-last image is read in place")
     for i in (0, 1):
         assert plain[i].is_contiguous()
         assert last[i].is_contiguous(memory_format=torch.channels_last)

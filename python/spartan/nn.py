@@ -10,9 +10,11 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
+from spartan.conv import gate_of_weight, masked_conv2d
 from spartan.functional import masked_weight
 from spartan.matmul import block_sparse_linear, masked_linear
 from spartan_kernels import BlockLayout, BlockSparseWeight, block_costs, block_grid
+from spartan_kernels.ops.masked_conv import dense_wins
 
 __all__ = [
     "BlockSparseLinear",
@@ -96,6 +98,16 @@ class MaskCarrier(nn.Module):
         )
         return result if self.mask_scale is None else result * self.mask_scale
 
+    def _gate(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """m (* scale), and its derivative by the weight: beta s / a for each sign(theta), s = m (1 - m)."""
+        weight: Any = self.weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        scale = 1.0 if self.mask_scale is None else self.mask_scale.to(wide)
+        if self.mask_soft is None:
+            return torch.ones_like(self.mask_hard, dtype=wide) * scale, None
+        soft = self.mask_soft.to(wide)
+        return soft * scale, (self.mask_beta * soft * (1 - soft) * scale / self.mask_costs).to(wide)
+
 
 class MaskedLinear(MaskCarrier, nn.Linear):
     """`nn.Linear` that multiplies by its masked weight; made from one in place by `Sparsifier`."""
@@ -152,15 +164,6 @@ class MaskedLinear(MaskCarrier, nn.Linear):
         a, b, c, d = (self.get_buffer(f"mask_{name}") for name in _INDEX)
         return BlockLayout((self.out_features, self.in_features), self.mask_block_size, a, b, c, d)
 
-    def _gate(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """m (* scale), and its derivative by the weight: beta s / a for each sign(theta), s = m (1 - m)."""
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        scale = 1.0 if self.mask_scale is None else self.mask_scale.to(wide)
-        if self.mask_soft is None:
-            return torch.ones_like(self.mask_hard, dtype=wide) * scale, None
-        soft = self.mask_soft.to(wide)
-        return soft * scale, (self.mask_beta * soft * (1 - soft) * scale / self.mask_costs).to(wide)
-
 
 class BlockSparseLinear(nn.Module):
     """`nn.Linear` on the packed blocks of its weight: for inference, or to train the kept blocks alone.
@@ -214,8 +217,34 @@ class MaskedConv2d(MaskCarrier, nn.Conv2d):
     """`nn.Conv2d` that convolves with its masked weight; made from one in place by `Sparsifier`."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Convolution with w = theta * m * h."""
-        return self._conv_forward(input, self.masked(self.weight), self.bias)
+        """Convolution with w = theta * m * h; on the CPU, only kept blocks are multiplied where that is faster."""
+        padding = self.padding
+        plain = self.groups == 1 and self.padding_mode == "zeros"
+        if self.mask_block_size == (1, 1) or not plain or isinstance(padding, str) or self._dense_wins(input):
+            return self._conv_forward(input, self.masked(self.weight), self.bias)
+        gate, slope = self._gate()
+        backward_mask = self.mask_backward
+        if backward_mask is None and not self.mask_straight_through:
+            backward_mask = self.mask_hard
+        return masked_conv2d(
+            input,
+            self.weight,
+            gate if slope is None else gate_of_weight(self.weight, gate, slope, self.mask_block_size),
+            self.mask_block_size,
+            self.bias,
+            (self.stride[0], self.stride[1]),
+            (padding[0], padding[1]),
+            (self.dilation[0], self.dilation[1]),
+            forward_mask=self.mask_hard,
+            backward_mask=backward_mask,
+        )
+
+    def _dense_wins(self, input: torch.Tensor) -> bool:
+        """Whether to form the masked weight: where there is only that, or it is faster and nothing is traced."""
+        if input.device.type != "cpu":
+            return True
+        image = input if input.dim() == 4 else input[None]
+        return not torch.compiler.is_compiling() and dense_wins(image, self.weight, self.mask_hard)
 
 
 class MaskedWeight(MaskCarrier):

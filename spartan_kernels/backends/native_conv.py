@@ -116,8 +116,11 @@ def _spaced(blocks: int, size: int) -> int:
 
 def _flat_input(x: torch.Tensor, g: _Geometry, width: int, channels: int) -> torch.Tensor:
     """x channels-last in float32, phases `width` channels apart, with its zeros: [pixels and more, channels]."""
+    source = x.permute(0, 2, 3, 1)
+    if (g.height.pitch, g.width.pitch, g.reach, channels) == (*x.shape[2:], 0, x.shape[1]) and source.is_contiguous():
+        return source.reshape(-1, channels).float()  # that is what x is already
     flat = torch.zeros(max(g.pixels, g.tokens + g.reach), channels)
-    lines, source = g.lines(flat), x.permute(0, 2, 3, 1)
+    lines = g.lines(flat)
     for place, origin in g.parts(x.shape[1], width):
         lines[place].copy_(source[origin])
     return flat

@@ -15,6 +15,7 @@ from spartan_kernels.ops.masked_matmul import in_autocast, require_bias
 # float32, 64 to 256 channels, 3 x 3, 14 x 14 to 56 x 56 pixels.
 _KEPT_COST = 2.0  # of each multiply-add that is left
 _COPY_COST = 170.0  # of each value of x and y, which are copied
+_PLACE_COST = 60.0  # of each where nothing is: 1 x 1 on a channels-last image
 
 
 def _fake_forward(x: Any, weight: Any, gate: Any, forward_mask: Any, backward_mask: Any, bias: Any, *rest: Any) -> Any:
@@ -59,18 +60,21 @@ def _serve_backward(grad: Any, x: Any, weight: Any, gate: Any, forward_mask: Any
 
 def _serving(name: str, x: Any, weight: Any, gate: Any, forward_mask: Any, groups: int, backend: str) -> Any:
     """The backend's function; in "auto" PyTorch's own convolution for groups and where it is the faster one."""
-    if dispatch.requested(backend) == "auto" and (groups != 1 or _dense_wins(x, weight, gate, forward_mask)):
+    if dispatch.requested(backend) == "auto" and (groups != 1 or dense_wins(x, weight, gate, forward_mask)):
         return dispatch.implementation(name, "reference")
     return dispatch.resolve(name, x, backend)
 
 
-def _dense_wins(x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    if x.device.type != "cpu" or not weight.numel():
+def dense_wins(x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, mask: torch.Tensor | None = None) -> bool:
+    """Whether PyTorch's own convolution with the masked weight is the faster one; False where that cannot be seen."""
+    if x.device.type != "cpu" or not weight.numel() or torch._C._are_functorch_transforms_active():
         return False
     active = gate != 0 if mask is None else (gate != 0) & mask
     kept = int(active.sum()) / active.numel()
     out, in_ = weight.shape[:2]
-    return _KEPT_COST * kept + _COPY_COST * (out + in_) / weight.numel() > 1
+    in_place = weight.shape[2:] == (1, 1) and x.permute(0, 2, 3, 1).is_contiguous()
+    each = _PLACE_COST if in_place else _COPY_COST
+    return _KEPT_COST * kept + each * (out + in_) / weight.numel() > 1
 
 
 # backward_mask is there for the gradient alone

@@ -152,6 +152,25 @@ struct Tile {
     }
   }
 
+  // A long sum in float32 goes in stretches: each adds its rounding to the few that are held, not to every term after it.
+  inline void hold(Tile* held, bool first) {
+#pragma GCC unroll 24
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        held->sums[t][n] = first ? sums[t][n] : held->sums[t][n] + sums[t][n];
+        sums[t][n] = V{};
+      }
+    }
+  }
+  inline void release(const Tile& held) {
+#pragma GCC unroll 24
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) sums[t][n] += held.sums[t][n];
+    }
+  }
+
   enum class Put { store, add, stream };
   template <Put How>
   inline void put(float* out, int64_t stride, int64_t columns) const {
@@ -172,17 +191,30 @@ struct Tile {
   }
 };
 
+constexpr int64_t kStretch = 256;  // terms of a sum before it is held
+
 template <int L, int T, int N>
 void product_tile(const PanelProduct& p, const ActiveBlocks& active) {
-  Tile<L, T, N> tile;
+  Tile<L, T, N> tile, held;
   tile.start(p.bias);
   const float* panel = p.panel;
+  int64_t run = 0;
+  bool any = false;
   for (int64_t e = 0; e < active.count; ++e) {
     const int64_t from = active.indices[e] * active.span;
     const int64_t depth = active.limit - from < active.span ? active.limit - from : active.span;
     const float* x = p.x + from;
-    for (int64_t k = 0; k < depth; ++k, panel += L * N) tile.add(x + k, p.x_stride, panel);
+    for (int64_t k = 0; k < depth;) {
+      const int64_t end = depth - k < kStretch ? depth : k + kStretch;
+      run += end - k;
+      for (; k < end; ++k, panel += L * N) tile.add(x + k, p.x_stride, panel);
+      if (run < kStretch) continue;
+      tile.hold(&held, !any);
+      any = true;
+      run = 0;
+    }
   }
+  if (any) tile.release(held);
   using Put = typename Tile<L, T, N>::Put;
   p.stream ? tile.template put<Put::stream>(p.y, p.y_stride, p.columns)
            : tile.template put<Put::store>(p.y, p.y_stride, p.columns);
@@ -190,10 +222,16 @@ void product_tile(const PanelProduct& p, const ActiveBlocks& active) {
 
 template <int L, int T, int N>
 void outer_tile(const OuterSum& p) {
-  Tile<L, T, N> tile;
+  Tile<L, T, N> tile, held;
   tile.start(nullptr);
   const float *a = p.a, *b = p.b;
-  for (int64_t t = 0; t < p.tokens; ++t, a += p.a_stride, b += p.b_stride) tile.add(a, 1, b);
+  for (int64_t t = 0; t < p.tokens;) {
+    const bool first = t == 0;
+    const int64_t end = p.tokens - t < kStretch ? p.tokens : t + kStretch;
+    for (; t < end; ++t, a += p.a_stride, b += p.b_stride) tile.add(a, 1, b);
+    if (p.tokens > kStretch) tile.hold(&held, first);
+  }
+  if (p.tokens > kStretch) tile.release(held);
   using Put = typename Tile<L, T, N>::Put;
   p.add ? tile.template put<Put::add>(p.out, p.out_stride, p.columns)
         : tile.template put<Put::store>(p.out, p.out_stride, p.columns);

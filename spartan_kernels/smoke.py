@@ -20,6 +20,7 @@ from spartan_kernels import dispatch, ops
 from spartan_kernels.block_sparse import BlockSparseWeight
 from spartan_kernels.layout import BlockLayout
 from spartan_kernels.ops.block_sparse import block_sparse_linear_backward
+from spartan_kernels.ops.masked_conv import masked_conv2d_backward
 from spartan_kernels.ops.masked_matmul import masked_linear_backward
 from spartan_kernels.ops.masked_weight import add_block_signs_, masked_weight_backward
 from spartan_kernels.ops.soft_topk import soft_topk_backward, soft_topk_forward, soft_topk_global_backward
@@ -59,6 +60,10 @@ def make_inputs(seed: int = 0) -> Inputs:
         "bias": draw(70),
         "grad_y": draw(33, 70),
         "scale": torch.tensor(0.3, dtype=torch.float64),
+        "image": draw(2, 20, 9, 7),
+        "filter": draw(37, 20, 3, 2),
+        "filter_gate": draw(3, 3, 3, 2).clamp(0.0),
+        "grad_image": draw(2, 37, 5, 3),
     }
 
 
@@ -104,6 +109,11 @@ def probes() -> list[Probe]:
         operands = i["x"], p.values, p.layout.tensors(), p.positions, i["grad_y"] * 2, "gelu", [True] * 3
         return block_sparse_linear_backward(i["grad_y"], *operands, b)
 
+    def convolution_backward(i: Inputs, b: str) -> Any:
+        settings = [2, 2], [1, 0], [1, 1], 1, *block, [True] * 3 + [False]
+        operands = i["image"], i["filter"], i["filter_gate"], i["filter_gate"] != 0, i["filter_gate"] != 0
+        return masked_conv2d_backward(i["grad_image"], *operands, *settings, b)
+
     block = (16, 8)
     calls: dict[str, Call] = {
         "soft_topk_forward": lambda i, b: ops.soft_topk(i["values"], i["budget"], i["costs"], i["beta"], backend=b),
@@ -136,6 +146,10 @@ def probes() -> list[Probe]:
             i["x"], BlockSparseWeight.from_dense(i["weight"], block, i["hard"]), i["bias"], "silu", backend=b
         ),
         "block_sparse_linear_backward": packed_backward,
+        "masked_conv2d_forward": lambda i, b: ops.masked_conv2d(
+            i["image"], i["filter"], i["filter_gate"], block, None, 2, (1, 0), backend=b
+        ),
+        "masked_conv2d_backward": convolution_backward,
         "block_layout": layout,
     }
     return [Probe(operator, calls[operator]) for operator in dispatch.SUPPORT]

@@ -16,9 +16,10 @@ inline V larger(V a, V b) { return a > b ? a : b; }
 // log(ratio) with relative accuracy also near 1, where ratio - 1 is given: 2 atanh((m - 1) / (m + 1)) for the mantissa m in
 // [1/sqrt 2, sqrt 2], whose series ends below float rounding.
 inline V log_of(V ratio, V less_one) {
-  const I raw = (I)ratio;
-  const I exponent = (raw - 0x3f3504f3) >> 23;  // of ratio * sqrt 2
-  const V m = (V)(raw - (exponent << 23));
+  typedef uint32_t U __attribute__((vector_size(SPARTAN_VECTOR_BYTES)));  // lanes of bad rows may wrap
+  const U raw = (U)ratio;
+  const I exponent = (I)(raw - 0x3f3504f3u) >> 23;  // of ratio * sqrt 2
+  const V m = (V)(raw - ((U)exponent << 23));
   const V w = choose(exponent == 0, less_one, m - 1.0f) / (m + 1.0f), square = w * w;
   const V series = w * (2.0f + square * (2.0f / 3 + square * (2.0f / 5 + square * (2.0f / 7))));
   return __builtin_convertvector(exponent, V) * kLn2 + series;

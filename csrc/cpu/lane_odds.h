@@ -74,7 +74,7 @@ class LaneOdds {
     const I kept_side = budget_.sign > 0.0f;
     for (int j = 0; j < length(); ++j) {
       const V odds = e[j] * w_, m = reciprocal(1.0f + odds);
-      e[j] = choose(kept_side, m, odds * m);
+      e[j] = smaller(choose(kept_side, m, odds * m), splat(1.0f));  // the reciprocal may end an ulp above 1
     }
     return done_ & open_;
   }

@@ -1,7 +1,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <stdexcept>
 
 #include "arena.h"
@@ -160,7 +159,7 @@ class Product {
       bias_ = nullptr;
       return;
     }
-    std::memset(bias_, 0, static_cast<size_t>(lines_.count * padded_) * sizeof(float));
+    std::fill_n(bias_, lines_.count * padded_, 0);
     for (int64_t line = 0; line < lines_.count; ++line)
       passes_.widen(dtype_, offset_by(bias, line * lines_.span, dtype_), bias_ + line * padded_, lines_.outputs(line));
   }
@@ -298,7 +297,7 @@ void multiply_few(Dtype dtype, const Lines& lines, Tokens x, const void* bias, A
     passes.widen(dtype, offset_by(x.data, t * x.stride, dtype), wide + t * lines.other_extent, lines.other_extent);
     if (bias != nullptr) passes.widen(dtype, bias, z + t * lines.extent, lines.extent);
   }
-  if (bias == nullptr) std::memset(z, 0, static_cast<size_t>(x.count * lines.extent) * sizeof(float));
+  if (bias == nullptr) std::fill_n(z, x.count * lines.extent, 0);
   const int64_t parts = std::min<int64_t>(lines.count, threads * kItemsPerThread);
   for_items(threads, parts, [&](int64_t, int64_t part) {
     const int64_t to = split_lines(lines, 0, lines.count, part + 1, parts);
@@ -348,7 +347,7 @@ class Sampled {
 
   void run() {
     if (!packed()) advise_huge_pages(raw_, w_.out * w_.in * 4);
-    if (dz_.count == 0) std::memset(raw_, 0, static_cast<size_t>(packed() ? blocks() * w_.rows * w_.columns : w_.out * w_.in) * 4);
+    if (dz_.count == 0) std::fill_n(raw_, packed() ? blocks() * w_.rows * w_.columns : w_.out * w_.in, 0);
     else if (!everything()) clear_rest();
     for (int64_t token = 0; token < dz_.count; token += chunk_) {
       const int64_t tokens = std::min(chunk_, dz_.count - token);
@@ -356,7 +355,7 @@ class Sampled {
       add_chunk(tokens, token == 0, token + tokens == dz_.count);
     }
     if (dz_.count == 0 && grad_gate_ != nullptr)
-      std::memset(grad_gate_, 0, static_cast<size_t>(grid_rows_ * grid_columns_) * sizeof(float));
+      std::fill_n(grad_gate_, grid_rows_ * grid_columns_, 0);
   }
 
  private:
@@ -372,11 +371,11 @@ class Sampled {
 
   // Zeros where nothing is active; the gate's gradient too.
   void clear_rest() {
-    if (grad_gate_ != nullptr) std::memset(grad_gate_, 0, static_cast<size_t>(grid_rows_ * grid_columns_) * sizeof(float));
+    if (grad_gate_ != nullptr) std::fill_n(grad_gate_, grid_rows_ * grid_columns_, 0);
     if (packed()) return;
     for_items(threads_, grid_rows_, [&](int64_t, int64_t i) {
       const int64_t rows = std::min(w_.rows, w_.out - i * w_.rows);
-      std::memset(raw_ + i * w_.rows * w_.in, 0, static_cast<size_t>(rows * w_.in) * sizeof(float));
+      std::fill_n(raw_ + i * w_.rows * w_.in, rows * w_.in, 0);
     });
   }
 
@@ -413,7 +412,7 @@ class Sampled {
     const int64_t stride = packed() ? w_.columns : w_.in;
     float* out = raw_ + (packed() ? e * w_.rows * w_.columns : i * w_.rows * w_.in + j * w_.columns);
     if (packed() && first && (rows < w_.rows || columns < w_.columns))  // what lies past the edge
-      std::memset(out, 0, static_cast<size_t>(w_.rows * w_.columns) * sizeof(float));
+      std::fill_n(out, w_.rows * w_.columns, 0);
     passes_.outer_sum({left_ + i * chunk_ * w_.rows, w_.rows, rows, right_ + j * chunk_ * column_stride_, column_stride_,
                        columns, tokens, out, stride, !first});
     if (!last || (grad_gate_ == nullptr && w_.gate == nullptr)) return;
@@ -472,7 +471,7 @@ template <class U>
 void layout_of(const U* gate, U magnitude, const uint8_t* mask, int64_t grid_rows, int64_t grid_columns,
                int32_t* row_offsets, int32_t* column_indices, int32_t* column_offsets, int32_t* row_indices) {
   const int64_t all = grid_rows * grid_columns;
-  std::memset(column_offsets, 0, static_cast<size_t>(grid_columns + 1) * sizeof(int32_t));
+  std::fill_n(column_offsets, grid_columns + 1, 0);
   int32_t count = 0;
   for (int64_t i = 0; i < grid_rows; ++i) {
     row_offsets[i] = count;
@@ -491,8 +490,8 @@ void layout_of(const U* gate, U magnitude, const uint8_t* mask, int64_t grid_row
       row_indices[column_offsets[column_indices[e]]++] = static_cast<int32_t>(i);
   for (int64_t j = grid_columns; j > 0; --j) column_offsets[j] = column_offsets[j - 1];
   column_offsets[0] = 0;
-  std::memset(column_indices + count, 0, static_cast<size_t>(all - count) * sizeof(int32_t));
-  std::memset(row_indices + count, 0, static_cast<size_t>(all - count) * sizeof(int32_t));
+  std::fill(column_indices + count, column_indices + all, 0);
+  std::fill(row_indices + count, row_indices + all, 0);
 }
 
 }  // namespace

@@ -15,7 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = ("soft_topk", "soft_topk_global", "hard_topk", "masked_weight", "native")
+TESTS = (
+    "soft_topk",
+    "soft_topk_global",
+    "hard_topk",
+    "rows",
+    "masked_weight",
+    "masked_linear",
+    "block_sparse",
+    "native",
+)
 # torch.library and torch.compile are not under test, and a child process would load the extension that is installed
 SELECTION = "(native-cpu or test_native) and not opcheck and not compiled and not instruction_set"
 

@@ -206,7 +206,7 @@ def _survey_kernel(
                                 tl.store(prices_ptr + at, a, keep)
                         found = tl.minimum(found + more, 1 << 30)
     if SOFT:
-        own = partial_ptr + MOMENTS * program
+        own = partial_ptr + program * MOMENTS
         tl.store(own, tl.sum(mass, 0))
         tl.store(own + 1, tl.sum(weight, 0))
         tl.store(own + 2, tl.sum(bend, 0))
@@ -306,7 +306,7 @@ def _write_kernel(
                 output = pointer_at(row_ptr + OUTPUT + 1, tl.uint8, ALIGNED)
                 store_chunk(output, start, live, whole, keep.to(tl.uint8), CHUNK)
     if SOFT and AGAIN == 0:
-        tl.store(partial_ptr + MOMENTS * program, tl.sum(mass, 0))
+        tl.store(partial_ptr + program * MOMENTS, tl.sum(mass, 0))
 
 
 @triton.jit

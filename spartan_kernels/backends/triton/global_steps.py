@@ -78,7 +78,7 @@ def _sampled(
 @triton.jit
 def _sample_range(u, a, live, share, count, cost):
     """Keys between which the budget runs out, SAMPLE_MARGIN standard deviations of its rank either way."""
-    margin = cost / count * (SAMPLE_MARGIN * tl.sqrt(count * share * (1 - share)) + 16)
+    margin = cost / count * (tl.sqrt(count * share * (1 - share)) * SAMPLE_MARGIN + 16)
     key = ordered_key(u)
     upper, lower = tl.zeros((1,), tl.uint32), tl.zeros((1,), tl.uint32)
     bit = tl.full((1,), 1 << 31, tl.uint32)
@@ -181,7 +181,7 @@ def _start_kernel(
 def _soft_advance(solve_ptr, partial_ptr, n_programs, BLOCK: tl.constexpr):
     """One Halley step from the moments of a survey. All is loaded before anything is stored: one thread stores."""
     at = tl.arange(0, BLOCK)
-    own, mask = partial_ptr + MOMENTS * at, at < n_programs
+    own, mask = partial_ptr + at * MOMENTS, at < n_programs
     mass = tl.sum(tl.load(own, mask, other=0.0), 0)
     slope = tl.sum(tl.load(own + 1, mask, other=0.0), 0)
     curvature = tl.sum(tl.load(own + 2, mask, other=0.0), 0)
@@ -277,13 +277,13 @@ def _finish_kernel(
     In float32 the sum is a staircase that can step over the quota: then the nearest trial is the answer.
     """
     at = tl.arange(0, BLOCK)
-    written = tl.sum(tl.load(partial_ptr + MOMENTS * at, at < n_programs, other=0.0), 0)
+    written = tl.sum(tl.load(partial_ptr + at * MOMENTS, at < n_programs, other=0.0), 0)
     beta, sign, quota = tl.load(solve_ptr + BETA), tl.load(solve_ptr + SIGN), tl.load(solve_ptr + QUOTA)
     total, target = tl.load(solve_ptr + TOTAL), tl.load(solve_ptr + TARGET)
     lowest, highest = tl.load(solve_ptr + LOWEST), tl.load(solve_ptr + HIGHEST)
     t, low, high = tl.load(solve_ptr + T), tl.load(solve_ptr + LOW), tl.load(solve_ptr + HIGH)
     reads, poison = tl.load(solve_ptr + READS), tl.load(solve_ptr + POISON)
-    missed = tl.abs(written - quota) > TOLERANCE * quota
+    missed = tl.abs(written - quota) > quota * TOLERANCE
     pending = missed & (quota * beta > 0.0) & (poison == 0.0)
     tl.debug_barrier()
     tl.store(solve_ptr + REWRITE, pending.to(tl.float64))

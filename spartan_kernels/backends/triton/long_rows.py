@@ -134,7 +134,7 @@ def _long_soft_topk_forward_kernel(
         t, low, high, residual, stuck = halley_step(
             t, low, high, residual, found, tl.sum(weight, 0), tl.sum(bend, 0), beta, sign, quota, total, target
         )
-        pending = (miss > TOLERANCE * quota) & (stuck == 0)
+        pending = (miss > quota * TOLERANCE) & (stuck == 0)
         trial += 1
 
     centre, shift = logit_at(best, beta, lowest, highest)

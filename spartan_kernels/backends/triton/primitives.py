@@ -31,13 +31,13 @@ def sign_of(x):
 def ordered_key(u):
     """uint32 keys in the order of the float32 numbers; -0 and 0 are one key."""
     bits = tl.where(u == 0.0, 0.0, u).to(tl.uint32, bitcast=True)
-    return tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)
+    return tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
 @triton.jit
 def value_of_key(key):
     """The float32 number of an `ordered_key`."""
-    bits = tl.where((key >> 31) != 0, key & 0x7FFFFFFF, ~key)
+    bits = tl.where((key >> 31) != 0, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF)
     return bits.to(tl.float32, bitcast=True)
 
 

@@ -120,7 +120,7 @@ def solve_rows(
         t, low, high, previous, stuck = halley_step(
             t, low, high, previous, mass, slope, curvature, beta, sign, quota, total, target
         )
-        active = active & (miss > TOLERANCE * quota) & (stuck == 0)
+        active = active & (miss > quota * TOLERANCE) & (stuck == 0)
         trial += 1
         pending = tl.max(active.to(tl.int32), 0)
     return best

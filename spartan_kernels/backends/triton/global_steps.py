@@ -197,7 +197,7 @@ def _soft_advance(solve_ptr, partial_ptr, n_programs, BLOCK: tl.constexpr):
     ahead, low, high, residual, stuck = halley_step(
         t, low, high, tl.load(solve_ptr + RESIDUAL), mass, slope, curvature, beta, sign, quota, total, target
     )
-    met = tl.abs(mass - quota) <= TOLERANCE / 4 * quota
+    met = tl.abs(mass - quota) <= quota * (TOLERANCE / 4)
     # a step from where the sum is met still sharpens t, and is checked when written
     t = tl.where(met & (residual == INFINITY), t, ahead)
     done = met | stuck | (residual < LAST_STEP) | poisoned
@@ -309,7 +309,7 @@ def _finish_kernel(
         t, low, high, residual, stuck = halley_step(
             t, low, high, residual, sum_mass, tl.sum(slope, 0), tl.sum(curvature, 0), beta, sign, quota, total, target
         )
-        pending = (miss > TOLERANCE / 4 * quota) & (stuck == 0)
+        pending = (miss > quota * (TOLERANCE / 4)) & (stuck == 0)
         trial += 1
     if trial > 0:
         tl.store(solve_ptr + T, best)

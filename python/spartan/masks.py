@@ -21,7 +21,7 @@ from spartan_kernels import (
     solve_masks_,
 )
 
-__all__ = ["Mask", "MaskGroup", "MaskSet", "MaskedTensor"]
+__all__ = ["Mask", "MaskGroup", "MaskSet", "MaskedTensor", "gradient_or_zeros"]
 
 # Sharper than this a soft mask is a hard one in float32, and the solver's accuracy is no longer specified.
 _SHARPEST = 1e6
@@ -110,6 +110,8 @@ class MaskGroup:
     state: torch.Tensor = field(init=False)
     solved: bool = False
 
+    lends = True  # what its last block leaves of the budget goes to another group
+
     def __post_init__(self) -> None:
         self.capacity = sum(tensor.size.count for tensor in self.tensors)
         self.state = new_solver_state(self.device)
@@ -186,7 +188,7 @@ class MaskGroup:
         """Complete the gradients of all weights of this budget with the coupling term of equation (2)."""
         if all(tensor.weight.grad is None for tensor in self.tensors):
             return
-        grads = [_gradient(tensor.weight) for tensor in self.tensors]
+        grads = [gradient_or_zeros(tensor.weight) for tensor in self.tensors]
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for tensor, grad in zip(self.tensors, grads, strict=True):
             carrier = tensor.carrier
@@ -247,8 +249,11 @@ class MaskSet:
         """
         carry = 0.0
         for group in sorted(self.groups, key=lambda g: g.capacity - g.budget(progress)):
-            budget = min(group.budget(progress) + carry, group.capacity)
             own = None if scores is None else [scores[tensor.name] for tensor in group.tensors]
+            if not group.lends:
+                group.select(group.budget(progress), own)
+                continue
+            budget = min(group.budget(progress) + carry, group.capacity)
             carry += group.budget(progress) - group.select(budget, own)
 
     def gradient_scale(self) -> torch.Tensor | float:
@@ -278,7 +283,7 @@ class MaskSet:
             unmask_weight(tensor.module, tensor.carrier)
 
 
-def _gradient(weight: nn.Parameter) -> torch.Tensor:
+def gradient_or_zeros(weight: nn.Parameter) -> torch.Tensor:
     """The gradient of a weight; one that took no part in this step gets zeros, as it shares in the budget."""
     if weight.grad is None:
         zero = torch.zeros_like(weight)

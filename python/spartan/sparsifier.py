@@ -12,7 +12,8 @@ from spartan.budgets import LayerSize, distribute, kept_total, shares
 from spartan.masks import Mask, MaskedTensor, MaskGroup, MaskSet
 from spartan.methods.base import Method, SparseMethod
 from spartan.nn import largest_block, mask_weight
-from spartan.selection import Selector, common_kind, select_weights
+from spartan.pattern_group import PatternGroup, require_divisible
+from spartan.selection import Candidate, Selector, common_kind, select_weights
 from spartan_kernels.arguments import block_shape
 
 __all__ = ["Sparsifier"]
@@ -92,27 +93,29 @@ class Sparsifier:
         weights: list[Any] = [candidate.module.weight for candidate in chosen]
         common_kind(weights)
         sizes = [LayerSize(tuple(weight.shape), largest_block(weight.shape, block_size)) for weight in weights]
-        if count == "masked":
+        if count == "masked" or method.pattern is not None:
             self._counted = sum(size.count for size in sizes)
+        if method.pattern is not None:
+            for candidate, size in zip(chosen, sizes, strict=True):
+                require_divisible(candidate.name, size.shape, method.pattern)
+            return [PatternGroup(self._mask(c, method, block_size), method.pattern) for c in chosen]
         kept = kept_total(sizes, method.sparsity, self._counted, method.distribution)
         targets = distribute(sizes, kept, method.distribution)
-        tensors = [
-            MaskedTensor(
-                c.name,
-                c.module,
-                mask_weight(
-                    c.module,
-                    block_size,
-                    soft=method.soft,
-                    preserve_scale=method.preserve_scale,
-                    straight_through=method.straight_through,
-                    parametrized=c.parametrized,
-                ),
-            )
-            for c in chosen
-        ]
+        tensors = [self._mask(candidate, method, block_size) for candidate in chosen]
         members = shares(sizes, method.distribution)
         return [MaskGroup([tensors[i] for i in group], k) for group, k in zip(members, targets, strict=True)]
+
+    @staticmethod
+    def _mask(candidate: Candidate, method: SparseMethod, block_size: tuple[int, int]) -> MaskedTensor:
+        carrier = mask_weight(
+            candidate.module,
+            block_size,
+            soft=method.soft,
+            preserve_scale=method.preserve_scale,
+            straight_through=method.straight_through,
+            parametrized=candidate.parametrized,
+        )
+        return MaskedTensor(candidate.name, candidate.module, carrier)
 
     @property
     def step_count(self) -> int:

@@ -13,6 +13,8 @@ from spartan_kernels.arguments import block_shape
 
 __all__ = ["Method", "SparseMethod"]
 
+_ROUNDING = 1e-9
+
 
 class Method(ABC):
     """A way to train sparse: settings only, no state; all state is in the masks and the step.
@@ -65,18 +67,22 @@ class SparseMethod(Method):
     """Settings that all methods with masks share.
 
     Attributes:
-        sparsity: fraction of zeros to reach, in [0, 1).
+        sparsity: fraction of zeros to reach, in [0, 1); with `pattern` it is 1 - n / m and may be left out.
         block_size: 1, an int or (rows, columns): blocks of weights that stay or go together.
         distribution: "global" (one budget over all layers), "uniform" or "erk".
+        pattern: (n, m), such as (2, 4): of each m neighbours along the input features (or channels) of a masked
+            weight n stay. Takes the place of blocks and of the distribution; `sparsity` is that of masked weights.
 
     Raises:
         TypeError, ValueError: a setting of the wrong type or outside its range, named.
     """
 
-    sparsity: float
+    sparsity: float = None  # type: ignore[assignment]  # a number once it is checked
     block_size: int | tuple[int, int] = 1
     distribution: str = "global"
+    pattern: tuple[int, int] | None = None
 
+    takes_pattern = True  # whether masks of n in each m neighbours make sense for the method
     grows_from_zero = False  # whether dropped weights come back with the value zero
 
     @property
@@ -85,10 +91,26 @@ class SparseMethod(Method):
         return self
 
     def __post_init__(self) -> None:
+        if self.pattern is not None:
+            self._settle_pattern(self.pattern)
         require_number("sparsity", self.sparsity, 0.0, 1.0, open_end=True)
         block_shape(self.block_size)
         if self.distribution not in DISTRIBUTIONS:
             raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}; got {self.distribution!r}")
+
+    def _settle_pattern(self, pattern: tuple[int, int]) -> None:
+        if not self.takes_pattern:
+            raise ValueError(f"pattern is not for {self.name}, whose masks change by few weights; got {pattern!r}")
+        n, m = require_pattern(pattern)
+        if self.block_size != 1:
+            raise ValueError(f"block_size must be 1 with pattern {pattern}; got {self.block_size}")
+        object.__setattr__(self, "pattern", (n, m))
+        sparsity = 1 - n / m
+        if self.sparsity is not None and (
+            not isinstance(self.sparsity, float) or abs(self.sparsity - sparsity) > _ROUNDING
+        ):
+            raise ValueError(f"sparsity must be {sparsity:g} with pattern {pattern}; got {self.sparsity!r}")
+        object.__setattr__(self, "sparsity", sparsity)
 
     def finish(self, masks: MaskSet) -> None:
         """Select the blocks of largest magnitude within the budget."""
@@ -106,6 +128,14 @@ def require_number(name: str, value: Any, low: float, high: float = math.inf, *,
         raise ValueError(
             f"{name} must be in [{low:g}, {high:g}{')' if open_end or math.isinf(high) else ']'}; got {value}"
         )
+
+
+def require_pattern(value: Any) -> tuple[int, int]:
+    """`value` as (n, m); raise unless it is a pair of ints with 1 <= n < m."""
+    pair = tuple(value) if isinstance(value, tuple | list) else ()
+    if len(pair) != 2 or not all(type(number) is int for number in pair) or not 1 <= pair[0] < pair[1]:
+        raise ValueError(f"pattern must be a pair (n, m) of ints with 1 <= n < m, such as (2, 4); got {value!r}")
+    return pair[0], pair[1]
 
 
 def require_interval(value: Any) -> None:

@@ -32,6 +32,7 @@ class Rewiring(SparseMethod):
     seed: int = 0
 
     grows_from_zero = True
+    takes_pattern = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,7 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from spartan.export import CONFIG_FILE, MODEL_FILE, load_pretrained, save_pretrained, sparsity_of
+from spartan.export import (
+    CONFIG_FILE,
+    MODEL_FILE,
+    describe_pretrained,
+    load_pretrained,
+    save_pretrained,
+    sparsity_of,
+)
 from spartan.methods import StaticRandom
 from spartan.packing import Packed, pack, unpack
 from spartan.sparsifier import Sparsifier
@@ -115,7 +122,7 @@ def test_a_failed_save_leaves_the_previous_files(tmp_path: Path, monkeypatch: py
         Path(path).write_bytes(b"half of it")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("spartan.export.save_file", fail)
+    monkeypatch.setattr("spartan.saved_model.save_file", fail)
     with pytest.raises(OSError, match="no space left"):
         save_pretrained(sparse(0.9), tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
@@ -129,7 +136,7 @@ def refused(folder: Path, message: str) -> None:
         load_pretrained(model, folder)
     assert all(same_bits(tensor, before[name]) for name, tensor in model.state_dict().items())
     with pytest.raises(ValueError, match=message):
-        sparsity_of(folder)
+        describe_pretrained(folder)
 
 
 @pytest.mark.parametrize("length", [0, 5, 100, -1])
@@ -162,13 +169,19 @@ def edit(entry: str, key: str, value: Any) -> Any:
     ("tamper", "message"),
     [
         (lambda c: c.update(format="other"), "is not a spartan-pretrained file"),
-        (lambda c: c.update(version=2), "has version 2; this package reads version 1"),
+        (lambda c: c.update(version=3), "has version 3; this package reads version 2"),
+        (lambda c: c.update(version=True), "has version True"),
+        (lambda c: c.update(sha256="../../elsewhere"), "has no SHA-256"),
         (lambda c: c.update(extra=1), "has unknown or missing entries"),
         (lambda c: c.pop("sha256"), "has unknown or missing entries"),
         (lambda c: c["tensors"].pop("0.weight"), "is not what was saved"),
         (edit("0.weight", "encoding", "zip"), "the entry of '0.weight' is not valid"),
         (edit("0.weight", "shape", [96, -64]), "the entry of '0.weight' is not valid"),
         (edit("0.weight", "dtype", "float8"), "the entry of '0.weight' is not valid"),
+        (edit("0.weight", "encoding", "tied"), "the entry of '0.weight' is not valid"),
+        (edit("0.weight", "tied_to", "0.bias"), "the entry of '0.weight' is not valid"),
+        (edit("0.weight", "packed", True), "the entry of '0.weight' is not valid"),
+        (edit("0.weight", "block_size", [4, 4]), "the entry of '0.weight' is not valid"),
         (edit("0.weight", "more", 1), "the entry of '0.weight' is not valid"),
         (edit("0.weight", "shape", [64, 96]), "is not what was saved"),
         (edit("0.bias", "parameter", False), "is not what was saved"),

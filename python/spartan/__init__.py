@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spartan.export import load_pretrained, save_pretrained, sparsity_of
+from spartan.export import describe_pretrained, load_pretrained, save_pretrained, sparsity_of
 from spartan.functional import (
     block_sparse_linear,
     hard_topk,
@@ -55,6 +55,7 @@ __all__ = [
     "backend",
     "block_sparse_linear",
     "checks",
+    "describe_pretrained",
     "hard_topk",
     "info",
     "load_pretrained",

@@ -2,215 +2,252 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from spartan.packing import ENCODINGS, Packed, expected_parts, pack, unpack
+from spartan.nn import BlockSparseLinear
+from spartan.pack_modules import replace_modules
+from spartan.packing import Packed, pack, pack_blocks, unpack, unpack_blocks
+from spartan.saved_model import CONFIG_FILE, DTYPES, MODEL_FILE, Entry, dtype_name, read_config, read_parts, write_files
+from spartan_kernels import BlockSparseWeight
 
-__all__ = ["CONFIG_FILE", "MODEL_FILE", "load_pretrained", "save_pretrained", "sparsity_of"]
+__all__ = [
+    "CONFIG_FILE",
+    "MODEL_FILE",
+    "SavedTensor",
+    "describe_pretrained",
+    "load_pretrained",
+    "save_pretrained",
+    "sparsity_of",
+]
 
-MODEL_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
-_FORMAT = "spartan-pretrained"
-_VERSION = 1
-_ENTRY = {"encoding", "shape", "dtype", "parameter"}
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float64, torch.float32, torch.float16, torch.bfloat16,
-        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
-    )
-}  # fmt: skip
+_Value: TypeAlias = "torch.Tensor | BlockSparseWeight"
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """A tensor of a saved model.
+
+    Attributes:
+        name: in the model's `state_dict`, with the weight of a packed layer as its "weight".
+        shape, dtype: of the dense tensor; the dtype as "float32".
+        parameter: whether it is a parameter, not a buffer.
+        encoding: "dense", "bitmap", "index", "blocks" or "tied".
+        block_size: (rows, columns) for "blocks", else None.
+        packed: whether its layer runs on packed blocks.
+        tied_to: for "tied", the name of the tensor that it shares its memory with, else None.
+        zeros: how many of its entries are zero. stored_bytes: what it takes in the file; 0 for "tied".
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    parameter: bool
+    encoding: str
+    block_size: tuple[int, int] | None
+    packed: bool
+    tied_to: str | None
+    zeros: int
+    stored_bytes: int
 
 
 def save_pretrained(
-    model: nn.Module, directory: str | os.PathLike[str], block_size: int | tuple[int, int] | None = None
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    block_size: int | tuple[int, int] | None = None,
+    *,
+    dense: bool = False,
 ) -> None:
     """Save a finalized model's parameters and buffers, each tensor in the smallest of its encodings.
 
     Encodings: "dense"; "bitmap" (one bit per weight and the nonzero values); "index" (flat int32 or int64
-    positions and values); "blocks" (one bit per block and the blocks that are not zero). Both files are
-    written under temporary names in the same folder and renamed.
+    positions and values); "blocks" (one bit per block and the blocks that are not zero). Layers on packed blocks
+    (`to_block_sparse`) are saved as these, under the name of their weight. Tied tensors are saved once.
+
+    The save takes effect in one step: killed at any moment, the folder holds the model that it held before or this
+    one. One process at a time may save into a folder.
 
     Args:
-        model: plain modules, after `Sparsifier.finalize()`.
+        model: plain modules, after `Sparsifier.finalize()`, or packed ones.
         directory: made if it is missing; gets `model.safetensors` and `config.json`.
         block_size: an int or (rows, columns) to try for "blocks"; None tries squares of 4 to 128.
+        dense: for tools that know nothing of this package: every tensor dense and under its own name, tied ones
+            repeated, so that `safetensors.torch.load_file` reads `model.safetensors` as the state of the plain model.
 
     Raises:
-        ValueError: a model that is still masked, or a tensor of a dtype that cannot be saved, by name.
+        ValueError: a model that is still masked, or a tensor that cannot be saved (a dtype, a shard, no data, state
+            that is not a tensor), by name.
     """
     for name, module in model.named_modules():
         if hasattr(module, "mask_hard"):
             raise ValueError(f"model is still masked at {name!r}: call Sparsifier.finalize() first")
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
+    state = _state(model)
+    for name, value in state.items():
+        _require_savable(name, value)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    parts: dict[str, torch.Tensor] = {}
-    tensors: dict[str, dict[str, Any]] = {}
-    for name, tensor in model.state_dict().items():
-        if _dtype_name(tensor) not in _DTYPES:
-            raise ValueError(f"tensor {name!r} has dtype {tensor.dtype}; only {', '.join(_DTYPES)} can be saved")
-        packed = pack(tensor.detach().cpu(), block_size)
-        parts.update({_part_name(name, part): value for part, value in packed.parts.items()})
-        tensors[name] = {
-            "encoding": packed.encoding,
-            "shape": list(tensor.shape),
-            "dtype": _dtype_name(tensor),
-            "parameter": name in parameters,
-            **({"block_size": list(packed.block_size)} if packed.block_size else {}),
-        }
-    with _replacing(folder / MODEL_FILE) as weights, _replacing(folder / CONFIG_FILE) as config:
-        save_file(parts, weights, metadata={"tensors": _description_digest(tensors)})
-        document = {"format": _FORMAT, "version": _VERSION, "sha256": _sha256(weights), "tensors": tensors}
-        config.write_text(json.dumps(document, indent=1) + "\n")
+    saved: dict[str, tuple[Entry, Packed | None]] = {}
+    first: dict[Any, str] = {}
+    for name, value in state.items():
+        tied_to = None if dense else first.setdefault(_memory(value), name)
+        packed = _encoded(value, block_size, dense) if tied_to in (None, name) else None
+        is_parameter = name in parameters or isinstance(value, BlockSparseWeight)
+        entry = Entry("tied", tuple(value.shape), dtype_name(_values(value)), is_parameter, tied_to=tied_to)
+        if packed is not None:
+            runs_packed = isinstance(value, BlockSparseWeight) and not dense
+            entry = Entry(packed.encoding, entry.shape, entry.dtype, is_parameter, packed.block_size, runs_packed)
+        saved[name] = entry, packed
+    write_files(Path(directory), saved)
 
 
-def load_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+def load_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
     """Load what `save_pretrained` saved into a model of the same architecture, bit for bit.
 
-    Everything is read and checked before the model is touched.
+    A layer that ran on packed blocks when it was saved does so again, whether it is an `nn.Linear` in `model` or packed
+    itself; a packed layer of `model` that was saved dense is packed anew, in its own block size. Everything is read and
+    checked before the model is touched.
+
+    Returns:
+        `model`, or its replacement where it is an `nn.Linear` itself and was saved packed.
 
     Raises:
         ValueError: a file that is missing, damaged, truncated or of an unknown format, or of another model;
             the message names the file.
     """
-    tensors, _ = _read(Path(directory))
-    path = Path(directory) / MODEL_FILE
-    own = model.state_dict()
-    if set(own) != set(tensors):
-        missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
-        raise ValueError(f"{path} is of another model: it lacks {missing} and has {unknown}")
-    for name, tensor in tensors.items():
-        if (tensor.shape, tensor.dtype) != (own[name].shape, own[name].dtype):
-            raise ValueError(
-                f"{path} is of another model: {name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}, the model's is"
-                f" {own[name].dtype} of shape {tuple(own[name].shape)}"
-            )
-    model.load_state_dict(tensors)
+    entries, path = read_config(Path(directory))
+    own = _state(model)
+    _require_same_model(entries, own, path)
+    layers = {_weight_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    tensors: dict[str, torch.Tensor] = {}
+    replacements: dict[int, nn.Module] = {}
+    renewed: list[tuple[BlockSparseLinear, BlockSparseWeight]] = []
+    for name, value in _decoded(entries, path).items():
+        mine = own[name]
+        if isinstance(value, torch.Tensor) and isinstance(mine, torch.Tensor):
+            tensors[name] = value
+            continue
+        if isinstance(value, torch.Tensor):
+            assert isinstance(mine, BlockSparseWeight)
+            value = BlockSparseWeight.from_dense(value, mine.block_size)
+        layer = layers.get(name)
+        if isinstance(layer, BlockSparseLinear) and layer.values.shape == value.values.shape:
+            renewed.append((layer, value))  # the parameter stays the one that an optimizer may have
+        elif isinstance(layer, BlockSparseLinear) or type(layer) is nn.Linear:
+            replacements[id(layer)] = BlockSparseLinear.replacing(layer, value)
+        else:
+            raise ValueError(f"{path} is of another model: {name!r} is packed, the model has no linear layer for it")
+    for layer, value in renewed:
+        layer.load_packed(value)
+    model = replace_modules(model, replacements)
+    model.load_state_dict(tensors, strict=False)  # names and shapes are those of the model: checked above
+    return model
+
+
+def describe_pretrained(directory: str | os.PathLike[str]) -> list[SavedTensor]:
+    """What a saved model holds, tensor by tensor; `directory` may also be one of its two files.
+
+    Raises:
+        ValueError: files that are missing, damaged, truncated or of an unknown format, by name.
+    """
+    folder = Path(directory)
+    entries, weights = read_config(folder.parent if folder.name in (MODEL_FILE, CONFIG_FILE) else folder)
+    parts = read_parts(entries, weights)
+    described = []
+    for name, entry in entries.items():
+        held = parts[name if entry.tied_to is None else entry.tied_to].parts
+        zeros = math.prod(entry.shape) - int(held["values"].count_nonzero())
+        stored = sum(part.nbytes for part in held.values()) if entry.tied_to is None else 0
+        sizes = entry.encoding, entry.block_size, entry.packed, entry.tied_to, zeros, stored
+        described.append(SavedTensor(name, entry.shape, entry.dtype, entry.parameter, *sizes))
+    return described
 
 
 def sparsity_of(directory: str | os.PathLike[str]) -> float:
-    """Fraction of zeros among all parameters (not buffers) of a saved model, counted in the file.
+    """Fraction of zeros among all parameters (not buffers) of a saved model, tied ones counted once.
 
     Raises:
-        ValueError: as `load_pretrained`.
+        ValueError: as `describe_pretrained`.
     """
-    tensors, parameters = _read(Path(directory))
-    total = sum(tensors[name].numel() for name in parameters)
-    zeros = sum(int((tensors[name] == 0).sum()) for name in parameters)
-    return zeros / total if total else 0.0
+    parameters = [t for t in describe_pretrained(directory) if t.parameter and t.tied_to is None]
+    total = sum(math.prod(tensor.shape) for tensor in parameters)
+    return sum(tensor.zeros for tensor in parameters) / total if total else 0.0
 
 
-def _read(folder: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """All tensors of a saved model, and the names of those that are parameters."""
-    entries = _read_config(folder)
-    path = folder / MODEL_FILE
-    parts: dict[str, torch.Tensor] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            described = (file.metadata() or {}).get("tensors")
-            parts = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if described != _description_digest(entries):
-        raise ValueError(f"{folder / CONFIG_FILE} is not what was saved with {path}: its tensors differ")
-    wanted = {_part_name(name, part) for name, entry in entries.items() for part in expected_parts(entry["encoding"])}
-    if set(parts) != wanted:
-        raise ValueError(f"{path} does not hold what {CONFIG_FILE} says: {sorted(set(parts) ^ wanted)}")
-    tensors = {}
-    for name, entry in entries.items():
-        own = {part: parts[_part_name(name, part)] for part in expected_parts(entry["encoding"])}
-        block = tuple(entry["block_size"]) if "block_size" in entry else None
+def _state(model: nn.Module) -> dict[str, _Value]:
+    """The model's state, where packed layers have a weight instead of blocks and their index."""
+    state: dict[str, _Value] = model.state_dict()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, BlockSparseLinear):
+            weight = _weight_name(name)
+            for own in module.packed_names:
+                del state[weight.removesuffix("weight") + own]
+            state[weight] = module.packed
+    return state
+
+
+def _weight_name(module: str) -> str:
+    return f"{module}.weight" if module else "weight"
+
+
+def _values(value: _Value) -> torch.Tensor:
+    return value.values if isinstance(value, BlockSparseWeight) else value
+
+
+def _memory(value: _Value) -> Any:
+    """Equal for two tensors that are the same entries of memory; unique without entries."""
+    tensor = _values(value)
+    place = tensor.data_ptr() if tensor.numel() else id(tensor)
+    return tensor.device, place, tensor.dtype, tensor.stride(), tuple(tensor.shape), tuple(value.shape)
+
+
+def _require_savable(name: str, value: Any) -> None:
+    if not isinstance(value, torch.Tensor | BlockSparseWeight):
+        raise ValueError(f"state {name!r} is a {type(value).__name__}; only tensors can be saved")
+    tensor = _values(value)
+    if dtype_name(tensor) not in DTYPES:
+        raise ValueError(f"tensor {name!r} has dtype {tensor.dtype}; only {', '.join(DTYPES)} can be saved")
+    if tensor.layout != torch.strided or tensor.device.type == "meta":
+        raise ValueError(f"tensor {name!r} is {tensor.layout} on {tensor.device}; only strided ones with data can be")
+    if hasattr(tensor, "full_tensor"):
+        raise ValueError(f"tensor {name!r} is sharded over processes; save a model that holds it whole")
+
+
+def _encoded(value: _Value, block_size: int | tuple[int, int] | None, dense: bool) -> Packed:
+    if isinstance(value, BlockSparseWeight):
+        if not dense:
+            return pack_blocks(value)
+        value = value.to_dense()
+    return pack(value.detach().cpu(), block_size, dense)
+
+
+def _decoded(entries: dict[str, Entry], path: Path) -> dict[str, _Value]:
+    """The tensors of a file; the weights of packed layers as their blocks."""
+    parts = read_parts(entries, path)
+    values: dict[str, _Value] = {}
+    for name, packed in parts.items():
+        entry = entries[name]
+        shape, dtype = torch.Size(entry.shape), DTYPES[entry.dtype]
         try:
-            tensors[name] = unpack(
-                Packed(entry["encoding"], own, block), torch.Size(entry["shape"]), _DTYPES[entry["dtype"]]
-            )
+            values[name] = unpack_blocks(packed, shape, dtype) if entry.packed else unpack(packed, shape, dtype)
         except ValueError as error:
             raise ValueError(f"{path}: {name!r}: {error}") from error
-    return tensors, [name for name, entry in entries.items() if entry["parameter"]]
+    tied = {name: values[entry.tied_to] for name, entry in entries.items() if entry.tied_to is not None}
+    return {**values, **tied}
 
 
-def _read_config(folder: Path) -> dict[str, dict[str, Any]]:
-    path = folder / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(config, dict) or config.get("format") != _FORMAT:
-        raise ValueError(f"{path} is not a {_FORMAT} file")
-    if config.get("version") != _VERSION:
-        raise ValueError(f"{path} has version {config.get('version')!r}; this package reads version {_VERSION}")
-    if set(config) != {"format", "version", "sha256", "tensors"} or not isinstance(config["tensors"], dict):
-        raise ValueError(f"{path} has unknown or missing entries: {sorted(config)}")
-    for name, entry in config["tensors"].items():
-        if not _valid(entry):
-            raise ValueError(f"{path}: the entry of {name!r} is not valid: {entry!r}")
-    weights = folder / MODEL_FILE
-    if not weights.is_file():
-        raise ValueError(f"{weights} is missing")
-    if _sha256(weights) != config["sha256"]:
-        raise ValueError(f"{weights} is damaged or does not belong to {path}: its SHA-256 differs")
-    return dict(config["tensors"])
-
-
-def _valid(entry: Any) -> bool:
-    if not isinstance(entry, dict):
-        return False
-    blocks = entry.get("encoding") == "blocks"
-    return (
-        set(entry) == (_ENTRY | {"block_size"} if blocks else _ENTRY)
-        and entry["encoding"] in ENCODINGS
-        and entry["dtype"] in _DTYPES
-        and isinstance(entry["parameter"], bool)
-        and _whole_numbers(entry["shape"], 0)
-        and (not blocks or (len(entry["shape"]) >= 2 and len(entry["block_size"]) == 2))
-        and (not blocks or _whole_numbers(entry["block_size"], 1))
-        and math.prod(entry["shape"]) < 2**62
-    )
-
-
-def _whole_numbers(values: Any, least: int) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= least for value in values)
-
-
-def _part_name(name: str, part: str) -> str:
-    return f"{name}:{part}"
-
-
-def _dtype_name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _description_digest(tensors: dict[str, dict[str, Any]]) -> str:
-    return hashlib.sha256(json.dumps(tensors, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block succeeds and is removed when it fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _require_same_model(entries: dict[str, Entry], own: dict[str, _Value], path: Path) -> None:
+    if set(own) != set(entries):
+        missing, unknown = sorted(set(own) - set(entries)), sorted(set(entries) - set(own))
+        raise ValueError(f"{path} is of another model: it lacks {missing} and has {unknown}")
+    for name, entry in entries.items():
+        shape, dtype = tuple(own[name].shape), _values(own[name]).dtype
+        if (entry.shape, DTYPES[entry.dtype]) != (shape, dtype):
+            raise ValueError(
+                f"{path} is of another model: {name!r} is {DTYPES[entry.dtype]} of shape {entry.shape}, the model's is"
+                f" {dtype} of shape {shape}"
+            )

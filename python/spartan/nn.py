@@ -186,6 +186,37 @@ class BlockSparseLinear(nn.Module):
             self.register_buffer(name, getattr(packed.layout, name))
         self.register_buffer("positions", packed.positions)
 
+    @staticmethod
+    def replacing(layer: nn.Linear | BlockSparseLinear, packed: BlockSparseWeight) -> BlockSparseLinear:
+        """What stands for `layer`, with this weight and its bias, device and modes."""
+        values = layer.values if isinstance(layer, BlockSparseLinear) else layer.weight
+        new = BlockSparseLinear(packed, layer.bias).to(values.device).train(layer.training)
+        new.values.requires_grad_(values.requires_grad)
+        if new.bias is not None and layer.bias is not None:
+            new.bias.requires_grad_(layer.bias.requires_grad)
+        return new
+
+    @property
+    def packed_names(self) -> tuple[str, ...]:
+        """The names of the parameter and the buffers that make the weight."""
+        return ("values", *_INDEX, "positions")
+
+    def load_packed(self, packed: BlockSparseWeight) -> None:
+        """Take over a weight of the same shape, number and size of blocks; the parameter stays the same object.
+
+        Raises:
+            ValueError: another shape, number or size of blocks.
+        """
+        if packed.shape != (self.out_features, self.in_features) or packed.values.shape != self.values.shape:
+            raise ValueError(
+                f"packed must be {(self.out_features, self.in_features)} in blocks of shape {tuple(self.values.shape)};"
+                f" got {packed.shape} in {tuple(packed.values.shape)}"
+            )
+        parts = (packed.values.detach(), *packed.layout.tensors(), packed.positions)
+        with torch.no_grad():
+            for name, part in zip(self.packed_names, parts, strict=True):
+                getattr(self, name).copy_(part)
+
     @property
     def packed(self) -> BlockSparseWeight:
         """The weight, whose values are the parameter itself."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
 from spartan.nn import BlockSparseLinear
+from spartan.packing import block_activity
 from spartan_kernels import BlockSparseWeight
 from spartan_kernels.arguments import block_shape
 from spartan_kernels.break_even import FEW_TOKENS, dense_wins
 
-__all__ = ["to_block_sparse"]
+__all__ = ["replace_modules", "to_block_sparse"]
 
 _SQUARES = (128, 64, 32, 16, 8)
 _WASTE = 1.1  # larger blocks are faster, even where they store this much more
@@ -20,7 +24,7 @@ def to_block_sparse(model: nn.Module, block_size: int | tuple[int, int] | None =
     """Replace each `nn.Linear` that has blocks of zeros by one on packed blocks, in place.
 
     Layers whose blocks are all kept, or so many that the dense product is faster (see `spartan.tune`), stay as they
-    are; so do subclasses of `nn.Linear`.
+    are; so do subclasses of `nn.Linear`, layers with hooks, and layers that share their weight with another module.
 
     Args:
         model: plain modules, after `Sparsifier.finalize()`.
@@ -37,13 +41,25 @@ def to_block_sparse(model: nn.Module, block_size: int | tuple[int, int] | None =
     for name, module in model.named_modules():
         if hasattr(module, "mask_hard"):
             raise ValueError(f"model is still masked at {name!r}: call Sparsifier.finalize() first")
-    if type(model) is nn.Linear:
-        return _packed(model, size)
+    modules = list(model.modules())
+    uses = Counter(id(p) for module in modules for p in module.parameters(recurse=False))
+    linear = [m for m in modules if type(m) is nn.Linear and uses[id(m.weight)] == 1 and not _hooked(m)]
+    return replace_modules(model, {id(module): _packed(module, size) for module in linear})
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
+    """Put each replacement where the module of this id is, under all its names; the new root is returned."""
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, _packed(child, size))
-    return model
+        for name, child in list(parent._modules.items()):
+            if id(child) in replacements:
+                setattr(parent, name, replacements[id(child)])
+    return replacements.get(id(model), model)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether something is to run with the module, which would be lost with it."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name) for name in hooks)
 
 
 def _packed(linear: nn.Linear, size: tuple[int, int] | None) -> nn.Module:
@@ -53,10 +69,10 @@ def _packed(linear: nn.Linear, size: tuple[int, int] | None) -> nn.Module:
     density, tokens = packed.density, FEW_TOKENS + 1
     if density == 1 or dense_wins(density, weight.device, weight.dtype, size, tokens):
         return linear
-    return BlockSparseLinear(packed, linear.bias).train(linear.training)
+    return BlockSparseLinear.replacing(linear, packed)
 
 
 def _best_square(weight: torch.Tensor) -> tuple[int, int]:
-    stored = {side: BlockSparseWeight.from_dense(weight, side).values.numel() for side in _SQUARES}
+    stored = {side: int(block_activity(weight != 0, (side, side)).sum()) * side**2 for side in _SQUARES}
     fewest = min(stored.values())
     return next((side, side) for side in _SQUARES if stored[side] <= _WASTE * fewest)

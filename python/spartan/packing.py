@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn import functional
 
+from spartan_kernels import BlockSparseWeight
 from spartan_kernels.arguments import block_shape
 
-__all__ = ["ENCODINGS", "Packed", "expected_parts", "pack", "unpack"]
+__all__ = ["ENCODINGS", "Packed", "block_activity", "expected_parts", "pack", "pack_blocks", "unpack", "unpack_blocks"]
 
 ENCODINGS = ("dense", "bitmap", "index", "blocks")
 _PARTS = {
@@ -43,12 +45,11 @@ def expected_parts(encoding: str) -> tuple[str, ...]:
     return _PARTS[encoding]
 
 
-def pack(tensor: torch.Tensor, block_size: int | tuple[int, int] | None = None) -> Packed:
-    """`tensor` in the smallest of its encodings; block sizes to try are `block_size`, or squares."""
+def pack(tensor: torch.Tensor, block_size: int | tuple[int, int] | None = None, dense: bool = False) -> Packed:
+    """`tensor` in the smallest of its encodings, or dense; block sizes to try are `block_size`, or squares."""
     tensor = tensor.contiguous()
-    dense = Packed("dense", {"values": tensor.clone()})
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return dense
+    if dense or not tensor.is_floating_point() or tensor.numel() == 0:
+        return Packed("dense", {"values": tensor.clone()})
     nonzero = _bits(tensor).reshape(-1) != 0
     count, width = int(nonzero.sum()), tensor.element_size()
     index_dtype = torch.int32 if tensor.numel() <= torch.iinfo(torch.int32).max else torch.int64
@@ -60,12 +61,12 @@ def pack(tensor: torch.Tensor, block_size: int | tuple[int, int] | None = None) 
     if tensor.dim() >= 2:
         squares = [(side, side) for side in _SQUARES] if block_size is None else [block_shape(block_size)]
         for block in squares:
-            active = _active(nonzero.view(tensor.shape), block)
+            active = block_activity(nonzero.view(tensor.shape), block)
             stored = int(active.sum()) * block[0] * block[1]
             sizes["blocks", block] = math.ceil(active.numel() / 8) + stored * width
     encoding, chosen = min(sizes, key=lambda key: sizes[key])
     if encoding == "dense":
-        return dense
+        return Packed("dense", {"values": tensor.clone()})
     values = tensor.reshape(-1)[nonzero]
     if encoding == "bitmap":
         return Packed("bitmap", {"bitmap": _to_bitmap(nonzero), "values": values})
@@ -73,7 +74,7 @@ def pack(tensor: torch.Tensor, block_size: int | tuple[int, int] | None = None) 
         return Packed("index", {"index": nonzero.nonzero().reshape(-1).to(index_dtype), "values": values})
     assert chosen is not None
     tiles = _tiles(tensor, chosen)
-    active = _active(nonzero.view(tensor.shape), chosen)
+    active = block_activity(nonzero.view(tensor.shape), chosen)
     return Packed("blocks", {"bitmap": _to_bitmap(active), "values": tiles[active].contiguous()}, chosen)
 
 
@@ -107,7 +108,28 @@ def unpack(packed: Packed, shape: torch.Size, dtype: torch.dtype) -> torch.Tenso
     return flat.view(shape)
 
 
-def _unpack_blocks(packed: Packed, shape: torch.Size) -> torch.Tensor:
+def pack_blocks(weight: BlockSparseWeight) -> Packed:
+    """The stored blocks of a packed weight, as "blocks"."""
+    parts = {"bitmap": _to_bitmap(weight.layout.mask().cpu()), "values": weight.values.detach().cpu().clone()}
+    return Packed("blocks", parts, weight.block_size)
+
+
+def unpack_blocks(packed: Packed, shape: torch.Size, dtype: torch.dtype) -> BlockSparseWeight:
+    """The packed weight of this shape and dtype that "blocks" are of.
+
+    Raises:
+        ValueError: parts that do not fit the shape, the dtype or one another.
+    """
+    values = packed.parts["values"]
+    if values.dtype != dtype or len(shape) != 2:
+        raise ValueError(f"values are {values.dtype} of a weight of shape {tuple(shape)}, not {dtype} of a matrix")
+    active = _active_blocks(packed, shape)
+    offsets = functional.pad(active.sum(1).cumsum(0), (1, 0))
+    return BlockSparseWeight.from_blocks(values, offsets, active.nonzero()[:, 1], (shape[0], shape[1]))
+
+
+def _active_blocks(packed: Packed, shape: torch.Size) -> torch.Tensor:
+    """Which blocks are stored, as bool [grid rows, grid columns, *rest]."""
     values, block = packed.parts["values"], packed.block_size
     assert block is not None
     rows, columns = block
@@ -115,6 +137,15 @@ def _unpack_blocks(packed: Packed, shape: torch.Size) -> torch.Tensor:
     active = _from_bitmap(packed.parts["bitmap"], math.prod(grid)).view(grid)
     if values.shape != (int(active.sum()), rows, columns):
         raise ValueError(f"values have shape {tuple(values.shape)}, not {(int(active.sum()), rows, columns)}")
+    return active
+
+
+def _unpack_blocks(packed: Packed, shape: torch.Size) -> torch.Tensor:
+    values, block = packed.parts["values"], packed.block_size
+    assert block is not None
+    rows, columns = block
+    active = _active_blocks(packed, shape)
+    grid = active.shape
     tiles = torch.zeros(*grid, rows, columns, dtype=values.dtype)
     tiles[active] = values
     # [grid rows, grid columns, *rest, rows, columns] -> [out, in, *rest]
@@ -133,7 +164,7 @@ def _tiles(tensor: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     return split.movedim(3, -1).movedim(1, -2)
 
 
-def _active(nonzero: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+def block_activity(nonzero: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     """Which blocks hold a nonzero."""
     return _tiles(nonzero, block).flatten(-2).any(-1)
 

@@ -241,26 +241,6 @@ class Mixed(nn.Module):
         return self.head(self.tied_in(self.encoder(x)) + self.tied_out(x)).mean(1)
 
 
-def masked_names(**arguments: Any) -> list[str]:
-    return list(Sparsifier(Mixed(), OneShot(sparsity=0.03), 10, **arguments).masks())
-
-
-def test_default_skips_embeddings_norms_shared_weights_and_the_head() -> None:
-    assert masked_names() == ["conv.weight", "encoder.linear1.weight", "encoder.linear2.weight"]
-
-
-def test_include_and_exclude_by_pattern_and_function() -> None:
-    assert masked_names(include=["embedding.weight", "head.*"]) == ["embedding.weight", "head.weight"]
-    assert masked_names(exclude="encoder.*") == ["conv.weight"]
-    assert masked_names(include=lambda name, module: isinstance(module, nn.Embedding)) == ["embedding.weight"]
-    with pytest.raises(ValueError, match=r"include pattern 'norm.weight' matches no weight"):
-        masked_names(include="norm.weight")
-    with pytest.raises(ValueError, match="several modules share"):
-        masked_names(include="tied_in.weight")
-    with pytest.raises(TypeError, match="include and exclude take"):
-        masked_names(include=[3])
-
-
 def test_transformer_layer_is_masked_in_its_inference_path_too() -> None:
     torch.manual_seed(0)
     model = Mixed()

@@ -13,6 +13,7 @@ from spartan.functional import (
     soft_topk,
     soft_topk_global,
 )
+from spartan.groups import Group
 from spartan.masks import Mask
 from spartan.methods import (
     DPF,
@@ -43,6 +44,7 @@ __all__ = [
     "BlockSparseWeight",
     "Dense",
     "DualAveraging",
+    "Group",
     "Mask",
     "OneShot",
     "Powerpropagation",

@@ -38,20 +38,25 @@ class Mask(NamedTuple):
 class MaskedTensor:
     """A masked weight: its name in the model, the module that has it and the module that carries its masks.
 
+    `parameter` is its name in that module, `shared` are the other modules that have it with its names there;
+    `transposed`: its outputs are its second dimension.
     `remembered` is what a method keeps from before an optimizer step until after it; no state between steps.
     """
 
     name: str
     module: nn.Module
     carrier: MaskCarrier
+    parameter: str = "weight"
+    shared: tuple[tuple[nn.Module, str], ...] = ()
+    transposed: bool = False
     remembered: torch.Tensor | None = field(default=None, init=False)
 
     @property
     def weight(self) -> nn.Parameter:
         """The trained parameter theta, under the mask."""
         if self.carrier is self.module:
-            return self.carrier.get_parameter("weight")
-        return self.module.get_parameter("parametrizations.weight.original")
+            return self.carrier.get_parameter(self.parameter)
+        return self.module.get_parameter(f"parametrizations.{self.parameter}.original")
 
     @property
     def unstructured(self) -> bool:
@@ -100,13 +105,23 @@ class MaskedTensor:
         self.carrier.mask_backward = None
         self.carrier.mask_straight_through = False
 
+    def remove(self) -> None:
+        """Give back plain modules."""
+        unmask_weight(self.module, self.carrier, self.parameter)
+        for module, parameter in self.shared:
+            unmask_weight(module, self.carrier, parameter)
+
 
 @dataclass
 class MaskGroup:
-    """Weights that share one budget, of `target` out of `capacity` weights, and their solver's state."""
+    """Weights that share one budget, of `target` out of `capacity` weights, and their solver's state.
+
+    Budgets of the same `part` lend each other what is left of a block.
+    """
 
     tensors: list[MaskedTensor]
     target: int
+    part: int = 0
     state: torch.Tensor = field(init=False)
     solved: bool = False
 
@@ -242,19 +257,17 @@ class MaskSet:
         return [tensor for group in self.groups for tensor in group.tensors]
 
     def select(self, progress: float, scores: dict[str, torch.Tensor] | None = None) -> None:
-        """Write the hard masks of all groups, exact to one block over the model.
+        """Write the hard masks of all groups, exact to one block over each part of the model.
 
-        What a group's last block leaves of its budget goes to the next group; those with least room come
-        first, so that the last one can use it.
+        What a group's last block leaves of its budget goes to the next group of its part; those with least room
+        come first, so that the last one can use it.
         """
-        carry = 0.0
+        carry: dict[int, float] = {}
         for group in sorted(self.groups, key=lambda g: g.capacity - g.budget(progress)):
             own = None if scores is None else [scores[tensor.name] for tensor in group.tensors]
-            if not group.lends:
-                group.select(group.budget(progress), own)
-                continue
-            budget = min(group.budget(progress) + carry, group.capacity)
-            carry += group.budget(progress) - group.select(budget, own)
+            left = carry.get(group.part, 0.0) if group.lends else 0.0
+            kept = group.select(min(group.budget(progress) + left, group.capacity), own)
+            carry[group.part] = left + group.budget(progress) - kept
 
     def gradient_scale(self) -> torch.Tensor | float:
         """What `.grad` is a multiple of now: 1, or the loss scale where a fused optimizer unscales in its own step."""
@@ -280,7 +293,7 @@ class MaskSet:
     def remove(self) -> None:
         """Give back plain modules."""
         for tensor in self.tensors:
-            unmask_weight(tensor.module, tensor.carrier)
+            tensor.remove()
 
 
 def gradient_or_zeros(weight: nn.Parameter) -> torch.Tensor:

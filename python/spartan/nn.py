@@ -23,6 +23,7 @@ __all__ = [
     "MaskedLinear",
     "MaskedWeight",
     "mask_weight",
+    "share_mask",
     "unmask_weight",
 ]
 
@@ -279,15 +280,7 @@ class MaskedConv2d(MaskCarrier, nn.Conv2d):
 
 
 class MaskedWeight(MaskCarrier):
-    """Parametrization of the weight of any other module: `module.weight` is theta * m * h.
-
-    Args:
-        parameter_order: names of the module's own parameters, to restore their order in the end.
-    """
-
-    def __init__(self, parameter_order: tuple[str, ...]) -> None:
-        super().__init__()
-        self.parameter_order = parameter_order
+    """Parametrization of a parameter of any other module: the attribute is theta * m * h."""
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """theta * m * h."""
@@ -306,35 +299,47 @@ def mask_weight(
     preserve_scale: bool = False,
     straight_through: bool = False,
     parametrized: bool = False,
+    parameter: str = "weight",
 ) -> MaskCarrier:
-    """Give the weight of `module` masks that keep everything, and return what carries them.
+    """Give a parameter of `module` masks that keep everything, and return what carries them.
 
-    An exact `nn.Linear` or `nn.Conv2d` changes its class in place, so names and identity of its parameters
-    stay. Any other module, and these where their owner reads `.weight` itself (`parametrized`), gets a
+    The weight of an exact `nn.Linear` or `nn.Conv2d` changes the module's class in place, so names and identity of its
+    parameters stay. Any other, and these where something else reads `.weight` itself (`parametrized`), gets a
     parametrization.
     """
-    weight: Any = module.weight
+    weight: Any = getattr(module, parameter)
     if type(module) in _SWAPS and not parametrized:
         module.__class__ = _SWAPS[type(module)]
         assert isinstance(module, MaskCarrier)
         module.attach_masks(weight, block_size, soft, preserve_scale, straight_through)
         return module
-    carrier = MaskedWeight(tuple(module._parameters))
+    carrier = MaskedWeight()
     carrier.attach_masks(weight, block_size, soft, preserve_scale, straight_through)
-    parametrize.register_parametrization(module, "weight", carrier)
+    share_mask(module, parameter, carrier)
     return carrier
 
 
-def unmask_weight(module: nn.Module, carrier: MaskCarrier) -> None:
-    """Undo `mask_weight`; the weight keeps its present value."""
+def share_mask(module: nn.Module, parameter: str, carrier: MaskCarrier) -> None:
+    """Parametrize a parameter of `module` by the masks of `carrier`, which other modules that have it may share."""
+    earlier: Any = getattr(module, "parametrizations", {})
+    order = next((masks.parameter_order for masks in earlier.values()), tuple(module._parameters))
+    parametrize.register_parametrization(module, parameter, carrier)
+    parametrizations: Any = module.parametrizations
+    parametrizations[parameter].parameter_order = order
+
+
+def unmask_weight(module: nn.Module, carrier: MaskCarrier, parameter: str = "weight") -> None:
+    """Undo `mask_weight` or `share_mask`; the parameter keeps its present value."""
     if carrier is module:
         carrier.detach_masks()
         object.__setattr__(module, "__class__", _SWAPS_BACK[type(module)])
         return
-    parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
-    assert isinstance(carrier, MaskedWeight)
-    for name in carrier.parameter_order:  # which the states of optimizers are saved by
-        module._parameters[name] = module._parameters.pop(name)
+    parametrizations: Any = module.parametrizations
+    order = parametrizations[parameter].parameter_order
+    parametrize.remove_parametrizations(module, parameter, leave_parametrized=False)
+    for name in order:  # which the states of optimizers are saved by
+        if name in module._parameters:
+            module._parameters[name] = module._parameters.pop(name)
 
 
 def largest_block(shape: torch.Size, block_size: tuple[int, int]) -> int:

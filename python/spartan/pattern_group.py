@@ -11,8 +11,6 @@ from spartan_kernels import hard_topk, soft_topk
 
 __all__ = ["PatternGroup", "require_divisible"]
 
-_DIM = 1  # input features or channels
-
 
 class PatternGroup(MaskGroup):
     """One weight [out, in, ...] of whose every m neighbours along `in` the n of largest magnitude stay.
@@ -25,6 +23,7 @@ class PatternGroup(MaskGroup):
 
     def __init__(self, tensor: MaskedTensor, pattern: tuple[int, int]) -> None:
         self.pattern = pattern
+        self.dim = _input_dim(tensor.transposed)
         n, m = pattern
         super().__init__([tensor], tensor.size.count // m * n)
 
@@ -33,11 +32,11 @@ class PatternGroup(MaskGroup):
         tensor = self.tensors[0]
         values = tensor.weight.detach().abs() if scores is None else scores[0]
         try:
-            mask = hard_topk(self._rows(values), self._kept_of_each(budget), dim=_DIM + 1)
+            mask = hard_topk(self._rows(values), self._kept_of_each(budget), dim=self.dim + 1)
         except ValueError:
             self._require_finite()
             raise
-        tensor.carrier.mask_hard.copy_(mask.flatten(_DIM, _DIM + 1))
+        tensor.carrier.mask_hard.copy_(mask.flatten(self.dim, self.dim + 1))
         tensor.carrier.masks_changed()
         return tensor.kept()
 
@@ -55,9 +54,9 @@ class PatternGroup(MaskGroup):
         beta, rest = tensor.carrier.mask_beta.to(wide), 1 - soft
         spread = soft * rest
         gained = self._rows(grad).to(wide) * theta / (1 + beta * rest * theta.abs())
-        share, total = (rest * gained).sum(_DIM + 1, keepdim=True), spread.sum(_DIM + 1, keepdim=True)
+        share, total = (rest * gained).sum(self.dim + 1, keepdim=True), spread.sum(self.dim + 1, keepdim=True)
         multiplier = torch.where(total > 0, share / total, 0.0)  # where all is decided nothing is coupled
-        grad.sub_((theta.sign() * spread * (beta * multiplier)).flatten(_DIM, _DIM + 1))
+        grad.sub_((theta.sign() * spread * (beta * multiplier)).flatten(self.dim, self.dim + 1))
 
     def _solve(self, budget: float, beta: float | torch.Tensor) -> None:
         tensor = self.tensors[0]
@@ -66,29 +65,37 @@ class PatternGroup(MaskGroup):
         kept = self._kept_of_each(budget)
         values = self._rows(tensor.weight.detach().abs())
         try:
-            soft.copy_(soft_topk(values, kept, beta=carrier.mask_beta, dim=_DIM + 1).flatten(_DIM, _DIM + 1))
+            soft.copy_(
+                soft_topk(values, kept, beta=carrier.mask_beta, dim=self.dim + 1).flatten(self.dim, self.dim + 1)
+            )
         except ValueError:
             self._require_finite()
             raise
-        hard = hard_topk(values, kept, dim=_DIM + 1)
-        carrier.mask_hard.copy_(hard.flatten(_DIM, _DIM + 1))
+        hard = hard_topk(values, kept, dim=self.dim + 1)
+        carrier.mask_hard.copy_(hard.flatten(self.dim, self.dim + 1))
         # The hard threshold that beta can be relative to: the mean over the groups of m.
         self.state = self.state.to(self.device)
-        self.state[2] = torch.where(hard, values, torch.inf).amin(_DIM + 1).mean()
+        self.state[2] = torch.where(hard, values, torch.inf).amin(self.dim + 1).mean()
 
     def _rows(self, values: torch.Tensor) -> torch.Tensor:
         m = self.pattern[1]
-        return values.unflatten(_DIM, (values.shape[_DIM] // m, m))
+        return values.unflatten(self.dim, (values.shape[self.dim] // m, m))
 
     def _kept_of_each(self, budget: float) -> float:
         """The budget of one group of m; rounding must not make 2 - 1e-16 of 2, of which only one would fit."""
         return round(min(budget / self.capacity, 1.0) * self.pattern[1], 9)
 
 
-def require_divisible(name: str, shape: Sequence[int], pattern: tuple[int, int]) -> None:
+def require_divisible(name: str, shape: Sequence[int], pattern: tuple[int, int], transposed: bool = False) -> None:
     """Raise ValueError unless groups of m fill the rows of the weight `name`."""
-    if shape[_DIM] % pattern[1]:
+    dim = _input_dim(transposed)
+    if shape[dim] % pattern[1]:
         raise ValueError(
             f"weight {name!r} of shape {tuple(shape)} does not divide into groups of {pattern[1]} along its dimension"
-            f" {_DIM}, as pattern {pattern} needs; leave it out with exclude="
+            f" {dim}, as pattern {pattern} needs; leave it out with exclude="
         )
+
+
+def _input_dim(transposed: bool) -> int:
+    """The dimension of input features or channels."""
+    return 0 if transposed else 1

@@ -1,4 +1,4 @@
-"""Which weights of a model are masked."""
+"""Which weights of a model are masked, and why the others are not."""
 
 from __future__ import annotations
 
@@ -8,117 +8,163 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import ParametrizationList
 
-__all__ = ["Candidate", "Selector", "select_weights"]
+__all__ = ["Candidate", "Selector", "Use", "common_kind", "find_weights", "select_weights", "skipped_weights"]
 
-Selector = str | Sequence[str] | Callable[[str, nn.Module], bool]
+_One = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+Selector = _One | Sequence[_One]
 
 _DEFAULT_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # These read `.weight` of their children instead of calling them (the second in its inference fast path).
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A weight that can be masked.
+class Use:
+    """A parameter where a module has it: `module.<parameter>`, called `name` in the model.
 
     Attributes:
-        name: of the parameter, "layers.0.weight".
-        module: the module that has it.
-        parametrized: its masked value must be what `.weight` gives, not only what the module's forward uses.
+        owners: the modules that `module` is in, outermost first, and itself.
     """
 
     name: str
-    module: nn.Module
-    parametrized: bool
+    parameter: str
+    owners: tuple[nn.Module, ...]
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that has the parameter."""
+        return self.owners[-1]
+
+    @property
+    def owner(self) -> nn.Module | None:
+        """The module that has `module`; None for the model itself."""
+        return self.owners[-2] if len(self.owners) > 1 else None
 
 
-def select_weights(model: nn.Module, include: Selector | None, exclude: Selector | None) -> list[Candidate]:
-    """The weights to mask, in definition order.
+@dataclass(frozen=True)
+class Candidate:
+    """A parameter of a model with everywhere it is used: more than one place if it is tied."""
 
-    By default those of exact types Linear, Conv1d, Conv2d and Conv3d, except the classifier head, which is
-    the last Linear in definition order. `include` replaces that choice (any module with a floating-point
-    `weight` of at least two dimensions, the head too) and `exclude` takes from it. Both are patterns for
-    names of weights ("blocks.*.weight"), or a function of the weight's name and the module. A parameter
-    shared by two modules is never chosen by default.
+    weight: nn.Parameter
+    uses: tuple[Use, ...]
+
+    @property
+    def name(self) -> str:
+        """Its first name, "layers.0.weight"."""
+        return self.uses[0].name
+
+    @property
+    def parametrized(self) -> bool:
+        """Whether its masked value must be what the attribute gives, not only what the module's forward uses."""
+        first = self.uses[0]
+        return len(self.uses) > 1 or first.parameter != "weight" or isinstance(first.owner, _READS_WEIGHTS)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is stored as [in, out]: blocks are then transposed too."""
+        return isinstance(self.uses[0].module, _TRANSPOSED_CONVOLUTIONS) or _is_transformers_linear(self.uses[0].module)
+
+    def block_size(self, block_size: tuple[int, int]) -> tuple[int, int]:
+        """The block (outputs, inputs) in the dimensions of the stored weight."""
+        return block_size[::-1] if self.transposed else block_size
+
+    def matches(self, selector: Selector) -> bool:
+        """Whether a selector chooses it, at any of its uses."""
+        return any(_matches(one, use) for one in _each(selector) for use in self.uses)
+
+    @property
+    def unfit(self) -> str | None:
+        """Why it cannot be masked; None if it can."""
+        return next((reason for use in self.uses if (reason := _unfit(use, self.weight))), None)
+
+
+def find_weights(model: nn.Module) -> list[Candidate]:
+    """All parameters of a model, in definition order, tied ones once.
 
     Raises:
-        ValueError: nothing is left to mask, a pattern that matches no weight, or a shared parameter asked for
-        by name.
+        TypeError: not a module. ValueError: a module that is masked already, a lazy one without its weights.
     """
-    candidates, shared = _candidates(model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    uses: dict[int, list[Use]] = {}
+    weights: dict[int, nn.Parameter] = {}
+    owners: dict[str, tuple[nn.Module, ...]] = {}
+    for path, module in model.named_modules():
+        if hasattr(module, "mask_hard"):
+            raise ValueError(f"model has a masked module already: {path!r}; finalize it first")
+        owners[path] = (*(owners[path.rpartition(".")[0]] if path else ()), module)
+        for parameter, weight in module._parameters.items():
+            if weight is not None:
+                name = f"{path}.{parameter}" if path else parameter
+                if isinstance(weight, nn.UninitializedParameter):
+                    raise ValueError(f"parameter {name!r} is not initialised yet: run the model once")
+                weights[id(weight)] = weight
+                uses.setdefault(id(weight), []).append(Use(name, parameter, owners[path]))
+    return [Candidate(weights[key], tuple(places)) for key, places in uses.items()]
+
+
+def select_weights(
+    model: nn.Module, found: list[Candidate], include: Selector | None, exclude: Selector | None
+) -> list[Candidate]:
+    """The weights to mask, in definition order.
+
+    By default those of exact types Linear, Conv1d, Conv2d and Conv3d, of MultiheadAttention and of the `Conv1D` of
+    Hugging Face's transformers, except the classifier head, which is the last Linear in definition order; a tied weight
+    if all its uses are. `include` replaces that choice (any floating-point parameter of at least two dimensions that is
+    no bias, the head too) and `exclude` takes from it. Both are patterns for names of weights ("blocks.*.weight"),
+    types (all in modules of that type), functions of the weight's name and the module, or several of these.
+
+    Raises:
+        ValueError: a pattern or type that matches no weight. TypeError: something else than a selector.
+    """
+    fit = [candidate for candidate in found if candidate.unfit is None]
     if include is None:
-        chosen = _default(model, candidates, shared)
+        head = _head(model)
+        chosen = [candidate for candidate in fit if _why_dense(candidate, head) is None]
     else:
-        chosen = [c for c in candidates if _matches(include, c)]
-        _require_used("include", include, candidates)
-        for candidate in chosen:
-            if id(candidate.module.weight) in shared:
-                raise ValueError(f"include chooses {candidate.name!r}, which several modules share; exclude it")
+        require_used("include", include, found)
+        chosen = [candidate for candidate in fit if candidate.matches(include)]
     if exclude is not None:
-        _require_used("exclude", exclude, candidates)
-        chosen = [c for c in chosen if not _matches(exclude, c)]
-    if not chosen:
-        raise ValueError(
-            "model has no weight to sparsify: by default weights of Linear and Conv layers except the last Linear are"
-            f" masked; include= can choose others among {[c.name for c in candidates] or 'none'}"
-        )
+        require_used("exclude", exclude, found)
+        chosen = [candidate for candidate in chosen if not candidate.matches(exclude)]
     return chosen
 
 
-def _candidates(model: nn.Module) -> tuple[list[Candidate], set[int]]:
-    """All weights that can be masked, and the ids of parameters that occur more than once."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    uses: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            uses[id(parameter)] = uses.get(id(parameter), 0) + 1
-    found = []
-    for path, module in model.named_modules():
-        if hasattr(module, "mask_hard") or hasattr(module, "parametrizations"):
-            raise ValueError(f"model has a masked or parametrized module already: {path!r}; finalize it first")
-        weight = module._parameters.get("weight")
-        if weight is None or isinstance(weight, nn.UninitializedParameter):
+def skipped_weights(
+    model: nn.Module,
+    found: list[Candidate],
+    chosen: Sequence[Candidate],
+    include: Selector | None,
+    exclude: Selector | None,
+) -> dict[str, str]:
+    """Why each parameter that is not in `chosen` is not, by its first name."""
+    head, masked = _head(model), {candidate.name for candidate in chosen}
+    reasons = {}
+    for candidate in found:
+        if candidate.name in masked:
             continue
-        if weight.dim() >= 2 and weight.is_floating_point() and weight.numel():
-            parent = model.get_submodule(path.rpartition(".")[0])
-            name = f"{path}.weight" if path else "weight"
-            found.append(Candidate(name, module, isinstance(parent, _READS_WEIGHTS)))
-    return found, {key for key, count in uses.items() if count > 1}
+        by_default = candidate.unfit or _why_dense(candidate, head)
+        if by_default is None and exclude is not None and candidate.matches(exclude):
+            by_default = "excluded"
+        reasons[candidate.name] = by_default or "not included"
+    return reasons
 
 
-def _default(model: nn.Module, candidates: list[Candidate], shared: set[int]) -> list[Candidate]:
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    head = linears[-1] if linears else None
-    return [
-        c
-        for c in candidates
-        if type(c.module) in _DEFAULT_TYPES and c.module is not head and id(c.module.weight) not in shared
-    ]
-
-
-def _matches(selector: Selector, candidate: Candidate) -> bool:
-    if callable(selector):
-        return bool(selector(candidate.name, candidate.module))
-    return any(fnmatchcase(candidate.name, pattern) for pattern in _patterns(selector))
-
-
-def _patterns(selector: str | Sequence[str]) -> list[str]:
-    patterns = [selector] if isinstance(selector, str) else list(selector)
-    if not all(isinstance(pattern, str) for pattern in patterns):
-        raise TypeError(f"include and exclude take names, patterns or a function; got {selector!r}")
-    return patterns
-
-
-def _require_used(argument: str, selector: Selector, candidates: list[Candidate]) -> None:
-    if callable(selector):
-        return
-    for pattern in _patterns(selector):
-        if not any(fnmatchcase(candidate.name, pattern) for candidate in candidates):
+def require_used(argument: str, selector: Selector, found: Sequence[Candidate]) -> None:
+    """Raise unless each pattern and type of `selector` matches a weight that can be masked."""
+    fit = [candidate for candidate in found if candidate.unfit is None]
+    for one in _each(selector):
+        if isinstance(one, str | type) and not any(candidate.matches(one) for candidate in fit):
+            shown = repr(one) if isinstance(one, str) else one.__name__
+            unfit = {c.name: c.unfit for c in found if c.matches(one)}
             raise ValueError(
-                f"{argument} pattern {pattern!r} matches no weight of two or more dimensions; the model has"
-                f" {[c.name for c in candidates]}"
+                f"{argument} {'pattern' if isinstance(one, str) else 'type'} {shown} matches no weight that can be"
+                f" masked{f', only {unfit}' if unfit else ''}; the model has {[c.name for c in fit]}"
             )
 
 
@@ -126,4 +172,81 @@ def common_kind(weights: Sequence[torch.Tensor]) -> None:
     """Raise ValueError unless all weights share a dtype and a device, which one solve over them needs."""
     kinds = {(weight.dtype, weight.device) for weight in weights}
     if len(kinds) > 1:
-        raise ValueError(f"masked weights must share a dtype and a device; got {sorted(map(str, kinds))}")
+        raise ValueError(
+            f"masked weights that share a budget must share a dtype and a device; got {sorted(map(str, kinds))}:"
+            " groups= gives them budgets of their own, as do the distributions uniform and erk"
+        )
+
+
+def _each(selector: Selector) -> list[_One]:
+    several = [selector] if isinstance(selector, str | type) or callable(selector) else selector
+    if not isinstance(several, Sequence) or not all(isinstance(one, str | type) or callable(one) for one in several):
+        raise TypeError(f"include and exclude take names, patterns, types of modules or functions; got {selector!r}")
+    return list(several)
+
+
+def _matches(one: _One, use: Use) -> bool:
+    if isinstance(one, str):
+        return fnmatchcase(use.name, one)
+    if isinstance(one, type):
+        return any(isinstance(owner, one) for owner in use.owners)
+    return bool(one(use.name, use.module))
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    linears = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+    ]
+    return linears[-1] if linears else None
+
+
+def _is_transformers_linear(module: nn.Module) -> bool:
+    """Whether it is the `Conv1D` of Hugging Face's transformers: y = x w + b with w of shape [in, out]."""
+    return type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
+
+
+def _unfit(use: Use, weight: nn.Parameter) -> str | None:
+    """Why a parameter cannot be masked."""
+    module = use.module
+    if "bias" in use.parameter:
+        return "bias"
+    if not weight.is_floating_point():
+        return "not floating point"
+    if any(isinstance(owner, ParametrizationList) for owner in use.owners):
+        return "parametrized already"
+    if weight.dim() < 2:
+        return "norm" if _is_norm(module) else "fewer than two dimensions"
+    if not weight.numel():
+        return "empty"
+    if isinstance(module, _EMBEDDINGS) and (module.sparse or module.max_norm is not None):
+        return "embedding with sparse gradients" if module.sparse else "embedding that renormalises its rows"
+    return None
+
+
+def _why_dense(candidate: Candidate, head: nn.Module | None) -> str | None:
+    """Why a weight that can be masked is not, by default; None if it is."""
+    reasons = dict.fromkeys(reason for use in candidate.uses if (reason := _dense_use(use, head)))
+    return ", ".join(reasons) or None
+
+
+def _dense_use(use: Use, head: nn.Module | None) -> str | None:
+    module = use.module
+    if isinstance(module, _EMBEDDINGS):
+        return "embedding"
+    if _is_norm(module):
+        return "norm"
+    if module is head:
+        return "head: the last Linear"
+    linear = use.parameter == "weight" and (
+        type(module) in _DEFAULT_TYPES
+        or _is_transformers_linear(module)
+        or (isinstance(module, NonDynamicallyQuantizableLinear) and isinstance(use.owner, nn.MultiheadAttention))
+    )
+    projection = type(module) is nn.MultiheadAttention and use.parameter.endswith("proj_weight")
+    return None if linear or projection else f"{type(module).__name__} is dense by default"
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()

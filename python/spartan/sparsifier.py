@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from spartan.budgets import LayerSize, distribute, kept_total, shares
+from spartan.budgets import distribute, shares
+from spartan.groups import Group, Part, kept_by_part, masked_tensor, parts_of
 from spartan.masks import Mask, MaskedTensor, MaskGroup, MaskSet
 from spartan.methods.base import Method, SparseMethod
-from spartan.nn import largest_block, mask_weight
-from spartan.pattern_group import PatternGroup, require_divisible
-from spartan.selection import Candidate, Selector, common_kind, select_weights
-from spartan_kernels.arguments import block_shape
+from spartan.pattern_group import PatternGroup
+from spartan.selection import Selector, common_kind
 
 __all__ = ["Sparsifier"]
 
@@ -26,26 +26,35 @@ _ENTRIES = ("soft", "hard", "beta", "scale", "backward", "straight_through")
 class Sparsifier:
     """Trains `model` to a sparsity chosen beforehand, with the training loop unchanged.
 
-    Masked by default: the weights of Linear and Conv layers (exact types) except the classifier head, which
-    is the last Linear in definition order. Embeddings, norms, biases and the head stay dense. Modules are
-    changed in place: names and identity of parameters stay, so an optimizer may be made before or after.
-    (Other modules get a torch parametrization, and so do those inside MultiheadAttention and
-    TransformerEncoderLayer; their parameter is renamed, not replaced.)
+    Masked by default: the weights of Linear and Conv layers (exact types), of MultiheadAttention and of the `Conv1D`
+    of Hugging Face's transformers, except the classifier head, which is the last Linear in definition order.
+    Embeddings, norms, biases and the head stay dense; `skipped` says why, for each. A weight that several modules
+    have gets one mask, and is masked by default if all its uses are. Modules are changed in place: names and identity
+    of parameters stay, so an optimizer may be made before or after. (Other modules get a torch parametrization, and so
+    do those inside MultiheadAttention and TransformerEncoderLayer and tied weights; their parameter is renamed, not
+    replaced.) Blocks are of (outputs, inputs), also where a weight is stored transposed.
 
     Args:
-        model: any module; all masked weights must share a dtype and a device.
+        model: any module; masked weights that share a budget must share a dtype and a device.
         method: one of `spartan.methods`: `Spartan`, `TopKAST`, `RigL` and their relatives, or `Dense`.
         total_steps: optimizer steps of the whole training.
-        include: names of weights to mask instead of the default: a pattern ("blocks.*.weight"), several, or a
-            function of (name, module). Any module with a `weight` of at least two dimensions can be chosen.
-        exclude: the same, taken from the choice.
+        include: weights to mask instead of the default: a pattern for names ("blocks.*.weight"), a type (all in modules
+            of that type), a function of (name, module), or several of these. Any floating-point parameter of at least
+            two dimensions can be chosen, unless it is a bias.
+        exclude: the same, taken from the choice, and from that of `groups`.
+        groups: weights with a sparsity, block size or distribution of their own, see `spartan.Group`; what they
+            choose is masked besides `include`, whose weights in no group have the method's settings.
         count: what `sparsity` is a fraction of. "model": of all parameters of the model, so masked weights
-            are sparser to make up for dense ones; "masked": of the masked weights alone.
+            are sparser to make up for dense ones; "masked": of the masked weights alone. Weights of groups that
+            have a sparsity of their own are not counted in either.
+
+    Attributes:
+        skipped: why a parameter is not masked, by its name.
 
     Raises:
-        TypeError: a model or method of the wrong type.
-        ValueError: no weight to mask, weights of several dtypes or devices, total_steps below 1, an unknown
-            count, or a sparsity that cannot be reached (the message says which can).
+        TypeError: a model, method, selector or group of the wrong type.
+        ValueError: no weight to mask, a budget over several dtypes or devices, a pattern or type that matches nothing,
+            total_steps below 1, an unknown count, or a sparsity that cannot be reached (the message says which can).
 
     Example::
 
@@ -63,6 +72,7 @@ class Sparsifier:
         *,
         include: Selector | None = None,
         exclude: Selector | None = None,
+        groups: Sequence[Group] = (),
         count: str = "model",
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -77,45 +87,34 @@ class Sparsifier:
         self.method = method
         self._handles: list[RemovableHandle] = []
         self._finalized = False
-        self._counted = sum(parameter.numel() for parameter in model.parameters())
-        groups = []
+        self.skipped: dict[str, str] = {}
+        parts: list[Part] = []
         if method.masking is not None:
-            groups = self._make_groups(method.masking, include, exclude, count)
-        self._masks = MaskSet(groups, total_steps)
+            parts, self.skipped = parts_of(model, method.masking, include, exclude, groups)
+        masked_alone = count == "masked" or (method.masking is not None and method.masking.pattern is not None)
+        counted = (c.weight for part in parts for c in part.weights) if masked_alone else model.parameters()
+        self._counted = sum(weight.numel() for weight in counted)
+        budgets = [] if method.masking is None else self._make_groups(method.masking, parts)
+        self._masks = MaskSet(budgets, total_steps)
         method.start(self._masks)
 
-    def _make_groups(
-        self, method: SparseMethod, include: Selector | None, exclude: Selector | None, count: str
-    ) -> list[MaskGroup]:
-        """Mask the chosen weights, and group them by budget; nothing is changed if the sparsity cannot be reached."""
-        block_size = block_shape(method.block_size)
-        chosen = select_weights(self.model, include, exclude)
-        weights: list[Any] = [candidate.module.weight for candidate in chosen]
-        common_kind(weights)
-        sizes = [LayerSize(tuple(weight.shape), largest_block(weight.shape, block_size)) for weight in weights]
-        if count == "masked" or method.pattern is not None:
-            self._counted = sum(size.count for size in sizes)
+    def _make_groups(self, method: SparseMethod, parts: list[Part]) -> list[MaskGroup]:
+        """Mask the weights, grouped by budget; nothing is changed if the sparsity cannot be reached."""
         if method.pattern is not None:
-            for candidate, size in zip(chosen, sizes, strict=True):
-                require_divisible(candidate.name, size.shape, method.pattern)
-            return [PatternGroup(self._mask(c, method, block_size), method.pattern) for c in chosen]
-        kept = kept_total(sizes, method.sparsity, self._counted, method.distribution)
-        targets = distribute(sizes, kept, method.distribution)
-        tensors = [self._mask(candidate, method, block_size) for candidate in chosen]
-        members = shares(sizes, method.distribution)
-        return [MaskGroup([tensors[i] for i in group], k) for group, k in zip(members, targets, strict=True)]
-
-    @staticmethod
-    def _mask(candidate: Candidate, method: SparseMethod, block_size: tuple[int, int]) -> MaskedTensor:
-        carrier = mask_weight(
-            candidate.module,
-            block_size,
-            soft=method.soft,
-            preserve_scale=method.preserve_scale,
-            straight_through=method.straight_through,
-            parametrized=candidate.parametrized,
-        )
-        return MaskedTensor(candidate.name, candidate.module, carrier)
+            (part,) = parts
+            return [PatternGroup(masked_tensor(c, part.block_size, method), method.pattern) for c in part.weights]
+        kept = kept_by_part(parts, method.sparsity, self._counted)
+        targets = [distribute(p.sizes(), k, p.distribution) for p, k in zip(parts, kept, strict=True)]
+        members = [shares(part.sizes(), part.distribution) for part in parts]
+        for part, budgets in zip(parts, members, strict=True):
+            for budget in budgets:
+                common_kind([part.weights[i].weight for i in budget])
+        groups = []
+        for index, part in enumerate(parts):
+            tensors = [masked_tensor(candidate, part.block_size, method) for candidate in part.weights]
+            for budget, target in zip(members[index], targets[index], strict=True):
+                groups.append(MaskGroup([tensors[i] for i in budget], target, index))
+        return groups
 
     @property
     def step_count(self) -> int:
@@ -136,7 +135,9 @@ class Sparsifier:
     def sparsity(self) -> float:
         """Fraction of zeros now, in the forward pass's weights, of the parameters counted (see `count`)."""
         if self._finalized:
-            zeros = sum(int((tensor.module.get_parameter("weight") == 0).sum()) for tensor in self._masks.tensors)
+            zeros = sum(
+                int((tensor.module.get_parameter(tensor.parameter) == 0).sum()) for tensor in self._masks.tensors
+            )
         else:
             zeros = sum(tensor.size.count - tensor.kept() for tensor in self._masks.tensors)
         return zeros / self._counted if self._counted else 0.0

@@ -98,11 +98,12 @@ class Rewiring(SparseMethod):
 
     def _grow(self, masks: MaskSet, growth: dict[str, torch.Tensor]) -> None:
         """Fill the budgets up: first come the blocks that are still kept, then those of largest growth."""
-        best = torch.stack([(growth[t.name] / t.carrier.mask_costs).max() for t in masks.tensors]).max()
         scores = {}
-        for tensor in masks.tensors:
-            first = ((1 + 2 * best) * tensor.carrier.mask_costs).to(best.dtype)
-            scores[tensor.name] = torch.where(tensor.carrier.mask_hard, first, growth[tensor.name])
+        for group in masks.groups:
+            best = torch.stack([(growth[t.name] / t.carrier.mask_costs).max() for t in group.tensors]).max()
+            for tensor in group.tensors:
+                first = ((1 + 2 * best) * tensor.carrier.mask_costs).to(best.dtype)
+                scores[tensor.name] = torch.where(tensor.carrier.mask_hard, first, growth[tensor.name])
         masks.select(1.0, scores)
 
 

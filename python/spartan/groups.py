@@ -1,0 +1,173 @@
+"""Settings of their own for some of a model's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from spartan.budgets import DISTRIBUTIONS, LayerSize, distribute, kept_total, shares
+from spartan.masks import MaskedTensor
+from spartan.methods.base import SparseMethod, require_number
+from spartan.nn import largest_block, mask_weight, share_mask
+from spartan.pattern_group import require_divisible
+from spartan.selection import (
+    Candidate,
+    Selector,
+    find_weights,
+    select_weights,
+    skipped_weights,
+)
+from spartan_kernels.arguments import block_shape
+
+__all__ = ["Group", "Part", "kept_by_part", "masked_tensor", "parts_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Weights that have a budget of their own, and settings that differ from the method's.
+
+    Attributes:
+        include: which weights: a pattern ("blocks.*.weight"), a type of module, a function of (name, module), or
+            several of these; those that are dense by default too.
+        exclude: the same, taken from the choice.
+        sparsity: fraction of zeros of these weights alone, in [0, 1); None: they share the method's with the rest.
+        block_size: 1, an int or (rows, columns); None: the method's.
+        distribution: "global", "uniform" or "erk", within the group; None: the method's.
+
+    Raises:
+        TypeError, ValueError: a setting of the wrong type or outside its range, named.
+    """
+
+    include: Selector
+    exclude: Selector | None = None
+    sparsity: float | None = None
+    block_size: int | tuple[int, int] | None = None
+    distribution: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.sparsity is not None:
+            require_number("sparsity", self.sparsity, 0.0, 1.0, open_end=True)
+        if self.block_size is not None:
+            block_shape(self.block_size)
+        if self.distribution is not None and self.distribution not in DISTRIBUTIONS:
+            raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}; got {self.distribution!r}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Weights with the same settings; `sparsity` None: as the whole model has it."""
+
+    weights: list[Candidate]
+    block_size: tuple[int, int]
+    distribution: str
+    sparsity: float | None = None
+
+    def sizes(self) -> list[LayerSize]:
+        """Shape and largest block of each weight, for budgets."""
+        return [
+            LayerSize(tuple(c.weight.shape), largest_block(c.weight.shape, c.block_size(self.block_size)))
+            for c in self.weights
+        ]
+
+
+def parts_of(
+    model: nn.Module,
+    method: SparseMethod,
+    include: Selector | None,
+    exclude: Selector | None,
+    groups: Sequence[Group],
+) -> tuple[list[Part], dict[str, str]]:
+    """The weights to mask, by their settings, and why the other parameters are not, by name.
+
+    A weight is in the first group that includes it; what is in none of them and chosen by `include`, or by default,
+    comes first, with the settings of the method.
+
+    Raises:
+        ValueError: nothing is left to mask, a group without weights, a pattern that matches none.
+    """
+    if not isinstance(groups, Sequence) or not all(isinstance(group, Group) for group in groups):
+        raise TypeError(f"groups must be a sequence of spartan.Group; got {groups!r}")
+    found = find_weights(model)
+    rest = select_weights(model, found, include, exclude)
+    taken: set[str] = set()
+    parts = []
+    for index, group in enumerate(groups):
+        free = [c for c in select_weights(model, found, group.include, group.exclude) if c.name not in taken]
+        free = free if exclude is None else [c for c in free if not c.matches(exclude)]
+        if not free:
+            raise ValueError(f"groups[{index}] has no weight that is not in an earlier group or excluded; got {group}")
+        taken |= {c.name for c in free}
+        block_size = method.block_size if group.block_size is None else group.block_size
+        parts.append(Part(free, block_shape(block_size), group.distribution or method.distribution, group.sparsity))
+    rest = [c for c in rest if c.name not in taken]
+    if rest:
+        parts.insert(0, Part(rest, block_shape(method.block_size), method.distribution))
+    chosen = [c for part in parts for c in part.weights]
+    skipped = skipped_weights(model, found, chosen, include, exclude)
+    if method.pattern is not None:
+        if groups:
+            raise ValueError(f"groups are not for a method with a pattern, got pattern {method.pattern}")
+        for candidate in chosen:
+            require_divisible(candidate.name, candidate.weight.shape, method.pattern, candidate.transposed)
+    if not chosen:
+        raise ValueError(f"model has no weight to sparsify; include= can choose others. Skipped: {skipped}")
+    return parts, skipped
+
+
+def kept_by_part(parts: Sequence[Part], sparsity: float, counted: int) -> list[int]:
+    """How many weights each part keeps: by its own sparsity, or together with others so that the rest has `sparsity`.
+
+    Args:
+        parts: of the masked weights.
+        sparsity: of the method.
+        counted: number of parameters that it refers to, those of parts with their own sparsity among them; these
+            are not counted.
+
+    Raises:
+        ValueError: a sparsity that cannot be reached; the message says which can.
+    """
+    kept = [0] * len(parts)
+    together = []
+    for index, part in enumerate(parts):
+        if part.sparsity is None:
+            together.append(index)
+        else:
+            own = sum(size.count for size in part.sizes())
+            kept[index] = kept_total(part.sizes(), part.sparsity, own, part.distribution)
+            counted -= own
+    if len(together) == 1:
+        part = parts[together[0]]
+        kept[together[0]] = kept_total(part.sizes(), sparsity, counted, part.distribution)
+    elif together:
+        whole = [_as_one_layer(parts[index]) for index in together]
+        budgets = distribute(whole, kept_total(whole, sparsity, counted, "uniform"), "uniform")
+        for index, budget in zip(together, budgets, strict=True):
+            kept[index] = budget
+    return kept
+
+
+def _as_one_layer(part: Part) -> LayerSize:
+    """A part as a layer whose largest block is the least that its budgets keep."""
+    sizes = part.sizes()
+    least = sum(max(sizes[i].largest_block for i in group) for group in shares(sizes, part.distribution))
+    return LayerSize((sum(size.count for size in sizes),), least)
+
+
+def masked_tensor(candidate: Candidate, block_size: tuple[int, int], method: SparseMethod) -> MaskedTensor:
+    """Mask a weight wherever it is used."""
+    first, *others = candidate.uses
+    carrier = mask_weight(
+        first.module,
+        candidate.block_size(block_size),
+        soft=method.soft,
+        preserve_scale=method.preserve_scale,
+        straight_through=method.straight_through,
+        parametrized=candidate.parametrized,
+        parameter=first.parameter,
+    )
+    for use in others:
+        share_mask(use.module, use.parameter, carrier)
+    shared = tuple((use.module, use.parameter) for use in others)
+    return MaskedTensor(candidate.name, first.module, carrier, first.parameter, shared, candidate.transposed)

@@ -13,7 +13,8 @@ from datetime import timedelta
 from itertools import product
 from pathlib import Path
 
-import distributed_dtensors  # noqa: F401  registers its checks, as the next one does
+import distributed_dtensors  # noqa: F401  registers its checks, as the next ones do
+import distributed_methods  # noqa: F401
 import distributed_parts  # noqa: F401
 import torch
 import torch.distributed as dist

@@ -17,7 +17,8 @@ import torch.distributed as dist
 if not dist.is_available():
     pytest.skip("PyTorch was built without torch.distributed", allow_module_level=True)
 
-import distributed_dtensors  # noqa: F401  registers its checks, as the next one does
+import distributed_dtensors  # noqa: F401  registers its checks, as the next ones do
+import distributed_methods  # noqa: F401
 import distributed_parts  # noqa: F401
 from distributed_common import BACKENDS, CHECKS, WORLDS
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from spartan.methods import SET, RigL
+from spartan.methods import GSE, SET, RigL
 from spartan.sparsifier import Sparsifier
 
 
@@ -140,7 +140,7 @@ def test_rigl_leaves_masks_alone_where_a_fused_optimizer_skips() -> None:
     assert bool(hard(sparsifier)[0, 3])
 
 
-@pytest.mark.parametrize("kind", [SET, RigL])
+@pytest.mark.parametrize("kind", [SET, RigL, GSE])
 @pytest.mark.parametrize("block", [1, 4])
 def test_budgets_stay_exact_and_shares_follow_the_cosine(kind: Any, block: int) -> None:
     torch.manual_seed(0)

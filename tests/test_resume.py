@@ -13,6 +13,7 @@ from torch.nn import functional
 from spartan.methods import (
     DPF,
     GMP,
+    GSE,
     IHT,
     SET,
     Dense,
@@ -98,6 +99,8 @@ METHODS = [
     SET(sparsity=0.8, interval=3),
     RigL(sparsity=0.8, interval=3),
     RigL(sparsity=0.5, block_size=(4, 5), interval=4, distribution="global"),
+    GSE(sparsity=0.8, interval=3),
+    GSE(sparsity=0.5, block_size=(4, 5), interval=1, candidates=0.3, distribution="global"),
     Dense(),
 ]
 

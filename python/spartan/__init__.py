@@ -18,6 +18,7 @@ from spartan.masks import Mask
 from spartan.methods import (
     DPF,
     GMP,
+    GSE,
     IHT,
     SET,
     Dense,
@@ -38,6 +39,7 @@ from spartan_kernels import BlockLayout, BlockSparseWeight, __version__, backend
 __all__ = [
     "DPF",
     "GMP",
+    "GSE",
     "IHT",
     "SET",
     "BlockLayout",

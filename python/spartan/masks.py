@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -40,7 +40,8 @@ class MaskedTensor:
 
     `parameter` is its name in that module, `shared` are the other modules that have it with its names there;
     `transposed`: its outputs are its second dimension.
-    `remembered` is what a method keeps from before an optimizer step until after it; no state between steps.
+    `remembered` is what a method keeps from before an optimizer step until after it, `observer` what it watches the
+    module's passes with; no state between steps.
     """
 
     name: str
@@ -50,6 +51,7 @@ class MaskedTensor:
     shared: tuple[tuple[nn.Module, str], ...] = ()
     transposed: bool = False
     remembered: torch.Tensor | None = field(default=None, init=False)
+    observer: Any = field(default=None, init=False)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -116,15 +118,16 @@ class MaskedTensor:
 class MaskGroup:
     """Weights that share one budget, of `target` out of `capacity` weights, and their solver's state.
 
-    Budgets of the same `part` that lend give each other what is left of a block.
+    Budgets of the same `part` lend each other what is left of a block.
     """
 
     tensors: list[MaskedTensor]
-    target: float
+    target: int
     part: int = 0
-    lends: bool = True
     state: torch.Tensor = field(init=False)
     solved: bool = False
+
+    lends = True  # what its last block leaves of the budget goes to another group
 
     def __post_init__(self) -> None:
         self.capacity = sum(tensor.size.count for tensor in self.tensors)
@@ -264,10 +267,7 @@ class MaskSet:
         carry: dict[int, float] = {}
         for group in sorted(self.groups, key=lambda g: g.capacity - g.budget(progress)):
             own = None if scores is None else [scores[tensor.name] for tensor in group.tensors]
-            if not group.lends:
-                group.select(group.budget(progress), own)
-                continue
-            left = carry.get(group.part, 0.0)
+            left = carry.get(group.part, 0.0) if group.lends else 0.0
             kept = group.select(min(group.budget(progress) + left, group.capacity), own)
             carry[group.part] = left + group.budget(progress) - kept
 

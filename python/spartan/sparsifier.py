@@ -112,9 +112,8 @@ class Sparsifier:
         groups = []
         for index, part in enumerate(parts):
             tensors = [masked_tensor(candidate, part.block_size, method) for candidate in part.weights]
-            lends = isinstance(part.distribution, str)  # the sparsity of a layer that was named is its own
             for budget, target in zip(members[index], targets[index], strict=True):
-                groups.append(MaskGroup([tensors[i] for i in budget], target, index, lends))
+                groups.append(MaskGroup([tensors[i] for i in budget], target, index))
         return groups
 
     @property
@@ -195,7 +194,7 @@ class Sparsifier:
         """Set the masks for the next forward pass; by hand, once after `optimizer.step()`, not after a skipped one.
 
         Args:
-            optimizer: the one that made the step, for methods that reset its moments (`SET`, `RigL`).
+            optimizer: the one that made the step, for methods that reset its moments (`SET`, `RigL`, `GSE`).
 
         Raises:
             RuntimeError: an optimizer is attached, which does this itself, or the model is finalized.
@@ -271,6 +270,7 @@ class Sparsifier:
             group.state = solver.to(device=group.device, copy=True)
         for tensor in self._masks.tensors:
             _load_tensor(tensor, state["masks"][tensor.name])
+        self.method.resume(self._masks)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kwargs.get("closure") is not None or any(callable(argument) for argument in args[1:]):

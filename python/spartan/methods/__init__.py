@@ -7,6 +7,7 @@ from spartan.methods.dense import Dense
 from spartan.methods.dpf import DPF
 from spartan.methods.dual_averaging import DualAveraging
 from spartan.methods.gmp import GMP
+from spartan.methods.gse import GSE
 from spartan.methods.iht import IHT
 from spartan.methods.one_shot import OneShot
 from spartan.methods.powerpropagation import Powerpropagation
@@ -19,6 +20,7 @@ from spartan.methods.top_kast import TopKAST
 __all__ = [
     "DPF",
     "GMP",
+    "GSE",
     "IHT",
     "SET",
     "Dense",

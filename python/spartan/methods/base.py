@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from spartan.budgets import Distribution, require_distribution
+from spartan.budgets import DISTRIBUTIONS
 from spartan.masks import MaskSet
 from spartan_kernels.arguments import block_shape
 
@@ -20,7 +20,8 @@ class Method(ABC):
     """A way to train sparse: settings only, no state; all state is in the masks and the step.
 
     `Sparsifier` calls `start` once, `correct_gradients` before and `update` after each optimizer step
-    (`masks.step` is then the number of steps made), and `finish` before the masks are applied for good.
+    (`masks.step` is then the number of steps made), `resume` when a checkpoint has been loaded, and `finish` before
+    the masks are applied for good.
     """
 
     soft: bool = False
@@ -49,6 +50,10 @@ class Method(ABC):
         """Set the masks of the first forward pass; they keep everything as made."""
         return None
 
+    def resume(self, masks: MaskSet) -> None:
+        """Derive again what follows from the step and is not in a checkpoint."""
+        return None
+
     def correct_gradients(self, masks: MaskSet) -> None:
         """Change the final `.grad` before the optimizer reads it."""
         return None
@@ -69,9 +74,7 @@ class SparseMethod(Method):
     Attributes:
         sparsity: fraction of zeros to reach, in [0, 1); with `pattern` it is 1 - n / m and may be left out.
         block_size: 1, an int or (rows, columns): blocks of weights that stay or go together.
-        distribution: "global" (one budget over all layers), "uniform", "erk", or the sparsity of some layers by name or
-            pattern of names, {"stem.weight": 0.5, "blocks.0.*": 0.8}; the others then share one budget, such that
-            the whole has `sparsity`.
+        distribution: "global" (one budget over all layers), "uniform" or "erk".
         pattern: (n, m), such as (2, 4): of each m neighbours along the input features (or channels) of a masked
             weight n stay. Takes the place of blocks and of the distribution; `sparsity` is that of masked weights.
 
@@ -81,7 +84,7 @@ class SparseMethod(Method):
 
     sparsity: float = None  # type: ignore[assignment]  # a number once it is checked
     block_size: int | tuple[int, int] = 1
-    distribution: Distribution = "global"
+    distribution: str = "global"
     pattern: tuple[int, int] | None = None
 
     takes_pattern = True  # whether masks of n in each m neighbours make sense for the method
@@ -97,9 +100,8 @@ class SparseMethod(Method):
             self._settle_pattern(self.pattern)
         require_number("sparsity", self.sparsity, 0.0, 1.0, open_end=True)
         block_shape(self.block_size)
-        require_distribution(self.distribution)
-        if not isinstance(self.distribution, str):
-            object.__setattr__(self, "distribution", dict(self.distribution))
+        if self.distribution not in DISTRIBUTIONS:
+            raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}; got {self.distribution!r}")
 
     def _settle_pattern(self, pattern: tuple[int, int]) -> None:
         if not self.takes_pattern:

@@ -26,7 +26,7 @@ class Powerpropagation(Method):
 
     Args:
         method: chooses the masks; not one that grows weights from zero, where the gradient of phi is zero
-            (`IHT`, `SET`, `RigL`).
+            (`IHT`, `SET`, `RigL`, `GSE`).
         alpha: the power, at least 1; 1 changes nothing.
 
     Raises:
@@ -66,6 +66,10 @@ class Powerpropagation(Method):
     def start(self, masks: MaskSet) -> None:
         """As the method does."""
         self.method.start(masks)
+
+    def resume(self, masks: MaskSet) -> None:
+        """As the method does."""
+        self.method.resume(masks)
 
     def correct_gradients(self, masks: MaskSet) -> None:
         """Correct the gradients as the method does, then give the optimizer phi and its gradient."""

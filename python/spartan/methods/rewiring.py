@@ -1,4 +1,4 @@
-"""What SET and RigL share: a sparse network from the first step on, whose blocks are dropped and grown now and then."""
+"""What SET, RigL and GSE share: sparse from the first step on, with blocks dropped and grown now and then."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from spartan.budgets import Distribution
 from spartan.masks import MaskedTensor, MaskSet
 from spartan.methods.base import SparseMethod, require_interval, require_number
 from spartan.methods.static_random import draw_scores, require_seed
@@ -26,7 +25,7 @@ class Rewiring(SparseMethod):
     steps the masks are fixed. The number of kept weights never changes.
     """
 
-    distribution: Distribution = "erk"
+    distribution: str = "erk"
     fraction: float = 0.3
     interval: int = 100
     end: float = 0.75

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from spartan.budgets import Distribution
 from spartan.masks import MaskSet
 from spartan.methods.base import SparseMethod
 
@@ -26,7 +25,7 @@ class StaticRandom(SparseMethod):
         seed: of the draw, which does not touch PyTorch's global generator.
     """
 
-    distribution: Distribution = "erk"
+    distribution: str = "erk"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -44,7 +43,7 @@ class StaticRandom(SparseMethod):
 
 def draw_scores(masks: MaskSet, seed: int, step: int = 0) -> dict[str, torch.Tensor]:
     """Scores of all blocks by name, drawn for this seed and step, so that every block is as likely to be selected."""
-    generator = torch.Generator().manual_seed((seed + step * _SEED_STRIDE) % 2**63)
+    generator = generator_at(seed, step)
     scores = {}
     for tensor in masks.tensors:
         costs = tensor.carrier.mask_costs
@@ -52,6 +51,11 @@ def draw_scores(masks: MaskSet, seed: int, step: int = 0) -> dict[str, torch.Ten
         # Blocks at a ragged edge cost less: selection is by score / cost, so the draw is per unit of cost.
         scores[tensor.name] = draw.to(costs.device) * costs.float()
     return scores
+
+
+def generator_at(seed: int, step: int) -> torch.Generator:
+    """A generator on the CPU of its own for every step, the same after resuming and on every rank."""
+    return torch.Generator().manual_seed((seed + step * _SEED_STRIDE) % 2**63)
 
 
 def require_seed(value: Any) -> None:

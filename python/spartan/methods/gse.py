@@ -1,0 +1,150 @@
+"""Guided stochastic exploration."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from spartan.masks import MaskedTensor, MaskSet
+from spartan.methods.activity import Activity
+from spartan.methods.base import require_number
+from spartan.methods.rewiring import Rewiring
+from spartan.methods.static_random import generator_at
+
+__all__ = ["GSE"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GSE(Rewiring):
+    """Train a sparse network; every `interval` steps grow the best of a few candidates that activity suggests.
+
+    After step t the share f = alpha / 2 (1 + cos(pi t / T)) of the kept weights is dropped, the smallest, and as many
+    are grown: those of largest mean |dL/dw| among the candidates. These are drawn after step t - 1, in each layer
+    gamma times as many as it keeps, each independently with the probability
+
+        p(o, i)  ~  g_o f_i,   f_i = sum_n |x_ni|,   g_o = sum_n |(dL/dy)_no|        (an upper bound of |dL/dw_oi|)
+
+    over the samples n of step t - 1; draws that repeat or are kept already are left out. Kernel positions, and the
+    weights of modules that are no linear or convolution layers (as in attention), are drawn uniformly. The gradient of
+    step t is that of kept weights and candidates: with blocks, no other is computed; with single weights, whose
+    products are dense in any method, no other is read. Grown weights start at zero, with the optimizer's moments of
+    them reset. Where candidates are too few, the largest of what was dropped stay.
+
+    In a process group the sums f and g run over all ranks of the default group, on each of which the model trains.
+
+    Attributes:
+        distribution: "erk" unless said otherwise.
+        candidates: gamma, above 0.
+        fraction: alpha, the share dropped at first, in [0, 1].
+        interval: steps between changes, at least 1.
+        end: T as a fraction of the steps, after which masks are fixed.
+        seed: of the draws, which do not touch PyTorch's global generator.
+
+    Source: Heddes, Srinivasa, Givargis, Nicolau, "Always-Sparse Training by Growing Connections with Guided Stochastic
+    Exploration", arXiv 2401.06898, with the distribution of the gradient's bound.
+    """
+
+    candidates: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("candidates", self.candidates, 0.0)
+        if self.candidates == 0:
+            raise ValueError("candidates must be above 0; got 0")
+
+    def start(self, masks: MaskSet) -> None:
+        """Draw the first masks."""
+        super().start(masks)
+        for tensor in masks.tensors:
+            tensor.observer = Activity(tensor)
+        self._look(masks)
+
+    def resume(self, masks: MaskSet) -> None:
+        """Watch the passes of the next step if candidates are drawn after it."""
+        if not masks.frozen:
+            for tensor in masks.tensors:
+                tensor.observer.open()
+        self._watch(masks)
+
+    def correct_gradients(self, masks: MaskSet) -> None:
+        """Before a change, read the gradients of the candidates and leave the optimizer those of kept weights."""
+        if masks.frozen or not self.due(masks, masks.step + 1):
+            return
+        for tensor in masks.tensors:
+            grad, hard = tensor.weight.grad, tensor.carrier.mask_hard
+            tensor.remembered = None
+            if grad is not None:
+                assert tensor.carrier.mask_backward is not None  # drawn a step before
+                tensor.remembered = tensor.magnitudes(grad).where(tensor.carrier.mask_backward & ~hard, 0)
+                grad.mul_(tensor.expand(hard.to(grad.dtype)))
+
+    def update(self, masks: MaskSet) -> None:
+        """Drop and grow, and let the next step compute the gradients of candidates if masks change after it."""
+        super().update(masks)
+        self._look(masks)
+        for tensor in masks.tensors:
+            tensor.remembered = None
+
+    def finish(self, masks: MaskSet) -> None:
+        """Fix the masks, and watch no longer."""
+        super().finish(masks)
+        self._watch(masks)
+
+    def growth(self, masks: MaskSet) -> dict[str, torch.Tensor]:
+        """Magnitude of the gradient for candidates; kept blocks come after them, by their own magnitude."""
+        growth = {}
+        for group in masks.groups:
+            gradients = [
+                torch.zeros_like(t.carrier.mask_hard, dtype=t.weight.dtype) if t.remembered is None else t.remembered
+                for t in group.tensors
+            ]
+            kept = [t.magnitudes(t.weight.detach()) * t.carrier.mask_hard for t in group.tensors]
+            costs = [t.carrier.mask_costs for t in group.tensors]
+            means = [gradient / a for gradient, a in zip(gradients, costs, strict=True)]
+            least = torch.stack([mean.where(mean > 0, 1.0).min() for mean in means]).min()
+            largest = torch.stack([(values / a).max() for values, a in zip(kept, costs, strict=True)]).max()
+            below = torch.where(largest > 0, least / (2 * largest), 0.0)
+            for tensor, gradient, values in zip(group.tensors, gradients, kept, strict=True):
+                growth[tensor.name] = gradient + (below * values).to(gradient.dtype)
+        return growth
+
+    def _look(self, masks: MaskSet) -> None:
+        """Set which gradients the next step computes."""
+        if masks.frozen:
+            return
+        due = self.due(masks, masks.step + 1)
+        generator = generator_at(self.seed, masks.step + 1)  # that of step 0 drew the first masks
+        for tensor in masks.tensors:
+            carrier = tensor.carrier
+            carrier.mask_straight_through = due
+            carrier.mask_backward = carrier.mask_hard | self._draw(tensor, generator) if due else None
+        self._watch(masks)
+
+    def _watch(self, masks: MaskSet) -> None:
+        for tensor in masks.tensors:
+            tensor.observer.clear()
+            tensor.observer.active = not masks.frozen and self.due(masks, masks.step + 2)
+            if masks.frozen:
+                tensor.observer.close()
+
+    def _draw(self, tensor: MaskedTensor, generator: torch.Generator) -> torch.Tensor:
+        """Blocks drawn with replacement, one for each that is kept (times gamma), as a mask."""
+        grid = tensor.carrier.mask_hard.shape
+        count = math.ceil(self.candidates * int(tensor.carrier.mask_hard.sum()))
+        sums = tensor.observer.by_block()
+        rows, columns = (torch.ones(side) for side in grid[:2]) if sums is None else (side.cpu() for side in sums)
+        positions = math.prod(grid[2:])
+        index = _pick(rows, count, generator) * grid[1] + _pick(columns, count, generator)
+        index = index * positions + torch.randint(positions, (count,), generator=generator)
+        chosen = torch.zeros(math.prod(grid), dtype=torch.bool, device=tensor.weight.device)
+        chosen[index.to(chosen.device)] = True
+        return chosen.reshape(grid)
+
+
+def _pick(weights: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    """Indices drawn independently, in proportion to the weights; never one of weight zero."""
+    ends = weights.double().cumsum(0)
+    draw = torch.rand(count, dtype=torch.float64, generator=generator) * ends[-1]
+    return torch.searchsorted(ends, draw, right=True).clamp(max=int(weights.nonzero().max()))

@@ -1,1 +1,0 @@
-"""What the demonstration and `spartan train` share: data, models, checkpoints, interruption."""

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from spartan import __version__
-from spartan.demo.data import ImageData, load_data
 from spartan.demo.plan import FULL, SPARTAN_SETTINGS, Run
 from spartan.demo.train import Recipe, Training, accuracy, train
 from spartan.report import hidden_matrices, kept_fractions
+from spartan.training.images import ImageData, load_data
 
 DEFAULT_OUT = Path(__file__).resolve().parent / "results" / "demo_seeds.json"
 SPARSITIES = (0.90, 0.95, 0.98)

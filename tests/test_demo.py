@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_data import write_set
+from test_images import write_set
 from torch import nn
 
 rich_console = pytest.importorskip("rich.console")
@@ -20,14 +20,15 @@ pytest.importorskip("matplotlib")
 
 from spartan import cli  # noqa: E402
 from spartan.demo import run as demo_run  # noqa: E402
-from spartan.demo.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
-from spartan.demo.data import ImageData, load_folder  # noqa: E402
-from spartan.demo.models import MODELS, VisionTransformer, multilayer_perceptron  # noqa: E402
 from spartan.demo.plan import FULL, QUICK, Plan, Run  # noqa: E402
+from spartan.demo.results import RunResult, results_table, save_figure  # noqa: E402
 from spartan.demo.run import CHECKPOINT, Demo, Interrupted  # noqa: E402
 from spartan.demo.train import DenseProbe, Recipe, Training, accuracy, inference_ratio, train  # noqa: E402
 from spartan.methods import Dense, Spartan  # noqa: E402
-from spartan.report import RunResult, hidden_matrices, kept_fractions, results_table, save_figure  # noqa: E402
+from spartan.report import hidden_matrices, kept_fractions  # noqa: E402
+from spartan.training.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
+from spartan.training.images import ImageData, load_folder  # noqa: E402
+from spartan.training.models import MODELS, VisionTransformer, multilayer_perceptron  # noqa: E402
 
 RECIPE = Recipe(epochs=3, batch_size=8, learning_rate=1e-3)
 TINY = Plan(

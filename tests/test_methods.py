@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from spartan.groups import Group
 from spartan.methods import GMP, Dense, OneShot, Spartan, StaticRandom
 from spartan.sparsifier import Sparsifier
 from spartan_kernels import hard_topk_global, soft_topk_global
@@ -218,3 +219,26 @@ def test_methods_name_themselves_and_are_values() -> None:
     assert Dense().name == "Dense"
     assert Spartan(sparsity=0.9) == Spartan(sparsity=0.9)
     assert Spartan(sparsity=0.9, block_size=(2, 3)).settings()["block_size"] == [2, 3]
+
+
+@pytest.mark.parametrize("kind", [Spartan, GMP, StaticRandom])
+def test_layers_named_in_a_dictionary_get_their_own_sparsity(kind: Any) -> None:
+    model = perceptron()
+    sparsifier = Sparsifier(model, kind(sparsity=0.6, distribution={"2.*": 0.5}), 20, count="masked")
+    advance(sparsifier, 20)
+    sparsifier.finalize()
+    assert [int(w.count_nonzero()) for w in hidden(model)] == [165, 375]  # 375 of 750, the rest of 0.4 * 1350
+
+
+def test_a_group_may_name_layers_within_its_own_sparsity() -> None:
+    model = perceptron()
+    group = Group(include=["0.*", "2.*"], sparsity=0.6, distribution={"2.*": 0.5})
+    sparsifier = Sparsifier(model, OneShot(sparsity=0.1), 10, include="4.*", count="masked", groups=[group])
+    sparsifier.finalize()
+    assert [int(w.count_nonzero()) for w in hidden(model)] == [165, 375]
+
+
+def test_a_dictionary_needs_a_budget_of_its_own() -> None:
+    method = OneShot(sparsity=0.5, distribution={"0.*": 0.4})
+    with pytest.raises(ValueError, match="distribution must be a name where groups share a budget"):
+        Sparsifier(perceptron(), method, 10, groups=[Group(include="2.*", distribution="uniform", block_size=5)])

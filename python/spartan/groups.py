@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from spartan.budgets import DISTRIBUTIONS, LayerSize, distribute, kept_total, shares
+from spartan.budgets import Distribution, LayerSize, distribute, kept_total, require_distribution, shares
 from spartan.masks import MaskedTensor
 from spartan.methods.base import SparseMethod, require_number
 from spartan.nn import largest_block, mask_weight, share_mask
@@ -34,7 +34,7 @@ class Group:
         exclude: the same, taken from the choice.
         sparsity: fraction of zeros of these weights alone, in [0, 1); None: they share the method's with the rest.
         block_size: 1, an int or (rows, columns); None: the method's.
-        distribution: "global", "uniform" or "erk", within the group; None: the method's.
+        distribution: "global", "uniform", "erk" or sparsities by name, within the group; None: the method's.
 
     Raises:
         TypeError, ValueError: a setting of the wrong type or outside its range, named.
@@ -44,15 +44,15 @@ class Group:
     exclude: Selector | None = None
     sparsity: float | None = None
     block_size: int | tuple[int, int] | None = None
-    distribution: str | None = None
+    distribution: Distribution | None = None
 
     def __post_init__(self) -> None:
         if self.sparsity is not None:
             require_number("sparsity", self.sparsity, 0.0, 1.0, open_end=True)
         if self.block_size is not None:
             block_shape(self.block_size)
-        if self.distribution is not None and self.distribution not in DISTRIBUTIONS:
-            raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}; got {self.distribution!r}")
+        if self.distribution is not None:
+            require_distribution(self.distribution)
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ class Part:
 
     weights: list[Candidate]
     block_size: tuple[int, int]
-    distribution: str
+    distribution: Distribution
     sparsity: float | None = None
 
     def sizes(self) -> list[LayerSize]:
         """Shape and largest block of each weight, for budgets."""
         return [
-            LayerSize(tuple(c.weight.shape), largest_block(c.weight.shape, c.block_size(self.block_size)))
+            LayerSize(tuple(c.weight.shape), largest_block(c.weight.shape, c.block_size(self.block_size)), c.name)
             for c in self.weights
         ]
 
@@ -116,7 +116,7 @@ def parts_of(
     return parts, skipped
 
 
-def kept_by_part(parts: Sequence[Part], sparsity: float, counted: int) -> list[int]:
+def kept_by_part(parts: Sequence[Part], sparsity: float, counted: float) -> list[float]:
     """How many weights each part keeps: by its own sparsity, or together with others so that the rest has `sparsity`.
 
     Args:
@@ -128,7 +128,7 @@ def kept_by_part(parts: Sequence[Part], sparsity: float, counted: int) -> list[i
     Raises:
         ValueError: a sparsity that cannot be reached; the message says which can.
     """
-    kept = [0] * len(parts)
+    kept = [0.0] * len(parts)
     together = []
     for index, part in enumerate(parts):
         if part.sparsity is None:
@@ -141,6 +141,12 @@ def kept_by_part(parts: Sequence[Part], sparsity: float, counted: int) -> list[i
         part = parts[together[0]]
         kept[together[0]] = kept_total(part.sizes(), sparsity, counted, part.distribution)
     elif together:
+        for index in together:
+            if not isinstance(parts[index].distribution, str):
+                raise ValueError(
+                    "distribution must be a name where groups share a budget, as a dictionary's would not be theirs"
+                    f" alone; got {parts[index].distribution}"
+                )
         whole = [_as_one_layer(parts[index]) for index in together]
         budgets = distribute(whole, kept_total(whole, sparsity, counted, "uniform"), "uniform")
         for index, budget in zip(together, budgets, strict=True):

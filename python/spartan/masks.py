@@ -118,16 +118,15 @@ class MaskedTensor:
 class MaskGroup:
     """Weights that share one budget, of `target` out of `capacity` weights, and their solver's state.
 
-    Budgets of the same `part` lend each other what is left of a block.
+    Budgets of the same `part` that lend give each other what is left of a block.
     """
 
     tensors: list[MaskedTensor]
-    target: int
+    target: float
     part: int = 0
+    lends: bool = True
     state: torch.Tensor = field(init=False)
     solved: bool = False
-
-    lends = True  # what its last block leaves of the budget goes to another group
 
     def __post_init__(self) -> None:
         self.capacity = sum(tensor.size.count for tensor in self.tensors)
@@ -267,7 +266,10 @@ class MaskSet:
         carry: dict[int, float] = {}
         for group in sorted(self.groups, key=lambda g: g.capacity - g.budget(progress)):
             own = None if scores is None else [scores[tensor.name] for tensor in group.tensors]
-            left = carry.get(group.part, 0.0) if group.lends else 0.0
+            if not group.lends:
+                group.select(group.budget(progress), own)
+                continue
+            left = carry.get(group.part, 0.0)
             kept = group.select(min(group.budget(progress) + left, group.capacity), own)
             carry[group.part] = left + group.budget(progress) - kept
 

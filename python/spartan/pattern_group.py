@@ -19,13 +19,11 @@ class PatternGroup(MaskGroup):
     to k; the hard one keeps floor(k). k goes from m to n. Equation (2) has an r for each group of m.
     """
 
-    lends = False
-
     def __init__(self, tensor: MaskedTensor, pattern: tuple[int, int]) -> None:
         self.pattern = pattern
         self.dim = _input_dim(tensor.transposed)
         n, m = pattern
-        super().__init__([tensor], tensor.size.count // m * n)
+        super().__init__([tensor], tensor.size.count // m * n, lends=False)
 
     def select(self, budget: float, scores: Sequence[torch.Tensor] | None = None) -> int:
         """Write the hard mask of the best of each m neighbours, and return how many weights that keeps."""

@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from spartan.files import temporary_beside, to_disk
 from spartan.packing import ENCODINGS, Packed, expected_parts
 
 __all__ = ["CONFIG_FILE", "DTYPES", "MODEL_FILE", "Entry", "dtype_name", "read_config", "read_parts", "write_files"]
@@ -126,13 +127,13 @@ def write_files(folder: Path, tensors: Mapping[str, tuple[Entry, Packed | None]]
     entries = {name: asdict(entry) for name, (entry, _) in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     _settle(folder)
-    with _temporary(folder / MODEL_FILE) as weights, _temporary(folder / CONFIG_FILE) as config:
+    with temporary_beside(folder / MODEL_FILE) as weights, temporary_beside(folder / CONFIG_FILE) as config:
         save_file(parts, weights, metadata={"format": "pt", "tensors": _digest(entries)})
         sha256 = _sha256(weights)
         document = {"format": _FORMAT, "version": _VERSION, "sha256": sha256, "tensors": entries}
         config.write_text(json.dumps(document, indent=1) + "\n")
         for file in (weights, config):
-            _to_disk(file)
+            to_disk(file)
         waiting = _waiting(folder, sha256)
         os.replace(weights, waiting)
         try:
@@ -243,12 +244,6 @@ def _waiting(folder: Path, sha256: Any) -> Path:
     return folder / f".{MODEL_FILE}.{sha256}"
 
 
-def _to_disk(path: Path) -> None:
-    """Write back what the system holds of a file: its name must not outlive a power failure without it."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def _settle(folder: Path) -> None:
     """Finish a save that was interrupted after it took effect, and remove what older ones left behind."""
     with suppress(OSError, ValueError, TypeError, KeyError):
@@ -257,13 +252,3 @@ def _settle(folder: Path) -> None:
         with suppress(FileNotFoundError):
             if time.time() - file.stat().st_mtime > _STALE:
                 file.unlink()
-
-
-@contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """A name beside `path` that no other process uses; the file is removed in the end if it is still there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -48,10 +48,15 @@ class Use:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A parameter of a model with everywhere it is used: more than one place if it is tied."""
+    """A parameter of a model with everywhere it is used: more than one place if it is tied.
+
+    Attributes:
+        transposed: whether it is stored as [in, out]: blocks are then transposed too.
+    """
 
     weight: nn.Parameter
     uses: tuple[Use, ...]
+    transposed: bool = False
 
     @property
     def name(self) -> str:
@@ -63,11 +68,6 @@ class Candidate:
         """Whether its masked value must be what the attribute gives, not only what the module's forward uses."""
         first = self.uses[0]
         return len(self.uses) > 1 or first.parameter != "weight" or isinstance(first.owner, _READS_WEIGHTS)
-
-    @property
-    def transposed(self) -> bool:
-        """Whether it is stored as [in, out]: blocks are then transposed too."""
-        return isinstance(self.uses[0].module, _TRANSPOSED_CONVOLUTIONS) or _is_transformers_linear(self.uses[0].module)
 
     def block_size(self, block_size: tuple[int, int]) -> tuple[int, int]:
         """The block (outputs, inputs) in the dimensions of the stored weight."""
@@ -105,7 +105,7 @@ def find_weights(model: nn.Module) -> list[Candidate]:
                     raise ValueError(f"parameter {name!r} is not initialised yet: run the model once")
                 weights[id(weight)] = weight
                 uses.setdefault(id(weight), []).append(Use(name, parameter, owners[path]))
-    return [Candidate(weights[key], tuple(places)) for key, places in uses.items()]
+    return [Candidate(weights[key], tuple(places), _stored_by_inputs(places[0])) for key, places in uses.items()]
 
 
 def select_weights(
@@ -200,6 +200,10 @@ def _head(model: nn.Module) -> nn.Module | None:
         if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
     ]
     return linears[-1] if linears else None
+
+
+def _stored_by_inputs(use: Use) -> bool:
+    return isinstance(use.module, _TRANSPOSED_CONVOLUTIONS) or _is_transformers_linear(use.module)
 
 
 def _is_transformers_linear(module: nn.Module) -> bool:

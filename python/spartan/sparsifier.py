@@ -112,8 +112,9 @@ class Sparsifier:
         groups = []
         for index, part in enumerate(parts):
             tensors = [masked_tensor(candidate, part.block_size, method) for candidate in part.weights]
+            lends = isinstance(part.distribution, str)  # the sparsity of a layer that was named is its own
             for budget, target in zip(members[index], targets[index], strict=True):
-                groups.append(MaskGroup([tensors[i] for i in budget], target, index))
+                groups.append(MaskGroup([tensors[i] for i in budget], target, index, lends))
         return groups
 
     @property

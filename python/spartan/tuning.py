@@ -16,7 +16,7 @@ from spartan_kernels.arguments import block_grid, block_shape
 from spartan_kernels.break_even import Crossing, Surface, device_kind, store
 from spartan_kernels.dispatch import AUTO_ORDER, refusal
 
-__all__ = ["tune"]
+__all__ = ["Timer", "median_seconds", "tune"]
 
 _SHAPE = (3072, 768)  # the first layer of a transformer's MLP
 _DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 0.95, 1.0)
@@ -56,7 +56,7 @@ def tune(
     )
     sizes = [block_shape(size) for size in block_sizes]
     surface: Surface = tuple(
-        _crossing(where, dtype, size, few, kernel, timer or _median_seconds)
+        _crossing(where, dtype, size, few, kernel, timer or median_seconds)
         for dtype in dtypes
         if kernel != "reference" and _serves(kernel, where.type, dtype)
         for size in sizes
@@ -104,7 +104,9 @@ def interpolated_crossing(densities: Sequence[float], ratios: Sequence[float]) -
     return 0.0
 
 
-def _median_seconds(call: Callable[[], object], device: torch.device, seconds: float = 0.1, least: int = 5) -> float:
+def median_seconds(call: Callable[[], object], device: torch.device, seconds: float = 0.1, least: int = 5) -> float:
+    """Median time of a call, over at least `least` calls that take `seconds` together, after one that is not timed."""
+
     def once() -> float:
         start = time.perf_counter()
         call()

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import shlex
-import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -19,42 +15,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from spartan import __version__
-from spartan.demo.checkpoint import load_checkpoint, save_checkpoint
-from spartan.demo.data import ImageData, load_data
-from spartan.demo.models import MODELS
 from spartan.demo.plan import FULL, QUICK, Plan, Run
+from spartan.demo.results import RunResult, results_table, save_figure, save_json
 from spartan.demo.train import DenseProbe, Training, accuracy, inference_ratio, train
 from spartan.export import load_pretrained, save_pretrained
-from spartan.report import RunResult, hidden_matrices, kept_fractions, results_table, save_figure, save_json
+from spartan.report import hidden_matrices, kept_fractions
+from spartan.training.checkpoint import load_checkpoint, save_checkpoint
+from spartan.training.images import ImageData, load_data
+from spartan.training.interrupt import StopRequest
+from spartan.training.models import MODELS
 
 CHECKPOINT = "checkpoint.pt"
 
 
 class Interrupted(Exception):
     """The user asked to stop; the checkpoint is written."""
-
-
-class StopRequest:
-    """Asked for by the first Ctrl-C, so that a step is never cut in two; the second interrupts at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __call__(self, signal_number: int, frame: FrameType | None) -> None:
-        """Handle a signal."""
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    @contextmanager
-    def listening(self) -> Iterator[StopRequest]:
-        """Take Ctrl-C and termination requests within the block."""
-        previous = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 class Demo:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spartan.demo.data import ImageData
-from spartan.demo.models import MODELS
 from spartan.methods import Dense, Method
 from spartan.pack_modules import to_block_sparse
 from spartan.sparsifier import Sparsifier
+from spartan.training.images import ImageData
+from spartan.training.models import MODELS
 
 EVALUATION_BATCH = 1000
 INFERENCE_PAIRS = 15

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from spartan.budgets import DISTRIBUTIONS
+from spartan.budgets import Distribution, require_distribution
 from spartan.masks import MaskSet
 from spartan_kernels.arguments import block_shape
 
@@ -74,7 +74,9 @@ class SparseMethod(Method):
     Attributes:
         sparsity: fraction of zeros to reach, in [0, 1); with `pattern` it is 1 - n / m and may be left out.
         block_size: 1, an int or (rows, columns): blocks of weights that stay or go together.
-        distribution: "global" (one budget over all layers), "uniform" or "erk".
+        distribution: "global" (one budget over all layers), "uniform", "erk", or the sparsity of some layers by name or
+            pattern of names, {"stem.weight": 0.5, "blocks.0.*": 0.8}; the others then share one budget, such that
+            the whole has `sparsity`.
         pattern: (n, m), such as (2, 4): of each m neighbours along the input features (or channels) of a masked
             weight n stay. Takes the place of blocks and of the distribution; `sparsity` is that of masked weights.
 
@@ -84,7 +86,7 @@ class SparseMethod(Method):
 
     sparsity: float = None  # type: ignore[assignment]  # a number once it is checked
     block_size: int | tuple[int, int] = 1
-    distribution: str = "global"
+    distribution: Distribution = "global"
     pattern: tuple[int, int] | None = None
 
     takes_pattern = True  # whether masks of n in each m neighbours make sense for the method
@@ -100,8 +102,9 @@ class SparseMethod(Method):
             self._settle_pattern(self.pattern)
         require_number("sparsity", self.sparsity, 0.0, 1.0, open_end=True)
         block_shape(self.block_size)
-        if self.distribution not in DISTRIBUTIONS:
-            raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}; got {self.distribution!r}")
+        require_distribution(self.distribution)
+        if not isinstance(self.distribution, str):
+            object.__setattr__(self, "distribution", dict(self.distribution))
 
     def _settle_pattern(self, pattern: tuple[int, int]) -> None:
         if not self.takes_pattern:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from spartan.budgets import Distribution
 from spartan.masks import MaskedTensor, MaskSet
 from spartan.methods.base import SparseMethod, require_interval, require_number
 from spartan.methods.static_random import draw_scores, require_seed
@@ -25,7 +26,7 @@ class Rewiring(SparseMethod):
     steps the masks are fixed. The number of kept weights never changes.
     """
 
-    distribution: str = "erk"
+    distribution: Distribution = "erk"
     fraction: float = 0.3
     interval: int = 100
     end: float = 0.75

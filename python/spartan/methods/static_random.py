@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from spartan.budgets import Distribution
 from spartan.masks import MaskSet
 from spartan.methods.base import SparseMethod
 
@@ -25,7 +26,7 @@ class StaticRandom(SparseMethod):
         seed: of the draw, which does not touch PyTorch's global generator.
     """
 
-    distribution: str = "erk"
+    distribution: Distribution = "erk"
     seed: int = 0
 
     def __post_init__(self) -> None:

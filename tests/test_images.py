@@ -13,8 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spartan.demo import data as demo_data
-from spartan.demo.data import FILES, IdxFile, load_data, load_folder, read_idx
+from spartan.training import images as image_data
+from spartan.training.images import FILES, IdxFile, load_data, load_folder, read_idx
 
 
 def idx_bytes(array: torch.Tensor) -> bytes:
@@ -45,10 +45,10 @@ def no_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         raise OSError("unreachable")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(demo_data, "DEBIAN_FOLDER", tmp_path / "not-installed")
-    monkeypatch.setattr(demo_data, "fetch_debian_package", fail)
-    monkeypatch.setattr(demo_data, "fetch_address", fail)
-    return demo_data.cache_folder()
+    monkeypatch.setattr(image_data, "DEBIAN_FOLDER", tmp_path / "not-installed")
+    monkeypatch.setattr(image_data, "fetch_debian_package", fail)
+    monkeypatch.setattr(image_data, "fetch_address", fail)
+    return image_data.cache_folder()
 
 
 @given(
@@ -134,8 +134,8 @@ def test_data_argument_is_the_only_place_looked_at(tmp_path: Path, no_sources: P
 def test_sources_in_order(tmp_path: Path, no_sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The installed package serves, before it the cache; a damaged file is named and passed over."""
     installed = tmp_path / "installed"
-    monkeypatch.setattr(demo_data, "DEBIAN_FOLDER", installed)
-    monkeypatch.setattr(demo_data, "FILES", tuple(write_set(installed)))
+    monkeypatch.setattr(image_data, "DEBIAN_FOLDER", installed)
+    monkeypatch.setattr(image_data, "FILES", tuple(write_set(installed)))
     assert load_data().source == str(installed)
     write_set(no_sources)
     data = load_data()
@@ -149,20 +149,20 @@ def test_sources_in_order(tmp_path: Path, no_sources: Path, monkeypatch: pytest.
 def test_address_is_verified_before_it_reaches_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     published, cache = tmp_path / "published", tmp_path / "cache"
     files = write_set(published)
-    monkeypatch.setattr(demo_data, "FILES", tuple(files))
-    demo_data.fetch_address(published.as_uri(), cache)
+    monkeypatch.setattr(image_data, "FILES", tuple(files))
+    image_data.fetch_address(published.as_uri(), cache)
     assert load_folder(cache, verified=True).name == "Fashion-MNIST"
     (published / f"{FILES[1].name}.gz").write_bytes(gzip.compress(GOOD))
     with pytest.raises(ValueError, match=FILES[1].name):
-        demo_data.fetch_address(published.as_uri(), tmp_path / "other")
+        image_data.fetch_address(published.as_uri(), tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
 def test_debian_package_is_unpacked_into_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With stand-ins for the two tools: what they are asked to do, and where the files end."""
     files = write_set(tmp_path / "published")
-    monkeypatch.setattr(demo_data, "FILES", tuple(files))
-    monkeypatch.setattr(demo_data.shutil, "which", lambda tool: f"/usr/bin/{tool}")
+    monkeypatch.setattr(image_data, "FILES", tuple(files))
+    monkeypatch.setattr(image_data.shutil, "which", lambda tool: f"/usr/bin/{tool}")
     commands = []
 
     def run(command: list[str], cwd: Path | None = None, **options: object) -> None:
@@ -174,7 +174,7 @@ def test_debian_package_is_unpacked_into_the_cache(tmp_path: Path, monkeypatch: 
             write_set(Path(command[-1]) / "usr/share/datasets/fashion-mnist")
 
     monkeypatch.setattr(subprocess, "run", run)
-    demo_data.fetch_debian_package(tmp_path / "cache")
+    image_data.fetch_debian_package(tmp_path / "cache")
     assert commands == [["apt-get", "download"], ["dpkg-deb", "-x"]]
     assert load_folder(tmp_path / "cache", verified=True).name == "Fashion-MNIST"
 
@@ -190,6 +190,6 @@ def test_without_any_source_the_message_says_what_to_do(no_sources: Path, monkey
     def missing() -> None:
         raise ImportError("No module named 'sklearn'")
 
-    monkeypatch.setattr(demo_data, "load_digits", missing)
+    monkeypatch.setattr(image_data, "load_digits", missing)
     with pytest.raises(RuntimeError, match="--data"):
         load_data()

@@ -1,0 +1,1 @@
+"""What the demonstration and `spartan train` share: data, models, checkpoints, interruption."""

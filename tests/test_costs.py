@@ -1,0 +1,182 @@
+"""Cost models against counts made by hand, and the costs that they may not give."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from spartan.costs import FLOPs, Parameters, PricedWeight, price
+from spartan.latency import LatencyEntry, LatencyTable
+from spartan_kernels import block_costs
+
+
+def priced(model: nn.Module, block_size: tuple[int, int] = (1, 1)) -> list[PricedWeight]:
+    """All weights of two or more dimensions."""
+    return [
+        PricedWeight(name, model.get_submodule(name.rpartition(".")[0]), weight, block_size)
+        for name, weight in model.named_parameters()
+        if weight.dim() >= 2
+    ]
+
+
+def flops(model: nn.Module, *args: Any, **kwargs: Any) -> list[Any]:
+    return FLOPs(*args, **kwargs).block_costs(model, priced(model))
+
+
+def test_flops_count_the_positions_of_a_convolution() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), nn.ReLU(), nn.Conv2d(6, 3, 1), nn.Flatten(), nn.Linear(48, 5)
+    )
+    # outputs of 4 x 4 positions, 3 images: two operations for each weight, image and position; then one for each image
+    assert flops(model, torch.randn(3, 4, 8, 8)) == [2 * 3 * 16, 2 * 3 * 16, 2 * 3]
+
+
+def test_flops_of_attention_are_those_of_its_projections() -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 24, batch_first=True)
+    for mode in (True, False):  # evaluation would take a fused operator that nobody counts
+        model.train(mode)
+        assert flops(model, torch.randn(5, 7, 8)) == [2 * 35] * 4
+        assert model.training == mode
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_flops_count_every_use_of_a_tied_weight_and_converted_copies() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(6, 6, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return self.inner(self.inner(x)) @ self.inner.weight
+
+    assert flops(Tied(), torch.randn(4, 6)) == [2 * 4 * 3]
+
+
+def test_flops_leave_no_trace() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
+    model[1].eval()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    x, random = torch.randn(3, 4), torch.get_rng_state()
+    model[0].register_forward_hook(lambda module, inputs, out: out + torch.randn(4))
+    FLOPs(x).block_costs(model, priced(model))
+    assert [module.training for module in model] == [True, False, True, True]
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_flops_pass_keywords_and_name_what_is_never_used() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = nn.Linear(4, 3), nn.Embedding(5, 2)
+
+        def forward(self, *, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    with pytest.raises(ValueError, match=r"no operation that FLOPs counts reads weight 'idle\.weight'"):
+        flops(Two(), x=torch.randn(1, 4))
+
+
+def test_blocks_at_ragged_edges_cost_what_they_hold() -> None:
+    model = nn.Sequential(nn.Linear(10, 7))
+    for costs in (Parameters(), FLOPs(torch.randn(6, 10))):
+        (blocks,) = costs.block_costs(model, priced(model, (4, 4)))
+        factor = 1.0 if isinstance(costs, Parameters) else 12.0
+        torch.testing.assert_close(blocks, factor * block_costs((7, 10), (4, 4)))
+        assert math.isclose(float(blocks.sum()), factor * 70)
+
+
+def test_costs_are_scaled_to_the_number_of_weights() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
+    grid = torch.arange(1.0, 9.0).view(2, 4)
+
+    def per_block(name: str, module: nn.Module, shape: tuple[int, ...]) -> float | torch.Tensor:
+        assert isinstance(module, nn.Linear)
+        return 5.0 if name == "0.weight" else grid
+
+    costs = price(per_block, model, priced(model))
+    assert math.isclose(costs.unit, (24 * 5 + 36) / 32)
+    assert math.isclose(sum(costs.totals), 32, rel_tol=1e-7)
+    assert math.isclose(costs.blocks[0] * costs.unit, 5.0)
+    torch.testing.assert_close(costs.blocks[1] * costs.unit, grid)
+    assert costs.largest == pytest.approx([5 / costs.unit, 8 / costs.unit])
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "message"),
+    [
+        (0.0, ValueError, "costs must be positive and finite; for weight '0.weight' there is 0.0"),
+        (math.nan, ValueError, "costs must be positive and finite; for weight '0.weight' there is nan"),
+        (torch.tensor([[1.0, -2.0]]), ValueError, "for weight '0.weight' there is -2.0"),
+        (torch.ones(2), ValueError, r"a tensor of shape \(1, 2\), one for each block; got shape \(2,\)"),
+        ("3", TypeError, "costs must give numbers or tensors; for weight '0.weight' it gave '3'"),
+        (True, TypeError, "costs must give numbers or tensors"),
+    ],
+)
+def test_costs_that_cannot_be_are_refused_by_name(answer: Any, error: type[Exception], message: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 1))
+    with pytest.raises(error, match=message):
+        price(lambda name, module, grid: answer, model, priced(model))
+
+
+def counting_timer(seconds: float, start: float) -> Any:
+    """A clock that says start + seconds * blocks kept, read from the gate of the product that it times."""
+
+    def timer(call: Any, device: torch.device) -> float:
+        call()  # must work
+        return start + seconds * float((call.args[2] != 0).sum())
+
+    return timer
+
+
+def test_latency_is_the_slope_of_time_over_kept_blocks(tmp_path: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(32, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    x = torch.randn(3, 4, 4, 4)
+    table = LatencyTable.measure(model, x, block_size=(4, 2), timer=counting_timer(2e-6, 1e-3))
+    assert [entry.shape for entry in table.entries] == [(8, 4, 3, 3), (16, 32), (16, 16)]
+    assert [entry.input for entry in table.entries] == [(3, 4, 4, 4), (3, 32), (3, 16)]
+    table.save(tmp_path / "latency.json")
+    loaded = LatencyTable.load(tmp_path / "latency.json")
+    assert loaded.entries == table.entries
+    assert loaded.block_costs(model, priced(model, (4, 2))) == pytest.approx([2e-6] * 4)
+    with pytest.raises(
+        ValueError, match=r"no entry for weight '0.weight' of shape \(8, 4, 3, 3\) in blocks of \(2, 2\)"
+    ):
+        loaded.block_costs(model, priced(model, (2, 2)))
+
+
+def test_noise_does_not_make_latency_negative() -> None:
+    model = nn.Sequential(nn.Linear(32, 16))
+    table = LatencyTable.measure(model, torch.randn(2, 32), block_size=4, timer=counting_timer(-1e-6, 1e-3))
+    assert math.isclose(table.entries[0].seconds, (1e-3 - 16e-6) / 16)
+
+
+def test_measured_latency_is_positive_for_every_layer() -> None:
+    model = nn.Sequential(nn.Linear(64, 48), nn.Unflatten(1, (4, 12, 1)), nn.Conv2d(4, 4, 1, groups=2))
+    table = LatencyTable.measure(model, torch.randn(16, 64), block_size=16)
+    assert [entry.shape for entry in table.entries] == [(48, 64)]
+    assert table.entries[0].seconds > 0
+
+
+def test_latency_tables_that_cannot_be_are_refused(tmp_path: Any) -> None:
+    linear = nn.Linear(8, 8)
+    with pytest.raises(ValueError, match="block_size must be larger than 1"):
+        LatencyTable.measure(linear, torch.randn(2, 8), block_size=1)
+    with pytest.raises(ValueError, match="model must have a Linear"):
+        LatencyTable.measure(nn.ReLU(), torch.randn(2, 8), block_size=4)
+    entries = [LatencyEntry((8, 8), (4, 4), shape, 1e-6) for shape in ((2, 8), (3, 8))]
+    with pytest.raises(ValueError, match=r"has two, for inputs of shape \(2, 8\) and \(3, 8\)"):
+        LatencyTable(entries)
+    with pytest.raises(ValueError, match="positive seconds"):
+        LatencyTable([LatencyEntry((8, 8), (4, 4), (2, 8), 0.0)])
+    path = tmp_path / "latency.json"
+    for text in ("", "{}", '{"format": "other", "version": 1, "entries": []}', '{"format": "spartan-latency"'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"latency.json is no latency table"):
+            LatencyTable.load(path)

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from bench import save
+from bench.accuracy_table import NOT_RUN, accuracy_tables
 from bench.machine import ROOT
 from bench.run import Report, Result
 
@@ -29,23 +30,22 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def accuracy(results: Path) -> str:
-    """Accuracy of each method at each sparsity over the seeds, from demo_seeds.json."""
-    data = json.loads((results / "demo_seeds.json").read_text(encoding="utf-8"))
-    summary = data["summary"]
-    sparsities = sorted({row["sparsity"] for row in summary if row["sparsity"]})
-    cells = {(row["method"], row["sparsity"]): row for row in summary}
-    dense = cells[("Dense", 0.0)]
-
-    def cell(row: dict[str, float]) -> str:
-        return f"{100 * row['accuracy_mean']:.2f} ± {100 * row['accuracy_deviation']:.2f}"
-
-    methods = [m for m in dict.fromkeys(row["method"] for row in summary) if m != "Dense"]
-    rows = [[m, *(cell(cells[(m, s)]) for s in sparsities)] for m in methods]
-    table = _table(["method", *(f"{100 * s:.0f}% zeros" for s in sparsities)], rows)
+    """Accuracy of each method at each sparsity over the seeds, one table for each model and block size."""
+    data = json.loads((results / "accuracy.json").read_text(encoding="utf-8"))
+    seeds = len({record["seed"] for record in data["results"]})
+    parts = []
+    for table in accuracy_tables(data["results"]):
+        model = data["models"][table.model]
+        blocks = "" if table.block == 1 else f", {table.block}×{table.block} blocks"
+        steps = sorted({record["steps"] for record in data["results"] if record["model"] == table.model})
+        parts.append(
+            f"{_table(table.header, table.cells)}\n{model['what'].capitalize()}{blocks}; dense: {table.dense}."
+            f" {', '.join(map(str, steps))} steps of {model['recipe']['batch_size']}.\n\n"
+        )
     return (
-        f"{table}\n{data['data']}, {data['what']}. Test accuracy in percent, mean and standard deviation of"
-        f" {dense['seeds']} seeds; dense: {cell(dense)}. {data['processor']}, PyTorch {data['versions']['torch']},"
-        f" {data['date'][:10]}.\n"
+        f"{''.join(parts)}{data['data']}: test accuracy in percent, mean and standard deviation of {seeds} seeds, at"
+        f" the fraction of zeros in the hidden matrices; {NOT_RUN}: not run. {data['processor']},"
+        f" PyTorch {data['versions']['torch']}, {data['date'][:10]}.\n"
     )
 
 

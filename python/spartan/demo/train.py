@@ -95,7 +95,7 @@ class Training:
         corrected = time.perf_counter()
         self.optimizer.step()
         stepped = time.perf_counter()
-        self.sparsifier.step()
+        self.sparsifier.step(self.optimizer)
         updated = time.perf_counter()
         self.optimizer.zero_grad()
         self.step += 1

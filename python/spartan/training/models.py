@@ -1,17 +1,20 @@
-"""The models of the demonstration: a perceptron with batch normalisation and a small vision transformer."""
+"""The models of the demonstration and of the accuracy table: perceptrons and a small vision transformer."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def multilayer_perceptron(side: int, classes: int, hidden: tuple[int, ...] = (512, 256)) -> nn.Sequential:
-    """Linear, batch normalisation and ReLU for each width in `hidden`, then a linear classifier.
+def multilayer_perceptron(
+    side: int, classes: int, hidden: tuple[int, ...] = (512, 256), normalise: bool = True
+) -> nn.Sequential:
+    """Linear, batch normalisation (if `normalise`) and ReLU for each width in `hidden`, then a linear classifier.
 
     Input `[n, 1, side, side]`, output `[n, classes]`.
     """
@@ -19,7 +22,8 @@ def multilayer_perceptron(side: int, classes: int, hidden: tuple[int, ...] = (51
     width = side * side
     for number, following in enumerate(hidden, 1):
         layers[f"hidden{number}"] = nn.Linear(width, following)
-        layers[f"norm{number}"] = nn.BatchNorm1d(following)
+        if normalise:
+            layers[f"norm{number}"] = nn.BatchNorm1d(following)
         layers[f"relu{number}"] = nn.ReLU()
         width = following
     layers["head"] = nn.Linear(width, classes)
@@ -99,4 +103,8 @@ class VisionTransformer(nn.Module):
         return self.head(self.norm(x).mean(1))
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"MLP": multilayer_perceptron, "ViT": VisionTransformer}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "MLP": multilayer_perceptron,
+    "MLP without normalisation": partial(multilayer_perceptron, normalise=False),
+    "ViT": VisionTransformer,
+}

@@ -1,0 +1,141 @@
+"""What the accuracy table compares: models and recipes, methods and their settings, and the runs in order of value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from spartan.demo.plan import FULL, PUBLISHED, RELATIVE
+from spartan.demo.train import Recipe
+from spartan.masks import MaskSet
+from spartan.methods import GMP, Dense, DualAveraging, Method, OneShot, RigL, Spartan, StaticRandom, TopKAST
+
+NORMALISED, PLAIN = "MLP", "MLP without normalisation"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model of the table: what it is, in words, and how it is trained."""
+
+    what: str
+    recipe: Recipe
+
+
+SUBJECTS = {
+    NORMALISED: Subject("multilayer perceptron 784-512-256-10, batch normalisation", FULL.recipes["MLP"]),
+    PLAIN: Subject("multilayer perceptron 784-512-256-10, no normalisation", FULL.recipes["MLP"]),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpartanWithoutCoupling(Spartan):
+    """Spartan as it would be without the gradient's coupling term: the ablation.
+
+    Each weight's gradient is then its own part of equation (2), as if the threshold of the soft mask stood still.
+    """
+
+    def correct_gradients(self, masks: MaskSet) -> None:
+        """Leave `.grad` as autograd made it."""
+
+
+def _spartan(method: type[Spartan] = Spartan, **settings: Any) -> Callable[..., Method]:
+    def build(seed: int, **sparse: Any) -> Method:
+        return method(**sparse, **settings)
+
+    return build
+
+
+def _top_kast(seed: int, sparsity: float, block_size: int) -> Method:
+    """Train twice as many weights as are multiplied by, as the paper does at 90% and 95%."""
+    return TopKAST(sparsity=sparsity, block_size=block_size, backward_sparsity=round(2 * sparsity - 1, 6))
+
+
+SCALED: dict[str, Any] = {"preserve_scale": True}
+
+# By name in the table. Every method has its class's default schedule; masks drawn at random differ by seed.
+METHODS: dict[str, Callable[..., Method]] = {
+    "Spartan": _spartan(**PUBLISHED),
+    "Spartan, preserve_scale": _spartan(**PUBLISHED, **SCALED),
+    "Spartan, β in thresholds": _spartan(**RELATIVE),
+    "Spartan, β in thresholds, preserve_scale": _spartan(**RELATIVE, **SCALED),
+    "Spartan, no coupling": _spartan(SpartanWithoutCoupling, **PUBLISHED),
+    "Spartan, preserve_scale, no coupling": _spartan(SpartanWithoutCoupling, **PUBLISHED, **SCALED),
+    "Dual averaging": lambda seed, **sparse: DualAveraging(**sparse),
+    "RigL": lambda seed, **sparse: RigL(**sparse, seed=seed),
+    "GMP": lambda seed, **sparse: GMP(**sparse),
+    "Top-KAST": _top_kast,
+    "One-shot": lambda seed, **sparse: OneShot(**sparse),
+    "Static random": lambda seed, **sparse: StaticRandom(**sparse, seed=seed),
+}
+DENSE = "Dense"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a cell of the table, and a seed."""
+
+    model: str
+    method: str
+    sparsity: float
+    block: int
+    seed: int
+
+    def build(self) -> Method:
+        """Make the training method.
+
+        Raises:
+            ValueError: `method` is none of the table's.
+        """
+        if self.method == DENSE:
+            return Dense()
+        if self.method not in METHODS:
+            raise ValueError(f"method must be {DENSE} or one of {', '.join(METHODS)}; got {self.method!r}")
+        return METHODS[self.method](self.seed, sparsity=self.sparsity, block_size=self.block)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Methods at sparsities of one model, in blocks of one size."""
+
+    model: str
+    methods: tuple[str, ...]
+    sparsities: tuple[float, ...]
+    block: int = 1
+
+    def runs(self, seeds: Sequence[int]) -> Iterator[Run]:
+        """Its runs: seed by seed, so that an early end leaves whole comparisons."""
+        for sparsity in self.sparsities:
+            for seed in seeds:
+                for method in self.methods:
+                    yield Run(self.model, method, sparsity, self.block, seed)
+
+
+MAIN = ("Spartan", "Dual averaging", "RigL", "GMP")
+OTHERS = ("Top-KAST", "One-shot", "Static random")
+SCALE_KEPT = ("Spartan, preserve_scale", "Spartan", "Dual averaging")
+BLOCKS = ("Spartan, β in thresholds", "Dual averaging", "RigL", "GMP", "One-shot")
+
+PLAN = (
+    Part(NORMALISED, (DENSE,), (0.0,)),
+    Part(NORMALISED, MAIN, (0.98, 0.99)),
+    Part(PLAIN, (DENSE,), (0.0,)),
+    Part(PLAIN, SCALE_KEPT, (0.98,)),
+    Part(NORMALISED, ("Spartan",), (0.95,)),
+    Part(NORMALISED, ("Spartan, no coupling",), (0.98,)),
+    Part(NORMALISED, BLOCKS, (0.90,), block=16),
+    Part(NORMALISED, MAIN, (0.95, 0.90)),
+    Part(PLAIN, ("RigL", "GMP"), (0.98,)),
+    Part(NORMALISED, OTHERS, (0.98,)),
+    Part(PLAIN, ("Spartan, preserve_scale, no coupling",), (0.98,)),
+    Part(PLAIN, SCALE_KEPT, (0.95, 0.99, 0.90)),
+    Part(NORMALISED, OTHERS, (0.90, 0.95, 0.99)),
+    Part(NORMALISED, BLOCKS, (0.80,), block=16),
+    Part(PLAIN, ("RigL", "GMP"), (0.95, 0.99, 0.90)),
+    Part(PLAIN, OTHERS, (0.98, 0.95, 0.99, 0.90)),
+)
+
+
+def planned(seeds: Sequence[int]) -> list[Run]:
+    """Every run once, in the plan's order."""
+    return list(dict.fromkeys(run for part in PLAN for run in part.runs(seeds)))

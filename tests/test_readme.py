@@ -32,6 +32,16 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert (tmp_path / "sparse-model" / "model.safetensors").exists()
 
 
+def test_budgets_and_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = README.read_text(encoding="utf-8").partition("### Budgets and costs")[2]
+    example, shown = re.findall(r"```(?:python)?\n(.*?)```", text, re.DOTALL)[:2]
+    torch.manual_seed(0)
+    exec(compile(example, str(README), "exec"), {})
+    lines, wanted = capsys.readouterr().out.splitlines(), shown.splitlines()
+    assert lines[:3] == wanted[:3]
+    assert lines[3].partition("%")[0][:-1] == wanted[3].partition("%")[0][:-1]  # which are zero depends on the weights
+
+
 @pytest.mark.skipif(not dist.is_available(), reason="PyTorch was built without torch.distributed")
 def test_over_two_processes(tmp_path: Path) -> None:
     script = tmp_path / "masks.py"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from spartan.costs import CostModel, FLOPs
 from spartan.export import describe_pretrained, load_pretrained, save_pretrained, sparsity_of
 from spartan.functional import (
     block_sparse_linear,
@@ -14,6 +15,7 @@ from spartan.functional import (
     soft_topk_global,
 )
 from spartan.groups import Group
+from spartan.latency import LatencyTable
 from spartan.masks import Mask
 from spartan.methods import (
     DPF,
@@ -44,9 +46,12 @@ __all__ = [
     "SET",
     "BlockLayout",
     "BlockSparseWeight",
+    "CostModel",
     "Dense",
     "DualAveraging",
+    "FLOPs",
     "Group",
+    "LatencyTable",
     "Mask",
     "OneShot",
     "Powerpropagation",

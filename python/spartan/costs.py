@@ -180,44 +180,44 @@ class _Called(CostModel):
         return [self.function(weight.name, weight.module, weight.grid) for weight in weights]
 
 
-@dataclass(frozen=True)
-class BlockCosts:
-    """Costs of the blocks of some weights, as a solver takes them.
+class BlockCosts(NamedTuple):
+    """Costs of the blocks of a weight, as a solver takes them: a number for all, or one for each in the weight's dtype.
 
-    They are scaled so that all weights together cost as many units as they have entries: the budget, and with it the
-    sharpness beta that acts on magnitude / cost, then mean what they mean where each weight costs 1.
-
-    Attributes:
-        blocks: for each weight a number for all of its blocks, or a tensor of one for each, of the weight's dtype.
-        totals: for each weight, of all its blocks.
-        largest: for each weight, of its dearest block.
-        unit: what one of these is worth in the cost model's unit.
+    `total` is that of all its blocks, `largest` that of the dearest.
     """
 
-    blocks: list[float | torch.Tensor]
-    totals: list[float]
-    largest: list[float]
-    unit: float
+    blocks: float | torch.Tensor
+    total: float
+    largest: float
 
 
-def price(costs: CostModel | PricePerBlock, model: nn.Module, weights: Sequence[PricedWeight]) -> BlockCosts:
+def price(
+    costs: CostModel | PricePerBlock, model: nn.Module, weights: Sequence[PricedWeight]
+) -> tuple[list[BlockCosts], float]:
     """Ask a cost model, or a function (name, module, shape of the blocks) -> cost per block, and check its answer.
 
+    The costs are scaled so that all weights together cost as many units as they have entries: the budget, and with it
+    the sharpness beta that acts on magnitude / cost, then mean what they mean where each weight costs 1. They are
+    rounded to the weights' dtype; budgets and reports are of the rounded ones.
+
+    Returns:
+        For each weight its costs; and what one of their units is worth in the cost model's.
+
     Raises:
-        TypeError: costs of another type. ValueError: a cost that is not positive and finite or has another shape than
+        TypeError: costs that are neither. ValueError: a cost that is not positive and finite or has another shape than
             the blocks, naming the weight.
     """
+    if not isinstance(costs, CostModel) and not callable(costs):
+        raise TypeError(f"costs must be a cost model or a function of (name, module, grid); got {costs!r}")
     asked = costs if isinstance(costs, CostModel) else _Called(costs)
-    own = asked.block_costs(model, weights)
-    own = [_checked(weight, cost) for weight, cost in zip(weights, own, strict=True)]
-    entries = sum(weight.weight.numel() for weight in weights)
-    unit = sum(_total(weight, cost) for weight, cost in zip(weights, own, strict=True)) / entries
-    scaled = [
-        (cost / unit).to(weight.weight.dtype) if isinstance(cost, torch.Tensor) else cost / unit
-        for weight, cost in zip(weights, own, strict=True)
-    ]
-    totals = [_total(weight, cost) for weight, cost in zip(weights, scaled, strict=True)]
-    return BlockCosts(scaled, totals, [float(c.max()) if isinstance(c, torch.Tensor) else c for c in scaled], unit)
+    own = [_checked(w, cost) for w, cost in zip(weights, asked.block_costs(model, weights), strict=True)]
+    unit = sum(_total(w, cost) for w, cost in zip(weights, own, strict=True)) / sum(w.weight.numel() for w in weights)
+    priced = []
+    for weight, cost in zip(weights, own, strict=True):
+        held = torch.as_tensor(cost / unit, dtype=torch.float64).to(weight.weight.dtype)  # as the solver reads them
+        blocks = held if held.dim() else float(held)
+        priced.append(BlockCosts(blocks, _total(weight, blocks), float(held.max())))
+    return priced, unit
 
 
 def _checked(weight: PricedWeight, cost: Any) -> float | torch.Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from spartan.budgets import Distribution, LayerSize, distribute, kept_total, require_distribution, shares
+from spartan.costs import BlockCosts, CostModel, PricedWeight, PricePerBlock, price
 from spartan.masks import MaskedTensor
 from spartan.methods.base import SparseMethod, require_number
 from spartan.nn import largest_block, mask_weight, share_mask
@@ -21,7 +22,7 @@ from spartan.selection import (
 )
 from spartan_kernels.arguments import block_shape
 
-__all__ = ["Group", "Part", "kept_by_part", "masked_tensor", "parts_of"]
+__all__ = ["Group", "Part", "kept_by_part", "masked_tensor", "parts_of", "price_parts"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +64,23 @@ class Part:
     block_size: tuple[int, int]
     distribution: Distribution
     sparsity: float | None = None
+    costs: Sequence[BlockCosts] | None = None
 
     def sizes(self) -> list[LayerSize]:
-        """Shape and largest block of each weight, for budgets."""
+        """What budgets need to know of each weight."""
+        shapes = [tuple(c.weight.shape) for c in self.weights]
+        if self.costs is not None:
+            priced = zip(self.weights, shapes, self.costs, strict=True)
+            return [LayerSize(shape, costs.largest, c.name, costs.total) for c, shape, costs in priced]
         return [
-            LayerSize(tuple(c.weight.shape), largest_block(c.weight.shape, c.block_size(self.block_size)), c.name)
-            for c in self.weights
+            LayerSize(shape, largest_block(c.weight.shape, c.block_size(self.block_size)), c.name)
+            for c, shape in zip(self.weights, shapes, strict=True)
         ]
+
+    def masked_tensors(self, method: SparseMethod) -> list[MaskedTensor]:
+        """Mask the weights, wherever they are used."""
+        costs: Sequence[BlockCosts | None] = self.costs or [None] * len(self.weights)
+        return [masked_tensor(c, self.block_size, method, own) for c, own in zip(self.weights, costs, strict=True)]
 
 
 def parts_of(
@@ -116,14 +127,30 @@ def parts_of(
     return parts, skipped
 
 
+def price_parts(parts: Sequence[Part], costs: CostModel | PricePerBlock, model: nn.Module) -> tuple[list[Part], float]:
+    """The parts with the costs of their blocks, and what a unit of these is worth in the cost model's own.
+
+    Raises:
+        TypeError, ValueError: as `price`.
+    """
+    weights = [
+        PricedWeight(c.name, c.uses[0].module, c.weight, c.block_size(part.block_size))
+        for part in parts
+        for c in part.weights
+    ]
+    priced, unit = price(costs, model, weights)
+    own = iter(priced)
+    return [replace(part, costs=[next(own) for _ in part.weights]) for part in parts], unit
+
+
 def kept_by_part(parts: Sequence[Part], sparsity: float, counted: float) -> list[float]:
-    """How many weights each part keeps: by its own sparsity, or together with others so that the rest has `sparsity`.
+    """What each part keeps, weights or cost: by its own sparsity, or together with others so the rest has `sparsity`.
 
     Args:
         parts: of the masked weights.
         sparsity: of the method.
-        counted: number of parameters that it refers to, those of parts with their own sparsity among them; these
-            are not counted.
+        counted: number of parameters, or the cost, that it refers to, those of parts with their own sparsity among
+            them; these are not counted.
 
     Raises:
         ValueError: a sparsity that cannot be reached; the message says which can.
@@ -134,7 +161,7 @@ def kept_by_part(parts: Sequence[Part], sparsity: float, counted: float) -> list
         if part.sparsity is None:
             together.append(index)
         else:
-            own = sum(size.count for size in part.sizes())
+            own = sum(size.total for size in part.sizes())
             kept[index] = kept_total(part.sizes(), part.sparsity, own, part.distribution)
             counted -= own
     if len(together) == 1:
@@ -158,10 +185,13 @@ def _as_one_layer(part: Part) -> LayerSize:
     """A part as a layer whose largest block is the least that its budgets keep."""
     sizes = part.sizes()
     least = sum(max(sizes[i].largest_block for i in group) for group in shares(sizes, part.distribution))
-    return LayerSize((sum(size.count for size in sizes),), least)
+    cost = None if part.costs is None else sum(size.total for size in sizes)
+    return LayerSize((sum(size.count for size in sizes),), least, cost=cost)
 
 
-def masked_tensor(candidate: Candidate, block_size: tuple[int, int], method: SparseMethod) -> MaskedTensor:
+def masked_tensor(
+    candidate: Candidate, block_size: tuple[int, int], method: SparseMethod, costs: BlockCosts | None = None
+) -> MaskedTensor:
     """Mask a weight wherever it is used."""
     first, *others = candidate.uses
     carrier = mask_weight(
@@ -176,4 +206,8 @@ def masked_tensor(candidate: Candidate, block_size: tuple[int, int], method: Spa
     for use in others:
         share_mask(use.module, use.parameter, carrier)
     shared = tuple((use.module, use.parameter) for use in others)
-    return MaskedTensor(candidate.name, first.module, carrier, first.parameter, shared, candidate.transposed)
+    total = None
+    if costs is not None:
+        carrier.set_costs(costs.blocks)
+        total = costs.total
+    return MaskedTensor(candidate.name, first.module, carrier, first.parameter, shared, candidate.transposed, total)

@@ -25,6 +25,8 @@ __all__ = ["Mask", "MaskGroup", "MaskSet", "MaskedTensor", "gradient_or_zeros"]
 
 # Sharper than this a soft mask is a hard one in float32, and the solver's accuracy is no longer specified.
 _SHARPEST = 1e6
+# Sums of costs are rounded: a block that fits exactly must not be left out for that.
+_COST_ROUNDING = 1e-9
 
 
 class Mask(NamedTuple):
@@ -40,6 +42,7 @@ class MaskedTensor:
 
     `parameter` is its name in that module, `shared` are the other modules that have it with its names there;
     `transposed`: its outputs are its second dimension.
+    `cost` is that of all its blocks, where a cost model prices them.
     `remembered` is what a method keeps from before an optimizer step until after it, `observer` what it watches the
     module's passes with; no state between steps.
     """
@@ -50,6 +53,7 @@ class MaskedTensor:
     parameter: str = "weight"
     shared: tuple[tuple[nn.Module, str], ...] = ()
     transposed: bool = False
+    cost: float | None = None
     remembered: torch.Tensor | None = field(default=None, init=False)
     observer: Any = field(default=None, init=False)
 
@@ -92,7 +96,15 @@ class MaskedTensor:
 
     def kept(self) -> int:
         """Number of weights that the hard mask keeps."""
-        return int((self.carrier.mask_hard * self.carrier.mask_costs.double()).sum())
+        return int((self.carrier.mask_hard * self.carrier.mask_sizes.double()).sum())
+
+    def kept_cost(self) -> float:
+        """What they take of the budget: their number, or the cost of their blocks."""
+        return (
+            self.kept()
+            if self.cost is None
+            else float((self.carrier.mask_hard * self.carrier.mask_costs.double()).sum())
+        )
 
     def project(self) -> None:
         """Make the weight what the forward pass uses: theta <- theta * m * h (* scale), dropped weights exactly +0."""
@@ -116,7 +128,7 @@ class MaskedTensor:
 
 @dataclass
 class MaskGroup:
-    """Weights that share one budget, of `target` out of `capacity` weights, and their solver's state.
+    """Weights that share one budget, of `target` out of `capacity` weights (or their cost), and their solver's state.
 
     Budgets of the same `part` that lend give each other what is left of a block.
     """
@@ -129,7 +141,7 @@ class MaskGroup:
     solved: bool = False
 
     def __post_init__(self) -> None:
-        self.capacity = sum(tensor.size.count for tensor in self.tensors)
+        self.capacity = sum(tensor.size.count if tensor.cost is None else tensor.cost for tensor in self.tensors)
         self.state = new_solver_state(self.device)
 
     @property
@@ -138,8 +150,11 @@ class MaskGroup:
         return self.tensors[0].weight.device
 
     def budget(self, progress: float) -> float:
-        """Weights to keep at the part `progress` of the way from all of them to the target."""
-        return self.capacity + (self.target - self.capacity) * progress
+        """What to keep at the part `progress` of the way from all of them to the target."""
+        budget = self.capacity + (self.target - self.capacity) * progress
+        if self.tensors[0].cost is None:
+            return budget
+        return min(budget * (1 + _COST_ROUNDING), self.capacity)
 
     def solve(self, progress: float, beta: float, *, relative: bool) -> None:
         """Write the soft and hard masks for this budget and sharpness in place.
@@ -179,8 +194,8 @@ class MaskGroup:
             self._require_finite()
             raise
 
-    def select(self, budget: float, scores: Sequence[torch.Tensor] | None = None) -> int:
-        """Write the hard masks of the best blocks within `budget`, and return how many weights that keeps.
+    def select(self, budget: float, scores: Sequence[torch.Tensor] | None = None) -> float:
+        """Write the hard masks of the best blocks within `budget`, and return how much of it that takes.
 
         `scores` replaces the magnitudes that decide.
         """
@@ -198,7 +213,7 @@ class MaskGroup:
         for tensor, mask in zip(self.tensors, masks, strict=True):
             tensor.carrier.mask_hard.copy_(mask)
             tensor.carrier.masks_changed()
-        return sum(tensor.kept() for tensor in self.tensors)
+        return sum(tensor.kept_cost() for tensor in self.tensors)
 
     def correct_gradients(self) -> None:
         """Complete the gradients of all weights of this budget with the coupling term of equation (2)."""
@@ -228,7 +243,7 @@ class MaskGroup:
         return [tensor.scores() for tensor in self.tensors], self.tensors[0].unstructured
 
     def _costs(self) -> list[float | torch.Tensor] | None:
-        if self.tensors[0].unstructured:
+        if self.tensors[0].unstructured and self.tensors[0].cost is None:
             return None
         return [tensor.carrier.mask_costs for tensor in self.tensors]
 
@@ -314,7 +329,7 @@ def _rescale(carrier: MaskCarrier) -> None:
     """Set the factor that undoes the mean of the kept soft mask, where this was asked for."""
     if carrier.mask_scale is None or carrier.mask_soft is None:
         return
-    kept = carrier.mask_hard * carrier.mask_costs.to(carrier.mask_soft.dtype)
+    kept = carrier.mask_hard * carrier.mask_sizes.to(carrier.mask_soft.dtype)
     mean = (carrier.mask_soft * kept).sum() / kept.sum()
     # A layer that keeps nothing has no mean.
     carrier.mask_scale.copy_(torch.where(mean > 0, 1 / mean, 1.0))

@@ -34,7 +34,8 @@ class MaskCarrier(nn.Module):
     Attributes:
         mask_soft: m, one per block, dtype of the weight; None once it is merged into the weight or if there
         is none. mask_hard: h, one per block, bool. mask_beta: float64 0-dim, the sharpness that m was solved
-        with, scaled for the block size. mask_costs: a, 0-dim or one per block. mask_scale: 0-dim factor of
+        with, scaled for the block size. mask_costs: a, 0-dim or one per block. mask_sizes: number of weights, likewise,
+        which are the costs unless a cost model gives others. mask_scale: 0-dim factor of
         the masked weight, or None for 1. mask_backward: bool, one per block, the only blocks whose weight needs a
         gradient where those are not the kept ones; None if there is no such set. mask_block_size: (rows, columns).
         mask_straight_through: whether gradients reach dropped blocks.
@@ -44,6 +45,7 @@ class MaskCarrier(nn.Module):
     mask_hard: torch.Tensor
     mask_beta: torch.Tensor
     mask_costs: torch.Tensor
+    mask_sizes: torch.Tensor
     mask_scale: torch.Tensor | None
     mask_backward: torch.Tensor | None
     mask_block_size: tuple[int, int]
@@ -63,12 +65,14 @@ class MaskCarrier(nn.Module):
         """
         grid = block_grid(weight.shape, block_size)
         costs = block_costs(weight.shape, block_size)
-        costs = costs if isinstance(costs, torch.Tensor) else torch.tensor(costs)
+        costs = costs.to(weight) if isinstance(costs, torch.Tensor) else torch.tensor(costs, dtype=torch.float64)
+        costs = costs.to(weight.device)
         buffers: dict[str, torch.Tensor | None] = {
             "mask_soft": weight.new_ones(grid) if soft else None,
             "mask_hard": torch.ones(grid, dtype=torch.bool, device=weight.device),
             "mask_beta": torch.zeros((), dtype=torch.float64, device=weight.device),
-            "mask_costs": costs.to(device=weight.device, dtype=weight.dtype if costs.dim() else torch.float64),
+            "mask_costs": costs,
+            "mask_sizes": costs,
             "mask_scale": weight.new_ones(()) if preserve_scale else None,
             "mask_backward": None,
         }
@@ -79,9 +83,16 @@ class MaskCarrier(nn.Module):
 
     def detach_masks(self) -> None:
         """Remove everything `attach_masks` added."""
-        for name in ("mask_soft", "mask_hard", "mask_beta", "mask_costs", "mask_scale", "mask_backward"):
+        for name in (
+            "mask_soft", "mask_hard", "mask_beta", "mask_costs", "mask_sizes", "mask_scale", "mask_backward"
+        ):  # fmt: skip
             delattr(self, name)
         del self.mask_block_size, self.mask_straight_through
+
+    def set_costs(self, costs: float | torch.Tensor) -> None:
+        """Let each block cost `costs`, or its entry of it in the weight's dtype, instead of its number of weights."""
+        dtype = costs.dtype if isinstance(costs, torch.Tensor) else torch.float64
+        self.mask_costs = torch.as_tensor(costs, dtype=dtype, device=self.mask_hard.device)
 
     def masks_changed(self) -> None:
         """To be called after each change of the hard mask; what is derived from it follows."""

@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from spartan.budgets import distribute, shares
-from spartan.groups import Group, Part, kept_by_part, masked_tensor, parts_of
+from spartan.costs import CostModel, LayerCost, PricePerBlock
+from spartan.groups import Group, Part, kept_by_part, parts_of, price_parts
 from spartan.masks import Mask, MaskedTensor, MaskGroup, MaskSet
 from spartan.methods.base import Method, SparseMethod
 from spartan.pattern_group import PatternGroup
@@ -47,6 +48,10 @@ class Sparsifier:
         count: what `sparsity` is a fraction of. "model": of all parameters of the model, so masked weights
             are sparser to make up for dense ones; "masked": of the masked weights alone. Weights of groups that
             have a sparsity of their own are not counted in either.
+        costs: what a block costs: a `spartan.CostModel` such as `FLOPs(example_input)` or `LatencyTable.load(file)`, or
+            a function (name, module, shape of the blocks) -> cost of each, a number or a tensor. `sparsity` then is
+            the fraction of the masked weights' cost that is removed, whatever `count` says. Blocks are chosen by
+            magnitude / cost, and what is kept never costs more than the budget. None: each weight costs 1.
 
     Attributes:
         skipped: why a parameter is not masked, by its name.
@@ -74,6 +79,7 @@ class Sparsifier:
         exclude: Selector | None = None,
         groups: Sequence[Group] = (),
         count: str = "model",
+        costs: CostModel | PricePerBlock | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
@@ -94,16 +100,27 @@ class Sparsifier:
         masked_alone = count == "masked" or (method.masking is not None and method.masking.pattern is not None)
         counted = (c.weight for part in parts for c in part.weights) if masked_alone else model.parameters()
         self._counted = sum(weight.numel() for weight in counted)
+        self._cost_unit = 1.0
+        self._final_costs: dict[str, LayerCost] = {}
+        if costs is not None and parts:
+            parts, self._cost_unit = self._price(parts, costs)
         budgets = [] if method.masking is None else self._make_groups(method.masking, parts)
         self._masks = MaskSet(budgets, total_steps)
         method.start(self._masks)
+
+    def _price(self, parts: list[Part], costs: CostModel | PricePerBlock) -> tuple[list[Part], float]:
+        masking = self.method.masking
+        if masking is not None and masking.pattern is not None:
+            raise ValueError(f"costs are not for a method with a pattern, got pattern {masking.pattern}")
+        return price_parts(parts, costs, self.model)
 
     def _make_groups(self, method: SparseMethod, parts: list[Part]) -> list[MaskGroup]:
         """Mask the weights, grouped by budget; nothing is changed if the sparsity cannot be reached."""
         if method.pattern is not None:
             (part,) = parts
-            return [PatternGroup(masked_tensor(c, part.block_size, method), method.pattern) for c in part.weights]
-        kept = kept_by_part(parts, method.sparsity, self._counted)
+            return [PatternGroup(tensor, method.pattern) for tensor in part.masked_tensors(method)]
+        costs = [size.cost for part in parts for size in part.sizes() if size.cost is not None]
+        kept = kept_by_part(parts, method.sparsity, sum(costs) if costs else self._counted)
         targets = [distribute(p.sizes(), k, p.distribution) for p, k in zip(parts, kept, strict=True)]
         members = [shares(part.sizes(), part.distribution) for part in parts]
         for part, budgets in zip(parts, members, strict=True):
@@ -111,7 +128,7 @@ class Sparsifier:
                 common_kind([part.weights[i].weight for i in budget])
         groups = []
         for index, part in enumerate(parts):
-            tensors = [masked_tensor(candidate, part.block_size, method) for candidate in part.weights]
+            tensors = part.masked_tensors(method)
             lends = isinstance(part.distribution, str)  # the sparsity of a layer that was named is its own
             for budget, target in zip(members[index], targets[index], strict=True):
                 groups.append(MaskGroup([tensors[i] for i in budget], target, index, lends))
@@ -155,6 +172,19 @@ class Sparsifier:
         """Fraction of each masked weight that the hard mask keeps now, by name."""
         self._require_active()
         return {tensor.name: tensor.kept() / tensor.size.count for tensor in self._masks.tensors}
+
+    def costs(self) -> dict[str, LayerCost]:
+        """Cost of each masked weight, of all its blocks and of those kept now, by name; in the cost model's unit.
+
+        Without a cost model these are numbers of weights. After `finalize` they are what they were then.
+        """
+        if self._finalized:
+            return self._final_costs
+        unit = self._cost_unit
+        return {
+            t.name: LayerCost((t.size.count if t.cost is None else t.cost) * unit, t.kept_cost() * unit)
+            for t in self._masks.tensors
+        }
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Call `correct_gradients` before and `step` after each step of `optimizer`, until `finalize`.
@@ -221,6 +251,7 @@ class Sparsifier:
         """
         self._require_active()
         self.method.finish(self._masks)
+        self._final_costs = self.costs()
         self._masks.project()
         self._masks.remove()
         for handle in self._handles:
@@ -242,6 +273,7 @@ class Sparsifier:
             "total_steps": self._masks.total_steps,
             "step": self._masks.step,
             "frozen": self._masks.frozen,
+            "costs": {tensor.name: tensor.cost for tensor in self._masks.tensors if tensor.cost is not None},
             "targets": [group.target for group in self._masks.groups],
             "solved": [group.solved for group in self._masks.groups],
             "solver": [group.state.clone() for group in self._masks.groups],
@@ -261,7 +293,7 @@ class Sparsifier:
         if not isinstance(state, dict) or set(state) != set(own):
             found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"state must have the entries {sorted(own)}; got {found}")
-        for key in ("version", "method", "settings", "total_steps"):
+        for key in ("version", "method", "settings", "total_steps", "costs"):
             if state[key] != own[key]:
                 raise ValueError(f"state is of another training: its {key} is {state[key]!r}, here it is {own[key]!r}")
         _require_same_model(state, own)

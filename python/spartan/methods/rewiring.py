@@ -90,7 +90,7 @@ class Rewiring(SparseMethod):
 
     def _drop(self, masks: MaskSet) -> None:
         for group in masks.groups:
-            kept = sum(tensor.kept() for tensor in group.tensors)
+            kept = sum(tensor.kept_cost() for tensor in group.tensors)
             scores = [
                 torch.where(t.carrier.mask_hard, t.magnitudes(t.weight.detach()), -t.carrier.mask_costs)
                 for t in group.tensors

@@ -16,8 +16,10 @@ from spartan.methods import (
     GSE,
     IHT,
     SET,
+    SRSTE,
     Dense,
     DualAveraging,
+    MaskDecay,
     Method,
     OneShot,
     RigL,
@@ -101,6 +103,8 @@ METHODS = [
     RigL(sparsity=0.5, block_size=(4, 5), interval=4, distribution="global"),
     GSE(sparsity=0.8, interval=3),
     GSE(sparsity=0.5, block_size=(4, 5), interval=1, candidates=0.3, distribution="global"),
+    SRSTE(pattern=None, sparsity=0.8),
+    MaskDecay(pattern=None, sparsity=0.5, block_size=(4, 5), begin=0.1),
     Dense(),
 ]
 

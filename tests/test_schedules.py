@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spartan.schedules import Constant, Cosine, Cubic, Linear
+from spartan.schedules import Constant, Cosine, Cubic, Exponential, Linear
 
 RAMPS = [Linear, Cubic, Cosine]
 
@@ -26,6 +26,8 @@ def test_known_values() -> None:
     assert Cubic(0.0, 1.0, 0, 4)(2) == 1 - 0.5**3
     assert math.isclose(Cosine(0.0, 2.0, 0, 3)(1), 0.5)
     assert Constant(3.0)(17) == 3.0
+    faded = Exponential(1.0, 0.0, 10, 20, 3.0)
+    assert [faded(step) for step in (10, 20)] == [1.0, 0.0] and math.isclose(faded(15), math.exp(-1.5))
 
 
 @given(st.sampled_from(RAMPS), st.floats(0, 1), st.floats(0, 1), st.integers(0, 50), st.integers(0, 50))

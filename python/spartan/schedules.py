@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-__all__ = ["Constant", "Cosine", "Cubic", "Linear", "Schedule"]
+__all__ = ["Constant", "Cosine", "Cubic", "Exponential", "Linear", "Schedule"]
 
 
 @dataclass(frozen=True)
@@ -82,3 +82,13 @@ class Cosine(_Ramp):
 
     def _shape(self, x: float) -> float:
         return (1 - math.cos(math.pi * x)) / 2
+
+
+@dataclass(frozen=True)
+class Exponential(_Ramp):
+    """end + (start - end) exp(-rate x) before `end_step`; what is left then goes at once."""
+
+    rate: float
+
+    def _shape(self, x: float) -> float:
+        return 1 - math.exp(-self.rate * x)

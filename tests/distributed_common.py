@@ -31,20 +31,28 @@ CUTS = ("even", "uneven", "first", "last")
 
 
 class Check(NamedTuple):
-    """A check, called with a backend on every rank of a world of one of these sizes."""
+    """A check, called with a backend on every rank of a world of one of these sizes.
+
+    Those of one suite share a start. Checks of "operators" run on every backend, others with "auto".
+    """
 
     function: Callable[[str], None]
     worlds: tuple[int, ...]
+    suite: str
+
+    @property
+    def backends(self) -> list[str]:
+        return BACKENDS if self.suite == "operators" else ["auto"]
 
 
 CHECKS: dict[str, Check] = {}
 
 
-def check(*worlds: int) -> Callable[[Callable[[str], None]], Callable[[str], None]]:
+def check(*worlds: int, suite: str = "operators") -> Callable[[Callable[[str], None]], Callable[[str], None]]:
     """Register a check; of every world size unless some are named."""
 
     def register(function: Callable[[str], None]) -> Callable[[str], None]:
-        CHECKS[function.__name__] = Check(function, worlds or WORLDS)
+        CHECKS[function.__name__] = Check(function, worlds or WORLDS, suite)
         return function
 
     return register

@@ -1,7 +1,7 @@
-"""One rank of the distributed tests: `python distributed_worker.py RANK WORLD FOLDER` runs every check and reports.
+"""One rank of the distributed tests: `python distributed_worker.py RANK WORLD FOLDER SUITE` runs its checks.
 
-The checks of one world size share one start. A check that fails on one rank may leave the others waiting, so the first
-failure ends the run; the checks after it count as not run.
+The checks of one world size and suite share one start. A check that fails on one rank may leave the others waiting, so
+the first failure ends the run; the checks after it count as not run.
 """
 
 from __future__ import annotations
@@ -10,29 +10,30 @@ import json
 import sys
 import traceback
 from datetime import timedelta
-from itertools import product
 from pathlib import Path
 
 import distributed_dtensors  # noqa: F401  registers its checks, as the next ones do
 import distributed_methods  # noqa: F401
 import distributed_parts  # noqa: F401
+import distributed_sparsifier  # noqa: F401
 import torch
 import torch.distributed as dist
-from distributed_common import BACKENDS, CHECKS
+from distributed_common import CHECKS
 
 
 def main() -> None:
-    own_rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    own_rank, size, folder, suite = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", f"file://{folder}/store", rank=own_rank, world_size=size, timeout=timedelta(seconds=30)
     )
     results: dict[str, str] = {}
     report = folder / f"rank-{own_rank}.json"
-    for name, backend in product((n for n, c in CHECKS.items() if size in c.worlds), BACKENDS):
+    chosen = [(name, c) for name, c in CHECKS.items() if size in c.worlds and c.suite == suite]
+    for name, check, backend in ((name, c, b) for name, c in chosen for b in c.backends):
         try:
             torch.manual_seed(0)
-            CHECKS[name].function(backend)
+            check.function(backend)
             results[f"{name}/{backend}"] = ""
         except BaseException:
             results[f"{name}/{backend}"] = traceback.format_exc()

@@ -1,4 +1,4 @@
-"""The solve over several processes: one start for each world size runs all checks of `distributed_worker.py`."""
+"""Over several processes: one start for each world size and suite runs all its checks by `distributed_worker.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from functools import cache
-from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,21 +19,22 @@ if not dist.is_available():
 import distributed_dtensors  # noqa: F401  registers its checks, as the next ones do
 import distributed_methods  # noqa: F401
 import distributed_parts  # noqa: F401
-from distributed_common import BACKENDS, CHECKS, WORLDS
+import distributed_sparsifier  # noqa: F401
+from distributed_common import CHECKS
 
 TESTS = Path(__file__).resolve().parent
 SECONDS = 120
 
 
 @cache
-def reports(world: int) -> list[dict[str, str]]:
+def reports(world: int, suite: str) -> list[dict[str, str]]:
     """What each rank says of each check: nothing, or the traceback of its failure."""
     path = os.pathsep.join([str(TESTS.parent), str(TESTS.parent / "python")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     with TemporaryDirectory() as folder:
         ranks = [
             subprocess.Popen(
-                [sys.executable, str(TESTS / "distributed_worker.py"), str(rank), str(world), folder],
+                [sys.executable, str(TESTS / "distributed_worker.py"), str(rank), str(world), folder, suite],
                 env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -53,10 +53,11 @@ def reports(world: int) -> list[dict[str, str]]:
         return [json.loads(f.read_text()) if f.exists() else {"": text} for f, text in zip(files, output, strict=True)]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("world", "name"), [(w, n) for w, n in product(WORLDS, CHECKS) if w in CHECKS[n].worlds])
+@pytest.mark.parametrize(
+    ("world", "name", "backend"), [(w, n, b) for n, c in CHECKS.items() for w in c.worlds for b in c.backends]
+)
 def test_over_processes(world: int, name: str, backend: str) -> None:
-    for rank, report in enumerate(reports(world)):
+    for rank, report in enumerate(reports(world, CHECKS[name].suite)):
         failed = next((text for text in report.values() if text), "no report")
         found = report.get(f"{name}/{backend}", f"not run, after: {failed}")
         assert found == "", f"rank {rank} of {world}: {found}"

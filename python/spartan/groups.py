@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import nn
 
 from spartan.budgets import Distribution, LayerSize, distribute, kept_total, require_distribution, shares
 from spartan.costs import BlockCosts, CostModel, PricedWeight, PricePerBlock, price
+from spartan.distributed import Seen, is_dtensor, own_class, seen_weights
 from spartan.masks import MaskedTensor
 from spartan.methods.base import SparseMethod, require_number
-from spartan.nn import largest_block, mask_weight, share_mask
+from spartan.nn import largest_block, mask_weight, share_mask, swappable
 from spartan.pattern_group import require_divisible
 from spartan.selection import (
     Candidate,
@@ -22,7 +25,7 @@ from spartan.selection import (
 )
 from spartan_kernels.arguments import block_shape
 
-__all__ = ["Group", "Part", "kept_by_part", "masked_tensor", "parts_of", "price_parts"]
+__all__ = ["Group", "Part", "kept_by_part", "masked_tensor", "parts_of", "price_parts", "seen_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +80,13 @@ class Part:
             for c, shape in zip(self.weights, shapes, strict=True)
         ]
 
-    def masked_tensors(self, method: SparseMethod) -> list[MaskedTensor]:
-        """Mask the weights, wherever they are used."""
+    def masked_tensors(self, method: SparseMethod, seen: dict[str, Seen]) -> list[MaskedTensor]:
+        """Mask the weights, wherever they are used; `seen`: as what modules compute with them, by name."""
         costs: Sequence[BlockCosts | None] = self.costs or [None] * len(self.weights)
-        return [masked_tensor(c, self.block_size, method, own) for c, own in zip(self.weights, costs, strict=True)]
+        return [
+            masked_tensor(c, self.block_size, method, seen[c.name], own)
+            for c, own in zip(self.weights, costs, strict=True)
+        ]
 
 
 def parts_of(
@@ -189,8 +195,31 @@ def _as_one_layer(part: Part) -> LayerSize:
     return LayerSize((sum(size.count for size in sizes),), least, cost=cost)
 
 
+def seen_of(model: nn.Module, parts: Sequence[Part]) -> dict[str, Seen]:
+    """What modules compute with on this rank as each weight, by name.
+
+    Raises:
+        ValueError: a weight that FSDP divides already and that can only be masked before.
+    """
+    weights = [candidate for part in parts for candidate in part.weights]
+    seen = seen_weights(model, [(c.uses[0].module, c.uses[0].parameter) for c in weights])
+    for candidate, one in zip(weights, seen, strict=True):
+        weight: Any = candidate.weight
+        gathered = is_dtensor(weight) and weight.device_mesh != one.mesh
+        if gathered and (candidate.parametrized or not swappable(candidate.uses[0].module)):
+            raise ValueError(
+                f"weight {candidate.name!r} of {own_class(candidate.uses[0].module).__name__} must be masked before it"
+                " is sharded: make the Sparsifier first and call fully_shard then, or leave it out with exclude="
+            )
+    return {candidate.name: one for candidate, one in zip(weights, seen, strict=True)}
+
+
 def masked_tensor(
-    candidate: Candidate, block_size: tuple[int, int], method: SparseMethod, costs: BlockCosts | None = None
+    candidate: Candidate,
+    block_size: tuple[int, int],
+    method: SparseMethod,
+    seen: Seen,
+    costs: BlockCosts | None = None,
 ) -> MaskedTensor:
     """Mask a weight wherever it is used."""
     first, *others = candidate.uses
@@ -202,12 +231,16 @@ def masked_tensor(
         straight_through=method.straight_through,
         parametrized=candidate.parametrized,
         parameter=first.parameter,
+        seen=seen,
     )
     for use in others:
         share_mask(use.module, use.parameter, carrier)
     shared = tuple((use.module, use.parameter) for use in others)
     total = None
     if costs is not None:
-        carrier.set_costs(costs.blocks)
+        blocks = costs.blocks
+        carrier.set_costs(seen.slice_of(blocks) if isinstance(blocks, torch.Tensor) else blocks)
         total = costs.total
-    return MaskedTensor(candidate.name, first.module, carrier, first.parameter, shared, candidate.transposed, total)
+    return MaskedTensor(
+        candidate.name, first.module, carrier, seen, first.parameter, shared, candidate.transposed, total
+    )

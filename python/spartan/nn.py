@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from spartan.conv import gate_of_weight, masked_conv2d
+from spartan.distributed import Seen, own_class, placed_as
 from spartan.functional import masked_weight
 from spartan.matmul import block_sparse_linear, masked_linear
 from spartan_kernels import BlockLayout, BlockSparseWeight, block_costs, block_grid
@@ -24,6 +25,7 @@ __all__ = [
     "MaskedWeight",
     "mask_weight",
     "share_mask",
+    "swappable",
     "unmask_weight",
 ]
 
@@ -38,6 +40,8 @@ class MaskCarrier(nn.Module):
         which are the costs unless a cost model gives others. mask_scale: 0-dim factor of
         the masked weight, or None for 1. mask_backward: bool, one per block, the only blocks whose weight needs a
         gradient where those are not the kept ones; None if there is no such set. mask_block_size: (rows, columns).
+        mask_shape: of the weight that the module computes with, of which masks are: on this rank, where it is divided.
+        mask_divided: whether it is, by tensor parallelism.
         mask_straight_through: whether gradients reach dropped blocks.
     """
 
@@ -49,6 +53,8 @@ class MaskCarrier(nn.Module):
     mask_scale: torch.Tensor | None
     mask_backward: torch.Tensor | None
     mask_block_size: tuple[int, int]
+    mask_shape: torch.Size
+    mask_divided: bool
     mask_straight_through: bool
 
     def attach_masks(
@@ -79,6 +85,8 @@ class MaskCarrier(nn.Module):
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer if buffer is None else buffer.detach(), persistent=False)
         self.mask_block_size = block_size
+        self.mask_shape = weight.shape
+        self.mask_divided = False
         self.mask_straight_through = soft or straight_through
 
     def detach_masks(self) -> None:
@@ -87,7 +95,7 @@ class MaskCarrier(nn.Module):
             "mask_soft", "mask_hard", "mask_beta", "mask_costs", "mask_sizes", "mask_scale", "mask_backward"
         ):  # fmt: skip
             delattr(self, name)
-        del self.mask_block_size, self.mask_straight_through
+        del self.mask_block_size, self.mask_shape, self.mask_divided, self.mask_straight_through
 
     def set_costs(self, costs: float | torch.Tensor) -> None:
         """Let each block cost `costs`, or its entry of it in the weight's dtype, instead of its number of weights."""
@@ -100,7 +108,7 @@ class MaskCarrier(nn.Module):
     def masked(self, weight: torch.Tensor) -> torch.Tensor:
         """theta * m * h (* scale), with the local part of the gradient of `spartan.masked_weight`."""
         result = masked_weight(
-            weight,
+            weight.to_local() if self.mask_divided else weight,  # type: ignore[attr-defined]
             self.mask_soft,
             self.mask_hard,
             self.mask_block_size,
@@ -108,7 +116,8 @@ class MaskCarrier(nn.Module):
             costs=self.mask_costs,
             straight_through=self.mask_straight_through,
         )
-        return result if self.mask_scale is None else result * self.mask_scale
+        result = result if self.mask_scale is None else result * self.mask_scale
+        return placed_as(weight, result) if self.mask_divided else result
 
     def _gate(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """m (* scale), and its derivative by the weight: beta s / a for each sign(theta), s = m (1 - m)."""
@@ -126,7 +135,7 @@ class MaskedLinear(MaskCarrier, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """y = x w^T + b with w = theta * m * h; where weights are masked by blocks, only kept blocks are multiplied."""
-        if self.mask_block_size == (1, 1):
+        if self.mask_block_size == (1, 1) or self.mask_divided:
             return functional.linear(input, self.masked(self.weight), self.bias)
         gate, slope = self._gate()
         layout = self._layout()
@@ -170,11 +179,11 @@ class MaskedLinear(MaskCarrier, nn.Linear):
                 buffer.copy_(index)
 
     def _index(self) -> list[torch.Tensor]:
-        return BlockLayout.from_gate(self.mask_hard, self.weight.shape, self.mask_block_size).tensors()
+        return BlockLayout.from_gate(self.mask_hard, self.mask_shape, self.mask_block_size).tensors()
 
     def _layout(self) -> BlockLayout:
         a, b, c, d = (self.get_buffer(f"mask_{name}") for name in _INDEX)
-        return BlockLayout((self.out_features, self.in_features), self.mask_block_size, a, b, c, d)
+        return BlockLayout((self.mask_shape[0], self.mask_shape[1]), self.mask_block_size, a, b, c, d)
 
 
 class BlockSparseLinear(nn.Module):
@@ -263,6 +272,7 @@ class MaskedConv2d(MaskCarrier, nn.Conv2d):
         """Convolution with w = theta * m * h; on the CPU, only kept blocks are multiplied where that is faster."""
         padding = self.padding
         plain = self.groups == 1 and self.padding_mode == "zeros"
+        plain = plain and not self.mask_divided
         if self.mask_block_size == (1, 1) or not plain or isinstance(padding, str) or self._dense_wins(input):
             return self._conv_forward(input, self.masked(self.weight), self.bias)
         gate, slope = self._gate()
@@ -302,6 +312,11 @@ _SWAPS: dict[type[nn.Module], type[MaskCarrier]] = {nn.Linear: MaskedLinear, nn.
 _SWAPS_BACK: dict[type[nn.Module], type[nn.Module]] = {masked: plain for plain, masked in _SWAPS.items()}
 
 
+def swappable(module: nn.Module) -> bool:
+    """Whether the weight of `module` is masked by a class of its own."""
+    return own_class(module) in _SWAPS
+
+
 def mask_weight(
     module: nn.Module,
     block_size: tuple[int, int],
@@ -311,21 +326,25 @@ def mask_weight(
     straight_through: bool = False,
     parametrized: bool = False,
     parameter: str = "weight",
+    seen: Seen | None = None,
 ) -> MaskCarrier:
     """Give a parameter of `module` masks that keep everything, and return what carries them.
 
     The weight of an exact `nn.Linear` or `nn.Conv2d` changes the module's class in place, so names and identity of its
     parameters stay. Any other, and these where something else reads `.weight` itself (`parametrized`), gets a
-    parametrization.
+    parametrization. `seen` is what the module computes with, where that is not the parameter as it is.
     """
-    weight: Any = getattr(module, parameter)
-    if type(module) in _SWAPS and not parametrized:
-        module.__class__ = _SWAPS[type(module)]
+    seen = seen or Seen.of(getattr(module, parameter))
+    settings = block_size, soft, preserve_scale, straight_through
+    if swappable(module) and not parametrized:
+        _set_own_class(module, _SWAPS[own_class(module)])
         assert isinstance(module, MaskCarrier)
-        module.attach_masks(weight, block_size, soft, preserve_scale, straight_through)
+        module.attach_masks(seen.like, *settings)
+        module.mask_divided = seen.mesh is not None
         return module
     carrier = MaskedWeight()
-    carrier.attach_masks(weight, block_size, soft, preserve_scale, straight_through)
+    carrier.attach_masks(seen.like, *settings)
+    carrier.mask_divided = seen.mesh is not None
     share_mask(module, parameter, carrier)
     return carrier
 
@@ -343,7 +362,7 @@ def unmask_weight(module: nn.Module, carrier: MaskCarrier, parameter: str = "wei
     """Undo `mask_weight` or `share_mask`; the parameter keeps its present value."""
     if carrier is module:
         carrier.detach_masks()
-        object.__setattr__(module, "__class__", _SWAPS_BACK[type(module)])
+        _set_own_class(module, _SWAPS_BACK[own_class(module)])
         return
     parametrizations: Any = module.parametrizations
     order = parametrizations[parameter].parameter_order
@@ -351,6 +370,21 @@ def unmask_weight(module: nn.Module, carrier: MaskCarrier, parameter: str = "wei
     for name in order:  # which the states of optimizers are saved by
         if name in module._parameters:
             module._parameters[name] = module._parameters.pop(name)
+
+
+def _set_own_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Make `module` a `kind`, under the class that `fully_shard` put before its own."""
+    now = type(module)
+    if own_class(module) is not now:
+        key = now, kind
+        if key not in _SHARDED:
+            members = {"__deepcopy__": now.__deepcopy__}  # type: ignore[attr-defined]
+            _SHARDED[key] = type(f"FSDP{kind.__name__}", (now.__bases__[0], kind), members)
+        kind = _SHARDED[key]
+    object.__setattr__(module, "__class__", kind)
+
+
+_SHARDED: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
 def largest_block(shape: torch.Size, block_size: tuple[int, int]) -> int:

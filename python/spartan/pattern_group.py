@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from spartan.masks import MaskedTensor, MaskGroup, gradient_or_zeros
+from spartan.distributed import total_over
+from spartan.masks import MaskedTensor, MaskGroup
 from spartan_kernels import hard_topk, soft_topk
 
 __all__ = ["PatternGroup", "require_divisible"]
@@ -23,19 +24,21 @@ class PatternGroup(MaskGroup):
         self.pattern = pattern
         self.dim = _input_dim(tensor.transposed)
         n, m = pattern
+        require_divisible(tensor.name, tensor.values.shape, pattern, tensor.transposed)  # the part of this rank
         super().__init__([tensor], tensor.size.count // m * n, lends=False)
 
     def select(self, budget: float, scores: Sequence[torch.Tensor] | None = None) -> int:
         """Write the hard mask of the best of each m neighbours, and return how many weights that keeps."""
         tensor = self.tensors[0]
-        values = tensor.weight.detach().abs() if scores is None else scores[0]
+        self._refuse_together()
+        values = tensor.values.abs() if scores is None else scores[0]
         try:
             mask = hard_topk(self._rows(values), self._kept_of_each(budget), dim=self.dim + 1)
         except ValueError:
             self._require_finite()
             raise
-        tensor.carrier.mask_hard.copy_(mask.flatten(self.dim, self.dim + 1))
-        tensor.carrier.masks_changed()
+        tensor.hard.copy_(mask.flatten(self.dim, self.dim + 1))
+        tensor.changed()
         return tensor.kept()
 
     def correct_gradients(self) -> None:
@@ -46,9 +49,9 @@ class PatternGroup(MaskGroup):
         tensor = self.tensors[0]
         if tensor.weight.grad is None:
             return
-        weight, grad = tensor.weight.detach(), gradient_or_zeros(tensor.weight)
+        weight, grad = tensor.values, tensor.gradient_or_zeros()
         wide = torch.promote_types(weight.dtype, torch.float32)
-        theta, soft = self._rows(weight).to(wide), self._rows(tensor.mask.soft).to(wide)
+        theta, soft = self._rows(weight).to(wide), self._rows(tensor.soft).to(wide)
         beta, rest = tensor.carrier.mask_beta.to(wide), 1 - soft
         spread = soft * rest
         gained = self._rows(grad).to(wide) * theta / (1 + beta * rest * theta.abs())
@@ -58,10 +61,11 @@ class PatternGroup(MaskGroup):
 
     def _solve(self, budget: float, beta: float | torch.Tensor) -> None:
         tensor = self.tensors[0]
-        carrier, soft = tensor.carrier, tensor.mask.soft
+        self._refuse_together()
+        carrier, soft = tensor.carrier, tensor.soft
         carrier.mask_beta.fill_(beta)
         kept = self._kept_of_each(budget)
-        values = self._rows(tensor.weight.detach().abs())
+        values = self._rows(tensor.values.abs())
         try:
             soft.copy_(
                 soft_topk(values, kept, beta=carrier.mask_beta, dim=self.dim + 1).flatten(self.dim, self.dim + 1)
@@ -70,10 +74,17 @@ class PatternGroup(MaskGroup):
             self._require_finite()
             raise
         hard = hard_topk(values, kept, dim=self.dim + 1)
-        carrier.mask_hard.copy_(hard.flatten(self.dim, self.dim + 1))
+        tensor.hard.copy_(hard.flatten(self.dim, self.dim + 1))
         # The hard threshold that beta can be relative to: the mean over the groups of m.
         self.state = self.state.to(self.device)
-        self.state[2] = torch.where(hard, values, torch.inf).amin(self.dim + 1).mean()
+        least = torch.where(hard, values, torch.inf).amin(self.dim + 1).double()
+        total, count = total_over(torch.stack([least.sum(), torch.ones_like(least).sum()]), self.group)
+        self.state[2] = total / count
+
+    def _refuse_together(self) -> None:
+        """Over ranks, refuse on all of them what one would: here each chooses alone, and would go on."""
+        if self.group and self.device.type == "cpu":
+            self._require_finite()
 
     def _rows(self, values: torch.Tensor) -> torch.Tensor:
         m = self.pattern[1]

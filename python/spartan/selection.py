@@ -11,6 +11,8 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import ParametrizationList
 
+from spartan.distributed import own_class
+
 __all__ = ["Candidate", "Selector", "Use", "common_kind", "find_weights", "select_weights", "skipped_weights"]
 
 _One = str | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -208,7 +210,7 @@ def _stored_by_inputs(use: Use) -> bool:
 
 def _is_transformers_linear(module: nn.Module) -> bool:
     """Whether it is the `Conv1D` of Hugging Face's transformers: y = x w + b with w of shape [in, out]."""
-    return type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
+    return own_class(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
 
 
 def _unfit(use: Use, weight: nn.Parameter) -> str | None:
@@ -244,12 +246,12 @@ def _dense_use(use: Use, head: nn.Module | None) -> str | None:
     if module is head:
         return "head: the last Linear"
     linear = use.parameter == "weight" and (
-        type(module) in _DEFAULT_TYPES
+        own_class(module) in _DEFAULT_TYPES
         or _is_transformers_linear(module)
         or (isinstance(module, NonDynamicallyQuantizableLinear) and isinstance(use.owner, nn.MultiheadAttention))
     )
-    projection = type(module) is nn.MultiheadAttention and use.parameter.endswith("proj_weight")
-    return None if linear or projection else f"{type(module).__name__} is dense by default"
+    projection = own_class(module) is nn.MultiheadAttention and use.parameter.endswith("proj_weight")
+    return None if linear or projection else f"{own_class(module).__name__} is dense by default"
 
 
 def _is_norm(module: nn.Module) -> bool:

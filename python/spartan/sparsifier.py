@@ -11,17 +11,17 @@ from torch.utils.hooks import RemovableHandle
 
 from spartan.budgets import distribute, shares
 from spartan.costs import CostModel, LayerCost, PricePerBlock
-from spartan.groups import Group, Part, kept_by_part, parts_of, price_parts
-from spartan.masks import Mask, MaskedTensor, MaskGroup, MaskSet
+from spartan.distributed import is_dtensor, reshard
+from spartan.groups import Group, Part, kept_by_part, parts_of, price_parts, seen_of
+from spartan.masks import Mask, MaskGroup, MaskSet
 from spartan.methods.base import Method, SparseMethod
 from spartan.pattern_group import PatternGroup
 from spartan.selection import Selector, common_kind
+from spartan.state import check_state, load_state, mask_entries, state_of
 
 __all__ = ["Sparsifier"]
 
-_VERSION = 1
 _COUNTS = ("model", "masked")
-_ENTRIES = ("soft", "hard", "beta", "scale", "backward", "straight_through")
 
 
 class Sparsifier:
@@ -89,6 +89,7 @@ class Sparsifier:
             raise ValueError(f"total_steps must be an int of at least 1; got {total_steps!r}")
         if count not in _COUNTS:
             raise ValueError(f"count must be one of {', '.join(_COUNTS)}; got {count!r}")
+        reshard(model)
         self.model = model
         self.method = method
         self._handles: list[RemovableHandle] = []
@@ -107,6 +108,7 @@ class Sparsifier:
         budgets = [] if method.masking is None else self._make_groups(method.masking, parts)
         self._masks = MaskSet(budgets, total_steps)
         method.start(self._masks)
+        self._entries = mask_entries(method, self._masks)
 
     def _price(self, parts: list[Part], costs: CostModel | PricePerBlock) -> tuple[list[Part], float]:
         masking = self.method.masking
@@ -116,9 +118,11 @@ class Sparsifier:
 
     def _make_groups(self, method: SparseMethod, parts: list[Part]) -> list[MaskGroup]:
         """Mask the weights, grouped by budget; nothing is changed if the sparsity cannot be reached."""
+        self._require_fit({c.name: c.weight for part in parts for c in part.weights})
+        seen = seen_of(self.model, parts)
         if method.pattern is not None:
             (part,) = parts
-            return [PatternGroup(tensor, method.pattern) for tensor in part.masked_tensors(method)]
+            return [PatternGroup(tensor, method.pattern) for tensor in part.masked_tensors(method, seen)]
         costs = [size.cost for part in parts for size in part.sizes() if size.cost is not None]
         kept = kept_by_part(parts, method.sparsity, sum(costs) if costs else self._counted)
         targets = [distribute(p.sizes(), k, p.distribution) for p, k in zip(parts, kept, strict=True)]
@@ -128,7 +132,7 @@ class Sparsifier:
                 common_kind([part.weights[i].weight for i in budget])
         groups = []
         for index, part in enumerate(parts):
-            tensors = part.masked_tensors(method)
+            tensors = part.masked_tensors(method, seen)
             lends = isinstance(part.distribution, str)  # the sparsity of a layer that was named is its own
             for budget, target in zip(members[index], targets[index], strict=True):
                 groups.append(MaskGroup([tensors[i] for i in budget], target, index, lends))
@@ -153,9 +157,7 @@ class Sparsifier:
     def sparsity(self) -> float:
         """Fraction of zeros now, in the forward pass's weights, of the parameters counted (see `count`)."""
         if self._finalized:
-            zeros = sum(
-                int((tensor.module.get_parameter(tensor.parameter) == 0).sum()) for tensor in self._masks.tensors
-            )
+            zeros = sum(tensor.zeros() for tensor in self._masks.tensors)
         else:
             zeros = sum(tensor.size.count - tensor.kept() for tensor in self._masks.tensors)
         return zeros / self._counted if self._counted else 0.0
@@ -263,22 +265,12 @@ class Sparsifier:
     def state_dict(self) -> dict[str, Any]:
         """All state, as tensors and plain types: `torch.load(..., weights_only=True)` reads it back.
 
-        With the state of model and optimizer, training resumes bit for bit.
+        With the state of model and optimizer, training resumes bit for bit. Over ranks it is the same on each of them,
+        and can be restored on any number; masks that tensor parallelism divides are DTensors, which
+        `torch.distributed.checkpoint` saves and loads: it takes a sparsifier as it is.
         """
         self._require_active()
-        return {
-            "version": _VERSION,
-            "method": self.method.name,
-            "settings": self.method.settings(),
-            "total_steps": self._masks.total_steps,
-            "step": self._masks.step,
-            "frozen": self._masks.frozen,
-            "costs": {tensor.name: tensor.cost for tensor in self._masks.tensors if tensor.cost is not None},
-            "targets": [group.target for group in self._masks.groups],
-            "solved": [group.solved for group in self._masks.groups],
-            "solver": [group.state.clone() for group in self._masks.groups],
-            "masks": {tensor.name: _tensor_state(tensor) for tensor in self._masks.tensors},
-        }
+        return state_of(self.method, self._masks, self._entries)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()`, which is checked wholly before anything is changed.
@@ -289,20 +281,8 @@ class Sparsifier:
             RuntimeError: finalized.
         """
         self._require_active()
-        own = self.state_dict()
-        if not isinstance(state, dict) or set(state) != set(own):
-            found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"state must have the entries {sorted(own)}; got {found}")
-        for key in ("version", "method", "settings", "total_steps", "costs"):
-            if state[key] != own[key]:
-                raise ValueError(f"state is of another training: its {key} is {state[key]!r}, here it is {own[key]!r}")
-        _require_same_model(state, own)
-        self._masks.step, self._masks.frozen = int(state["step"]), bool(state["frozen"])
-        for group, solved, solver in zip(self._masks.groups, state["solved"], state["solver"], strict=True):
-            group.solved = bool(solved)
-            group.state = solver.to(device=group.device, copy=True)
-        for tensor in self._masks.tensors:
-            _load_tensor(tensor, state["masks"][tensor.name])
+        check_state(state, self.state_dict(), self._entries)
+        load_state(state, self._masks)
         self.method.resume(self._masks)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -310,12 +290,14 @@ class Sparsifier:
             raise ValueError(
                 "optimizer.step(closure) computes gradients after they would be corrected; call backward before step()"
             )
+        self._ready()
         self.method.correct_gradients(self._masks)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._advance()
 
     def _advance(self) -> None:
+        self._ready()
         self._masks.step += 1
         with torch.no_grad():
             self.method.update(self._masks)
@@ -323,61 +305,23 @@ class Sparsifier:
     def _require_active(self) -> None:
         if self._finalized:
             raise RuntimeError("this sparsifier is finalized: its model is plain again; make a new one to go on")
+        self._ready()
+
+    def _ready(self) -> None:
+        """Work on the parameters that are trained, and only with methods that can."""
+        reshard(self.model)
+        self._require_fit({tensor.name: tensor.weight for tensor in self._masks.tensors})
+
+    def _require_fit(self, weights: dict[str, nn.Parameter]) -> None:
+        divided = [name for name, weight in weights.items() if is_dtensor(weight)]
+        if divided and not self.method.takes_shards:
+            raise ValueError(
+                f"{self.method.name} does not train weights that are divided over ranks, as {divided[0]!r} is;"
+                " DistributedDataParallel leaves them whole"
+            )
 
     def _require_detached(self, what: str) -> None:
         if self._handles:
             raise RuntimeError(
                 f"{what}: an optimizer is attached, whose step() corrects gradients and moves masks itself"
             )
-
-
-def _tensor_state(tensor: MaskedTensor) -> dict[str, torch.Tensor]:
-    """Masks and their numbers; what a merged mask no longer has is absent."""
-    carrier = tensor.carrier
-    state = {
-        "soft": carrier.mask_soft,
-        "hard": carrier.mask_hard,
-        "beta": carrier.mask_beta,
-        "scale": carrier.mask_scale,
-        "backward": carrier.mask_backward,
-        "straight_through": torch.tensor(carrier.mask_straight_through),
-    }
-    return {key: value.clone() for key, value in state.items() if value is not None}
-
-
-def _require_same_model(state: dict[str, Any], own: dict[str, Any]) -> None:
-    theirs, ours = state["masks"], own["masks"]
-    if set(theirs) != set(ours):
-        raise ValueError(f"state is of another model: it masks {sorted(theirs)}, here {sorted(ours)} are masked")
-    for name, mask in ours.items():
-        for key in {"hard", *theirs[name]}:
-            wanted = () if key in ("beta", "scale", "straight_through") else tuple(mask["hard"].shape)
-            other = theirs[name].get(key)
-            if key not in _ENTRIES or not isinstance(other, torch.Tensor):
-                raise ValueError(f"state of {name!r} has a wrong entry {key!r}")
-            if tuple(other.shape) != wanted:
-                raise ValueError(
-                    f"state is of another model: {key} of {name!r} has shape {tuple(other.shape)}, here {wanted}"
-                )
-    if state["targets"] != own["targets"]:
-        raise ValueError(f"state is of another model: budgets {state['targets']}, here {own['targets']}")
-    for key in ("solved", "solver"):
-        if len(state[key]) != len(own[key]):
-            raise ValueError(f"state must have {len(own[key])} entries in {key!r}; got {len(state[key])}")
-    for solver, wanted in zip(state["solver"], own["solver"], strict=True):
-        if not isinstance(solver, torch.Tensor) or (solver.shape, solver.dtype) != (wanted.shape, wanted.dtype):
-            raise ValueError(f"state has a wrong entry 'solver': {solver!r}; it must be {wanted.dtype} {wanted.shape}")
-
-
-def _load_tensor(tensor: MaskedTensor, state: dict[str, torch.Tensor]) -> None:
-    carrier = tensor.carrier
-    weight = tensor.weight
-    for key in ("soft", "scale"):
-        value = state.get(key)
-        setattr(carrier, f"mask_{key}", value if value is None else value.to(weight.device, weight.dtype, copy=True))
-    backward = state.get("backward")
-    carrier.mask_backward = backward if backward is None else backward.to(weight.device, copy=True)
-    carrier.mask_hard.copy_(state["hard"])
-    carrier.mask_beta.copy_(state["beta"])
-    carrier.mask_straight_through = bool(state.get("straight_through", "soft" in state))
-    carrier.masks_changed()

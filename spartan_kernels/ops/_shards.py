@@ -92,7 +92,7 @@ def shards(values: Sequence[torch.Tensor], costs: Costs, group: ProcessGroup | s
     layouts = tuple(_layout(index, tensor, cut) for index, tensor in enumerate(tensors))
     parts = [_part(tensor, layout) for tensor, layout in zip(tensors, layouts, strict=True)]
     return Shards(
-        parts, _cost_parts(costs, tensors, layouts), _group(tensors[0].device_mesh, cut), (*tensors,), layouts
+        parts, _cost_parts(costs, tensors, layouts), joint_group(tensors[0].device_mesh, cut), (*tensors,), layouts
     )
 
 
@@ -173,7 +173,7 @@ def _described(value: Any) -> str:
 _joined: WeakKeyDictionary[Any, dict[tuple[int, ...], str]] = WeakKeyDictionary()
 
 
-def _group(mesh: DeviceMesh, dims: list[int]) -> str | None:
+def joint_group(mesh: DeviceMesh, dims: list[int]) -> str | None:
     """The name of the process group of this rank along `dims` of the mesh, made on first use where they are several."""
     if not dims:
         return None

@@ -26,6 +26,7 @@ class Method(ABC):
 
     soft: bool = False
     preserve_scale: bool = False
+    takes_shards: bool = False  # whether it works on the parts of weights that FSDP2 or tensor parallelism divides
     straight_through: bool = False  # without soft masks: whether gradients reach dropped blocks
 
     @property
@@ -90,6 +91,7 @@ class SparseMethod(Method):
     pattern: tuple[int, int] | None = None
 
     takes_pattern = True  # whether masks of n in each m neighbours make sense for the method
+    backward_masks = False  # whether it sets, now or then, which blocks need a gradient
     grows_from_zero = False  # whether dropped weights come back with the value zero
 
     @property

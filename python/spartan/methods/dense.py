@@ -14,6 +14,8 @@ __all__ = ["Dense"]
 class Dense(Method):
     """Leave the model as it is."""
 
+    takes_shards = True
+
     def update(self, masks: MaskSet) -> None:
         """Nothing."""
 

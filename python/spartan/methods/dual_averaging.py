@@ -33,6 +33,7 @@ class DualAveraging(SparseMethod):
     interval: int = 1
 
     straight_through = True
+    takes_shards = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

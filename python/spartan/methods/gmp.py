@@ -29,6 +29,8 @@ class GMP(SparseMethod):
     end: float = 0.75
     interval: int = 100
 
+    takes_shards = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require_number("begin", self.begin, 0.0, 1.0)

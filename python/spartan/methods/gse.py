@@ -48,6 +48,8 @@ class GSE(Rewiring):
 
     candidates: float = 1.0
 
+    backward_masks = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require_number("candidates", self.candidates, 0.0)

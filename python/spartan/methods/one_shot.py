@@ -20,6 +20,8 @@ class OneShot(SparseMethod):
 
     prune_at: float = 0.5
 
+    takes_shards = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require_number("prune_at", self.prune_at, 0.0, 1.0)

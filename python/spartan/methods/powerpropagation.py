@@ -71,6 +71,11 @@ class Powerpropagation(Method):
         """As the method does."""
         self.method.resume(masks)
 
+    @property
+    def takes_shards(self) -> bool:  # type: ignore[override]
+        """As the method does."""
+        return self.method.takes_shards
+
     def correct_gradients(self, masks: MaskSet) -> None:
         """Correct the gradients as the method does, then give the optimizer phi and its gradient."""
         if masks.optimizer is None:
@@ -80,7 +85,7 @@ class Powerpropagation(Method):
         self.method.correct_gradients(masks)
         with torch.no_grad():
             for tensor in masks.tensors:
-                weight, grad = tensor.weight, tensor.weight.grad
+                weight, grad = tensor.values, tensor.gradient
                 root = weight.abs().pow_(1 / self.alpha)
                 if grad is not None:
                     grad.mul_(root.pow(self.alpha - 1).mul_(self.alpha))
@@ -89,7 +94,7 @@ class Powerpropagation(Method):
     def update(self, masks: MaskSet) -> None:
         """Take the weights back from phi, then update the masks as the method does."""
         for tensor in masks.tensors:
-            weight = tensor.weight
+            weight = tensor.values
             weight.copy_(weight.abs().pow_(self.alpha).copysign_(weight))
         self.method.update(masks)
 

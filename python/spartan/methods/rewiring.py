@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from spartan.budgets import Distribution
+from spartan.distributed import local
 from spartan.masks import MaskedTensor, MaskSet
 from spartan.methods.base import SparseMethod, require_interval, require_number
 from spartan.methods.static_random import draw_scores, require_seed
@@ -81,30 +82,27 @@ class Rewiring(SparseMethod):
             )
         growth = self.growth(masks)
         masks.project()  # momentum moves dropped weights too
-        before = [tensor.carrier.mask_hard.clone() for tensor in masks.tensors]
+        before = [tensor.hard.clone() for tensor in masks.tensors]
         self._drop(masks)
         self._grow(masks, growth)
         masks.project()
         for tensor, old in zip(masks.tensors, before, strict=True):
-            _reset_moments(masks.optimizer, tensor, tensor.carrier.mask_hard & ~old)
+            _reset_moments(masks.optimizer, tensor, tensor.hard & ~old)
 
     def _drop(self, masks: MaskSet) -> None:
         for group in masks.groups:
             kept = sum(tensor.kept_cost() for tensor in group.tensors)
-            scores = [
-                torch.where(t.carrier.mask_hard, t.magnitudes(t.weight.detach()), -t.carrier.mask_costs)
-                for t in group.tensors
-            ]
+            scores = [torch.where(t.hard, t.magnitudes(t.values), -t.costs.to(t.seen.dtype)) for t in group.tensors]
             group.select(kept - round(self.share(masks) * kept), scores)
 
     def _grow(self, masks: MaskSet, growth: dict[str, torch.Tensor]) -> None:
         """Fill the budgets up: first come the blocks that are still kept, then those of largest growth."""
         scores = {}
         for group in masks.groups:
-            best = torch.stack([(growth[t.name] / t.carrier.mask_costs).max() for t in group.tensors]).max()
+            best = group.largest([growth[t.name] / t.costs for t in group.tensors])
             for tensor in group.tensors:
-                first = ((1 + 2 * best) * tensor.carrier.mask_costs).to(best.dtype)
-                scores[tensor.name] = torch.where(tensor.carrier.mask_hard, first, growth[tensor.name])
+                first = ((1 + 2 * best) * tensor.costs).to(best.dtype)
+                scores[tensor.name] = torch.where(tensor.hard, first, growth[tensor.name])
         masks.select(1.0, scores)
 
 
@@ -112,5 +110,5 @@ def _reset_moments(optimizer: torch.optim.Optimizer, tensor: MaskedTensor, block
     """Zero what the optimizer keeps for each weight of these blocks: momentum, moments, sums."""
     where = tensor.expand(blocks)
     for value in optimizer.state.get(tensor.weight, {}).values():
-        if isinstance(value, torch.Tensor) and value.shape == where.shape:
-            value.masked_fill_(where, 0)
+        if isinstance(value, torch.Tensor) and value.shape == tensor.weight.shape:
+            local(value).masked_fill_(where, 0)

@@ -32,6 +32,8 @@ class RigL(Rewiring):
     Source: Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020, arXiv 1911.11134.
     """
 
+    takes_shards = True
+
     def start(self, masks: MaskSet) -> None:
         """Draw the first masks."""
         super().start(masks)
@@ -42,11 +44,11 @@ class RigL(Rewiring):
         if masks.frozen or not self.due(masks, masks.step + 1):
             return
         for tensor in masks.tensors:
-            grad = tensor.weight.grad
+            grad = tensor.gradient
             tensor.remembered = None
             if grad is not None:
                 tensor.remembered = tensor.magnitudes(grad)
-                grad.mul_(tensor.expand(tensor.carrier.mask_hard.to(grad.dtype)))
+                grad.mul_(tensor.expand(tensor.hard.to(grad.dtype)))
 
     def update(self, masks: MaskSet) -> None:
         """Drop and grow, and let the next step compute dense gradients if masks change after it."""
@@ -60,7 +62,7 @@ class RigL(Rewiring):
         """Magnitude of the gradient; none where a weight took no part in the step."""
         growth = {}
         for tensor in masks.tensors:
-            none = torch.zeros_like(tensor.carrier.mask_hard, dtype=tensor.weight.dtype)
+            none = torch.zeros_like(tensor.hard, dtype=tensor.seen.dtype)
             growth[tensor.name] = none if tensor.remembered is None else tensor.remembered
         return growth
 

@@ -32,6 +32,8 @@ class SET(Rewiring):
     by network science", Nature Communications 2018; the schedule of the share from Dettmers and Zettlemoyer, 2019.
     """
 
+    takes_shards = True
+
     def growth(self, masks: MaskSet) -> dict[str, torch.Tensor]:
         """A draw of its own for every step, the same after resuming."""
         return draw_scores(masks, self.seed, masks.step)

@@ -43,6 +43,7 @@ class Spartan(SparseMethod):
     preserve_scale: bool = False
 
     soft = True
+    takes_shards = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,6 +10,7 @@ import torch
 from spartan.budgets import Distribution
 from spartan.masks import MaskSet
 from spartan.methods.base import SparseMethod
+from spartan_kernels.arguments import block_grid
 
 __all__ = ["StaticRandom"]
 
@@ -29,6 +30,8 @@ class StaticRandom(SparseMethod):
     distribution: Distribution = "erk"
     seed: int = 0
 
+    takes_shards = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require_seed(self.seed)
@@ -47,10 +50,11 @@ def draw_scores(masks: MaskSet, seed: int, step: int = 0) -> dict[str, torch.Ten
     generator = generator_at(seed, step)
     scores = {}
     for tensor in masks.tensors:
-        costs = tensor.carrier.mask_costs
-        draw = torch.rand(tensor.carrier.mask_hard.shape, generator=generator)
+        costs = tensor.costs
+        grid = block_grid(tensor.weight.shape, tensor.carrier.mask_block_size)
+        draw = tensor.own_of(torch.rand(grid, generator=generator).to(costs.device))  # the same over any ranks
         # Blocks at a ragged edge cost less: selection is by score / cost, so the draw is per unit of cost.
-        scores[tensor.name] = draw.to(costs.device) * costs.float()
+        scores[tensor.name] = draw * costs.float()
     return scores
 
 

@@ -42,6 +42,9 @@ class TopKAST(SparseMethod):
     interval: int = 100
     freeze: float = 1.0
 
+    takes_shards = True
+    backward_masks = True
+
     straight_through = True
 
     def __post_init__(self) -> None:
@@ -65,7 +68,7 @@ class TopKAST(SparseMethod):
         for group in masks.groups:
             density = group.target / group.capacity
             for tensor in group.tensors:
-                if tensor.weight.grad is not None:
+                if tensor.gradient is not None:
                     self._correct(tensor, density, scale)
 
     def update(self, masks: MaskSet) -> None:
@@ -74,7 +77,7 @@ class TopKAST(SparseMethod):
             return
         for tensor in masks.tensors:
             if tensor.remembered is not None:
-                weight = tensor.weight.detach()
+                weight = tensor.values
                 torch.where(tensor.expand(_backward(tensor)), weight, tensor.remembered, out=weight)
                 tensor.remembered = None
         if masks.step >= self.freeze * masks.total_steps:
@@ -84,28 +87,24 @@ class TopKAST(SparseMethod):
 
     def _choose(self, masks: MaskSet) -> None:
         masks.select(self.backward_sparsity / self.sparsity if self.sparsity else 1.0)
-        larger = [tensor.carrier.mask_hard.clone() for tensor in masks.tensors]
+        larger = [tensor.hard.clone() for tensor in masks.tensors]
         masks.select(1.0)
         for tensor, chosen in zip(masks.tensors, larger, strict=True):
             # With ragged blocks, room that one budget leaves to the next could put a block into A alone.
-            chosen |= tensor.carrier.mask_hard
-            if tensor.carrier.mask_backward is None:
-                tensor.carrier.mask_backward = chosen
-            else:
-                tensor.carrier.mask_backward.copy_(chosen)
+            tensor.set_backward(chosen | tensor.hard)
 
     def _correct(self, tensor: MaskedTensor, density: float, scale: torch.Tensor | float) -> None:
-        weight, grad = tensor.weight.detach(), tensor.weight.grad
+        weight, grad = tensor.values, tensor.gradient
         assert grad is not None
         if self.strength:
             ascent = torch.sign(weight) if self.penalty == "l1" else weight
-            factor = torch.where(tensor.carrier.mask_hard, self.strength * scale, self.strength / density * scale)
+            factor = torch.where(tensor.hard, self.strength * scale, self.strength / density * scale)
             grad.addcmul_(tensor.expand(factor.to(grad.dtype)), ascent)
         grad.mul_(tensor.expand(_backward(tensor).to(grad.dtype)))
         tensor.remembered = weight.clone()
 
 
 def _backward(tensor: MaskedTensor) -> torch.Tensor:
-    backward = tensor.carrier.mask_backward
+    backward = tensor.backward
     assert backward is not None  # from start on, until the masks are frozen
     return backward

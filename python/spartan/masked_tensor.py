@@ -1,0 +1,289 @@
+"""A masked weight: its values, gradient and masks as a training method works on them, whole or the part of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from spartan.budgets import LayerSize
+from spartan.distributed import Seen, Shard, is_dtensor, local, shard_of, total_over
+from spartan.nn import MaskCarrier, largest_block, unmask_weight
+from spartan_kernels import (
+    block_grid,
+    block_scores,
+    expand_blocks,
+    masked_weight,
+    masked_weight_correct_,
+    masked_weight_coupling,
+)
+
+__all__ = ["Mask", "MaskedTensor"]
+
+
+class Mask(NamedTuple):
+    """The masks of one weight, one entry per block: the weight in use is theta * soft * hard."""
+
+    soft: torch.Tensor
+    hard: torch.Tensor
+
+
+@dataclass
+class MaskedTensor:
+    """A masked weight: its name in the model, the module that has it and the module that carries its masks.
+
+    `parameter` is its name in that module, `shared` are the other modules that have it with its names there;
+    `transposed`: its outputs are its second dimension. `cost` is that of all its blocks, where a cost model prices
+    them. `seen` is what modules compute with on this rank.
+    Where the weight is divided over ranks, `values` and `gradient` are what this rank trains of it, and `hard`, `soft`,
+    `costs`, `backward` and block scores are of the blocks that it chooses for: its own where each weight is a block,
+    else all that its module computes with, as the ranks then add up the scores of blocks, which a cut may divide.
+    `remembered` is what a method keeps from before an optimizer step until after it, `observer` what it watches the
+    module's passes with; no state between steps.
+    """
+
+    name: str
+    module: nn.Module
+    carrier: MaskCarrier
+    seen: Seen
+    parameter: str = "weight"
+    shared: tuple[tuple[nn.Module, str], ...] = ()
+    transposed: bool = False
+    cost: float | None = None
+    remembered: torch.Tensor | None = field(default=None, init=False)
+    observer: Any = field(default=None, init=False)
+    _placed: tuple[Any, Shard] | None = field(default=None, init=False)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The trained parameter theta, under the mask."""
+        if self.carrier is self.module:
+            return self.carrier.get_parameter(self.parameter)
+        return self.module.get_parameter(f"parametrizations.{self.parameter}.original")
+
+    @property
+    def shard(self) -> Shard:
+        """Which part of what the module computes with this rank trains."""
+        weight = self.weight
+        if self._placed is None or self._placed[0] is not weight:
+            if is_dtensor(self.carrier.mask_hard):
+                raise ValueError(
+                    f"weight {self.name!r} was divided by tensor parallelism after it was masked: call"
+                    " parallelize_module before Sparsifier"
+                )
+            self._placed = weight, shard_of(self.name, weight, self.seen)
+        return self._placed[1]
+
+    @property
+    def group(self) -> str:
+        """Name of the group of ranks whose choices together make up the weight; empty: each chooses for all of it."""
+        return self.shard.ranks if self.unstructured else self.shard.split
+
+    @property
+    def values(self) -> torch.Tensor:
+        """theta, this rank's part of it, without a graph; the parameter's own memory."""
+        return local(self.weight)
+
+    @property
+    def gradient(self) -> torch.Tensor | None:
+        """The `.grad` of `values`, its own memory."""
+        grad = self.weight.grad
+        return None if grad is None else local(grad)
+
+    def gradient_or_zeros(self) -> torch.Tensor:
+        """The gradient of a weight; one that took no part in this step gets zeros, as it shares in the budget."""
+        weight = self.weight
+        if weight.grad is None:
+            zero = torch.zeros_like(weight)
+            if not weight.requires_grad:
+                return local(zero)
+            weight.grad = zero
+        return local(weight.grad)
+
+    @property
+    def unstructured(self) -> bool:
+        """Whether each weight is a block."""
+        return self.carrier.mask_block_size == (1, 1)
+
+    @property
+    def size(self) -> LayerSize:
+        """Shape and largest block of the whole weight, for budgets."""
+        shape = self.weight.shape
+        return LayerSize(tuple(shape), largest_block(shape, self.carrier.mask_block_size))
+
+    @property
+    def mask(self) -> Mask:
+        """The masks now, of all that the module computes with; a soft mask merged into the weight is ones."""
+        hard, soft = self.carrier.mask_hard, self.carrier.mask_soft
+        return Mask(torch.ones_like(hard, dtype=self.seen.dtype) if soft is None else soft, hard)
+
+    @property
+    def hard(self) -> torch.Tensor:
+        """h, of the blocks that this rank chooses for; call `changed` after writing to it."""
+        return self._own(self.carrier.mask_hard)
+
+    @property
+    def soft(self) -> torch.Tensor:
+        """m, likewise."""
+        return self._own(self.mask.soft)
+
+    @property
+    def costs(self) -> torch.Tensor:
+        """a, likewise: 0-dim or one per block."""
+        costs = self.carrier.mask_costs
+        return self._own(costs) if costs.dim() else costs
+
+    @property
+    def backward(self) -> torch.Tensor | None:
+        """The blocks whose weight needs a gradient where those are not the kept ones, likewise."""
+        backward = self.carrier.mask_backward
+        return None if backward is None else self._own(backward)
+
+    def set_backward(self, blocks: torch.Tensor) -> None:
+        """Let `blocks` be the ones whose weight needs a gradient."""
+        if self.carrier.mask_backward is None:
+            self.carrier.mask_backward = torch.zeros_like(self.carrier.mask_hard)
+        self._own(self.carrier.mask_backward).copy_(blocks)
+        self._fill(self.carrier.mask_backward)
+
+    def changed(self, *, soft: bool = False) -> None:
+        """Bring what this rank wrote to `hard` (and to `soft`) to where the module computes with it."""
+        self._fill(self.carrier.mask_hard)
+        if soft and self.carrier.mask_soft is not None:
+            self._fill(self.carrier.mask_soft)
+        self.carrier.masks_changed()
+
+    def own_of(self, whole: torch.Tensor) -> torch.Tensor:
+        """Of a tensor with one entry for each block of the whole weight, the blocks that this rank chooses for."""
+        return self._own(self.seen.slice_of(whole))
+
+    def scores(self) -> torch.Tensor:
+        """theta itself where each weight is a block (its magnitude counts), else the sum of |theta| of each block."""
+        values = self.values
+        return values if self.unstructured else self.magnitudes(values)
+
+    def magnitudes(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of |values| of each block that this rank chooses for, of values shaped like `self.values`."""
+        if self.unstructured:
+            return values.abs()
+        block_size = self.carrier.mask_block_size
+        return self._added(values, block_scores) if self.shard.cut else block_scores(values, block_size)
+
+    def expand(self, grid: torch.Tensor) -> torch.Tensor:
+        """The value of each weight's block, in the shape of `values`; `grid` has the blocks this rank chooses for."""
+        block_size, shard = self.carrier.mask_block_size, self.shard
+        if self.unstructured or not shard.cut:
+            return expand_blocks(grid, self.values.shape, block_size)
+        blocks, before = shard.blocks(grid, block_size)
+        shape = list(self.values.shape)
+        shape[shard.dim] += before
+        return expand_blocks(blocks, torch.Size(shape), block_size).narrow(shard.dim, before, shard.length)
+
+    def kept(self) -> int:
+        """Number of weights that the hard mask keeps, of the whole weight."""
+        kept = (self.carrier.mask_hard * self.carrier.mask_sizes.double()).sum()
+        return int(total_over(kept, self.shard.split))
+
+    def kept_cost(self) -> float:
+        """What they take of the budget: their number, or the cost of their blocks."""
+        if self.cost is None:
+            return self.kept()
+        kept = (self.carrier.mask_hard * self.carrier.mask_costs.double()).sum()
+        return float(total_over(kept, self.shard.split))
+
+    def not_finite(self) -> int:
+        """Number of values that are NaN or infinite, on all ranks."""
+        return int(total_over((~torch.isfinite(self.values)).sum(), self.shard.ranks))
+
+    def coupling(self, grad: torch.Tensor) -> torch.Tensor:
+        """The two sums of `masked_weight_coupling` over the blocks that this rank chooses for."""
+        carrier, weight = self.carrier, self.values
+        if self.unstructured or not self.shard.cut:
+            return masked_weight_coupling(
+                grad, weight, self.soft, carrier.mask_block_size, beta=carrier.mask_beta, costs=self.costs
+            )
+        soft, costs = self.soft.double(), self.costs.double()
+        rest, beta = 1 - soft, carrier.mask_beta
+        gained = self._added(grad * weight, _block_sums) / (1 + beta * rest * self.magnitudes(weight) / costs)
+        return torch.stack([(rest * gained).sum(), (costs * soft * rest).sum()])
+
+    def correct(self, grad: torch.Tensor, scale: torch.Tensor) -> None:
+        """grad_i -= sign(theta_i) s_b scale, in place."""
+        weight, soft = self.values, self.soft
+        if self.unstructured or not self.shard.cut:
+            masked_weight_correct_(grad, weight, soft, scale, self.carrier.mask_block_size)
+        else:
+            grad.addcmul_(weight.sign(), self.expand(soft * (1 - soft) * scale).to(grad.dtype), value=-1)
+
+    def project(self) -> None:
+        """Make the weight what the forward pass uses: theta <- theta * m * h (* scale), dropped weights exactly +0."""
+        carrier, values = self.carrier, self.values
+        with torch.no_grad():
+            if self.shard.cut:
+                soft = None if carrier.mask_soft is None else self.expand(self.soft)
+                used = masked_weight(values, soft, self.expand(self.hard))
+                used = used if carrier.mask_scale is None else used * carrier.mask_scale
+            else:
+                used = carrier.masked(values)
+            values.copy_(used.add_(0.0))
+
+    def merge(self) -> None:
+        """Project, and go on with the hard mask alone, fixed, without gradients for dropped weights."""
+        self.project()
+        self.carrier.mask_soft = None
+        self.carrier.mask_scale = None
+        self.carrier.mask_backward = None
+        self.carrier.mask_straight_through = False
+
+    def remove(self) -> None:
+        """Give back plain modules."""
+        unmask_weight(self.module, self.carrier, self.parameter)
+        for module, parameter in self.shared:
+            unmask_weight(module, self.carrier, parameter)
+
+    def zeros(self) -> int:
+        """Number of zeros in the whole weight, once its modules are plain again."""
+        weight = self.module.get_parameter(self.parameter)
+        return int(total_over((local(weight) == 0).sum(), shard_of(self.name, weight, self.seen).ranks))
+
+    def rescale(self) -> None:
+        """Set the factor that undoes the mean of the kept soft mask, where this was asked for."""
+        carrier = self.carrier
+        if carrier.mask_scale is None or carrier.mask_soft is None:
+            return
+        kept = carrier.mask_hard * carrier.mask_sizes.to(carrier.mask_soft.dtype)
+        sums = total_over(torch.stack([(carrier.mask_soft * kept).sum(), kept.sum()]), self.shard.split)
+        mean = sums[0] / sums[1]
+        # A layer that keeps nothing has no mean.
+        carrier.mask_scale.copy_(torch.where(mean > 0, 1 / mean, 1.0))
+
+    def _own(self, grid: torch.Tensor) -> torch.Tensor:
+        return self.shard.of(grid) if self.unstructured else grid
+
+    def _fill(self, grid: torch.Tensor) -> None:
+        if self.unstructured:
+            self.shard.fill(grid)
+
+    def _added(self, values: torch.Tensor, sums: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """`sums` of each block of `values`, added over the ranks that a block is cut over."""
+        shard, block_size = self.shard, self.carrier.mask_block_size
+        wide = torch.promote_types(values.dtype, torch.float32)
+        grid = torch.zeros(block_grid(self.seen.shape, block_size), dtype=wide, device=values.device)
+        own, before = shard.blocks(grid, block_size)
+        if values.numel():
+            shape = (*values.shape[: shard.dim], before, *values.shape[shard.dim + 1 :])
+            whole = torch.cat([values.new_zeros(shape), values], shard.dim) if before else values
+            own.copy_(sums(whole, block_size))
+        return total_over(grid, shard.cut).to(values.dtype)
+
+
+def _block_sums(values: torch.Tensor, block_size: tuple[int, int]) -> torch.Tensor:
+    """Sum of the values of each block, in float32 at least."""
+    rows, columns = block_size
+    pad = [0, 0] * (values.dim() - 2) + [0, -values.shape[1] % columns, 0, -values.shape[0] % rows]
+    tiles = functional.pad(values, pad).unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
+    return tiles.sum((1, 3), dtype=torch.promote_types(values.dtype, torch.float32))

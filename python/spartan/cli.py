@@ -1,4 +1,4 @@
-"""The command line: `spartan info` and `spartan demo`."""
+"""The command line: `spartan info`, `spartan demo` and `spartan train`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = options.run(options)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"spartan: {error}", file=sys.stderr)
         return 1
     return status
@@ -46,6 +46,13 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="of weights and order of images (default: %(default)s)")
     demo.add_argument("--resume", action="store_true", help="go on from the checkpoint that Ctrl-C left in --out")
     demo.set_defaults(run=_demo)
+    train = commands.add_parser("train", help="train what a YAML file describes; the same command goes on after a stop")
+    train.add_argument("config", type=Path, metavar="CONFIG.yaml", help="see examples/README.md")
+    train.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="such as steps=20 data.limit=512"
+    )
+    train.add_argument("--restart", action="store_true", help="begin anew, whatever the run's folder holds")
+    train.set_defaults(run=_train)
     return parser
 
 
@@ -70,10 +77,20 @@ def _demo(options: argparse.Namespace) -> int:
     return run_demo(quick=options.quick, data=options.data, out=options.out, seed=options.seed, resume=options.resume)
 
 
+def _train(options: argparse.Namespace) -> int:
+    from spartan.training.config import read
+    from spartan.training.trainer import train
+
+    try:
+        config = read(options.config, options.set)
+    except ImportError as error:
+        raise RuntimeError(str(error)) from error
+    return 0 if train(config, options.restart) else 130
+
+
 def _info() -> int:
     from spartan_kernels import info
 
-    facts = info()
     facts = info()
     general = [("what", "value"), *_general_rows(facts)]
     backends, reasons = _backend_rows(facts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from spartan.methods import Dense, Method
 from spartan.pack_modules import to_block_sparse
 from spartan.sparsifier import Sparsifier
 from spartan.training.images import ImageData
+from spartan.training.learning_rate import warmup_cosine
 from spartan.training.models import MODELS
 
 EVALUATION_BATCH = 1000
@@ -40,11 +40,7 @@ class Recipe:
 
     def learning_rate_at(self, step: int, total_steps: int) -> float:
         """Give the learning rate of step `step` of `total_steps`."""
-        warmup_steps = self.warmup * total_steps
-        if step < warmup_steps:
-            return self.learning_rate * (step + 1) / (warmup_steps + 1)
-        progress = (step - warmup_steps) / (total_steps - warmup_steps)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        return warmup_cosine(step, total_steps, self.learning_rate, self.warmup)
 
 
 class Training:
@@ -72,8 +68,7 @@ class Training:
         """Yield batches from the present step on; the order in an epoch depends on seed and epoch alone."""
         while self.step < self.total_steps:
             epoch, position = divmod(self.step, self.steps_per_epoch)
-            generator = torch.Generator().manual_seed(self.seed * 10_007 + epoch)
-            order = torch.randperm(len(self.data.train_labels), generator=generator)
+            order = self.data.order(self.seed, epoch)
             for _ in range(position, self.steps_per_epoch):
                 start = (self.step % self.steps_per_epoch) * self.recipe.batch_size
                 chosen = order[start : start + self.recipe.batch_size]

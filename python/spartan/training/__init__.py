@@ -1,1 +1,1 @@
-"""What the demonstration and `spartan train` share: data, models, checkpoints, interruption."""
+"""Training from a YAML file (`spartan train`), and what it shares with the demonstration: data, models, checkpoints."""

@@ -85,16 +85,24 @@ class ImageData:
         """Number of classes."""
         return int(self.train_labels.max()) + 1
 
-    def first(self, count: int) -> ImageData:
-        """Keep only the first `count` training images."""
-        name = self.name if count >= len(self.train_labels) else f"{self.name}, first {count:,} training images"
+    def order(self, seed: int, epoch: int) -> Tensor:
+        """The order of the training images in an epoch; it depends on seed and epoch alone."""
+        generator = torch.Generator().manual_seed(seed * 10_007 + epoch)
+        return torch.randperm(len(self.train_labels), generator=generator)
+
+    def first(self, count: int | None = None, test_count: int | None = None) -> ImageData:
+        """Keep only the first `count` training and `test_count` test images; None keeps all."""
+        name = self.name
+        if count is not None and count < len(self.train_labels):
+            name = f"{name}, first {count:,} training images"
+        train, test = slice(count), slice(test_count)
         return ImageData(
             name,
             self.source,
-            self.train_images[:count],
-            self.train_labels[:count],
-            self.test_images,
-            self.test_labels,
+            self.train_images[train],
+            self.train_labels[train],
+            self.test_images[test],
+            self.test_labels[test],
         )
 
 

@@ -1,4 +1,4 @@
-"""The models of the demonstration and of the accuracy table: perceptrons and a small vision transformer."""
+"""Models to train: a perceptron, a residual network and a vision transformer for images, a transformer for bytes."""
 
 from __future__ import annotations
 
@@ -31,11 +31,16 @@ def multilayer_perceptron(
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over `[n, tokens, dim]`, of plain linear layers that can be sparse."""
+    """Multi-head self-attention over `[n, tokens, dim]`, of plain linear layers that can be sparse.
 
-    def __init__(self, dim: int, heads: int) -> None:
+    With `causal`, a token attends to itself and those before it. Raises ValueError if `heads` does not divide `dim`.
+    """
+
+    def __init__(self, dim: int, heads: int, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        if dim % heads:
+            raise ValueError(f"dim must be a multiple of heads; got dim {dim}, heads {heads}")
+        self.heads, self.causal = heads, causal
         self.query_key_value = nn.Linear(dim, 3 * dim)
         self.projection = nn.Linear(dim, dim)
 
@@ -44,17 +49,17 @@ class Attention(nn.Module):
         n, tokens, dim = x.shape
         heads = self.query_key_value(x).view(n, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
         query, key, value = heads.unbind(0)
-        attended = F.scaled_dot_product_attention(query, key, value)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         return self.projection(attended.transpose(1, 2).reshape(n, tokens, dim))
 
 
 class TransformerLayer(nn.Module):
     """Pre-normalised attention and a two-layer perceptron, each on a residual path."""
 
-    def __init__(self, dim: int, heads: int, expansion: int) -> None:
+    def __init__(self, dim: int, heads: int, expansion: int, causal: bool = False) -> None:
         super().__init__()
         self.norm_attention = nn.LayerNorm(dim)
-        self.attention = Attention(dim, heads)
+        self.attention = Attention(dim, heads, causal)
         self.norm_mlp = nn.LayerNorm(dim)
         self.expand = nn.Linear(dim, expansion * dim)
         self.contract = nn.Linear(expansion * dim, dim)
@@ -101,6 +106,83 @@ class VisionTransformer(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return self.head(self.norm(x).mean(1))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with batch normalisation, added to their input; where shapes differ, to its 1x1 convolution.
+
+    Input `[n, channels, height, width]`, output `[n, width, height / stride, width / stride]`.
+
+    Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016.
+    """
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or channels != width:
+            self.shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """relu(F(x) + shortcut(x))."""
+        y = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+
+
+class ResidualNetwork(nn.Sequential):
+    """A 3x3 stem and stages of `depth` residual blocks, each after the first at half the height and width; mean, head.
+
+    Input `[n, 1, side, side]`, output `[n, classes]`.
+    """
+
+    def __init__(self, side: int, classes: int, widths: tuple[int, ...] = (16, 32, 64), depth: int = 1) -> None:
+        layers: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Conv2d(1, widths[0], 3, padding=1, bias=False))
+        layers["norm"] = nn.BatchNorm2d(widths[0])
+        layers["relu"] = nn.ReLU()
+        channels = widths[0]
+        for stage, width in enumerate(widths, 1):
+            for block in range(1, depth + 1):
+                stride = 2 if stage > 1 and block == 1 else 1
+                layers[f"stage{stage}_block{block}"] = ResidualBlock(channels, width, stride)
+                channels = width
+        layers["pool"] = nn.AdaptiveAvgPool2d(1)
+        layers["flatten"] = nn.Flatten()
+        layers["head"] = nn.Linear(channels, classes)
+        super().__init__(layers)
+
+
+class ByteTransformer(nn.Module):
+    """A language model of bytes: a causal transformer with learned positions.
+
+    Input `[n, tokens]` int64 in [0, 256) with at most `context` tokens, output `[n, tokens, 256]`: logits of the next.
+
+    Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
+    """
+
+    VOCABULARY = 256
+    CONTEXT = 128
+
+    def __init__(
+        self, context: int = CONTEXT, dim: int = 128, depth: int = 4, heads: int = 4, expansion: int = 4
+    ) -> None:
+        super().__init__()
+        self.context = context
+        self.embed = nn.Embedding(self.VOCABULARY, dim)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        self.positions = nn.Parameter(0.02 * torch.randn(context, dim))
+        self.layers = nn.ModuleList(TransformerLayer(dim, heads, expansion, causal=True) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, self.VOCABULARY)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of the byte after each."""
+        x = self.embed(tokens) + self.positions[: tokens.shape[1]]
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x))
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {

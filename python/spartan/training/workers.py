@@ -1,0 +1,89 @@
+"""The processes of one run, as torchrun starts them, or just this one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from spartan.training.tasks import Slice
+
+__all__ = ["Workers", "joined"]
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This process among those of its run: number `rank` of `size`, computing on `device`."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    @property
+    def part(self) -> Slice:
+        """Its part of each batch."""
+        return Slice(self.rank, self.size)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over the processes."""
+        if self.size == 1:
+            return values
+        summed = values.to(self.device, copy=True)
+        dist.all_reduce(summed)
+        return summed.to(values.device)
+
+    def any(self, asked: bool) -> bool:
+        """Whether any process says so."""
+        return asked if self.size == 1 else bool(self.total(torch.tensor(int(asked))))
+
+    def wrapped(self, model: nn.Module) -> nn.Module:
+        """`model` with gradients averaged over the processes.
+
+        Masks are the same everywhere without being sent, as weights are; running statistics differ until `agree`.
+        """
+        if self.size == 1:
+            return model
+        devices = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+    def agree(self, model: nn.Module) -> None:
+        """Give all processes the first one's running statistics, which only evaluation reads."""
+        if self.size > 1:
+            kept = model.state_dict()
+            for name, buffer in model.named_buffers():
+                if name in kept:
+                    dist.broadcast(buffer, 0)
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Workers]:
+    """Join the processes that torchrun started, if it did; `device` "auto" takes a GPU where there is one.
+
+    Raises:
+        ValueError, RuntimeError: a device that is not there, or processes that cannot be reached.
+    """
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    local = os.environ.get("LOCAL_RANK")
+    chosen = torch.device(f"cuda:{local}" if name == "cuda" and local is not None else name)
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device {device!r} is not there: PyTorch sees no CUDA device")
+        torch.cuda.set_device(chosen)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Workers(0, 1, chosen)
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Workers(dist.get_rank(), dist.get_world_size(), chosen)
+    finally:
+        dist.destroy_process_group()

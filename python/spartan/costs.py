@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from spartan_kernels import block_costs, block_grid
 
@@ -129,6 +128,8 @@ class _FlopsOfWeights(TorchDispatchMode):
     def __init__(self, weights: Sequence[torch.Tensor]) -> None:
         super().__init__()
         self.totals = [0] * len(weights)
+        from torch.utils.flop_counter import FlopCounterMode  # imports Triton
+
         self._formulas = FlopCounterMode(display=False).flop_registry
         self._owner = {_memory(weight): index for index, weight in enumerate(weights)}
         self._copies: list[torch.Tensor] = []  # kept, so that no other tensor takes their memory

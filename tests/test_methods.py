@@ -39,7 +39,7 @@ def advance(sparsifier: Sparsifier, steps: int) -> None:
         sparsifier.step()
 
 
-@pytest.mark.parametrize("units", ["paper", "threshold"])
+@pytest.mark.parametrize("units", ["paper", "mean", "threshold"])
 def test_spartan_masks_are_the_soft_and_hard_top_k_of_the_schedule(units: str) -> None:
     model = perceptron(0.05)
     method = Spartan(sparsity=0.6, beta=9.0, beta_units=units)
@@ -51,7 +51,11 @@ def test_spartan_masks_are_the_soft_and_hard_top_k_of_the_schedule(units: str) -
         values = [w.abs() for w in hidden(model)]
         hard = hard_topk_global(values, kept, backend="reference")
         assert all(torch.equal(mask.hard, h) for mask, h in zip(sparsifier.masks().values(), hard, strict=True))
-        betas = [beta] if units == "paper" else [beta / t for t in last_thresholds(values, step)]
+        betas = {
+            "paper": [beta],
+            "mean": [beta * 1350 / sum(float(v.double().sum()) for v in values)],
+            "threshold": [beta / t for t in last_thresholds(values, step)],
+        }[units]
         assert any(masks_are(sparsifier, soft_topk_global(values, kept, beta=b)) for b in betas)
 
 
@@ -80,14 +84,15 @@ def test_beta_grows_with_the_square_root_of_the_block_size() -> None:
         torch.testing.assert_close(mask.soft, m, rtol=1e-4, atol=1e-6)
 
 
-def test_threshold_units_do_not_depend_on_the_scale_of_the_weights() -> None:
+@pytest.mark.parametrize("units", ["mean", "threshold"])
+def test_relative_units_do_not_depend_on_the_scale_of_the_weights(units: str) -> None:
     masks = []
     for scale in (1.0, 2.0**-7):
         model = perceptron()
         with torch.no_grad():
             for layer in (model[0], model[2]):
                 layer.weight.mul_(scale)
-        sparsifier = Sparsifier(model, Spartan(sparsity=0.6, beta=4.0, beta_units="threshold"), 100)
+        sparsifier = Sparsifier(model, Spartan(sparsity=0.6, beta=4.0, beta_units=units), 100)
         advance(sparsifier, 50)
         masks.append(sparsifier.masks())
     for name, mask in masks[0].items():
@@ -201,7 +206,10 @@ def test_static_random_draws_blocks_uniformly_at_ragged_edges_too() -> None:
         (lambda: Spartan(sparsity=0.5, distribution="layer"), ValueError, "distribution must be one of"),
         (lambda: Spartan(sparsity=0.5, beta=-1.0), ValueError, r"beta must be in \[0, inf\); got -1.0"),
         (lambda: Spartan(sparsity=0.5, beta=float("inf")), ValueError, "beta must be in"),
-        (lambda: Spartan(sparsity=0.5, beta_units="mean"), ValueError, "beta_units must be one of paper"),
+        (lambda: Spartan(sparsity=0.5, beta_units="median"), ValueError, "beta_units must be one of paper, mean, thr"),
+        (lambda: Spartan(sparsity=0.5, anneal_shape="cubic"), ValueError, "anneal_shape must be one of linear, cosine"),
+        (lambda: Spartan(sparsity=0.5, backward_tolerance=1.0), ValueError, r"backward_tolerance must be in \[0, 1\)"),
+        (lambda: Spartan(sparsity=0.5, backward_tolerance="1"), TypeError, "backward_tolerance must be a number"),
         (lambda: Spartan(sparsity=0.5, ramp=0.9), ValueError, r"ramp must be at most anneal \(0.8\); got 0.9"),
         (lambda: Spartan(sparsity=0.5, anneal=1.1), ValueError, r"anneal must be in \[0, 1\]; got 1.1"),
         (lambda: OneShot(sparsity=0.5, prune_at=2), ValueError, r"prune_at must be in \[0, 1\]; got 2"),

@@ -64,22 +64,34 @@ class MaskGroup:
             return budget
         return min(budget * (1 + _COST_ROUNDING), self.capacity)
 
-    def solve(self, progress: float, beta: float, *, relative: bool) -> None:
+    def solve(self, progress: float, beta: float, units: str) -> None:
         """Write the soft and hard masks for this budget and sharpness in place.
 
         Args:
             progress: in (0, 1].
             beta: sharpness per unit of block cost, before the scaling by the square root of the block size.
-            relative: beta is in units of the hard threshold that the last solve found, on the device.
+            units: what beta is relative to, on the device: "paper": nothing; "mean": the mean of magnitude / cost now,
+                each block counted by its cost; "threshold": the hard threshold that the last solve found.
         """
         budget = self.budget(progress)
-        if relative and not self.solved:
+        if units == "threshold" and not self.solved:
             self._solve(budget, beta)  # the first time there is no threshold yet
-        self._solve(budget, (beta / self.state[2]).clamp(max=_SHARPEST) if relative else beta)
+        self._solve(budget, beta if units == "paper" else (beta / self._unit(units)).clamp(max=_SHARPEST))
         self.solved = True
         for tensor in self.tensors:
             tensor.changed(soft=True)
             tensor.rescale()
+
+    def _unit(self, units: str) -> torch.Tensor:
+        if units == "threshold":
+            return self.state[2]
+        sums: dict[str, list[torch.Tensor]] = {}
+        for tensor in self.tensors:
+            wide = torch.promote_types(tensor.values.dtype, torch.float32)
+            norm = torch.linalg.vector_norm(tensor.values, 1, dtype=wide)
+            sums.setdefault(tensor.shard.ranks, []).append(norm)
+        totals = [total_over(torch.stack(own).double().sum(), ranks) for ranks, own in sums.items()]
+        return torch.stack(totals).sum() / self.capacity
 
     def _solve(self, budget: float, beta: float | torch.Tensor) -> None:
         carriers = [tensor.carrier for tensor in self.tensors]

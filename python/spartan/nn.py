@@ -97,6 +97,11 @@ class MaskCarrier(nn.Module):
             delattr(self, name)
         del self.mask_block_size, self.mask_shape, self.mask_divided, self.mask_straight_through
 
+    @property
+    def computes_backward_alone(self) -> bool:
+        """Whether the gradient comes out of the backward pass as zero outside `mask_backward`."""
+        return False
+
     def set_costs(self, costs: float | torch.Tensor) -> None:
         """Let each block cost `costs`, or its entry of it in the weight's dtype, instead of its number of weights."""
         dtype = costs.dtype if isinstance(costs, torch.Tensor) else torch.float64
@@ -150,6 +155,11 @@ class MaskedLinear(MaskCarrier, nn.Linear):
             backward_layout=layout if self.mask_backward is None and not self.mask_straight_through else None,
             slope=slope,
         )
+
+    @property
+    def computes_backward_alone(self) -> bool:
+        """Where weights are masked by blocks."""
+        return self.mask_block_size != (1, 1) and not self.mask_divided
 
     def attach_masks(
         self,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spartan.masks import MaskSet
+from spartan.masks import MaskedTensor, MaskSet
 from spartan.methods.base import SparseMethod, require_number, require_order
-from spartan.schedules import Linear
+from spartan.schedules import Cosine, Linear
 
 __all__ = ["Spartan"]
 
-BETA_UNITS = ("paper", "threshold")
+BETA_UNITS = ("paper", "mean", "threshold")
+ANNEAL_SHAPES = {"linear": Linear, "cosine": Cosine}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,17 +20,22 @@ class Spartan(SparseMethod):
 
     m = sigmoid(beta v / a + mu) with sum a m = k over the weights of a budget; v = sum of |theta| over a
     block of a weights, and beta scaled by the square root of the block size. The kept fraction goes from 1 to
-    the target linearly over the first `ramp` of the steps, beta from 1 to its target linearly over the first
+    the target linearly over the first `ramp` of the steps, beta from 1 to its target over the first
     `anneal`; then the soft mask is merged into the weights, the hard one fixed, and the rest of the steps
     fine-tunes.
 
     Attributes:
         beta: sharpness reached at the end of annealing. Published: 10 for ResNet-50, 20 for ViT-B/16.
         beta_units: "paper": beta multiplies |theta| as it stands, so small weights make a flat mask.
-            "threshold": beta is divided by the hard threshold of the last solve, which makes it independent
-            of the weights' scale (try 4).
+            "mean": beta is divided by the mean of v / a now, which makes it independent of the weights' scale;
+            "threshold": by the hard threshold of the last solve, which is free of the scale too (try 4).
         ramp: fraction of the steps over which the budget shrinks.
         anneal: fraction of the steps over which beta grows and after which masks are fixed; at least `ramp`.
+        anneal_shape: "linear", the paper's, or "cosine": how beta grows.
+        backward_tolerance: eps in [0, 1). The weight gradient G is computed only on the blocks B with m >= eps, and
+            those that the forward pass uses; equation (2) then has G 1_B for G, which outside B lacks m G, at most
+            eps |G|. As the mask sharpens B shrinks to the kept blocks, and the step of linear layers in blocks gets
+            faster. 0: all of G, the paper.
         preserve_scale: divide each masked weight by the mean of its kept m, as a constant; for networks
             without normalisation layers, in which the signal would die away.
 
@@ -41,6 +47,8 @@ class Spartan(SparseMethod):
     ramp: float = 0.2
     anneal: float = 0.8
     preserve_scale: bool = False
+    anneal_shape: str = "linear"
+    backward_tolerance: float = 0.0
 
     soft = True
     takes_shards = True
@@ -50,18 +58,23 @@ class Spartan(SparseMethod):
         require_number("beta", self.beta, 0.0)
         if self.beta_units not in BETA_UNITS:
             raise ValueError(f"beta_units must be one of {', '.join(BETA_UNITS)}; got {self.beta_units!r}")
+        if self.anneal_shape not in ANNEAL_SHAPES:
+            raise ValueError(f"anneal_shape must be one of {', '.join(ANNEAL_SHAPES)}; got {self.anneal_shape!r}")
+        require_number("backward_tolerance", self.backward_tolerance, 0.0, 1.0, open_end=True)
         require_number("ramp", self.ramp, 0.0, 1.0)
         require_number("anneal", self.anneal, 0.0, 1.0)
         require_order("ramp", self.ramp, "anneal", self.anneal)
 
     def beta_at(self, step: int, total_steps: int) -> float:
-        """Linear from 1 to `beta` over the first `anneal` of the steps."""
-        return Linear(1.0, self.beta, 0, self.anneal * total_steps)(step)
+        """From 1 to `beta` over the first `anneal` of the steps."""
+        return ANNEAL_SHAPES[self.anneal_shape](1.0, self.beta, 0, self.anneal * total_steps)(step)
 
     def correct_gradients(self, masks: MaskSet) -> None:
         """Add the coupling term of the budget; while everything is kept, or once masks are fixed, there is none."""
         if masks.frozen or self._progress(masks) == 0.0:
             return
+        for tensor in masks.tensors:
+            _restrict(tensor)
         for group in masks.groups:
             group.correct_gradients()
 
@@ -88,4 +101,14 @@ class Spartan(SparseMethod):
         beta = self.beta_at(masks.step, masks.total_steps)
         for group in masks.groups:
             if group.budget(progress) < group.capacity:  # else m = h = 1, which is how masks begin
-                group.solve(progress, beta, relative=self.beta_units == "threshold")
+                group.solve(progress, beta, self.beta_units)
+        if self.backward_tolerance:
+            for tensor in masks.tensors:
+                tensor.set_backward((tensor.soft >= self.backward_tolerance) | tensor.hard)
+
+
+def _restrict(tensor: MaskedTensor) -> None:
+    """Leave the gradient to the blocks that need one, where it was computed for others."""
+    chosen, grad = tensor.backward, tensor.gradient
+    if chosen is not None and grad is not None and not tensor.carrier.computes_backward_alone:
+        grad.masked_fill_(tensor.expand(~chosen), 0)

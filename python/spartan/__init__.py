@@ -36,6 +36,7 @@ from spartan.methods import (
 )
 from spartan.pack_modules import to_block_sparse
 from spartan.patterns import sparsity_pattern
+from spartan.sltrain import SLTrainLinear, merge_sltrain, to_sltrain
 from spartan.sparsifier import Sparsifier
 from spartan.tuning import tune
 from spartan_kernels import BlockLayout, BlockSparseWeight, __version__, backend, checks, info
@@ -60,6 +61,7 @@ __all__ = [
     "OneShot",
     "Powerpropagation",
     "RigL",
+    "SLTrainLinear",
     "Sparsifier",
     "Spartan",
     "StaticRandom",
@@ -75,6 +77,7 @@ __all__ = [
     "masked_conv2d",
     "masked_linear",
     "masked_weight",
+    "merge_sltrain",
     "sampled_matmul",
     "save_pretrained",
     "soft_topk",
@@ -82,5 +85,6 @@ __all__ = [
     "sparsity_of",
     "sparsity_pattern",
     "to_block_sparse",
+    "to_sltrain",
     "tune",
 ]

@@ -126,8 +126,6 @@ class _FlopsOfWeights(TorchDispatchMode):
     """Counts the operations that read the memory of each of some weights, or a converted copy of it."""
 
     def __init__(self, weights: Sequence[torch.Tensor]) -> None:
-        from torch.utils.flop_counter import FlopCounterMode  # not on top: it imports triton
-
         super().__init__()
         self.totals = [0] * len(weights)
         from torch.utils.flop_counter import FlopCounterMode  # imports Triton

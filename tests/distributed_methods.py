@@ -1,23 +1,22 @@
-"""Checks over processes: training methods under DistributedDataParallel."""
+"""Checks over processes: what training methods do of their own, under DistributedDataParallel and FSDP2."""
 
 from __future__ import annotations
 
 import torch
-from distributed_common import BACKENDS, check, rank, require_same_bits, world
+from distributed_common import check, rank, require_same_bits, world
+from distributed_sparsifier import Run, require_same_training, sharded
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from spartan.methods import GSE
+from spartan.methods import GSE, SRSTE, MaskDecay
 from spartan.sparsifier import Sparsifier
 
 _BATCH = 8
 
 
-@check(2)
+@check(2, suite="sparsifier")
 def gse_over_ranks_is_that_of_one_process(backend: str) -> None:
     """Each rank sees its part of a batch; masks are those of training on the whole, the same on every rank."""
-    if backend != BACKENDS[0]:
-        return  # methods choose theirs themselves
     for method in (
         GSE(sparsity=0.8, interval=3, distribution="global"),
         GSE(sparsity=0.5, interval=2, block_size=4),
@@ -43,3 +42,14 @@ def gse_over_ranks_is_that_of_one_process(backend: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True)), method
         for alone, together in zip(*weights, strict=True):
             torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-9)
+
+
+@check(2, suite="sparsifier")
+def methods_for_patterns_train_shards_as_one_process(backend: str) -> None:
+    widths = (12, 28, 20, 6)
+    for method in (SRSTE(strength=0.1), MaskDecay(end=0.5), MaskDecay(pattern=None, sparsity=0.6, block_size=(4, 3))):
+        many, one = Run(method, sharded, widths=widths), Run(method, widths=widths)
+        for begin, end in ((0, 4), (4, 12)):
+            many.train(begin, end)
+            one.train(begin, end)
+            require_same_training(many, one)

@@ -41,6 +41,7 @@ class MaskDecay(SparseMethod):
     rate: float = 5.0
 
     soft = True
+    takes_shards = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,18 +66,16 @@ class MaskDecay(SparseMethod):
             return
         masks.select(1.0)
         for tensor in masks.tensors:
-            carrier = tensor.carrier
-            assert carrier.mask_soft is not None  # until the masks are fixed
-            carrier.mask_soft.fill_(factor).masked_fill_(carrier.mask_hard, 1.0)
-            carrier.mask_hard.fill_(True)
-            carrier.masks_changed()
+            tensor.soft.fill_(factor).masked_fill_(tensor.hard, 1.0)
+            tensor.hard.fill_(True)
+            tensor.changed(soft=True)
 
     def finish(self, masks: MaskSet) -> None:
         """Select for the last time, and fix the masks."""
         if not masks.frozen:
             for tensor in masks.tensors:
-                assert tensor.carrier.mask_soft is not None
-                tensor.carrier.mask_soft.fill_(1.0)
+                tensor.soft.fill_(1.0)
+                tensor.changed(soft=True)
             super().finish(masks)
 
     def schedule(self, total_steps: int) -> Schedule:

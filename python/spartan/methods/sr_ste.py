@@ -48,7 +48,7 @@ class SRSTE(DualAveraging):
             return
         strength = self.strength * masks.gradient_scale()
         for tensor in masks.tensors:
-            grad = tensor.weight.grad
+            grad = tensor.gradient
             if grad is not None:
-                masked = tensor.expand((~tensor.carrier.mask_hard).to(grad.dtype) * strength)
-                grad.addcmul_(masked.to(grad.dtype), tensor.weight.detach())
+                decay = (~tensor.hard).to(grad.dtype) * strength
+                grad.addcmul_(tensor.expand(decay.to(grad.dtype)), tensor.values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ _RAMP = _TOTAL_STEPS // 5  # by then the kept fraction is at its target and beta
 class _Trainer:
     """A network, its optimizer and, unless dense, its sparsifier, on one batch."""
 
-    def __init__(self, s: Settings, method: Any) -> None:
+    def __init__(self, s: Settings, method: Any, total_steps: int = _TOTAL_STEPS) -> None:
         import spartan
 
         widths, batch = ((256, 512, 512, 10), 128) if s.quick else ((1024, 2048, 2048, 1536, 10), 512)
@@ -35,7 +36,7 @@ class _Trainer:
         self.sparsifier: Any = None
         self.block = 1 if method is None else method.block_size
         if method is not None:
-            self.sparsifier = spartan.Sparsifier(self.model, method, _TOTAL_STEPS)
+            self.sparsifier = spartan.Sparsifier(self.model, method, total_steps)
         self.optimizer = torch.optim.AdamW(self.model.parameters())
         self.x = torch.randn(batch, widths[0], device=s.device, dtype=s.dtype)
         self.y = torch.randint(widths[-1], (batch,), device=s.device)
@@ -71,10 +72,28 @@ class _Trainer:
             seconds[name] = time.perf_counter() - start
         return seconds
 
-    def check(self, loss: Tensor) -> None:
-        """Check that the loss is finite and the masks are those of the weights, under one budget."""
+    def check_loss(self, loss: Tensor) -> None:
+        """Check that the loss is finite."""
         if not bool(loss.isfinite()):
             raise AssertionError(f"the loss is {float(loss)}")
+
+    def check_restricted(self, loss: Tensor) -> None:
+        """Check that the gradient is that of the same model without a restriction, on the blocks that get one."""
+        self.check_loss(loss)
+        tensors = self.sparsifier._masks.tensors
+        blocks = [tensor.backward for tensor in tensors]
+        self.forward_backward()
+        found = [tensor.gradient.clone() for tensor in tensors]
+        for tensor in tensors:
+            tensor.carrier.mask_backward = None
+        self.forward_backward()
+        for tensor, mask, grad in zip(tensors, blocks, found, strict=True):
+            torch.testing.assert_close(grad, tensor.gradient * tensor.expand(mask), rtol=1e-4, atol=1e-7)
+            tensor.carrier.mask_backward = mask
+
+    def check(self, loss: Tensor) -> None:
+        """Check that the loss is finite and the masks are those of the weights, under one budget."""
+        self.check_loss(loss)
         masks = self.sparsifier.masks()
         # m = sigmoid(beta sqrt(a) v / a + mu), v the sum of |theta| over a block of a weights, all blocks whole
         weights = [self.model.get_parameter(name).detach() for name in masks]
@@ -98,6 +117,51 @@ def training_step(s: Settings) -> Work:
 def training_step_in_blocks(s: Settings) -> Work:
     """The same at 90% in blocks of 32 x 32, with the gradient of every weight."""
     return _spartan_step(s, 32)
+
+
+def _tolerance_case(beta: float) -> None:
+    @case("training_step", f"mlp-9M-batch-512-block-32-tolerance-1e-2-beta-{beta:g}")
+    def training_step_with_tolerance(s: Settings) -> Work:
+        return _tolerant_step(s, beta)
+
+    training_step_with_tolerance.__doc__ = (
+        f"The same with the gradient of weights where the soft mask is at least 0.01, at beta = {beta:g}."
+    )
+
+
+for _beta in (100.0, 400.0, 1600.0):  # on the initial weights: all blocks but few, half of them, twice those kept
+    _tolerance_case(_beta)
+
+
+def _tolerant_step(s: Settings, beta: float) -> Work:
+    """A step at one sharpness, against dense and against the same with the gradient of every weight."""
+    import spartan
+
+    @dataclass(frozen=True, kw_only=True)
+    class AtOneBeta(spartan.Spartan):
+        def beta_at(self, step: int, total_steps: int) -> float:
+            return self.beta
+
+    settings: dict[str, Any] = {"sparsity": 0.9, "block_size": 32, "distribution": "uniform", "beta": beta, "ramp": 0.0}
+    many = 100 * _TOTAL_STEPS  # so that masks are never fixed here
+    ours, whole, dense = (
+        _Trainer(s, method, many)
+        for method in (AtOneBeta(**settings, backward_tolerance=0.01), AtOneBeta(**settings), None)
+    )
+    for trainer in (ours, whole):
+        trainer.step()
+        trainer.step()
+    chosen = [tensor.backward for tensor in ours.sparsifier._masks.tensors]
+    blocks = sum(mask.numel() for mask in chosen)
+    return Work(
+        ours=ours.step,
+        operands=[()],
+        check=ours.check_restricted,
+        bytes=0,
+        flops=ours.flops,
+        peers={"dense": dense.step, "gradient of every weight": whole.step},
+        notes={"blocks with a gradient": sum(int(mask.sum()) for mask in chosen) / blocks},
+    )
 
 
 def _spartan_step(s: Settings, block: int) -> Work:

@@ -189,4 +189,5 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "MLP": multilayer_perceptron,
     "MLP without normalisation": partial(multilayer_perceptron, normalise=False),
     "ViT": VisionTransformer,
+    "ViT 128×4": partial(VisionTransformer, dim=128, depth=4),
 }

@@ -51,6 +51,7 @@ def _top_kast(seed: int, sparsity: float, block_size: int) -> Method:
     return TopKAST(sparsity=sparsity, block_size=block_size, backward_sparsity=round(2 * sparsity - 1, 6))
 
 
+TOLERANCES = (0.01, 0.1, 0.3)  # of the soft mask, under which blocks get no weight gradient
 SCALED: dict[str, Any] = {"preserve_scale": True}
 
 # By name in the table. Every method has its class's default schedule; masks drawn at random differ by seed.
@@ -59,6 +60,10 @@ METHODS: dict[str, Callable[..., Method]] = {
     "Spartan, preserve_scale": _spartan(**PUBLISHED, **SCALED),
     "Spartan, β in thresholds": _spartan(**RELATIVE),
     "Spartan, β in thresholds, preserve_scale": _spartan(**RELATIVE, **SCALED),
+    **{
+        f"Spartan, β in thresholds, tolerance {tolerance:g}": _spartan(**RELATIVE, backward_tolerance=tolerance)
+        for tolerance in TOLERANCES
+    },
     "Spartan, no coupling": _spartan(SpartanWithoutCoupling, **PUBLISHED),
     "Spartan, preserve_scale, no coupling": _spartan(SpartanWithoutCoupling, **PUBLISHED, **SCALED),
     "Dual averaging": lambda seed, **sparse: DualAveraging(**sparse),
@@ -124,6 +129,9 @@ PLAN = (
     Part(NORMALISED, ("Spartan",), (0.95,)),
     Part(PLAIN, ("Spartan",), (0.98,)),
     Part(NORMALISED, ("Spartan, no coupling",), (0.98,)),
+    Part(NORMALISED, ("Dual averaging",), (0.95,)),
+    Part(NORMALISED, BLOCKS[:1], (0.90,), block=16),
+    Part(NORMALISED, tuple(name for name in METHODS if "tolerance" in name), (0.90,), block=16),
     Part(NORMALISED, BLOCKS, (0.90,), block=16),
     Part(NORMALISED, MAIN, (0.95, 0.90)),
     Part(PLAIN, ("RigL", "GMP"), (0.98,)),

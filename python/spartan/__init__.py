@@ -15,6 +15,8 @@ from spartan.functional import (
     soft_topk_global,
 )
 from spartan.groups import Group
+from spartan.history import History, scalars_to
+from spartan.inspection import inspect_file
 from spartan.latency import LatencyTable
 from spartan.masks import Mask
 from spartan.methods import (
@@ -55,6 +57,7 @@ __all__ = [
     "DualAveraging",
     "FLOPs",
     "Group",
+    "History",
     "LatencyTable",
     "Mask",
     "MaskDecay",
@@ -73,6 +76,7 @@ __all__ = [
     "describe_pretrained",
     "hard_topk",
     "info",
+    "inspect_file",
     "load_pretrained",
     "masked_conv2d",
     "masked_linear",
@@ -80,6 +84,7 @@ __all__ = [
     "merge_sltrain",
     "sampled_matmul",
     "save_pretrained",
+    "scalars_to",
     "soft_topk",
     "soft_topk_global",
     "sparsity_of",

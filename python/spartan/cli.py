@@ -1,4 +1,4 @@
-"""The command line: `spartan info`, `spartan demo` and `spartan train`."""
+"""The command line: `spartan info | demo | train | inspect`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from spartan.tables import text_table
 
 __all__ = ["main"]
 
@@ -53,6 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--restart", action="store_true", help="begin anew, whatever the run's folder holds")
     train.set_defaults(run=_train)
+    inspect = commands.add_parser("inspect", help="zeros, blocks and sizes of a saved model, tensor by tensor")
+    inspect.add_argument("file", type=Path, metavar="FILE", help="folder of save_pretrained, or a safetensors file")
+    inspect.set_defaults(run=_inspect)
     return parser
 
 
@@ -88,33 +93,20 @@ def _train(options: argparse.Namespace) -> int:
     return 0 if train(config, options.restart) else 130
 
 
+def _inspect(options: argparse.Namespace) -> int:
+    from spartan.inspection import inspect_file
+
+    print(inspect_file(options.file))
+    return 0
+
+
 def _info() -> int:
     from spartan_kernels import info
 
     facts = info()
-    general = [("what", "value"), *_general_rows(facts)]
-    backends, reasons = _backend_rows(facts)
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        for rows in (general, backends):
-            for row in rows:
-                print("  ".join(f"{cell:<26}" for cell in row).rstrip())
-            print()
-        print("\n".join(reasons))
-        return 0
-    console = Console()
-    for (headings, *rows), title in (
-        (general, "Installation"),
-        (backends, "Which backend serves which operator"),
-    ):
-        table = Table(*headings, title=title, title_justify="left")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    for reason in reasons:
-        console.print(reason, highlight=False, markup=False)
+    print(text_table("Installation", ("what", "value"), _general_rows(facts)))
+    (headings, *rows), reasons = _backend_rows(facts)
+    print(text_table("Which backend serves which operator", headings, rows, reasons))
     return 0
 
 

@@ -2,11 +2,118 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
-__all__ = ["hidden_matrices", "kept_fractions"]
+from spartan.tables import text_table
+
+if TYPE_CHECKING:
+    from spartan.masked_tensor import MaskedTensor
+    from spartan.sparsifier import Sparsifier
+
+__all__ = ["LayerReport", "Report", "hidden_matrices", "kept_fractions", "report_of", "stability"]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """A masked weight.
+
+    Attributes:
+        name, shape: of the weight. block_size: (rows, columns) of its blocks.
+        sparsity: fraction of zeros in it.
+        cost_share: its part of what the model's masked weights cost now, in the unit of the sparsifier's costs.
+        churn: 1 - (blocks kept then and now) / (blocks kept then or now), since the last report; None without one.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    block_size: tuple[int, int]
+    sparsity: float
+    cost_share: float
+    churn: float | None
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    """The masked weights of a model at a step, and what is not masked; `print` shows it as a table.
+
+    Attributes:
+        method: its name. step, total_steps: optimizer steps made, and of the whole training.
+        sparsity: fraction of zeros among the parameters that the sparsifier counts.
+        beta: sharpness of the soft masks, in the method's units, or None. frozen: whether the masks are fixed.
+        rows: one for each masked weight. skipped: why the other parameters are not masked, by name.
+    """
+
+    method: str
+    step: int
+    total_steps: int
+    sparsity: float
+    beta: float | None
+    frozen: bool
+    rows: tuple[LayerReport, ...]
+    skipped: Mapping[str, str]
+
+    def __str__(self) -> str:
+        state = "masks fixed" if self.frozen else "" if self.beta is None else f"beta {self.beta:.3g}"
+        parts = [f"{self.method}, step {self.step:,} of {self.total_steps:,}", f"{self.sparsity:.2%} zeros", state]
+        rows = [
+            (
+                row.name,
+                "x".join(map(str, row.shape)),
+                "x".join(map(str, row.block_size)),
+                f"{row.sparsity:.2%}",
+                f"{row.cost_share:.1%}",
+                "" if row.churn is None else f"{row.churn:.1%}",
+            )
+            for row in self.rows
+        ]
+        headings = ("weight", "shape", "block", "zeros", "cost share", "churn")
+        return text_table(", ".join(part for part in parts if part), headings, rows, self._notes())
+
+    __repr__ = __str__
+
+    def _notes(self) -> list[str]:
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.skipped.items():
+            reasons.setdefault(reason, []).append(name)
+        return [f"not masked ({reason}): {', '.join(names)}" for reason, names in reasons.items()]
+
+
+def report_of(sparsifier: Sparsifier, layers: Sequence[MaskedTensor], before: Mapping[str, torch.Tensor]) -> Report:
+    """A report on `layers`, whose churn is since the hard masks `before`, by name."""
+    costs = sparsifier.costs()
+    spent = sum(cost.kept for cost in costs.values())
+    rows = [
+        LayerReport(
+            layer.name,
+            layer.size.shape,
+            layer.carrier.mask_block_size,
+            1 - layer.kept() / layer.size.count,
+            costs[layer.name].kept / spent if spent else 0.0,
+            1 - stability(before[layer.name], layer.mask.hard) if layer.name in before else None,
+        )
+        for layer in layers
+    ]
+    return Report(
+        sparsifier.method.name,
+        sparsifier.step_count,
+        sparsifier.total_steps,
+        sparsifier.sparsity,
+        sparsifier.beta,
+        sparsifier.frozen,
+        tuple(rows),
+        dict(sparsifier.skipped),
+    )
+
+
+def stability(before: torch.Tensor, now: torch.Tensor) -> float:
+    """(Blocks kept in both) / (blocks kept in either) of two hard masks; 1 where neither keeps any."""
+    either = int((before | now).sum())
+    return int((before & now).sum()) / either if either else 1.0
 
 
 def hidden_matrices(model: nn.Module) -> list[str]:

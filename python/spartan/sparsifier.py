@@ -16,6 +16,7 @@ from spartan.groups import Group, Part, kept_by_part, parts_of, price_parts, see
 from spartan.masks import Mask, MaskGroup, MaskSet
 from spartan.methods.base import Method, SparseMethod
 from spartan.pattern_group import PatternGroup
+from spartan.report import Report, report_of
 from spartan.selection import Selector, common_kind
 from spartan.state import check_state, load_state, mask_entries, state_of
 
@@ -103,6 +104,8 @@ class Sparsifier:
         self._counted = sum(weight.numel() for weight in counted)
         self._cost_unit = 1.0
         self._final_costs: dict[str, LayerCost] = {}
+        self._final_report: Report | None = None
+        self._reported: dict[str, torch.Tensor] = {}
         if costs is not None and parts:
             parts, self._cost_unit = self._price(parts, costs)
         budgets = [] if method.masking is None else self._make_groups(method.masking, parts)
@@ -137,6 +140,11 @@ class Sparsifier:
             for budget, target in zip(members[index], targets[index], strict=True):
                 groups.append(MaskGroup([tensors[i] for i in budget], target, index, lends))
         return groups
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        return self._masks.total_steps
 
     @property
     def step_count(self) -> int:
@@ -187,6 +195,18 @@ class Sparsifier:
             t.name: LayerCost((t.size.count if t.cost is None else t.cost) * unit, t.kept_cost() * unit)
             for t in self._masks.tensors
         }
+
+    def report(self) -> Report:
+        """The masked weights with their shape, blocks, zeros, share of the cost and change since the last call.
+
+        `print` shows it as a table. With sharded weights all ranks call it, and under tensor parallelism the change is
+        that of this rank's part. After `finalize` it is what it was then.
+        """
+        if self._final_report is not None:
+            return self._final_report
+        report = report_of(self, self._masks.tensors, self._reported)
+        self._reported = {name: mask.hard.clone() for name, mask in self.masks().items()}
+        return report
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Call `correct_gradients` before and `step` after each step of `optimizer`, until `finalize`.
@@ -253,7 +273,7 @@ class Sparsifier:
         """
         self._require_active()
         self.method.finish(self._masks)
-        self._final_costs = self.costs()
+        self._final_costs, self._final_report = self.costs(), self.report()
         self._masks.project()
         self._masks.remove()
         for handle in self._handles:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spartan.export import load_pretrained, save_pretrained, sparsity_of
 from spartan.files import replacing
+from spartan.history import History, OnStep
 from spartan.sparsifier import Sparsifier
 from spartan.training.checkpoint import load_checkpoint, save_checkpoint
 from spartan.training.config import Config
@@ -30,6 +31,8 @@ __all__ = ["CHECKPOINT", "RESULTS", "Trainer", "TrainingFailed", "train"]
 CHECKPOINT = "checkpoint.pt"
 RESULTS = "results.json"
 MODEL_FOLDER = "model"
+REPORT = "report.txt"
+FIGURE = "masks.png"
 
 
 class TrainingFailed(RuntimeError):
@@ -43,7 +46,7 @@ class Trainer:
         ValueError, TypeError: settings that do not fit the model, the method or the processes, named.
     """
 
-    def __init__(self, config: Config, task: Task, workers: Workers) -> None:
+    def __init__(self, config: Config, task: Task, workers: Workers, on_step: OnStep | None = None) -> None:
         if config.batch_size % workers.size:
             raise ValueError(f"batch_size {config.batch_size} must be a multiple of the {workers.size} processes")
         self.config, self.task, self.workers = config, task, workers
@@ -56,6 +59,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, weight_decay=decay)
         self.sparsifier.attach(self.optimizer)
         self.parallel = workers.wrapped(self.model)
+        self.history = History(self.sparsifier, config.log_every, on_step if workers.writes else None)
         self.fingerprint = task.fingerprint()
         self.step = 0
         self.seconds = 0.0
@@ -78,6 +82,8 @@ class Trainer:
             begin = time.perf_counter()
             loss = self._train_step(examined)
             self.seconds += time.perf_counter() - begin
+            if self.workers.writes:
+                self.history.record(loss=loss, learning_rate=self.optimizer.param_groups[0]["lr"])
             if self.config.evaluate_every and self.step % self.config.evaluate_every == 0 and not self.done:
                 self.evaluate()
             if not examined:
@@ -160,6 +166,7 @@ class Trainer:
             "random": torch.get_rng_state(),
             "seconds": self.seconds,
             "evaluations": self.evaluations,
+            "history": self.history.state_dict(),
         }
 
     def resume(self) -> bool:
@@ -183,6 +190,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.sparsifier.load_state_dict(state["sparsifier"])
+        self.history.load_state_dict(state["history"])
         torch.set_rng_state(state["random"])
         self.step, self.seconds, self.evaluations = state["step"], state["seconds"], list(state["evaluations"])
         return True
@@ -210,22 +218,33 @@ class Trainer:
                 "data": self.task.description,
                 "settings": asdict(self.config),
                 "evaluations": self.evaluations,
+                "history": self.history.rows,
             }
+            self._save_figure()
+            (self.out / REPORT).write_text(f"{self.sparsifier.report()}\n", encoding="utf-8")
             with replacing(self.out / RESULTS) as temporary:
                 temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             (self.out / CHECKPOINT).unlink(missing_ok=True)
         return result
 
+    def _save_figure(self) -> None:
+        try:
+            self.history.save_figure(self.out / FIGURE)
+        except (ImportError, ValueError):  # matplotlib is an extra; a short run has no record
+            (self.out / FIGURE).unlink(missing_ok=True)
 
-def train(config: Config, restart: bool = False) -> bool:
+
+def train(config: Config, restart: bool = False, on_step: OnStep | None = None) -> bool:
     """Run, or go on with, the training that `config` describes; whether its end was reached.
 
-    The folder `config.out` gets `checkpoint.pt` while it trains, `model` (`spartan.load_pretrained`) and
-    `results.json` in the end. The same call goes on from a checkpoint that is there.
+    The folder `config.out` gets `checkpoint.pt` while it trains; in the end `model` (`spartan.load_pretrained`),
+    `results.json`, `report.txt` and, with matplotlib, `masks.png`. The same call goes on from a checkpoint that is
+    there.
 
     Args:
         config: the settings.
         restart: begin anew, whatever is there.
+        on_step: called with the step and the scalars of each record, as `spartan.History` does.
 
     Raises:
         ValueError, TypeError: settings, data or a checkpoint that do not fit one another, named.
@@ -241,7 +260,7 @@ def train(config: Config, restart: bool = False) -> bool:
             return True
         task = make_task(config, say)
         say(f"Data: {task.description}.")
-        trainer = Trainer(config, task, workers)
+        trainer = Trainer(config, task, workers, on_step)
         if workers.writes:
             _prepare(out, restart)
         workers.any(False)  # the folder is as it should be before anyone looks into it
@@ -254,6 +273,7 @@ def train(config: Config, restart: bool = False) -> bool:
             return False
         result = trainer.finish()
         if workers.writes:
+            say(str(trainer.sparsifier.report()))
             _announce(result, out)
     return True
 

@@ -88,6 +88,11 @@ def require_same_training(many: Run, one: Run, tolerance: float = 2e-5) -> None:
     assert many.sparsifier.sparsity == one.sparsifier.sparsity
 
 
+def per_block(name: str, module: nn.Module, grid: tuple[int, ...]) -> float | Tensor:
+    """A different cost for each block of the first weight, one for all of the others."""
+    return torch.rand(grid, generator=torch.Generator().manual_seed(1)) + 0.5 if name.startswith("0.") else 3.0
+
+
 METHODS: list[Method] = [
     spartan.Spartan(sparsity=0.7, beta=20.0),
     spartan.Spartan(sparsity=0.6, block_size=(4, 3), beta=4.0, beta_units="threshold", preserve_scale=True),
@@ -104,3 +109,19 @@ def fsdp2_trains_as_one_process(backend: str) -> None:
             one.train(begin, end)
             require_same_training(many, one)
         assert many.sparsifier.frozen
+
+
+@check(suite="sparsifier")
+def budgets_of_cost_are_those_of_one_process(backend: str) -> None:
+    flops = spartan.FLOPs(torch.randn(3, 12, generator=torch.Generator().manual_seed(0)))
+    for block, costs in ((1, per_block), ((4, 3), per_block), (1, flops), ((4, 3), flops)):
+        method = spartan.Spartan(
+            sparsity=0.6, block_size=block, beta=6.0, beta_units="mean", backward_tolerance=0.05, anneal_shape="cosine"
+        )
+        many, one = Run(method, sharded, costs=costs), Run(method, costs=costs)
+        assert all(isinstance(p, DTensor) for p in many.model.parameters())
+        for begin, end in ((0, 3), (3, 10), (10, 18)):
+            many.train(begin, end)
+            one.train(begin, end)
+            require_same_training(many, one)
+        assert many.sparsifier.costs() == one.sparsifier.costs()

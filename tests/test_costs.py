@@ -17,7 +17,7 @@ from spartan_kernels import block_costs
 def priced(model: nn.Module, block_size: tuple[int, int] = (1, 1)) -> list[PricedWeight]:
     """All weights of two or more dimensions."""
     return [
-        PricedWeight(name, model.get_submodule(name.rpartition(".")[0]), weight, block_size)
+        PricedWeight(name, model.get_submodule(name.rpartition(".")[0]), weight, block_size, name.rpartition(".")[2])
         for name, weight in model.named_parameters()
         if weight.dim() >= 2
     ]

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
+from spartan.distributed import fsdp_modules, local, reshard
 from spartan_kernels import block_costs, block_grid
 
 if TYPE_CHECKING:
@@ -35,12 +37,13 @@ PricePerBlock = Callable[[str, nn.Module, tuple[int, ...]], float | torch.Tensor
 
 @dataclass(frozen=True)
 class PricedWeight:
-    """A weight whose blocks are to be priced: its name in the model, the module that has it, and its blocks."""
+    """A weight whose blocks are to be priced: its name in the model, the module that has it as `parameter`, blocks."""
 
     name: str
     module: nn.Module
     weight: torch.Tensor
     block_size: tuple[int, int]
+    parameter: str = "weight"
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -90,7 +93,7 @@ class FLOPs(CostModel):
     A weight costs the operations in which it takes part, as `torch.utils.flop_counter` counts them (two for a
     multiplication and addition), evenly over its entries: 2 * rows of the input for a linear layer, 2 * images * output
     positions for a convolution. The model runs in evaluation mode without gradients, and its modes are restored; the
-    generator of random numbers on the CPU is too.
+    generator of random numbers on the CPU is too. A sharded model runs on all ranks, each with an example.
 
     Args:
         args, kwargs: what the model is called with; any batch size, as only proportions matter.
@@ -111,8 +114,9 @@ class FLOPs(CostModel):
         Raises:
             ValueError: a weight that no counted operation reads, by name.
         """
-        with one_forward(model), _FlopsOfWeights([weight.weight for weight in weights]) as counts:
+        with one_forward(model), _FlopsOfWeights(weights) as counts, counts.following(model):
             model(*self._args, **self._kwargs)
+        reshard(model)
         for weight, flops in zip(weights, counts.totals, strict=True):
             if not flops:
                 raise ValueError(
@@ -125,14 +129,34 @@ class FLOPs(CostModel):
 class _FlopsOfWeights(TorchDispatchMode):
     """Counts the operations that read the memory of each of some weights, or a converted copy of it."""
 
-    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+    def __init__(self, weights: Sequence[PricedWeight]) -> None:
         super().__init__()
-        self.totals = [0] * len(weights)
         from torch.utils.flop_counter import FlopCounterMode  # imports Triton
 
+        self.totals = [0] * len(weights)
+        self._weights = weights
         self._formulas = FlopCounterMode(display=False).flop_registry
-        self._owner = {_memory(weight): index for index, weight in enumerate(weights)}
-        self._copies: list[torch.Tensor] = []  # kept, so that no other tensor takes their memory
+        self._copies: list[tuple[torch.Tensor, int]] = []  # kept, so that no other tensor takes their memory
+        self._locate()
+
+    def _locate(self, *_: Any) -> None:
+        found: list[Any] = [getattr(weight.module, weight.parameter) for weight in self._weights]
+        self._owner = {_memory(tensor): index for index, tensor in enumerate(found)}
+        self._owner.update({_memory(copy): index for copy, index in self._copies})
+        self._owner.pop(0, None)  # FSDP has freed it
+
+    @contextmanager
+    def following(self, model: nn.Module) -> Iterator[None]:
+        """Look where the weights are before and after each module, as FSDP moves them."""
+        handles: list[RemovableHandle] = []
+        if fsdp_modules(model):
+            for module in model.modules():
+                handles += [module.register_forward_pre_hook(self._locate), module.register_forward_hook(self._locate)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -145,8 +169,8 @@ class _FlopsOfWeights(TorchDispatchMode):
             for index in read:
                 self.totals[index] += int(flops)
         elif read and operator in _COPIES and _memory(out) not in self._owner:
-            self._copies.append(out)
-            self._owner[_memory(out)] = self._owner[_memory(tensors[0])]
+            self._copies.append((out, self._owner[_memory(tensors[0])]))
+            self._owner[_memory(out)] = self._copies[-1][1]
         return out
 
 
@@ -154,7 +178,7 @@ _COPIES = (torch.ops.aten._to_copy, torch.ops.aten.clone)
 
 
 def _memory(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return local(tensor).untyped_storage().data_ptr()
 
 
 @contextmanager

@@ -140,7 +140,7 @@ def price_parts(parts: Sequence[Part], costs: CostModel | PricePerBlock, model: 
         TypeError, ValueError: as `price`.
     """
     weights = [
-        PricedWeight(c.name, c.uses[0].module, c.weight, c.block_size(part.block_size))
+        PricedWeight(c.name, c.uses[0].module, c.weight, c.block_size(part.block_size), c.uses[0].parameter)
         for part in parts
         for c in part.weights
     ]

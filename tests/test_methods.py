@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from spartan.groups import Group
-from spartan.methods import GMP, Dense, OneShot, Spartan, StaticRandom
+from spartan.methods import DPF, GMP, Dense, DualAveraging, MaskDecay, OneShot, SparseMethod, Spartan, StaticRandom
 from spartan.sparsifier import Sparsifier
 from spartan_kernels import hard_topk_global, soft_topk_global
 
@@ -192,6 +192,44 @@ def test_static_random_draws_blocks_uniformly_at_ragged_edges_too() -> None:
         kept += next(iter(Sparsifier(model, method, 10, count="masked").masks().values())).hard
     frequency = kept / 400
     assert bool(((frequency > 0.3) & (frequency < 0.7)).all())
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Spartan(sparsity=0.7, ramp=0.0),
+        Spartan(sparsity=0.7, ramp=0.0, anneal=0.0),
+        Spartan(sparsity=0.7, block_size=5, ramp=0.0, beta_units="threshold", backward_tolerance=0.1),
+        GMP(sparsity=0.7, end=0.0),
+        OneShot(sparsity=0.7, prune_at=0.0),
+        DualAveraging(sparsity=0.7, ramp=0.0),
+        DPF(sparsity=0.7, ramp=0.0),
+        MaskDecay(pattern=(3, 10), end=0.0),
+    ],
+    ids=lambda m: m.name,
+)
+def test_without_a_ramp_the_first_forward_pass_is_sparse(method: SparseMethod) -> None:
+    model = perceptron()
+    sparsifier = Sparsifier(model, method, 100, count="masked")
+    assert sparsifier.sparsity == pytest.approx(0.7, abs=0.02)
+    model(torch.randn(4, 20)).square().sum().backward()
+    sparsifier.correct_gradients()
+
+
+def test_masks_that_are_fixed_from_the_first_step_on_are() -> None:
+    for method in (
+        Spartan(sparsity=0.7, ramp=0.0, anneal=0.0),
+        GMP(sparsity=0.7, end=0.0),
+        OneShot(sparsity=0.7, prune_at=0.0),
+        DualAveraging(sparsity=0.7, ramp=0.0, freeze=0.0),
+        MaskDecay(pattern=(3, 10), end=0.0),
+    ):
+        model = perceptron()
+        sparsifier = Sparsifier(model, method, 100, count="masked")
+        assert sparsifier.frozen, method
+        model(torch.randn(4, 20)).square().sum().backward()
+        for name, mask in sparsifier.masks().items():
+            assert bool((model.get_parameter(name).grad[~mask.hard] == 0).all()), method
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,7 @@ class DualAveraging(SparseMethod):
 
     def start(self, masks: MaskSet) -> None:
         """Without a ramp, select at once."""
-        if self.ramp == 0.0:
-            self.choose(masks)
+        self.update(masks)
 
     def update(self, masks: MaskSet) -> None:
         """Select anew when an interval is over; fix the masks at their time."""

@@ -38,6 +38,10 @@ class GMP(SparseMethod):
         require_order("begin", self.begin, "end", self.end)
         require_interval(self.interval)
 
+    def start(self, masks: MaskSet) -> None:
+        """With `end` 0, prune at once."""
+        self.update(masks)
+
     def update(self, masks: MaskSet) -> None:
         """Prune further when an interval is over."""
         if masks.frozen:

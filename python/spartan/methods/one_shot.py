@@ -26,6 +26,10 @@ class OneShot(SparseMethod):
         super().__post_init__()
         require_number("prune_at", self.prune_at, 0.0, 1.0)
 
+    def start(self, masks: MaskSet) -> None:
+        """With `prune_at` 0, prune what the model comes with."""
+        self.update(masks)
+
     def update(self, masks: MaskSet) -> None:
         """Prune when the time has come."""
         if masks.step >= self.prune_at * masks.total_steps:

@@ -69,6 +69,10 @@ class Spartan(SparseMethod):
         """From 1 to `beta` over the first `anneal` of the steps."""
         return ANNEAL_SHAPES[self.anneal_shape](1.0, self.beta, 0, self.anneal * total_steps)(step)
 
+    def start(self, masks: MaskSet) -> None:
+        """Without a ramp, solve for the masks of the first step."""
+        self.update(masks)
+
     def correct_gradients(self, masks: MaskSet) -> None:
         """Add the coupling term of the budget; while everything is kept, or once masks are fixed, there is none."""
         if masks.frozen or self._progress(masks) == 0.0:

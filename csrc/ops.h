@@ -130,8 +130,8 @@ void masked_matmul(Dtype, const BlockMatrix&, Tokens x, const void* bias, Activa
 // dx = dz w, contiguous [tokens, in].
 void masked_matmul_input_gradient(Dtype, const BlockMatrix&, Tokens dz, void* dx, Workspace, int threads);
 // raw = dz^T x on the blocks of the layout (all of them: null offsets), zero elsewhere: float32 [out, in], or packed blocks
-// where the matrix is. Then grad_gate_b = <raw_b, data_b> (unless null) and raw *= gate.
-int64_t sampled_matmul_workspace_bytes(const BlockMatrix&, int64_t tokens);
+// where the matrix is. Then grad_gate_b = <raw_b, data_b> (unless null) and raw *= gate. Rows of x may overlap.
+int64_t sampled_matmul_workspace_bytes(const BlockMatrix&, int64_t tokens, int64_t x_stride);
 void sampled_matmul(Dtype, const BlockMatrix&, Tokens dz, Tokens x, float* raw, float* grad_gate, Workspace, int threads);
 
 }  // namespace cpu

@@ -231,7 +231,7 @@ def test_rows_beyond_the_cache_are_solved_as_lists(dtype: torch.dtype, priced: b
 def test_a_solve_allocates_less_than_four_mebibytes(dtype: torch.dtype) -> None:
     values = [torch.randn(1 << 22).to(dtype), torch.randn(3000).to(dtype)]
     soft, hard = [torch.empty_like(v) for v in values], [torch.empty_like(v, dtype=torch.bool) for v in values]
-    native._scratch.tensor = None
+    native._scratch.tensors.clear()
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         solve_masks_(values, 1e5, None, 5.0, soft, hard, new_solver_state(), absolute=True, backend="native")
     allocated = sum(event.cpu_memory_usage for event in profile.events() if event.name.startswith("aten::empty"))

@@ -17,6 +17,7 @@ constexpr int64_t kCacheWays = 8, kPage = 4096;
 constexpr int64_t kFewTokens = 4;              // for which weights are used where they lie
 constexpr int64_t kItemsPerThread = 4;
 constexpr int64_t kOuterFloats = 2 << 20;      // of tokens packed at a time for the weight gradient
+constexpr int64_t kWindowFloats = 128 << 10;   // of them where windows overlap: in a core's cache
 constexpr int64_t kBlocksPerItem = 8;
 constexpr int64_t kStreamBytes = 4 << 20;      // results larger than this are written around the cache
 
@@ -327,22 +328,37 @@ int64_t few_workspace_bytes(const Lines& lines, int64_t tokens) {
 
 // ---------------------------------------------------------------------------------------------- weight gradient
 
+// The columns of x as panels hold them. Where rows of x overlap (windows of a convolution: each begins `stride` after the one
+// before), a column of blocks is the column `j % across` of the row that begins j / across rows later: no panel holds the
+// same number twice.
+struct PanelColumns {
+  int64_t across, reach;  // columns of blocks in a panel of tokens, and tokens that it has past a chunk
+
+  PanelColumns(const BlockMatrix& w, int64_t stride) : across(ceil_div(w.in, w.columns)), reach(0) {
+    if (stride <= 0 || stride >= w.in || stride % w.columns != 0 || w.in % stride != 0) return;
+    reach = w.in / stride - 1;
+    across = stride / w.columns;
+  }
+};
+
 // Blocks of dz^T x, from panels of tokens: `chunk` tokens of every row and column of blocks at a time.
 class Sampled {
  public:
   Sampled(Dtype dtype, const BlockMatrix& w, Tokens dz, Tokens x, float* raw, float* grad_gate, Workspace workspace,
           int threads)
       : passes_(matmul_passes()), dtype_(dtype), w_(w), dz_(dz), x_(x), raw_(raw), grad_gate_(grad_gate), threads_(threads),
-        grid_rows_(ceil_div(w.out, w.rows)), grid_columns_(ceil_div(w.in, w.columns)),
-        column_stride_(column_stride(passes_, w)), chunk_(chunk_tokens(w, dz.count)) {
+        grid_rows_(ceil_div(w.out, w.rows)), grid_columns_(ceil_div(w.in, w.columns)), panel_(w, x.stride),
+        column_stride_(column_stride(passes_, w)), chunk_(chunk_tokens(w, panel_, dz.count)) {
     Arena arena(workspace);
     left_ = arena.take<float>(chunk_ * grid_rows_ * w.rows);
-    right_ = arena.take<float>(chunk_ * grid_columns_ * column_stride_);
+    right_ = arena.take<float>(column_floats() * panel_.across);
   }
 
-  static int64_t workspace_bytes(const BlockMatrix& w, int64_t tokens) {
-    const int64_t each = ceil_div(w.out, w.rows) * w.rows + ceil_div(w.in, w.columns) * column_stride(matmul_passes(), w);
-    return chunk_tokens(w, tokens) * each * 4 + 2 * 64;
+  static int64_t workspace_bytes(const BlockMatrix& w, int64_t tokens, int64_t x_stride) {
+    const PanelColumns panel(w, x_stride);
+    const int64_t chunk = chunk_tokens(w, panel, tokens), stride = column_stride(matmul_passes(), w);
+    const int64_t floats = chunk * ceil_div(w.out, w.rows) * w.rows + (chunk + panel.reach) * panel.across * stride;
+    return floats * 4 + 2 * 64;
   }
 
   void run() {
@@ -365,9 +381,12 @@ class Sampled {
   static int64_t column_stride(const MatmulPasses& passes, const BlockMatrix& w) {
     return ceil_div(w.columns, passes.lanes) * passes.lanes;
   }
-  static int64_t chunk_tokens(const BlockMatrix& w, int64_t tokens) {
-    return std::clamp<int64_t>(kOuterFloats / std::max<int64_t>(w.out + w.in, 1), 64, std::max<int64_t>(tokens, 1));
+  static int64_t chunk_tokens(const BlockMatrix& w, const PanelColumns& panel, int64_t tokens) {
+    const int64_t each = std::max<int64_t>(w.out + panel.across * w.columns, 1);
+    const int64_t wanted = panel.reach == 0 ? kOuterFloats / each : std::max(kWindowFloats / each, 4 * panel.reach);
+    return std::min(std::max<int64_t>(wanted, 64), std::max<int64_t>(tokens, 1));
   }
+  int64_t column_floats() const { return (chunk_ + panel_.reach) * column_stride_; }
 
   // Zeros where nothing is active; the gate's gradient too.
   void clear_rest() {
@@ -381,14 +400,14 @@ class Sampled {
 
   // left[i][t][r] and right[j][t][c].
   void pack_chunk(int64_t token, int64_t tokens) {
-    for_items(threads_, grid_rows_ + grid_columns_, [&](int64_t, int64_t item) {
+    for_items(threads_, grid_rows_ + panel_.across, [&](int64_t, int64_t item) {
       const bool rows = item < grid_rows_;
       const int64_t index = rows ? item : item - grid_rows_, span = rows ? w_.rows : w_.columns;
       const int64_t width = rows ? w_.rows : column_stride_, count = std::min(span, (rows ? w_.out : w_.in) - index * span);
       const Tokens& source = rows ? dz_ : x_;
-      float* to = (rows ? left_ : right_) + index * chunk_ * width;
-      passes_.pack(dtype_, offset_by(source.data, token * source.stride + index * span, dtype_), source.stride, tokens, count,
-                   1.0f, width, to);
+      float* to = rows ? left_ + index * chunk_ * width : right_ + index * column_floats();
+      passes_.pack(dtype_, offset_by(source.data, token * source.stride + index * span, dtype_), source.stride,
+                   rows ? tokens : tokens + panel_.reach, count, 1.0f, width, to);
     });
   }
 
@@ -413,8 +432,8 @@ class Sampled {
     float* out = raw_ + (packed() ? e * w_.rows * w_.columns : i * w_.rows * w_.in + j * w_.columns);
     if (packed() && first && (rows < w_.rows || columns < w_.columns))  // what lies past the edge
       std::fill_n(out, w_.rows * w_.columns, 0);
-    passes_.outer_sum({left_ + i * chunk_ * w_.rows, w_.rows, rows, right_ + j * chunk_ * column_stride_, column_stride_,
-                       columns, tokens, out, stride, !first});
+    const float* right = right_ + j % panel_.across * column_floats() + j / panel_.across * column_stride_;
+    passes_.outer_sum({left_ + i * chunk_ * w_.rows, w_.rows, rows, right, column_stride_, columns, tokens, out, stride, !first});
     if (!last || (grad_gate_ == nullptr && w_.gate == nullptr)) return;
     const float gate = w_.gate == nullptr ? 1.0f : w_.gate[i * grid_columns_ + j];
     double product = 0;
@@ -431,7 +450,9 @@ class Sampled {
   Tokens dz_, x_;
   float *raw_, *grad_gate_;
   int threads_;
-  int64_t grid_rows_, grid_columns_, column_stride_, chunk_;
+  int64_t grid_rows_, grid_columns_;
+  PanelColumns panel_;
+  int64_t column_stride_, chunk_;
   float *left_, *right_;
 };
 
@@ -457,7 +478,9 @@ void masked_matmul_input_gradient(Dtype dtype, const BlockMatrix& w, Tokens dz, 
   Product(dtype, lines, dz, nullptr, Activation::none, dx, nullptr, workspace, threads).run();
 }
 
-int64_t sampled_matmul_workspace_bytes(const BlockMatrix& w, int64_t tokens) { return Sampled::workspace_bytes(w, tokens); }
+int64_t sampled_matmul_workspace_bytes(const BlockMatrix& w, int64_t tokens, int64_t x_stride) {
+  return Sampled::workspace_bytes(w, tokens, x_stride);
+}
 
 void sampled_matmul(Dtype dtype, const BlockMatrix& w, Tokens dz, Tokens x, float* raw, float* grad_gate, Workspace workspace,
                     int threads) {

@@ -307,7 +307,9 @@ class MaskedConv2d(MaskCarrier, nn.Conv2d):
         if input.device.type != "cpu":
             return True
         image = input if input.dim() == 4 else input[None]
-        return not torch.compiler.is_compiling() and dense_wins(image, self.weight, self.mask_hard)
+        return not torch.compiler.is_compiling() and dense_wins(
+            image, self.weight, self.mask_hard, max(self.mask_block_size)
+        )
 
 
 class MaskedWeight(MaskCarrier):

@@ -62,20 +62,22 @@ def _pointer(tensor: torch.Tensor | None) -> int:
 
 
 class _Scratch(threading.local):
-    tensor: torch.Tensor | None = None
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
 
 
 _scratch = _Scratch()
 _KEPT_BYTES = 16 << 20
 
 
-def _workspace(size: int) -> torch.Tensor:
-    """Scratch memory of this thread, kept up to 16 MiB: fresh pages would cost as much as a pass over the data."""
+def _workspace(size: int, use: str = "kernel") -> torch.Tensor:
+    """Scratch of this thread, kept up to 16 MiB for each use: fresh pages cost as much as a pass over the data."""
     if size > _KEPT_BYTES:
         return torch.empty(size, dtype=torch.uint8)
-    if _scratch.tensor is None or _scratch.tensor.numel() < size:
-        _scratch.tensor = torch.empty(size, dtype=torch.uint8)
-    return _scratch.tensor
+    tensor = _scratch.tensors.get(use)
+    if tensor is None or tensor.numel() < size:
+        tensor = _scratch.tensors[use] = torch.empty(size, dtype=torch.uint8)
+    return tensor
 
 
 _ROW_BYTES = 7 * 8  # of a TableRow (csrc/ops.h)

@@ -1,191 +1,107 @@
-"""Convolution as one block-sparse product over the pixels of a channels-last copy: im2col that copies nothing.
-
-Pixels lie one after another, p floats apart, images and rows separated by the zeros of the padding. The window of a
-pixel is then a row of a matrix that overlaps itself: [pixels, reach * p] with stride p, where kernel position (i, j)
-finds its channels at column (i * pitch + j) * p. What lies between the positions of a kernel are columns without active
-blocks, which the product never reads. With a stride s, s x s neighbouring pixels become one pixel of s * s times the
-channels, which makes the stride 1. The gradient of x is the same product with the transposed blocks over the upstream
-gradient.
-"""
+"""Convolution with active blocks alone, as products over windows of pixels (native_conv_windows)."""
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass
-from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
 from spartan_kernels.arguments import memory_format
+from spartan_kernels.backends.native_conv_windows import (
+    Geometry,
+    geometry,
+    image_of,
+    result_memory,
+    tokens_of_grad,
+    tokens_of_input,
+    windows,
+)
 from spartan_kernels.backends.native_matmul import _Matrix
 from spartan_kernels.backends.reference.masked_conv import parameter_gradients
+from spartan_kernels.break_even import dense_convolution_wins
 
 __all__ = ["masked_conv2d_backward", "masked_conv2d_forward"]
 
+_SAMPLED_COST = 1.5  # of a block of the weight's gradient, by what one of the product takes: measured
 _PAGE_FLOATS = 512  # rows this far apart fall into the same few places of the cache
 
 
-class _Axis:
-    """One dimension of an image, in steps of the stride: step q holds the positions q * stride + phase."""
+class _Places(NamedTuple):
+    """Active blocks in the order of the lines and columns of a matrix over windows, and where they lie in it.
 
-    def __init__(self, size: int, kernel: int, stride: int, padding: int, dilation: int) -> None:
-        taps = [i * dilation for i in range(kernel)]
-        self.out = (size + 2 * padding - taps[-1] - 1) // stride + 1
-        self.phases = sorted({tap % stride for tap in taps})
-        self.phase = [self.phases.index(tap % stride) for tap in taps]
-        self.offset = [tap // stride for tap in taps]
-        self.reach = max(self.offset)
-        full = self.out + self.reach
-        # for each phase: its steps that hold data, and the positions of x that they are
-        self.parts: list[tuple[slice, slice]] = []
-        for phase in self.phases:
-            first = max(0, -(-(padding - phase) // stride))
-            last = max(first, min(full, (size - 1 + padding - phase) // stride + 1))
-            source = first * stride + phase - padding
-            self.parts.append((slice(first, last), slice(source, source + (last - first) * stride, stride)))
-        held = [steps for steps, _ in self.parts if steps.stop > steps.start]
-        lead = min((steps.start for steps in held), default=0)
-        end = max((steps.stop for steps in held), default=0)
-        # the zeros before the next line's data serve as those behind this one's
-        self.pitch = max(end, full - lead, self.out)
+    row, column and position are those of the weight's grid [rows, columns, kernel positions]; offsets are of lines, for
+    each block `at` is the column of blocks over windows.
+    """
 
+    row: torch.Tensor
+    column: torch.Tensor
+    position: torch.Tensor
+    offsets: torch.Tensor
+    at: torch.Tensor
 
-@dataclass(frozen=True)
-class _Geometry:
-    """Where pixels and kernel positions lie in the flat copies of x and of the upstream gradient."""
+    @staticmethod
+    def for_output(active: torch.Tensor, g: Geometry, spaced: int) -> _Places:
+        """Lines are rows of blocks, over windows of x, whose pixels have `spaced` columns of blocks."""
+        across = active.shape[1]
+        places = [shift * spaced + phase * across for shift, phase in zip(g.shift, g.phase, strict=True)]
+        order = torch.tensor(sorted(range(len(places)), key=places.__getitem__))
+        ordered = active.flatten(2)[:, :, order].mT  # [rows, positions, columns]
+        row, k, column = ordered.nonzero(as_tuple=True)
+        at = torch.tensor(places)[order][k] + column
+        return _Places(row, column, order[k], _offsets(ordered), at.to(torch.int32))
 
-    images: int
-    height: _Axis
-    width: _Axis
+    @staticmethod
+    def for_input(active: torch.Tensor, g: Geometry, spaced: int) -> _Places:
+        """Lines are columns of blocks, phase by phase, over windows of the gradient: the transposed matrix."""
+        places = [(g.reach - shift) * spaced for shift in g.shift]
+        order = torch.tensor(sorted(range(len(places)), key=places.__getitem__))
+        ordered = active.flatten(2)[:, :, order].permute(1, 2, 0)  # [columns, positions, rows]
+        if g.phases > 1:
+            belongs = torch.tensor(g.phase)[order] == torch.arange(g.phases)[:, None]
+            ordered = (ordered & belongs[:, None, :, None]).flatten(0, 1)
+        line, k, row = ordered.nonzero(as_tuple=True)
+        at = torch.tensor(places)[order][k] + row
+        return _Places(row, line % active.shape[1], order[k], _offsets(ordered), at.to(torch.int32))
 
-    @cached_property
-    def pixels(self) -> int:
-        return self.images * self.height.pitch * self.width.pitch
+    def blocks(self, weight: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+        """The blocks of the weight at these places, in float32."""
+        rows, columns = block
+        out, in_ = weight.shape[:2]
+        if out % rows or in_ % columns:
+            weight = functional.pad(weight, (0, 0, 0, 0, 0, -in_ % columns, 0, -out % rows))
+        return _tiles(weight, block)[self.row, self.column, self.position].float()
 
-    @cached_property
-    def tokens(self) -> int:
-        """Pixels up to the last one that has a result."""
-        last_row = (self.images - 1) * self.height.pitch + self.height.out - 1
-        return last_row * self.width.pitch + self.width.out
+    def gates(self, gate: torch.Tensor) -> torch.Tensor:
+        """The gates of these blocks, [n, 1, 1] in float32."""
+        return gate.flatten(2)[self.row, self.column, self.position].float()[:, None, None]
 
-    @cached_property
-    def reach(self) -> int:
-        return self.height.reach * self.width.pitch + self.width.reach
-
-    @cached_property
-    def phases(self) -> int:
-        return len(self.height.phases) * len(self.width.phases)
-
-    @cached_property
-    def shift(self) -> list[int]:
-        """For each kernel position: how many pixels ahead it looks."""
-        return [i * self.width.pitch + j for i, j in itertools.product(self.height.offset, self.width.offset)]
-
-    @cached_property
-    def phase(self) -> list[int]:
-        """For each kernel position: in which phase of the pixel its channels lie."""
-        count = len(self.width.phases)
-        return [i * count + j for i, j in itertools.product(self.height.phase, self.width.phase)]
-
-    def lines(self, flat: torch.Tensor) -> torch.Tensor:
-        """The pixels of a flat copy as [images, rows, columns, channels]."""
-        return flat[: self.pixels].view(self.images, self.height.pitch, self.width.pitch, flat.shape[1])
-
-    def parts(self, channels: int, width: int) -> list[tuple[tuple[slice, ...], tuple[slice, ...]]]:
-        """For each phase: its place in `lines` and in a channels-last image; phases are `width` channels apart."""
-        pairs = itertools.product(self.height.parts, self.width.parts)
-        every = slice(None)
-        return [
-            ((every, h[0], w[0], slice(k * width, k * width + channels)), (every, h[1], w[1], every))
-            for k, (h, w) in enumerate(pairs)
-        ]
+    def matrix(self, blocks: torch.Tensor, shape: tuple[int, int]) -> _Matrix:
+        """The matrix of this shape that has these blocks; its index by columns is empty: only dx would read it."""
+        size = (blocks.shape[1], blocks.shape[2])
+        no_columns = torch.zeros(shape[1] // size[1] + 1, dtype=torch.int32)
+        none = torch.zeros_like(self.at)
+        return _Matrix(blocks, shape, size, [self.offsets, self.at, no_columns, none], positions=none)
 
 
-def _geometry(
-    x: torch.Tensor, weight: torch.Tensor, stride: list[int], padding: list[int], dilation: list[int]
-) -> _Geometry:
-    axes = (_Axis(*each) for each in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True))
-    return _Geometry(x.shape[0], *axes)
+def _offsets(active: torch.Tensor) -> torch.Tensor:
+    """How many blocks lie before each line, and in all."""
+    return functional.pad(active.flatten(1).sum(1).cumsum(0), (1, 0)).to(torch.int32)
+
+
+def _tiles(weight: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """A weight of whole blocks as [grid rows, grid columns, kernel positions, rows, columns]: a view."""
+    tiles = weight.flatten(2).unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))
+    return tiles.permute(0, 2, 4, 1, 3)
+
+
+def _active(gate: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return gate != 0 if mask is None else (gate != 0) & mask
 
 
 def _spaced(blocks: int, size: int) -> int:
     """Blocks of `size` channels from one pixel to the next."""
     return blocks + (blocks * size % _PAGE_FLOATS == 0)
-
-
-def _flat_input(x: torch.Tensor, g: _Geometry, width: int, channels: int) -> torch.Tensor:
-    """x channels-last in float32, phases `width` channels apart, with its zeros: [pixels and more, channels]."""
-    source = x.permute(0, 2, 3, 1)
-    if (g.height.pitch, g.width.pitch, g.reach, channels) == (*x.shape[2:], 0, x.shape[1]) and source.is_contiguous():
-        return source.reshape(-1, channels).float()  # that is what x is already
-    flat = torch.zeros(max(g.pixels, g.tokens + g.reach), channels)
-    lines = g.lines(flat)
-    for place, origin in g.parts(x.shape[1], width):
-        lines[place].copy_(source[origin])
-    return flat
-
-
-def _flat_grad(grad: torch.Tensor, g: _Geometry, channels: int) -> torch.Tensor:
-    """The upstream gradient at the pixels that have results, behind `reach` pixels of zeros."""
-    flat = torch.zeros(g.reach + g.pixels, channels)
-    valid = g.lines(flat[g.reach :])[:, : g.height.out, : g.width.out, : grad.shape[1]]
-    valid.copy_(grad.permute(0, 2, 3, 1))
-    return flat
-
-
-def _windows(flat: torch.Tensor, tokens: int, pixels: int) -> torch.Tensor:
-    """Each token's row: the channels of `pixels` pixels from its own on."""
-    return flat.as_strided((tokens, pixels * flat.shape[1]), (flat.shape[1], 1))
-
-
-def _product(
-    windows: torch.Tensor,
-    blocks: torch.Tensor,
-    line: torch.Tensor,
-    column: torch.Tensor,
-    out: int,
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """windows times the transpose of a matrix of `out` rows, given by its blocks ordered by line and column."""
-    size = (blocks.shape[1], blocks.shape[2])
-    count = torch.bincount(line, minlength=-(-out // size[0]))
-    row_offsets = functional.pad(count.cumsum(0), (1, 0)).to(torch.int32)
-    # the index by columns is not read by a forward product: one without blocks
-    no_columns = torch.zeros(windows.shape[1] // size[1] + 1, dtype=torch.int32)
-    index = [row_offsets, column.to(torch.int32), no_columns, torch.zeros_like(line, dtype=torch.int32)]
-    shape = (out, windows.shape[1])
-    matrix = _Matrix(blocks, shape, size, index, positions=torch.zeros_like(line, dtype=torch.int32))
-    return matrix.forward(windows, bias, "", False)[0]
-
-
-def _blocks(
-    weight: torch.Tensor,
-    gate: torch.Tensor,
-    mask: torch.Tensor | None,
-    line: torch.Tensor,
-    column: torch.Tensor,
-    block: tuple[int, int],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """theta * gate of the active blocks, ordered by line and column, with these; both are given for every block."""
-    rows, columns = block
-    active = gate != 0 if mask is None else (gate != 0) & mask
-    r, c, i, j = active.nonzero(as_tuple=True)
-    line, column = line[r, c, i, j], column[r, c, i, j]
-    order = (line * (1 + int(column.max() if len(column) else 0)) + column).argsort()
-    r, c, i, j = (index[order] for index in (r, c, i, j))
-    out, in_ = weight.shape[:2]
-    if out % rows or in_ % columns:
-        weight = functional.pad(weight, (0, 0, 0, 0, 0, -in_ % columns, 0, -out % rows))
-    grid = weight.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).permute(0, 2, 4, 5, 1, 3)
-    values = grid[r, c, i, j].float() * gate[r, c, i, j].float()[:, None, None]
-    return values, line[order], column[order]
-
-
-def _image(tokens: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """Channels-last tokens as an image of x's dtype, laid out in memory as x is."""
-    image = tokens.as_strided(shape, strides).permute(0, 3, 1, 2)
-    return image.to(like.dtype).contiguous(memory_format=memory_format(like))
 
 
 def masked_conv2d_forward(
@@ -204,21 +120,17 @@ def masked_conv2d_forward(
 ) -> torch.Tensor:
     """Convolution of x with theta * gate on the active blocks, plus b."""
     _require_one_group(groups)
-    g, out = _geometry(x, weight, stride, padding, dilation), weight.shape[0]
+    g, out = geometry(x, weight, stride, padding, dilation), weight.shape[0]
     shape = (g.images, g.height.out, g.width.out, out)
     if 0 in shape:
         return x.new_empty(shape[0], out, *shape[1:3])
-    across = gate.shape[1]
-    spaced = _spaced(g.phases * across, columns)
-    flat = _flat_input(x, g, across * columns, spaced * columns)
-    shift, phase = torch.tensor(g.shift), torch.tensor(g.phase)
-    place = (shift * spaced + phase * across).view(gate.shape[2:])
-    column = (place + torch.arange(across)[:, None, None]).expand(gate.shape)
-    line = torch.arange(gate.shape[0])[:, None, None, None].expand(gate.shape)
-    blocks = _blocks(weight, gate, forward_mask, line, column, (rows, columns))
-    y = _product(_windows(flat, g.tokens, g.reach + 1), *blocks, out, None if bias is None else bias.float())
+    rows_of_x, places = _over_windows(x, _active(gate, forward_mask), g, columns)
+    blocks = places.blocks(weight, (rows, columns)) * places.gates(gate)
+    matrix = places.matrix(blocks, (out, rows_of_x.shape[1]))
+    y = result_memory(x, g, g.tokens, out)
+    matrix.forward(rows_of_x, None if bias is None else bias.float(), "", False, y)
     strides = (g.height.pitch * g.width.pitch * out, g.width.pitch * out, out, 1)
-    return _image(y, shape, strides, x)
+    return image_of(y.as_strided(shape, strides), x, g)
 
 
 def masked_conv2d_backward(
@@ -236,49 +148,100 @@ def masked_conv2d_backward(
     columns: int,
     needs: list[bool],
 ) -> list[torch.Tensor]:
-    """Gradients of x, weight, gate and bias; empty where not needed. That of the weight is PyTorch's dense one."""
+    """Gradients of x, weight, gate and bias; empty where not needed."""
     _require_one_group(groups)
-    geometry = stride, padding, dilation, False, [0, 0], groups
+    g, block = geometry(x, weight, stride, padding, dilation), (rows, columns)
     results = [x.new_empty(0) for _ in range(4)]
+    sampled = (needs[1] or needs[2]) and _samples(backward_mask, grad, x, weight, block)
+    flat = tokens_of_grad(grad, g, _spaced(gate.shape[0], rows) * rows) if needs[0] or sampled else grad
     if needs[0]:
-        g = _geometry(x, weight, stride, padding, dilation)
-        results[0] = _input_gradient(grad, x, weight, gate, forward_mask, g, (rows, columns))
-    if needs[1] or needs[2]:
-        wanted = [False, True, False]
-        dense = torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, wanted)[1]
+        results[0] = _input_gradient(flat, x, weight, gate, forward_mask, g, block)
+    if sampled:
+        assert backward_mask is not None
+        results[1:3] = _sampled_gradients(flat, x, weight, gate, backward_mask, g, block, needs)
+    elif needs[1] or needs[2]:
+        rest = stride, padding, dilation, False, [0, 0], groups
+        dense = torch.ops.aten.convolution_backward(grad, x, weight, None, *rest, [False, True, False])[1]
         results[1:3] = parameter_gradients(dense, weight, gate, backward_mask, rows, columns, needs)
     if needs[3]:
         results[3] = grad.sum((0, 2, 3))
     return results
 
 
+def _samples(
+    mask: torch.Tensor | None, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, block: tuple[int, int]
+) -> bool:
+    """Whether to make the weight's gradient on the blocks of the mask alone: where that is faster than all of it."""
+    if mask is None or grad.numel() == 0:
+        return False
+    density = int(mask.sum()) / mask.numel()
+    return not dense_convolution_wins(x, weight, _SAMPLED_COST * density, min(block))
+
+
+def _over_windows(x: torch.Tensor, active: torch.Tensor, g: Geometry, columns: int) -> tuple[torch.Tensor, _Places]:
+    """The windows of x and the places of active blocks of the weight in a matrix over them."""
+    across = active.shape[1]
+    spaced = _spaced(g.phases * across, columns)
+    flat = tokens_of_input(x, g, across * columns, spaced * columns)
+    return windows(flat, g.tokens, g.reach + 1), _Places.for_output(active, g, spaced)
+
+
+def _sampled_gradients(
+    flat: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    gate: torch.Tensor,
+    mask: torch.Tensor,
+    g: Geometry,
+    block: tuple[int, int],
+    needs: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of weight and gate from products of the upstream gradient and x on the blocks of `mask` alone."""
+    rows_of_x, places = _over_windows(x, mask, g, block[1])
+    raw = torch.empty(len(places.row), *block)
+    matrix = places.matrix(raw, (weight.shape[0], rows_of_x.shape[1]))
+    matrix.sampled(flat[g.reach : g.reach + g.tokens], rows_of_x, raw, None)
+    dweight = dgate = weight.new_empty(0)
+    if needs[2]:
+        sums = (raw.double() * places.blocks(weight, block)).sum((1, 2))
+        dgate = torch.zeros_like(gate, memory_format=torch.contiguous_format)
+        dgate.flatten(2)[places.row, places.column, places.position] = sums.to(gate.dtype)
+    if needs[1]:
+        down, across = gate.shape[:2]
+        whole = weight.new_zeros(down * block[0], across * block[1], *weight.shape[2:])
+        tiles = (raw * places.gates(gate)).to(weight.dtype)
+        _tiles(whole, block)[places.row, places.column, places.position] = tiles
+        dweight = whole[: weight.shape[0], : weight.shape[1]].contiguous()
+    return dweight, dgate
+
+
 def _input_gradient(
-    grad: torch.Tensor,
+    flat: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
     gate: torch.Tensor,
     mask: torch.Tensor | None,
-    g: _Geometry,
+    g: Geometry,
     block: tuple[int, int],
 ) -> torch.Tensor:
     """dx: transposed blocks over the upstream gradient; its outputs are the channels of x, phase by phase."""
     rows, columns = block
-    dx = torch.zeros_like(x, memory_format=memory_format(x))
-    if dx.numel() == 0 or grad.numel() == 0:
-        return dx
-    down, across = gate.shape[:2]
-    spaced = _spaced(down, rows)
-    flat = _flat_grad(grad, g, spaced * rows)
-    shift, phase = torch.tensor(g.shift), torch.tensor(g.phase)
-    place = ((g.reach - shift) * spaced).view(gate.shape[2:])
-    column = (place + torch.arange(down)[:, None, None, None]).expand(gate.shape)
-    line = ((phase * across).view(gate.shape[2:]) + torch.arange(across)[:, None, None]).expand(gate.shape)
-    values, line, column = _blocks(weight, gate, mask, line, column, block)
-    windows = _windows(flat, g.pixels, g.reach + 1)
-    tokens = _product(windows, values.mT.contiguous(), line, column, g.phases * across * columns)
-    lines, image = g.lines(tokens), dx.permute(0, 2, 3, 1)
-    for place_, origin in g.parts(x.shape[1], across * columns):
-        image[origin].copy_(lines[place_])
+    if x.numel() == 0 or flat.numel() == 0:
+        return torch.zeros_like(x, memory_format=memory_format(x))
+    across = gate.shape[1]
+    places = _Places.for_input(_active(gate, mask), g, flat.shape[1] // rows)
+    rows_of_grad = windows(flat, g.pixels, g.reach + 1)
+    blocks = (places.blocks(weight, block) * places.gates(gate)).mT.contiguous()
+    out = g.phases * across * columns
+    tokens = result_memory(x, g, g.pixels, out)
+    places.matrix(blocks, (out, rows_of_grad.shape[1])).forward(rows_of_grad, None, "", False, tokens)
+    lines, parts = g.lines(tokens), g.parts(x.shape[1], across * columns)
+    if len(parts) == 1 and x.permute(0, 2, 3, 1)[parts[0][1]].shape == x.permute(0, 2, 3, 1).shape:
+        return image_of(lines[parts[0][0]], x, g)
+    dx = torch.zeros_like(x, memory_format=memory_format(x))  # a stride may leave pixels out
+    image = dx.permute(0, 2, 3, 1)
+    for place, origin in parts:
+        image[origin].copy_(lines[place])
     return dx
 
 

@@ -68,10 +68,11 @@ class _Matrix:
         self.out, self.in_ = shape
 
     def forward(
-        self, x: torch.Tensor, bias: torch.Tensor | None, activation: str, save: bool
+        self, x: torch.Tensor, bias: torch.Tensor | None, activation: str, save: bool, y: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """act(z), written to `y` where that is given, and z if it is to be saved."""
         flat, threads = _tokens(x), torch.get_num_threads()
-        y = x.new_empty((*x.shape[:-1], self.out))
+        y = x.new_empty((*x.shape[:-1], self.out)) if y is None else y
         saved = torch.empty_like(y) if save else x.new_empty(0)
         b = None if bias is None else bias.detach().contiguous()
         scratch = native._workspace(
@@ -115,7 +116,9 @@ class _Matrix:
     def sampled(self, dz: torch.Tensor, x: torch.Tensor, raw: torch.Tensor, grad_gate: torch.Tensor | None) -> None:
         """raw = dz^T x on the blocks, times the gate; grad_gate = its products with the data before that."""
         left, right = _tokens(dz), _tokens(x)
-        scratch = native._workspace(native._native.cpu.sampled_matmul_workspace_bytes(self.handle, left.shape[0]))
+        scratch = native._workspace(
+            native._native.cpu.sampled_matmul_workspace_bytes(self.handle, left.shape[0], right.stride(0))
+        )
         native._native.cpu.sampled_matmul(
             self.dtype,
             self.handle,

@@ -8,14 +8,9 @@ import torch
 
 from spartan_kernels import dispatch
 from spartan_kernels.arguments import block_grid, block_shape, memory_format, require_float
+from spartan_kernels.break_even import dense_convolution_wins
 from spartan_kernels.ops._define import define
 from spartan_kernels.ops.masked_matmul import in_autocast, require_bias
-
-# What the products over active blocks take, in multiply-adds of a dense convolution: measured on an AVX-512 CPU in
-# float32, 64 to 256 channels, 3 x 3, 14 x 14 to 56 x 56 pixels.
-_KEPT_COST = 2.0  # of each multiply-add that is left
-_COPY_COST = 170.0  # of each value of x and y, which are copied
-_PLACE_COST = 60.0  # of each where nothing is: 1 x 1 on a channels-last image
 
 
 def _fake_forward(x: Any, weight: Any, gate: Any, forward_mask: Any, backward_mask: Any, bias: Any, *rest: Any) -> Any:
@@ -45,36 +40,39 @@ def _output_size(x: Any, weight: Any, stride: Any, padding: Any, dilation: Any) 
 
 def _serve_forward(x: Any, weight: Any, gate: Any, forward_mask: Any, *rest: Any) -> Any:
     *operands, backend = rest
-    function = _serving("masked_conv2d_forward", x, weight, gate, forward_mask, operands[5], backend)
+    groups, rows = operands[5:7]
+    function = _serving("masked_conv2d_forward", x, weight, gate, forward_mask, groups, rows, backend)
     return function(x, weight, gate, forward_mask, *operands).contiguous(memory_format=memory_format(x))
 
 
 def _serve_backward(grad: Any, x: Any, weight: Any, gate: Any, forward_mask: Any, *rest: Any) -> Any:
     *operands, backend = rest
-    function = _serving("masked_conv2d_backward", x, weight, gate, forward_mask, operands[4], backend)
+    groups, _, columns = operands[4:7]
+    function = _serving("masked_conv2d_backward", x, weight, gate, forward_mask, groups, columns, backend)
     dx, *others = function(grad, x, weight, gate, forward_mask, *operands)
     if dx.numel():
         dx = dx.contiguous(memory_format=memory_format(x))
     return [dx, *others]
 
 
-def _serving(name: str, x: Any, weight: Any, gate: Any, forward_mask: Any, groups: int, backend: str) -> Any:
+def _serving(name: str, x: Any, weight: Any, gate: Any, forward_mask: Any, groups: int, side: int, backend: str) -> Any:
     """The backend's function; in "auto" PyTorch's own convolution for groups and where it is the faster one."""
-    if dispatch.requested(backend) == "auto" and (groups != 1 or dense_wins(x, weight, gate, forward_mask)):
+    if dispatch.requested(backend) == "auto" and (groups != 1 or dense_wins(x, weight, gate, side, forward_mask)):
         return dispatch.implementation(name, "reference")
     return dispatch.resolve(name, x, backend)
 
 
-def dense_wins(x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, mask: torch.Tensor | None = None) -> bool:
-    """Whether PyTorch's own convolution with the masked weight is the faster one; False where that cannot be seen."""
+def dense_wins(
+    x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, side: int, mask: torch.Tensor | None = None
+) -> bool:
+    """Whether PyTorch's own convolution with the masked weight is the faster one; False where that cannot be seen.
+
+    `side`: outputs of a block, as `break_even.dense_convolution_wins` takes it.
+    """
     if x.device.type != "cpu" or not weight.numel() or torch._C._are_functorch_transforms_active():
         return False
     active = gate != 0 if mask is None else (gate != 0) & mask
-    kept = int(active.sum()) / active.numel()
-    out, in_ = weight.shape[:2]
-    in_place = weight.shape[2:] == (1, 1) and x.permute(0, 2, 3, 1).is_contiguous()
-    each = _PLACE_COST if in_place else _COPY_COST
-    return _KEPT_COST * kept + each * (out + in_) / weight.numel() > 1
+    return dense_convolution_wins(x, weight, int(active.sum()) / active.numel(), side)
 
 
 # backward_mask is there for the gradient alone

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
 from spartan.distributed import fsdp_modules, local, reshard
@@ -178,7 +178,9 @@ _COPIES = (torch.ops.aten._to_copy, torch.ops.aten.clone)
 
 
 def _memory(tensor: torch.Tensor) -> int:
-    return local(tensor).untyped_storage().data_ptr()
+    """Where the values begin; 0 for a tensor that has none of its own, as one that a collective has still to fill."""
+    own = local(tensor)
+    return 0 if is_traceable_wrapper_subclass(own) else own.untyped_storage().data_ptr()
 
 
 @contextmanager

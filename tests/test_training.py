@@ -22,7 +22,7 @@ from spartan.training.config import config_from, read
 from spartan.training.models import ByteTransformer, ResidualNetwork
 from spartan.training.tasks import ImageTask, Slice, TextTask, make_method, make_task
 from spartan.training.text import load_text, standard_library
-from spartan.training.trainer import RESULTS, train
+from spartan.training.trainer import RESULTS, load_run, train
 
 yaml = pytest.importorskip("yaml")
 
@@ -80,8 +80,11 @@ def test_what_is_missing_is_named() -> None:
 def test_a_file_with_changes(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("task: images\nmodel: {name: mlp}\nmethod: {name: Dense}\nsteps: 5\nbatch_size: 4\n")
-    read_back = read(path, ["steps=7", "optimizer.learning_rate=2e-3", "data.limit=100", "model.hidden=[3, 4]"])
+    read_back = read(
+        path, ["steps=7", "optimizer.learning_rate=2e-3", "data.pattern=*.md", "data.limit=100", "model.hidden=[3, 4]"]
+    )
     assert (read_back.steps, read_back.optimizer.learning_rate, read_back.data.limit) == (7, 0.002, 100)
+    assert read_back.data.pattern == "*.md"
     assert read_back.model == {"name": "mlp", "hidden": [3, 4]}
     with pytest.raises(ValueError, match=r"run.yaml: a change must be KEY=VALUE"):
         read(path, ["steps"])
@@ -225,8 +228,7 @@ def test_a_run_leaves_a_sparse_model_and_its_figures(
     settings = make(tmp_path)
     assert train(config(settings))
     found = results(settings)
-    model = make_task(config(settings), print).model(settings["model"])
-    spartan.load_pretrained(model, tmp_path / "run" / "model")
+    model = load_run(tmp_path / "run")
     zeros = sum(int((p == 0).sum()) for p in model.parameters())
     assert zeros / sum(p.numel() for p in model.parameters()) == pytest.approx(found["file_sparsity"])
     assert found["sparsity"] == pytest.approx(0.8, abs=1e-3) and found["steps"] == STEPS

@@ -267,7 +267,10 @@ def _apply(settings: dict[str, Any], change: str) -> None:
         settings = settings.setdefault(parent, {})
         if not isinstance(settings, dict):
             raise ValueError(f"{key!r} cannot be set: {parent!r} is not a mapping")
-    settings[last] = _parse(value)
+    try:
+        settings[last] = _parse(value)
+    except ValueError:
+        settings[last] = value  # text such as *.md, which YAML wants in quotes
 
 
 def _flat(settings: Mapping[str, Any], path: str = "") -> dict[str, Any]:

@@ -21,7 +21,7 @@ from spartan.training.images import ImageData, load_data
 from spartan.training.models import ByteTransformer, ResidualNetwork, VisionTransformer, multilayer_perceptron
 from spartan.training.text import TextData, load_text
 
-__all__ = ["ImageTask", "Slice", "Task", "TextTask", "make_method", "make_task"]
+__all__ = ["ImageTask", "Slice", "Task", "TextTask", "make_method", "make_model", "make_task"]
 
 EVALUATION_BATCH = 500
 
@@ -39,21 +39,18 @@ class Task(ABC):
 
     models: dict[str, Callable[..., nn.Module]]
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """What the data says of the model."""
+        return {}
+
     def model(self, settings: dict[str, Any]) -> nn.Module:
         """Make the model that the settings name.
 
         Raises:
             ValueError, TypeError: an unknown model or setting, with the nearest; a size that does not fit.
         """
-        name = settings["name"]
-        if name not in self.models:
-            raise ValueError(f"model.name must be one of {', '.join(self.models)}; got {name!r}")
-        sizes = {key: value for key, value in settings.items() if key != "name"}
-        return self._make(self.models[name], sizes)
-
-    @abstractmethod
-    def _make(self, maker: Callable[..., nn.Module], sizes: dict[str, Any]) -> nn.Module:
-        """Call `maker` with `sizes` and what the data gives."""
+        return make_model(self.models, settings, self.given)
 
     @property
     @abstractmethod
@@ -115,9 +112,10 @@ class ImageTask(Task):
         if self.per_epoch < 1:
             raise ValueError(f"batch_size {batch_size} is larger than the {len(data.train_labels)} training images")
 
-    def _make(self, maker: Callable[..., nn.Module], sizes: dict[str, Any]) -> nn.Module:
-        own = checked(maker, sizes, "model", skip=("side", "classes"))
-        return maker(self.data.side, self.data.classes, **own)
+    @property
+    def given(self) -> dict[str, Any]:
+        """Pixels on a side, classes."""
+        return {"side": self.data.side, "classes": self.data.classes}
 
     @property
     def description(self) -> str:
@@ -160,9 +158,6 @@ class TextTask(Task):
             if len(part) <= context:
                 raise ValueError(f"model.context {context} needs more {name} text than the {len(part)} bytes there are")
 
-    def _make(self, maker: Callable[..., nn.Module], sizes: dict[str, Any]) -> nn.Module:
-        return maker(**checked(maker, sizes, "model"))
-
     @property
     def description(self) -> str:
         """Size and place."""
@@ -190,6 +185,17 @@ class TextTask(Task):
     def metrics(self, loss: float, accuracy: float) -> dict[str, float]:
         """Loss in nats a byte, the same in bits, and accuracy."""
         return {"loss": loss, "bits_per_byte": loss / torch.log(torch.tensor(2.0)).item(), "accuracy": accuracy}
+
+
+def make_model(
+    makers: dict[str, Callable[..., nn.Module]], settings: dict[str, Any], given: dict[str, Any]
+) -> nn.Module:
+    """Make the model that the settings name, with the sizes in them and those `given`; raises as `Task.model`."""
+    name = settings["name"]
+    if name not in makers:
+        raise ValueError(f"model.name must be one of {', '.join(makers)}; got {name!r}")
+    sizes = {key: value for key, value in settings.items() if key != "name"}
+    return makers[name](**given, **checked(makers[name], sizes, "model", skip=given))
 
 
 def make_task(config: Config, notice: Callable[[str], None]) -> Task:

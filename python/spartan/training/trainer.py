@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spartan.export import load_pretrained, save_pretrained, sparsity_of
 from spartan.files import replacing
@@ -22,11 +22,11 @@ from spartan.training.config import Config
 from spartan.training.interrupt import StopRequest
 from spartan.training.learning_rate import warmup_cosine
 from spartan.training.progress import Progress
-from spartan.training.tasks import Task, make_method, make_task
+from spartan.training.tasks import ImageTask, Task, TextTask, make_method, make_model, make_task
 from spartan.training.workers import Workers, joined
 from spartan_kernels import __version__
 
-__all__ = ["CHECKPOINT", "RESULTS", "Trainer", "TrainingFailed", "train"]
+__all__ = ["CHECKPOINT", "RESULTS", "Trainer", "TrainingFailed", "load_run", "train"]
 
 CHECKPOINT = "checkpoint.pt"
 RESULTS = "results.json"
@@ -217,6 +217,7 @@ class Trainer:
                 "versions": {"spartan": __version__, "torch": torch.__version__},
                 "data": self.task.description,
                 "settings": asdict(self.config),
+                "given": self.task.given,
                 "evaluations": self.evaluations,
                 "history": self.history.rows,
             }
@@ -232,6 +233,22 @@ class Trainer:
             self.history.save_figure(self.out / FIGURE)
         except (ImportError, ValueError):  # matplotlib is an extra; a short run has no record
             (self.out / FIGURE).unlink(missing_ok=True)
+
+
+def load_run(folder: str | Path) -> nn.Module:
+    """The model that a finished run left in its folder, its zeros and all.
+
+    Raises:
+        ValueError: a file that is missing, damaged or of another version, by name.
+    """
+    path = Path(folder) / RESULTS
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        makers = {"images": ImageTask.models, "text": TextTask.models}[result["settings"]["task"]]
+        model = make_model(makers, result["settings"]["model"], result["given"])
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{path}: is not what a finished run leaves ({error!r})") from error
+    return load_pretrained(model, Path(folder) / MODEL_FOLDER)
 
 
 def train(config: Config, restart: bool = False, on_step: OnStep | None = None) -> bool:

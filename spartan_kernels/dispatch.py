@@ -92,7 +92,7 @@ SUPPORT: dict[str, dict[str, Support]] = {
         triton=True,
         cuda=True,
     ),
-    **_rows("masked_weight", ("add_block_signs_",), native=True),
+    **_rows("masked_weight", ("add_block_signs_", "masked_weight_backward_"), native=True),
     **{operator: _PRODUCTS for operator in _PRODUCT_OPERATORS},
     **{
         operator: {

@@ -22,7 +22,7 @@ from spartan_kernels.layout import BlockLayout
 from spartan_kernels.ops.block_sparse import block_sparse_linear_backward
 from spartan_kernels.ops.masked_conv import masked_conv2d_backward
 from spartan_kernels.ops.masked_matmul import masked_linear_backward
-from spartan_kernels.ops.masked_weight import add_block_signs_, masked_weight_backward
+from spartan_kernels.ops.masked_weight import add_block_signs_, masked_weight_backward, masked_weight_backward_
 from spartan_kernels.ops.soft_topk import soft_topk_backward, soft_topk_forward, soft_topk_global_backward
 
 Inputs = dict[str, torch.Tensor]
@@ -96,6 +96,11 @@ def probes() -> list[Probe]:
         add_block_signs_(grad, i["weight"], i["gate"], *block, b)
         return grad
 
+    def backward_in_place(i: Inputs, b: str) -> Any:
+        grad = i["weight"] * 2
+        masked_weight_backward_(grad, i["weight"], i["gate"], i["hard"], i["beta"], i["scale"], *block, True, b)
+        return grad
+
     def layout(i: Inputs, b: str) -> list[torch.Tensor]:
         return BlockLayout.from_gate(i["gate"], i["weight"].shape, block, i["hard"], backend=b).tensors()
 
@@ -136,6 +141,7 @@ def probes() -> list[Probe]:
         ),
         "masked_weight_correct_": correct,
         "add_block_signs_": signs,
+        "masked_weight_backward_": backward_in_place,
         "block_scores": lambda i, b: ops.block_scores(i["weight"], block, backend=b),
         "masked_linear_forward": lambda i, b: ops.masked_linear(
             i["x"], i["weight"], i["gate"], block, i["bias"], "silu", i["hard"], backend=b

@@ -297,6 +297,25 @@ def test_coupling_and_correction(target: Any, shape: tuple[int, ...], block_size
     )
 
 
+@pytest.mark.operators("masked_weight_backward_")
+@layouts
+@dtypes
+@pytest.mark.parametrize("straight_through", [True, False])
+def test_gradient_in_the_memory_of_its_input(
+    target: Any, shape: tuple[int, ...], block_size: Any, dtype: torch.dtype, straight_through: bool
+) -> None:
+    """The gradient that gets memory of its own, with and without a soft mask, however the input is laid out."""
+    weight, soft, hard, costs, grad = to(target.device, *layer(shape, block_size, dtype=dtype))
+    costs = costs.to(dtype) if isinstance(costs, torch.Tensor) else torch.tensor(costs, device=target.device)
+    beta = torch.tensor(3.0, dtype=torch.float64, device=target.device)
+    for mask in (soft, None):
+        rest = weight, mask, hard, beta, costs, *block_shape(block_size), straight_through, target.backend
+        expected = torch.ops.spartan.masked_weight_backward(grad, *rest)
+        for own in (grad.clone(), grad.transpose(0, -1).contiguous().transpose(0, -1)):
+            torch.ops.spartan.masked_weight_backward_(own, *rest)
+            torch.testing.assert_close(own, expected)
+
+
 @pytest.mark.operators("add_block_signs_")
 @layouts
 @dtypes

@@ -83,18 +83,20 @@ void forward(const BlockRow<T>& row, const T* weight, T* result) {
   }
 }
 
-// Unstructured, the common case: one loop, nothing kept between weights.
+// Unstructured, the common case: one loop, nothing kept between weights. result may be grad itself.
 template <class T>
 void backward_single(const BlockRow<T>& row, const T* grad, const T* weight, bool through, T* result) {
   const int64_t n = row.in * row.kernel * row.rows;
   const T* soft = row.soft;
   const T* costs = row.costs;
   const T scale = row.beta / row.cost;
+#pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     const T pull = (costs != nullptr ? row.beta / costs[i] : scale) * (T(1) - soft[i]) * magnitude(weight[i]);
     result[i] = grad[i] * soft[i] * (T(1) + pull);
   }
   if (through || row.hard == nullptr) return;
+#pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) result[i] = row.hard[i] ? result[i] : T(0);
 }
 

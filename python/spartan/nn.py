@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from spartan.conv import gate_of_weight, masked_conv2d
 from spartan.distributed import Seen, own_class, placed_as
 from spartan.functional import masked_weight
+from spartan.linear import linear_with_masked_weight
 from spartan.matmul import block_sparse_linear, masked_linear
 from spartan_kernels import BlockLayout, BlockSparseWeight, block_costs, block_grid
 from spartan_kernels.ops.masked_conv import dense_wins
@@ -140,8 +141,20 @@ class MaskedLinear(MaskCarrier, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """y = x w^T + b with w = theta * m * h; where weights are masked by blocks, only kept blocks are multiplied."""
-        if self.mask_block_size == (1, 1) or self.mask_divided:
+        if self.mask_divided:
             return functional.linear(input, self.masked(self.weight), self.bias)
+        if self.mask_block_size == (1, 1):
+            return linear_with_masked_weight(
+                input,
+                self.weight,
+                self.bias,
+                self.mask_soft,
+                self.mask_hard,
+                self.mask_beta,
+                self.mask_costs,
+                self.mask_scale,
+                self.mask_straight_through,
+            )
         gate, slope = self._gate()
         layout = self._layout()
         return masked_linear(

@@ -53,8 +53,11 @@ def build_info() -> dict[str, Any]:
 
 def _compute(tensor: torch.Tensor) -> torch.Tensor:
     """Contiguous, in the dtype the kernels compute in: float64, or float32 for everything narrower."""
-    wanted = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    return tensor.detach().to(wanted).contiguous()
+    return tensor.detach().to(_computed_in(tensor.dtype)).contiguous()
+
+
+def _computed_in(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _pointer(tensor: torch.Tensor | None) -> int:
@@ -348,15 +351,39 @@ def masked_weight_backward(
     straight_through: bool,
 ) -> torch.Tensor:
     """G_i m_b + sign(theta_i) beta s_b g_b / a_b."""
-    w = _Weight(weight, rows, columns)
+    result = torch.empty_like(weight, dtype=_computed_in(weight.dtype), memory_format=torch.contiguous_format)
+    _backward_into(result, _compute(grad), weight, soft, hard, beta, costs, rows, columns, straight_through)
+    return result.to(weight.dtype)
+
+
+def masked_weight_backward_(grad: torch.Tensor, *operands: Any) -> None:
+    """The same, in the memory of grad."""
     g = _compute(grad)
+    _backward_into(g, g, *operands)
+    if g.data_ptr() != grad.data_ptr():
+        grad.copy_(g)
+
+
+def _backward_into(
+    result: torch.Tensor,
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    soft: torch.Tensor | None,
+    hard: torch.Tensor | None,
+    beta: torch.Tensor,
+    costs: torch.Tensor,
+    rows: int,
+    columns: int,
+    straight_through: bool,
+) -> None:
+    w = _Weight(weight, rows, columns)
     m, h = _mask_arguments(soft, hard)
     array, unit = _cost_arguments(costs)
-    result, workspace = torch.empty_like(w.weight), w.workspace()
+    workspace = w.workspace()
     _native.cpu.masked_weight_backward(
         w.element,
         w.blocks,
-        g.data_ptr(),
+        grad.data_ptr(),
         w.weight.data_ptr(),
         _pointer(m),
         _pointer(h),
@@ -369,7 +396,6 @@ def masked_weight_backward(
         workspace.numel(),
         torch.get_num_threads(),
     )
-    return result.to(weight.dtype)
 
 
 def masked_weight_coupling(

@@ -40,6 +40,12 @@ masked_weight_backward = define(
     " int rows, int columns, bool straight_through, str backend) -> Tensor",
     _fake_backward,
 )
+# the same, in the memory of grad
+masked_weight_backward_ = define(
+    "masked_weight_backward_(Tensor(a!) grad, Tensor weight, Tensor? soft, Tensor? hard, Tensor beta, Tensor costs,"
+    " int rows, int columns, bool straight_through, str backend) -> ()",
+    _fake_correct,
+)
 _coupling = define(
     "masked_weight_coupling(Tensor grad, Tensor weight, Tensor soft, Tensor beta, Tensor costs, int rows, int columns,"
     " str backend) -> Tensor",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import functional
 
@@ -66,6 +68,11 @@ def masked_weight_backward(
     if hard is not None and not straight_through:
         result = torch.where(expand(hard, weight.shape, rows, columns), result, 0.0)
     return result
+
+
+def masked_weight_backward_(grad: torch.Tensor, *operands: Any) -> None:
+    """The same, in the memory of grad."""
+    grad.copy_(masked_weight_backward(grad, *operands))
 
 
 def masked_weight_coupling(

@@ -1,0 +1,107 @@
+"""A linear layer whose weights are masked one by one: a dense product that keeps nothing but its own buffers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from spartan.functional import masked_weight
+from spartan_kernels.ops.masked_weight import masked_weight_arguments, masked_weight_backward_, masked_weight_forward
+
+__all__ = ["linear_with_masked_weight"]
+
+
+def linear_with_masked_weight(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    soft: torch.Tensor | None,
+    hard: torch.Tensor,
+    beta: torch.Tensor,
+    costs: torch.Tensor,
+    scale: torch.Tensor | None,
+    straight_through: bool,
+) -> torch.Tensor:
+    """y = x w^T + b with w = theta * m * h (* scale), and the gradients of `spartan.masked_weight`.
+
+    On the CPU the gradient of theta is computed where the product leaves that of w: at first touch a fresh result
+    costs more than what it is computed by.
+
+    Args:
+        x: [..., in].
+        weight: theta, [out, in].
+        bias: [out] or None.
+        soft: m, shape of `weight`, or None for ones.
+        hard: h, bool, shape of `weight`.
+        beta: sharpness that m was solved with.
+        costs: a, 0-dim or shaped like `weight`.
+        scale: 0-dim, or None for 1.
+        straight_through: whether gradients reach weights where h is 0.
+    """
+    if _in_place(x, weight):
+        operands = x, weight, bias, soft, hard, beta, costs, scale, straight_through
+        result: torch.Tensor = _InPlace.apply(*operands)
+        return result
+    w = masked_weight(weight, soft, hard, beta=beta, costs=costs, straight_through=straight_through)
+    return functional.linear(x, w if scale is None else w * scale, bias)
+
+
+def _in_place(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether these are plain tensors on the CPU, of one dtype, that nothing traces or transforms."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.device.type == weight.device.type == "cpu"
+        and x.dtype == weight.dtype
+        and type(x) in _PLAIN
+        and type(weight) in _PLAIN
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+class _InPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        soft: torch.Tensor | None,
+        hard: torch.Tensor,
+        beta: torch.Tensor,
+        costs: torch.Tensor,
+        scale: torch.Tensor | None,
+        straight_through: bool,
+    ) -> torch.Tensor:
+        operands = masked_weight_arguments(weight, soft, hard, 1, beta, costs)
+        w = masked_weight_forward(weight, *operands, straight_through, "")
+        if scale is not None:
+            w.mul_(scale)
+        ctx.save_for_backward(x, w, scale, weight, *operands[:4])
+        ctx.rest = *operands[4:], straight_through, ""
+        return functional.linear(x, w, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        x, w, scale, *operands = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        dx = dweight = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = (flat @ w).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            dweight = flat.t() @ x.reshape(-1, x.shape[-1])
+            if scale is not None:
+                dweight.mul_(scale)
+            masked_weight_backward_(dweight, *operands, *ctx.rest)
+        if ctx.needs_input_grad[2]:
+            dbias = flat.sum(0)
+        return dx, dweight, dbias, *[None] * 6

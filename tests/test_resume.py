@@ -17,6 +17,7 @@ from spartan.methods import (
     IHT,
     SET,
     SRSTE,
+    WGSEF,
     Dense,
     DualAveraging,
     MaskDecay,
@@ -105,6 +106,7 @@ METHODS = [
     GSE(sparsity=0.5, block_size=(4, 5), interval=1, candidates=0.3, distribution="global"),
     SRSTE(pattern=None, sparsity=0.8),
     MaskDecay(pattern=None, sparsity=0.5, block_size=(4, 5), begin=0.1),
+    WGSEF(sparsity=0.5, block_size=(4, 5), strength=3.0),
     Dense(),
 ]
 

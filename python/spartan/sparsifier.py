@@ -247,7 +247,8 @@ class Sparsifier:
         """Set the masks for the next forward pass; by hand, once after `optimizer.step()`, not after a skipped one.
 
         Args:
-            optimizer: the one that made the step, for methods that reset its moments (`SET`, `RigL`, `GSE`).
+            optimizer: the one that made the step, for methods that reset its moments (`SET`, `RigL`, `GSE`) or
+                read its learning rate (`WGSEF`).
 
         Raises:
             RuntimeError: an optimizer is attached, which does this itself, or the model is finalized.

@@ -1,4 +1,9 @@
-"""Training methods, one file each, on the interface of `base.Method`."""
+"""Training methods, one file each, on the interface of `base.Method`: what happens to masks around optimizer steps.
+
+Two relatives are none. SLTrain trains other parameters than the model's, so it is a module (`spartan.sltrain`). DSnoT
+takes no steps: it chooses the mask of a pruned model anew by statistics of its activations, and needs the dense
+weights beside the pruned ones, which masks here do not keep; it would be a function of a model, and is left out.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +23,7 @@ from spartan.methods.spartan import Spartan
 from spartan.methods.sr_ste import SRSTE
 from spartan.methods.static_random import StaticRandom
 from spartan.methods.top_kast import TopKAST
+from spartan.methods.wgsef import WGSEF
 
 __all__ = [
     "DPF",
@@ -26,6 +32,7 @@ __all__ = [
     "IHT",
     "SET",
     "SRSTE",
+    "WGSEF",
     "Dense",
     "DualAveraging",
     "MaskDecay",

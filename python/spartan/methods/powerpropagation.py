@@ -26,7 +26,7 @@ class Powerpropagation(Method):
 
     Args:
         method: chooses the masks; not one that grows weights from zero, where the gradient of phi is zero
-            (`IHT`, `SET`, `RigL`, `GSE`).
+            (`IHT`, `WGSEF`, `SET`, `RigL`, `GSE`).
         alpha: the power, at least 1; 1 changes nothing.
 
     Raises:

@@ -1,0 +1,130 @@
+"""The weighted group sparse envelope: a proximal step towards the weights that the budget allows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from spartan.masks import MaskGroup, MaskSet
+from spartan.methods.base import require_number
+from spartan.methods.dual_averaging import DualAveraging
+
+__all__ = ["WGSEF"]
+
+_ITERATIONS = 100
+_CLOSE = 1e-6  # of the budget
+
+
+@dataclass(frozen=True, kw_only=True)
+class WGSEF(DualAveraging):
+    """Proximal gradient steps on the convex envelope of theta^2 / 2 under the budget.
+
+    s(theta) = min_u sum_b |theta_b|^2 / (2 u_b) with sum_b a_b u_b <= k and 0 <= u_b <= 1, where |.| is the Euclidean
+    norm of a block and a its size: convex, |theta|^2 / 2 on what the budget allows, and the largest such function for
+    blocks of one size. After each optimizer step, which made t of theta, with tau = eta lambda (eta the learning rate):
+
+        u_b = clip(alpha |t_b| / sqrt(a_b) - tau, 0, 1),   alpha such that sum_b a_b u_b = k
+        theta_b <- t_b u_b / (u_b + tau)
+
+    which is argmin tau s(theta) + |theta - t|^2 / 2. Blocks with u = 0 are exactly zero, and skipped in the forward
+    pass, but go on getting gradients; those with u = 1 shrink as by weight decay. The larger lambda is, the sooner no
+    more blocks are left than the budget allows; in the end the rest is pruned. The number alpha is searched in each
+    step, with some ten passes over the norms of blocks: cheap for blocks, less so for single weights.
+
+    Attributes:
+        strength: lambda, above 0.
+        ramp: fraction of the steps over which the budget shrinks; 0: the whole one from the first step.
+        freeze: fraction of the steps after which the mask is fixed; at least `ramp`.
+        interval: steps between proximal steps, at least 1; tau is that of all of them.
+
+    Source: Refael, Arbel, Huleihel, "Learning k-level structured sparse neural networks using group envelope
+    regularization", arXiv 2212.12921; the proximal step derived from the definition, with budgets in weights.
+    """
+
+    strength: float = 1.0
+    ramp: float = 0.0
+
+    grows_from_zero = True
+    takes_pattern = False
+    takes_shards = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("strength", self.strength, 0.0)
+        if self.strength == 0:
+            raise ValueError("strength must be above 0; got 0")
+
+    def start(self, masks: MaskSet) -> None:
+        """Nothing: a proximal step follows a gradient step."""
+
+    def choose(self, masks: MaskSet) -> None:
+        """Make the proximal step."""
+        if masks.optimizer is None:
+            raise ValueError(
+                "WGSEF steps as far as the optimizer's learning rate says and has no optimizer: attach(optimizer), or"
+                " by hand step(optimizer)"
+            )
+        if masks.step_skipped():
+            return
+        rates = {id(p): float(group["lr"]) for group in masks.optimizer.param_groups for p in group["params"]}
+        progress = self.schedule(masks.total_steps)(masks.step)
+        for group in masks.groups:
+            own = {rates[id(t.weight)] for t in group.tensors if id(t.weight) in rates}
+            if len(own) > 1:
+                raise ValueError(f"weights that share a budget must share a learning rate for WGSEF; got {sorted(own)}")
+            _step(group, group.budget(progress), self.strength * self.interval * (own.pop() if own else 0.0))
+
+
+def _step(group: MaskGroup, budget: float, tau: float) -> None:
+    wide = torch.promote_types(group.tensors[0].values.dtype, torch.float32)
+    costs = [tensor.costs.to(wide) for tensor in group.tensors]
+    norms = [
+        tensor.magnitudes(tensor.values.to(wide).square()).sqrt() / a.sqrt()
+        for tensor, a in zip(group.tensors, costs, strict=True)
+    ]
+    for tensor, v in zip(group.tensors, norms, strict=True):
+        if not math.isfinite(float(v.max())):
+            raise ValueError(f"weight {tensor.name!r} must be finite; the norm of a block is {float(v.max())}")
+    alpha = _search(norms, costs, tau, budget)
+    for tensor, v in zip(group.tensors, norms, strict=True):
+        u = _share(v, alpha, tau)
+        tensor.hard.copy_(u > 0)
+        tensor.changed()
+        factor = torch.where(u > 0, u / (u + tau), 0.0)
+        tensor.values.mul_(tensor.expand(factor).to(tensor.values.dtype))
+
+
+def _share(v: torch.Tensor, alpha: float, tau: float) -> torch.Tensor:
+    """u; where alpha is infinite, 1 for all that is not zero."""
+    return (v > 0).to(v.dtype) if math.isinf(alpha) else (v * alpha - tau).clamp_(0, 1)
+
+
+def _search(norms: list[torch.Tensor], costs: list[torch.Tensor], tau: float, budget: float) -> float:
+    """alpha with sum a u = budget: Newton's method on a line with bends, or half the bracket where that is not fast."""
+    pairs = list(zip(norms, costs, strict=True))
+    largest, least = max(float(v.max()) for v in norms), min(float(v.where(v > 0, math.inf).min()) for v in norms)
+    if sum(_total((v > 0) * a) for v, a in pairs) <= budget:
+        return math.inf  # all that is not zero has room
+    steepest = sum(_total(v * a) for v, a in pairs)
+    # sum a u <= alpha * steepest, and it is zero up to tau / largest; from the other end on all of them are 1.
+    low, high = max(tau / largest, budget / steepest), (1 + tau) / least
+    alpha = (budget + tau * sum(_total(torch.ones_like(v) * a) for v, a in pairs)) / steepest
+    missed = math.inf
+    for _ in range(_ITERATIONS):
+        if not low < alpha < high:
+            alpha = math.sqrt(low) * math.sqrt(high)
+        shares = [_share(v, alpha, tau) for v in norms]
+        error = sum(_total(u * a) for u, a in zip(shares, costs, strict=True)) - budget
+        if abs(error) <= _CLOSE * budget:
+            break
+        low, high = (alpha, high) if error < 0 else (low, alpha)
+        slope = sum(_total(v * a * ((u > 0) & (u < 1))) for (v, a), u in zip(pairs, shares, strict=True))
+        alpha = alpha - error / slope if slope and abs(error) <= missed / 2 else math.inf
+        missed = abs(error)
+    return alpha
+
+
+def _total(values: torch.Tensor) -> float:
+    return float(values.sum(dtype=torch.float64))

@@ -110,5 +110,5 @@ def test_refusals() -> None:
         sparsifier.step(torch.optim.SGD(groups))
     with torch.no_grad():
         several[0].weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="weight '0.weight' must be finite"):
+    with pytest.raises(ValueError, match=r"weight '0\.weight' must be finite"):
         sparsifier.step(torch.optim.SGD(several.parameters(), lr=0.1))

@@ -20,10 +20,9 @@ MAX_RESIDENT_ROW_WITH_COSTS = 4096
 MAX_LONG_ROW = 1 << 17
 LONG_ROW_TILE = 4096
 LONG_ROW_WARPS = 8
-# Chunk of the kernels that walk a list of tensors, without and with costs: four vector loads of 16 bytes in flight for
-# each thread. Two programs share a multiprocessor, if none takes more registers than this.
-CHUNK = 4096
-CHUNK_WITH_COSTS = 2048
+# Chunk of the kernels that walk a list of tensors: two vector loads of 16 bytes in flight for each thread (twice as
+# many spill under Triton 3.7). Two programs share a multiprocessor, if none takes more registers than this.
+CHUNK = 2048
 CHUNK_WARPS = 8
 CHUNK_REGISTERS = 128
 PROGRAMS_PER_PROCESSOR = 2
@@ -97,11 +96,6 @@ def block_tile(rows: int, columns: int, positions: int, grid_columns: int) -> tu
     block_r = min(power_of_two(rows), max(1, TILE // (block_k * block_c)))
     block_b = min(power_of_two(grid_columns), max(1, TILE // (block_k * block_c * block_r)))
     return block_r, block_b, block_c, block_k
-
-
-def chunk_length(has_costs: bool) -> int:
-    """Entries that a program of a walk over a list holds at a time."""
-    return CHUNK_WITH_COSTS if has_costs else CHUNK
 
 
 def register_limit() -> dict[str, int]:

@@ -24,6 +24,7 @@ from spartan_kernels.backends.triton import global_passes as passes
 from spartan_kernels.backends.triton import global_steps as steps
 from spartan_kernels.backends.triton import launches
 from spartan_kernels.backends.triton.configs import (
+    CHUNK,
     CHUNK_REGISTERS,
     CHUNK_WARPS,
     FINISH_WARPS,
@@ -32,7 +33,6 @@ from spartan_kernels.backends.triton.configs import (
     SAMPLE_WARPS,
     CompileCase,
     candidate_capacity,
-    chunk_length,
     name_of,
     power_of_two,
     register_limit,
@@ -275,7 +275,7 @@ def _compile_cases() -> list[CompileCase]:
             if "HAS_COSTS" not in kernel.arg_names and (costs or dtype != torch.float32):
                 continue  # the same kernel again
             constants = flags | {"DTYPE": TYPES[dtype], "HAS_COSTS": costs, "COST_GRAD": costs, "BLOCK": 1024}
-            constants |= {"VECTOR": vector_length(dtype), "CHUNK": chunk_length(costs)}
+            constants |= {"VECTOR": vector_length(dtype), "CHUNK": CHUNK}
             constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
             signature = {
                 name: sizes.get(name) or pointers.get(name, "*fp64")

@@ -39,8 +39,9 @@ def product_tile(tokens: int, span: int, tensor_cores: bool, width: int) -> dict
     most = 128 if tensor_cores else 64
     block_m = min(most, max(16, power_of_two(tokens)))
     block_n = min(most, max(16, power_of_two(span)))
-    block_k = 128 // width if tensor_cores else 16
-    warps = 8 if block_m * block_n > (8192 if tensor_cores else 2048) else 4
+    outputs = block_m * block_n
+    block_k = (64 if outputs > 8192 or block_m < block_n else 128) // width if tensor_cores else 16
+    warps = 8 if outputs >= (8192 if tensor_cores else 4096) else 4
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": 3}
 
 
@@ -76,7 +77,7 @@ def sampled_tile(rows: int, columns: int, tensor_cores: bool, width: int) -> dic
     """The tile of a sampled product: a whole block, and the tokens of a step."""
     block_r, block_c = max(16, power_of_two(rows)), max(16, power_of_two(columns))
     block_t = 128 // width if tensor_cores else 16
-    warps = 4 if block_r * block_c <= (8192 if tensor_cores else 2048) else 8
+    warps = 4 if block_r * block_c <= 8192 // width else 8
     return {"BLOCK_R": block_r, "BLOCK_C": block_c, "BLOCK_T": block_t, "num_warps": warps, "num_stages": 3}
 
 

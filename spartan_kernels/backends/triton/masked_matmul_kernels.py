@@ -225,7 +225,9 @@ def _sampled_kernel(
         b = i.to(tl.int64) * grid_columns + j
         if GATE_GRAD:
             theta = tl.load(theta_ptr + row[:, None] * stride_theta + column[None, :], inside, other=0.0)
-            tl.store(grad_gate_ptr + b, tl.sum(tl.sum(sums * theta.to(tl.float32), 1), 0))
+            # kept two-dimensional: a sum to a scalar of what tensor memory holds does not compile in Triton 3.7
+            of_rows = tl.sum(sums * theta.to(tl.float32), 1, keep_dims=True)
+            tl.store(grad_gate_ptr + b + tl.arange(0, 1), tl.sum(of_rows, 0))
         if HAS_GATE:
             sums *= tl.load(gate_ptr + b)
         if PACKED:

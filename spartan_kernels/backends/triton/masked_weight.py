@@ -17,7 +17,7 @@ import triton.language as tl
 from spartan_kernels.backends.triton.configs import CompileCase, block_tile, name_of
 from spartan_kernels.backends.triton.primitives import sign_of
 
-WARPS = 4
+WARPS = 8
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from spartan_kernels.backends.triton.configs import chunk_length, program_count
+from spartan_kernels.backends.triton.configs import CHUNK, program_count
 
 # Columns of the table, 64-bit words: pointers, number of entries, and where the tensor begins in chunks and in entries.
 WIDTH = tl.constexpr(9)
@@ -206,7 +206,7 @@ class TensorList:
         self.device = values[0].device
         self.dtype = values[0].dtype
         self.length = sum(v.numel() for v in values)
-        self.chunk = chunk_length(bool(costs))
+        self.chunk = CHUNK
         self.chunks = sum(triton.cdiv(v.numel(), self.chunk) for v in values)
         self.programs = program_count(self.device, self.chunks)
         # one pass over the list reads so much

@@ -143,13 +143,14 @@ def compile_triton(module: str, index: int, target: Target) -> Row:
         if signature[name].startswith("*") or name in case.divisible
     }
     row = Row(case.kernel.fn.__name__.strip("_"), case.label, target.name)
+    warps = max(1, case.num_warps * 32 // target.warp_size) if case.fixed_threads else case.num_warps
     limit = {"maxnreg": case.max_registers} if case.max_registers and target.backend == "cuda" else {}
     try:
         source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constexprs, attrs=aligned)
         compiled = triton.compile(
             source,
             target=GPUTarget(target.backend, target.arch, target.warp_size),
-            options={"num_warps": case.num_warps, "num_stages": case.num_stages} | limit,
+            options={"num_warps": warps, "num_stages": case.num_stages} | limit,
         )
     except Exception as error:  # any failure of the compiler is a line of the table
         return replace(row, problem=f"does not compile: {str(error).splitlines()[0][:120]}")

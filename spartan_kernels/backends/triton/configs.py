@@ -23,17 +23,16 @@ LONG_ROW_WARPS = 8
 # Chunk of the kernels that walk a list of tensors: two vector loads of 16 bytes in flight for each thread (twice as
 # many spill under Triton 3.7). Two programs share a multiprocessor, if none takes more registers than this.
 CHUNK = 2048
-CHUNK_WARPS = 8
+CHUNK_THREADS = 256
 CHUNK_REGISTERS = 128
 PROGRAMS_PER_PROCESSOR = 2
 # Partial sums for each program, one for each of its threads.
-LANES = 256
+LANES = CHUNK_THREADS
 # Memory for the entries near the hard threshold, kept from one pass to the next.
 CANDIDATE_BYTES = 3 << 20
 INTERPRETED_PROGRAMS = 3
 SAMPLE = 8192
 SAMPLE_WARPS = 8
-FINISH_WARPS = 16
 
 _TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -52,6 +51,7 @@ class CompileCase:
     divisible: tuple[str, ...] = ()  # integer arguments taken to be multiples of 16, as Triton finds out at a launch
     vector_loads: bool = False
     max_registers: int | None = None
+    fixed_threads: bool = False  # num_warps is for warps of 32 threads: half as many of 64
 
 
 def power_of_two(n: int) -> int:
@@ -96,6 +96,11 @@ def block_tile(rows: int, columns: int, positions: int, grid_columns: int) -> tu
     block_r = min(power_of_two(rows), max(1, TILE // (block_k * block_c)))
     block_b = min(power_of_two(grid_columns), max(1, TILE // (block_k * block_c * block_r)))
     return block_r, block_b, block_c, block_k
+
+
+def chunk_warps() -> int:
+    """Warps of a program that walks a list: as many threads whatever the width of a warp, so that loads are as wide."""
+    return CHUNK_THREADS // (32 if torch.version.hip is None else 64)
 
 
 def register_limit() -> dict[str, int]:

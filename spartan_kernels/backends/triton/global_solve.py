@@ -26,13 +26,12 @@ from spartan_kernels.backends.triton import launches
 from spartan_kernels.backends.triton.configs import (
     CHUNK,
     CHUNK_REGISTERS,
-    CHUNK_WARPS,
-    FINISH_WARPS,
     LANES,
     SAMPLE,
     SAMPLE_WARPS,
     CompileCase,
     candidate_capacity,
+    chunk_warps,
     name_of,
     power_of_two,
     register_limit,
@@ -109,7 +108,7 @@ class GlobalSolve:
         plan.append(Launch(passes._write_kernel, p.programs, write, options | {"AGAIN": False}, p.bytes, both))
         if self.soft:
             finish = (words, control, partial, *sizes, p.programs)
-            alone = kind | walk | block | {"num_warps": FINISH_WARPS}
+            alone = kind | walk | block
             plan.append(Launch(steps._finish_kernel, 1, finish, alone, p.bytes, when="rare"))
             again = options | {"AGAIN": True}
             plan.append(Launch(passes._write_kernel, p.programs, write, again, p.bytes, written, "rare"))
@@ -127,7 +126,7 @@ class GlobalSolve:
 
 def _walk(problem: TensorList) -> dict[str, Any]:
     vector = vector_length(problem.dtype)
-    return {"CHUNK": problem.chunk, "LANES": LANES, "VECTOR": vector, "num_warps": CHUNK_WARPS} | register_limit()
+    return {"CHUNK": problem.chunk, "LANES": LANES, "VECTOR": vector, "num_warps": chunk_warps()} | register_limit()
 
 
 def _check(
@@ -234,7 +233,7 @@ def gradient_plan(
     entries, sizes = p.length * p.dtype.itemsize, (table.tensors, table.chunks)
     sums = (table.words, threshold, beta, partial, *sizes)
     gradients = (table.words, threshold, beta, scalars, *sizes)
-    write = kind | {"COST_GRAD": cost_grad, "CHUNK": p.chunk, "num_warps": CHUNK_WARPS} | register_limit()
+    write = kind | {"COST_GRAD": cost_grad, "CHUNK": p.chunk, "num_warps": chunk_warps()} | register_limit()
     reads = p.bytes + entries
     return [
         Launch(passes._gradient_sums_kernel, p.programs, sums, kind | walk, reads),
@@ -257,16 +256,16 @@ def _compile_cases() -> list[CompileCase]:
         "BINS": _BINS, "LANES": LANES, "SAMPLE": SAMPLE,
     }  # fmt: skip
     kernels = {
-        passes._total_cost_kernel: (CHUNK_WARPS, True),
-        passes._survey_kernel: (CHUNK_WARPS, True),
-        passes._ties_kernel: (CHUNK_WARPS, True),
-        passes._write_kernel: (CHUNK_WARPS, True),
-        passes._gradient_sums_kernel: (CHUNK_WARPS, True),
+        passes._total_cost_kernel: (chunk_warps(), True),
+        passes._survey_kernel: (chunk_warps(), True),
+        passes._ties_kernel: (chunk_warps(), True),
+        passes._write_kernel: (chunk_warps(), True),
+        passes._gradient_sums_kernel: (chunk_warps(), True),
         passes._gradient_totals_kernel: (_STEP_WARPS, False),
-        passes._gradient_write_kernel: (CHUNK_WARPS, True),
+        passes._gradient_write_kernel: (chunk_warps(), True),
         steps._start_kernel: (SAMPLE_WARPS, False),
         steps._advance_kernel: (_STEP_WARPS, False),
-        steps._finish_kernel: (FINISH_WARPS, True),
+        steps._finish_kernel: (chunk_warps(), True),
         steps._remember_kernel: (1, False),
     }
     cases = []
@@ -284,8 +283,12 @@ def _compile_cases() -> list[CompileCase]:
             }
             label = f"{'costs, ' if costs else ''}{name_of(dtype)}"
             limit = CHUNK_REGISTERS if vectors else None
-            case = CompileCase(kernel, signature, constants, warps, label, vector_loads=vectors, max_registers=limit)
-            cases.append(case)
+            cases.append(
+                CompileCase(
+                    kernel, signature, constants, warps, label,
+                    vector_loads=vectors, max_registers=limit, fixed_threads=vectors,
+                )
+            )  # fmt: skip
     return cases
 
 

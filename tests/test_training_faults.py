@@ -226,10 +226,15 @@ def test_a_failure_before_any_checkpoint_says_so(tmp_path: Path, monkeypatch: py
         train(config(image_settings(tmp_path)))
 
 
-def test_a_second_signal_interrupts_at_once() -> None:
+def test_a_later_signal_interrupts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("spartan.training.interrupt.time.monotonic", lambda: now[0])
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), StopRequest().listening() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):  # as torchrun repeats what the terminal sent
+            os.kill(os.getpid(), number)
         assert stop.asked
+        now[0] = 2.0
+        os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before

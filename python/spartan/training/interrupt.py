@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -11,16 +12,23 @@ __all__ = ["StopRequest"]
 
 
 class StopRequest:
-    """Asked for by the first Ctrl-C, so that a step is never cut in two; the second interrupts at once."""
+    """Asked for by the first Ctrl-C, so that a step is never cut in two; a later one interrupts at once.
+
+    A signal that reaches a process twice, from the terminal and from torchrun, is still one request.
+    """
+
+    PATIENCE = 1.0  # seconds within which a second Ctrl-C is the first one
 
     def __init__(self) -> None:
         self.asked = False
+        self._since = 0.0
 
     def __call__(self, signal_number: int, frame: FrameType | None) -> None:
         """Handle a signal."""
-        if self.asked:
+        if not self.asked:
+            self.asked, self._since = True, time.monotonic()
+        elif signal_number == signal.SIGINT and time.monotonic() - self._since > self.PATIENCE:
             raise KeyboardInterrupt
-        self.asked = True
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:

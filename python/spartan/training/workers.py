@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,7 +56,10 @@ class Workers:
         if self.size == 1:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+        wrapper = nn.parallel.DistributedDataParallel
+        renamed = "forward_sync_buffers" in inspect.signature(wrapper).parameters  # in newer releases of PyTorch
+        quiet: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+        return wrapper(model, device_ids=devices, **quiet)
 
     def agree(self, model: nn.Module) -> None:
         """Give all processes the first one's running statistics, which only evaluation reads."""

@@ -61,6 +61,7 @@ MINIMAL: dict[str, Any] = {
         ({"optimizer": {"learning_rate": float("nan")}}, "optimizer.learning_rate must be at least 0; got nan"),
         ({"optimizer": {"warmup": 1}}, r"optimizer.warmup must be in \[0, 1\); got 1"),
         ({"optimizer": {"clip": 0}}, "optimizer.clip must be above 0, or null; got 0"),
+        ({"sparsifier": {"costs": "time"}}, "sparsifier.costs must be one of parameters, flops; got 'time'"),
         ({"optimizer": 3}, "optimizer must be a mapping; got 3"),
         ({"model": {"hidden": [3]}}, "model must have a name"),
         ({"data": {"limit": 0}}, "data.limit must be at least 1; got 0"),
@@ -247,6 +248,18 @@ def test_a_run_leaves_a_sparse_model_and_its_figures(
     assert saved_model(settings) == before, "the same seed, the same model"
     assert train(config({**settings, "seed": 1}), restart=True)
     assert saved_model(settings) != before
+
+
+def test_sparsity_in_operations(tmp_path: Path) -> None:
+    """A convolution's weights cost more operations the larger its images are."""
+    changes = {"model": {"name": "cnn", "widths": [4, 8]}, "sparsifier": {"costs": "flops"}, "evaluate_every": None}
+    assert train(config(image_settings(tmp_path, **changes)))
+    model = load_run(tmp_path / "run")
+    convolutions = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Conv2d)}
+    pixels = {name: 16 if name.startswith("stage2") else 64 for name in convolutions}
+    dense = sum(pixels[name] * m.weight.numel() for name, m in convolutions.items())
+    kept = sum(pixels[name] * int(m.weight.count_nonzero()) for name, m in convolutions.items())
+    assert dense * (0.2 - 64 / dense) <= kept <= 0.2 * dense * (1 + 1e-5)
 
 
 def test_the_gradient_is_clipped_and_autocast_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,8 @@ class History:
 
     Args:
         sparsifier: not finalized.
-        interval: steps between two records, at least 1. A record waits for the device and reads the masks once.
+        interval: steps between two records, at least 1. A record waits for the device and reads the masks; with
+            sharded weights all ranks make it.
         on_step: called with the step and the scalars of each record, such as `scalars_to(SummaryWriter())`.
 
     Raises:

@@ -24,6 +24,7 @@ __all__ = [
 
 TASKS = ("images", "text")
 PRECISIONS = ("float32", "bfloat16")
+COSTS = ("parameters", "flops")
 _FLOAT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+")
 # What may differ between a checkpoint and the run that goes on from it: nothing that changes the result.
 _FREE = ("out", "checkpoint_minutes", "log_every")
@@ -78,11 +79,19 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SparsifierConfig:
-    """Which weights are masked: `include`, `exclude` and `count` of `spartan.Sparsifier`, the first two by name."""
+    """Which weights are masked: `include`, `exclude` and `count` of `spartan.Sparsifier`, the first two by name.
+
+    Attributes:
+        costs: what `sparsity` is a fraction of: "parameters", or "flops" of the masked weights in a forward pass.
+    """
 
     include: str | tuple[str, ...] | None = None
     exclude: str | tuple[str, ...] | None = None
     count: str = "masked"
+    costs: str = "parameters"
+
+    def __post_init__(self) -> None:
+        _require_one_of("sparsifier.costs", self.costs, COSTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +131,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for name, allowed in (("task", TASKS), ("precision", PRECISIONS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+            _require_one_of(name, getattr(self, name), allowed)
         for name in ("steps", "batch_size", "log_every", "threads", "evaluate_every"):
             value = getattr(self, name)
             if value is not None:
@@ -285,6 +293,11 @@ def _flat(settings: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 
 def _dotted(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
+
+
+def _require_one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
 
 
 def _require_at_least(name: str, value: float, low: float) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 __all__ = ["Progress"]
 
-_LINE_SECONDS = 10.0
+_LINE_SECONDS = 10.0  # between two lines of text
+_BAR_SECONDS = 0.5  # between two looks of the bar at how training does
 
 
 class Progress:
@@ -36,22 +38,18 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, step: int, note: str) -> None:
-        """Say that `step` steps are done."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, note=note)
-        elif step == self.total or time.monotonic() - self._said > _LINE_SECONDS:
-            self.say(f"step {step:,} of {self.total:,}: {note}")
-            self._said = time.monotonic()
-
-    def say(self, line: str) -> None:
-        """Print a line."""
+    def update(self, step: int, note: Callable[[], str]) -> None:
+        """Say that `step` steps are done; `note` is asked how well only when it is shown, as that takes time."""
         if not self.shown:
             return
+        pause = _LINE_SECONDS if self._bar is None else _BAR_SECONDS
+        if step < self.total and time.monotonic() - self._said < pause:
+            return
+        self._said = time.monotonic()
         if self._bar is not None:
-            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._bar.update(self._task, completed=step, note=note())
         else:
-            print(line, flush=True)
+            print(f"step {step:,} of {self.total:,}: {note()}", flush=True)
 
 
 def _rich_bar() -> Any:

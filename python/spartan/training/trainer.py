@@ -7,12 +7,14 @@ import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from spartan.costs import FLOPs
 from spartan.export import load_pretrained, save_pretrained, sparsity_of
 from spartan.files import replacing
 from spartan.history import History, OnStep
@@ -22,7 +24,7 @@ from spartan.training.config import Config
 from spartan.training.interrupt import StopRequest
 from spartan.training.learning_rate import warmup_cosine
 from spartan.training.progress import Progress
-from spartan.training.tasks import ImageTask, Task, TextTask, make_method, make_model, make_task
+from spartan.training.tasks import ImageTask, Slice, Task, TextTask, make_method, make_model, make_task
 from spartan.training.workers import Workers, joined
 from spartan_kernels import __version__
 
@@ -53,8 +55,11 @@ class Trainer:
         self.out = Path(config.out)
         torch.manual_seed(config.seed)
         self.model = task.model(config.model).to(workers.device)
-        chosen = asdict(config.sparsifier)
-        self.sparsifier = Sparsifier(self.model, make_method(config.method), total_steps=config.steps, **chosen)
+        method, own = make_method(config.method), config.sparsifier
+        costs = FLOPs(task.batch(0, 1, config.seed, Slice())[0].to(workers.device)) if own.costs == "flops" else None
+        self.sparsifier = Sparsifier(
+            self.model, method, config.steps, include=own.include, exclude=own.exclude, count=own.count, costs=costs
+        )
         rate, decay = config.optimizer.learning_rate, config.optimizer.weight_decay
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, weight_decay=decay)
         self.sparsifier.attach(self.optimizer)
@@ -88,7 +93,7 @@ class Trainer:
                 self.evaluate()
             if not examined:
                 continue
-            progress.update(self.step, self._note(loss))
+            progress.update(self.step, partial(self._note, loss))
             if self.workers.any(stop.asked):
                 self.save()
                 return self.done

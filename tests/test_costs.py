@@ -151,6 +151,16 @@ def test_latency_is_the_slope_of_time_over_kept_blocks(tmp_path: Any) -> None:
         loaded.block_costs(model, priced(model, (2, 2)))
 
 
+def test_one_slow_measurement_does_not_move_latency() -> None:
+    model = nn.Sequential(nn.Linear(32, 16))
+    exact = counting_timer(2e-6, 1e-3)
+    slow = iter([1.0, 0.0, 0.0, 0.0, 0.0])
+    table = LatencyTable.measure(
+        model, torch.randn(2, 32), block_size=4, timer=lambda call, device: exact(call, device) + next(slow)
+    )
+    assert math.isclose(table.entries[0].seconds, 2e-6, rel_tol=1e-6)
+
+
 def test_noise_does_not_make_latency_negative() -> None:
     model = nn.Sequential(nn.Linear(32, 16))
     table = LatencyTable.measure(model, torch.randn(2, 32), block_size=4, timer=counting_timer(-1e-6, 1e-3))

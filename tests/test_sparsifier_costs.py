@@ -26,6 +26,7 @@ from spartan import (
     TopKAST,
     soft_topk_global,
 )
+from spartan.costs import Parameters
 from spartan.latency import LatencyEntry
 from spartan.methods import SparseMethod
 from spartan_kernels import expand_blocks
@@ -164,6 +165,33 @@ def test_preserve_scale_takes_the_mean_over_weights() -> None:
     shape = model[0].weight.shape
     soft, hard = expand_blocks(mask.soft, shape, 4), expand_blocks(mask.hard, shape, 4)
     torch.testing.assert_close(model[0].mask_scale, 1 / soft[hard].mean())
+
+
+@pytest.mark.parametrize("block", [1, (4, 3)])
+def test_a_cost_of_one_for_each_weight_is_the_default(block: Any) -> None:
+    masks = []
+    for costs in (None, Parameters()):
+        model = network()
+        method = Spartan(sparsity=0.75, block_size=block, beta=30.0)  # of 3032 weights, a whole number
+        sparsifier = Sparsifier(model, method, 100, count="masked", costs=costs)
+        for _ in range(50):
+            sparsifier.step()
+        masks.append(sparsifier.masks())
+        assert sum(cost.dense for cost in sparsifier.costs().values()) == pytest.approx(3032)
+    for name, mask in masks[0].items():
+        torch.testing.assert_close(mask.soft, masks[1][name].soft, rtol=1e-5, atol=1e-7)
+        assert torch.equal(mask.hard, masks[1][name].hard)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_costs_in_half_precision(dtype: torch.dtype) -> None:
+    model = network().to(dtype)
+    sparsifier = Sparsifier(model, Spartan(sparsity=0.8, block_size=(4, 3)), 20, costs=per_block)
+    for _ in range(20):
+        sparsifier.step()
+    costs = sparsifier.costs().values()
+    dense, kept = sum(cost.dense for cost in costs), sum(cost.kept for cost in costs)
+    assert 0.2 * dense - 20 * 3.0 <= kept <= 0.2 * dense * (1 + 1e-6)
 
 
 def test_scaling_all_costs_changes_nothing() -> None:

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ class LatencyEntry:
 class LatencyTable(CostModel):
     """Each block costs the seconds it adds to its layer's forward product, looked up by (weight shape, block size).
 
-    What a layer takes with no block at all is the same for every mask and no part of the cost.
+    What a layer takes with no block at all is the same for every mask and no part of the cost. Over several processes
+    measure once and load that file on every rank: masks are the same only where costs are.
 
     Args:
         entries: what was measured, one for each weight shape and block size.
@@ -77,7 +79,8 @@ class LatencyTable(CostModel):
         """Time the products of every Linear and Conv2d of a model, with the inputs that they see in one forward pass.
 
         Random blocks are kept at densities from 0.1 to 0.5; the seconds of a block are the slope of time over blocks,
-        or, should noise make that negative, the time of the densest over its blocks.
+        the median of all pairs' (one slow measurement does not move it far), or, should noise make that negative, the
+        time of the densest over its blocks.
 
         Args:
             model: not masked yet, on the device to measure.
@@ -198,11 +201,10 @@ def _seconds_per_block(module: nn.Module, x: torch.Tensor, size: tuple[int, int]
             gate = (order < count).to(weight.device, torch.promote_types(weight.dtype, torch.float32))
             blocks.append(float(count))
             seconds.append(timer(_product(module, x, gate, size), weight.device))
-    if len(set(blocks)) > 1:
-        slope = statistics.linear_regression(blocks, seconds).slope
-        if slope > 0:
-            return slope
-    return seconds[-1] / blocks[-1]
+    pairs = combinations(zip(blocks, seconds, strict=True), 2)
+    slopes = [(t1 - t0) / (b1 - b0) for (b0, t0), (b1, t1) in pairs if b1 > b0]
+    slope = statistics.median(slopes) if slopes else 0.0
+    return slope if slope > 0 else seconds[-1] / blocks[-1]
 
 
 def _product(module: Any, x: torch.Tensor, gate: torch.Tensor, size: tuple[int, int]) -> Callable[[], object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from training_common import STEPS, config, environment, image_settings, saved_model, text_settings
+from training_common import STEPS, config, environment, image_settings, saved_model, stop_at, text_settings
 
 import spartan
 from spartan import cli
@@ -132,6 +133,7 @@ def test_wrong_models_are_refused_by_name(tmp_path: Path) -> None:
     for model, message in (
         ({"name": "mpl"}, "model.name must be one of mlp, cnn, vit; got 'mpl'"),
         ({"name": "mlp", "hiden": [3]}, "unknown setting 'model.hiden'; did you mean 'hidden'"),
+        ({"name": "mlp", "hidden": 3}, "model.hidden must be a list, each an int; got 3"),
         ({"name": "mlp", "side": 3}, "unknown setting 'model.side'"),
         ({"name": "vit", "depth": "two"}, "model.depth must be an int; got 'two'"),
         ({"name": "vit", "patch": 3}, "side must be a multiple of patch; got side 8, patch 3"),
@@ -307,18 +309,21 @@ def test_the_command(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="PyTorch was built without torch.distributed")
-def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
-    """Without batch normalisation, whose statistics are of a process's part of the batch."""
+def test_two_processes_train_what_one_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two go on from the checkpoint of one; without batch normalisation, as a process knows its part of a batch only."""
     settings = image_settings(tmp_path, model={"name": "mlp", "hidden": [24, 16], "normalise": False})
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(settings))
     alone, together = tmp_path / "alone", tmp_path / "together"
     assert cli.main(["train", str(file), "--set", f"out={alone}"]) == 0
+    with monkeypatch.context() as patch:
+        stop_at(5, signal.SIGTERM, patch)
+        assert cli.main(["train", str(file), "--set", f"out={together}"]) == 130
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "spartan"]
     command += ["train", str(file), "--set", f"out={together}"]
     shown = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.count("Data:") == 1, "one process speaks"
+    assert shown.stdout.count("Data:") == 1 and shown.stdout.count("Going on from step 6") == 1, "one process speaks"
     models = []
     for out in (alone, together):
         models.append(make_task(config(settings), print).model(settings["model"]))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from test_images import write_set
-from training_common import STEPS, config, environment, image_settings, saved_model, text_settings
+from training_common import STEPS, config, environment, image_settings, saved_model, stop_at, text_settings
 
 from spartan.training import trainer as training
 from spartan.training.checkpoint import load_checkpoint
@@ -39,18 +39,6 @@ def whole(settings: dict[str, Any]) -> dict[str, bytes]:
         assert train(config(other))
         UNINTERRUPTED[key] = saved_model(other)
     return UNINTERRUPTED[key]
-
-
-def stop_at(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Send this process a signal in a step."""
-    original = Trainer._train_step
-
-    def train_step(self: Trainer, examined: bool) -> torch.Tensor:
-        if self.step == step:
-            os.kill(os.getpid(), number)
-        return original(self, examined)
-
-    monkeypatch.setattr(Trainer, "_train_step", train_step)
 
 
 @pytest.mark.parametrize(

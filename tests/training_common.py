@@ -6,10 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from safetensors.torch import load_file
 from test_images import write_set
 
 from spartan.training.config import Config, config_from
+from spartan.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 24
@@ -59,6 +62,18 @@ def saved_model(settings: dict[str, Any]) -> dict[str, bytes]:
     """Every bit of the model that a run saved; the order of a file's entries may differ."""
     parts = load_file(Path(settings["out"]) / "model" / "model.safetensors")
     return {name: part.numpy().tobytes() for name, part in sorted(parts.items())}
+
+
+def stop_at(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send this process a signal in a step."""
+    original = Trainer._train_step
+
+    def train_step(self: Trainer, examined: bool) -> torch.Tensor:
+        if self.step == step:
+            os.kill(os.getpid(), number)
+        return original(self, examined)
+
+    monkeypatch.setattr(Trainer, "_train_step", train_step)
 
 
 def environment() -> dict[str, str]:

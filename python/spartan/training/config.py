@@ -238,7 +238,7 @@ def _spoken(hint: Any) -> str:
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(_spoken(option) for option in get_args(hint))
     if get_origin(hint) is tuple:
-        return f"a list ({hint})".replace("tuple", "")
+        return f"a list, each {_spoken(get_args(hint)[0])}"
     return names.get(hint, "a mapping")
 
 

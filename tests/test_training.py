@@ -310,7 +310,7 @@ def test_the_command(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.skipif(not dist.is_available(), reason="PyTorch was built without torch.distributed")
 def test_two_processes_train_what_one_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two go on from the checkpoint of one; without batch normalisation, as a process knows its part of a batch only."""
+    """Two go on from the checkpoint of one; without batch normalisation, as a process knows its part of a batch."""
     settings = image_settings(tmp_path, model={"name": "mlp", "hidden": [24, 16], "normalise": False})
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(settings))

@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
+import pytest
 import torch
+import torch.distributed as dist
 from distributed_common import check, rank, require_same_bits, world
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 import spartan
 from spartan.methods.base import Method
+from spartan.nn import MaskedLinear
 
 BATCH = 16
+# Over four ranks: rows that do not divide, blocks of four that the cuts divide, and a rank without any row.
+WIDTHS = (12, 26, 3, 22, 6)
 Place = Callable[[nn.Module], nn.Module]
 
 
-def model_of(widths: tuple[int, ...] = (12, 26, 22, 6), seed: int = 0) -> nn.Sequential:
-    """A perceptron, the same on every rank; the default widths divide over no four ranks, nor into blocks of four."""
-    torch.manual_seed(seed)
+def model_of(widths: Sequence[int]) -> nn.Sequential:
+    """A perceptron, the same on every rank."""
+    torch.manual_seed(0)
     layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(pairwise(widths)):
-        layers += [nn.Linear(a, b), nn.Tanh()][: 1 if i == len(widths) - 2 else 2]
-    return nn.Sequential(*layers)
+    for inputs, outputs in pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
 
 
 def sharded(model: nn.Module) -> nn.Module:
-    """FSDP2 with the first layer and the rest as units."""
+    """FSDP2, with the first layer a unit by itself and the rest another."""
     mesh = init_device_mesh("cpu", (world(),))
-    fully_shard(model[0], mesh=mesh)  # type: ignore[index]
+    assert isinstance(model, nn.Sequential)
+    fully_shard(model[0], mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
@@ -42,28 +48,33 @@ def full(tensor: Any) -> Tensor:
 
 
 class Run:
-    """A model in training; every rank has its share of a batch, which is the same whatever their number."""
+    """A model in training: each rank has its share of a batch, or this process all of it where nothing is placed."""
 
-    def __init__(self, method: Method, place: Place | None = None, steps: int = 20, **options: Any) -> None:
+    def __init__(
+        self,
+        method: Method,
+        place: Place | None = None,
+        steps: int = 20,
+        widths: Sequence[int] = WIDTHS,
+        masked_first: bool = False,
+        **options: Any,
+    ) -> None:
         self.alone = place is None
-        widths = options.pop("widths", (12, 26, 22, 6))
+        self.widths = widths
         self.model: nn.Module = model_of(widths)
-        self.sparsifier: spartan.Sparsifier
-        if options.pop("shard_first", True) or place is None:
-            self.model = place(self.model) if place else self.model
-            self.sparsifier = spartan.Sparsifier(self.model, method, steps, **options)
-        else:
-            self.sparsifier = spartan.Sparsifier(self.model, method, steps, **options)
+        if place is not None and not masked_first:
+            self.model = place(self.model)
+        self.sparsifier = spartan.Sparsifier(self.model, method, steps, **options)
+        if place is not None and masked_first:
             self.model = place(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         self.sparsifier.attach(self.optimizer)
-        self.widths = widths
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+    def batch(self, step: int, part: int = 0, parts: int = 1) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(step)
-        x = torch.randn(BATCH, self.widths[0], generator=generator)
-        y = x[:, : self.widths[-1]].argmax(1)
-        return (x, y) if self.alone else (x.chunk(world())[rank()], y.chunk(world())[rank()])
+        x = torch.randn(BATCH, self.widths[0], generator=generator).chunk(parts)[part]
+        x = x if self.alone else x.chunk(world())[rank()]
+        return x, x[:, : self.widths[-1]].argmax(1)
 
     def train(self, begin: int, end: int) -> None:
         for step in range(begin, end):
@@ -77,38 +88,142 @@ class Run:
 
 
 def require_same_training(many: Run, one: Run, tolerance: float = 2e-5) -> None:
-    """The weights of one process to rounding, its masks exactly, and the same bits on all ranks."""
+    """The weights of one process to rounding, exactly its hard masks, and the same bits on all ranks."""
     masks, expected = many.sparsifier.masks(), one.sparsifier.masks()
-    for name, mask in masks.items():
-        require_same_bits(mask.hard, mask.soft)
-        assert torch.equal(mask.hard, expected[name].hard), name
-        torch.testing.assert_close(mask.soft, expected[name].soft, rtol=1e-3, atol=1e-4)
+    for (name, mask), exact in zip(masks.items(), expected.values(), strict=True):
+        require_same_bits(full(mask.hard), full(mask.soft))
+        assert torch.equal(full(mask.hard), exact.hard), name
+        torch.testing.assert_close(full(mask.soft), exact.soft, rtol=1e-3, atol=1e-4)
     for (name, found), exact in zip(many.weights().items(), one.weights().values(), strict=True):
         torch.testing.assert_close(found, exact, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
     assert many.sparsifier.sparsity == one.sparsifier.sparsity
 
 
-def per_block(name: str, module: nn.Module, grid: tuple[int, ...]) -> float | Tensor:
-    """A different cost for each block of the first weight, one for all of the others."""
-    return torch.rand(grid, generator=torch.Generator().manual_seed(1)) + 0.5 if name.startswith("0.") else 3.0
-
-
-METHODS: list[Method] = [
-    spartan.Spartan(sparsity=0.7, beta=20.0),
-    spartan.Spartan(sparsity=0.6, block_size=(4, 3), beta=4.0, beta_units="threshold", preserve_scale=True),
-]
+def require_same_run(method: Method, place: Place, ends: Sequence[int], **options: Any) -> Run:
+    many, one = Run(method, place, **options), Run(method, **{**options, "masked_first": False})
+    for begin, end in pairwise((0, *ends)):
+        many.train(begin, end)
+        one.train(begin, end)
+        require_same_training(many, one)
+    return many
 
 
 @check(suite="sparsifier")
 def fsdp2_trains_as_one_process(backend: str) -> None:
-    for method in METHODS:
-        many, one = Run(method, sharded), Run(method)
+    for method in (
+        spartan.Spartan(sparsity=0.7, beta=20.0),
+        spartan.Spartan(sparsity=0.6, block_size=(4, 3), beta=4.0, beta_units="threshold", preserve_scale=True),
+    ):
+        many = require_same_run(method, sharded, (3, 10, 18))  # the ramp, annealing, fixed
         assert all(isinstance(p, DTensor) for p in many.model.parameters())
-        for begin, end in ((0, 3), (3, 10), (10, 18)):  # the ramp, annealing, fixed
-            many.train(begin, end)
-            one.train(begin, end)
-            require_same_training(many, one)
         assert many.sparsifier.frozen
+        many.sparsifier.finalize()
+        zeros = sum(int((p == 0).sum()) for p in many.weights().values())
+        assert zeros == round(many.sparsifier.sparsity * sum(p.numel() for p in many.model.parameters()))
+        assert not any(isinstance(m, MaskedLinear) for m in many.model.modules())
+        first: Any = many.model
+        assert isinstance(first[0], FSDPModule) and isinstance(first[0], nn.Linear)
+
+
+@check(4, suite="sparsifier")
+def fsdp2_is_one_process_after_200_steps(backend: str) -> None:
+    require_same_run(spartan.Spartan(sparsity=0.8, beta=20.0), sharded, (200,), steps=200, widths=(12, 20, 16, 6))
+
+
+@check(suite="sparsifier")
+def every_method_that_takes_shards(backend: str) -> None:
+    for method in (
+        spartan.TopKAST(sparsity=0.6, backward_sparsity=0.3, interval=2, freeze=0.7),
+        spartan.TopKAST(sparsity=0.6, backward_sparsity=0.3, interval=2, block_size=4, penalty="l1"),
+        spartan.GMP(sparsity=0.6, interval=2, end=0.5, distribution="uniform"),
+        spartan.OneShot(sparsity=0.6, prune_at=0.5, block_size=(2, 4)),
+        spartan.StaticRandom(sparsity=0.6),
+        spartan.DPF(sparsity=0.6, interval=2),
+        spartan.IHT(sparsity=0.6, interval=2),
+        spartan.SET(sparsity=0.6, interval=3, block_size=2),
+        spartan.RigL(sparsity=0.6, interval=3),
+        spartan.RigL(sparsity=0.5, interval=3, block_size=4, distribution="global"),
+        spartan.Powerpropagation(spartan.DualAveraging(sparsity=0.6)),
+    ):
+        require_same_run(method, sharded, (7,), steps=8)
+
+
+@check(suite="sparsifier")
+def patterns_on_shards(backend: str) -> None:
+    require_same_run(
+        spartan.Spartan(pattern=(1, 2), beta=4.0, beta_units="threshold"), sharded, (7,), steps=8, widths=(12, 26, 6, 6)
+    )
+
+
+@check(suite="sparsifier")
+def masked_before_or_after_it_is_sharded(backend: str) -> None:
+    method = spartan.Spartan(sparsity=0.7, beta=20.0, block_size=2)
+    require_same_run(method, sharded, (6,), steps=10, masked_first=True)
+    convolution = nn.Sequential(nn.Conv1d(2, 4, 3), nn.Flatten(), nn.Linear(16, 3))
+    fully_shard(convolution, mesh=init_device_mesh("cpu", (world(),)))
+    with pytest.raises(ValueError, match=r"weight '0.weight' of Conv1d must be masked before it is sharded"):
+        spartan.Sparsifier(convolution, method, 10)
+    with pytest.raises(ValueError, match=r"GSE does not train weights that are divided over ranks, as '0.weight' is"):
+        Run(spartan.GSE(sparsity=0.5), sharded)
+
+
+@check(suite="sparsifier")
+def micro_batches_without_reduction(backend: str) -> None:
+    """Gradients accumulate over two micro-batches, of which the last reduces them."""
+    method = spartan.Spartan(sparsity=0.7, beta=20.0)
+    runs = Run(method, sharded, steps=8), Run(method, steps=8)
+    for step in range(6):
+        for run in runs:
+            run.optimizer.zero_grad()
+            for part in range(2):
+                if isinstance(run.model, FSDPModule):
+                    run.model.set_requires_gradient_sync(part == 1)
+                x, y = run.batch(step, part, 2)
+                (functional.cross_entropy(run.model(x), y) / 2).backward()
+            run.optimizer.step()
+    require_same_training(*runs)
+
+
+@check(suite="sparsifier")
+def computing_in_half_precision(backend: str) -> None:
+    """FSDP2 gathers bfloat16, masks and weights are float32, and evaluating in between changes nothing."""
+
+    def half(model: nn.Module) -> nn.Module:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        return fully_shard(model, mesh=init_device_mesh("cpu", (world(),)), mp_policy=policy)
+
+    for block_size in (1, 4):
+        run = Run(spartan.Spartan(sparsity=0.6, beta=20.0, block_size=block_size), half, steps=6)
+        for step in range(5):
+            run.train(step, step + 1)
+            with torch.no_grad():  # leaves the root's parameters gathered
+                assert run.model(run.batch(step)[0]).dtype is torch.bfloat16
+        for mask in run.sparsifier.masks().values():
+            assert mask.soft.dtype is torch.float32
+            require_same_bits(mask.soft, mask.hard)
+        run.sparsifier.finalize()
+
+
+@check(suite="sparsifier")
+def a_weight_that_is_not_finite_is_named_on_all_ranks(backend: str) -> None:
+    for options in ({}, {"block_size": 4}, {"pattern": (1, 2)}):
+        method = spartan.Spartan(**{"sparsity": 0.5, "beta": 20.0, **options})
+        run = Run(method, sharded, steps=8, widths=(12, 26, 8, 6))
+        run.train(0, 3)
+        before = {name: (m.soft.clone(), m.hard.clone()) for name, m in run.sparsifier.masks().items()}
+        if rank() == world() - 1:
+            weight: Any = run.model.get_parameter("0.weight")
+            weight.detach().to_local()[0, 0] = torch.nan
+        with pytest.raises(ValueError, match=r"weight '0.weight' must be finite; \d+ of its entries are NaN"):
+            run.optimizer.step()
+        for name, mask in run.sparsifier.masks().items():
+            assert torch.equal(mask.soft, before[name][0]) and torch.equal(mask.hard, before[name][1])
+        dist.barrier()
+
+
+def per_block(name: str, module: nn.Module, grid: tuple[int, ...]) -> float | Tensor:
+    """A different cost for each block of the first weight, one for all of the others."""
+    return torch.rand(grid, generator=torch.Generator().manual_seed(1)) + 0.5 if name.startswith("0.") else 3.0
 
 
 @check(suite="sparsifier")
@@ -118,10 +233,7 @@ def budgets_of_cost_are_those_of_one_process(backend: str) -> None:
         method = spartan.Spartan(
             sparsity=0.6, block_size=block, beta=6.0, beta_units="mean", backward_tolerance=0.05, anneal_shape="cosine"
         )
-        many, one = Run(method, sharded, costs=costs), Run(method, costs=costs)
-        assert all(isinstance(p, DTensor) for p in many.model.parameters())
-        for begin, end in ((0, 3), (3, 10), (10, 18)):
-            many.train(begin, end)
-            one.train(begin, end)
-            require_same_training(many, one)
+        many = require_same_run(method, sharded, (3, 10, 18), costs=costs, widths=(12, 26, 22, 6))
+        one = Run(method, costs=costs, widths=(12, 26, 22, 6))
+        one.train(0, 18)
         assert many.sparsifier.costs() == one.sparsifier.costs()

@@ -23,7 +23,7 @@ import distributed_sparsifier  # noqa: F401
 from distributed_common import CHECKS
 
 TESTS = Path(__file__).resolve().parent
-SECONDS = 120
+SECONDS = 180
 
 
 @cache

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Seen",
     "Shard",
+    "fill",
     "fsdp_modules",
     "is_dtensor",
     "largest",
@@ -37,7 +38,11 @@ __all__ = [
     "seen_weights",
     "shard_of",
     "total_over",
+    "totals_over",
 ]
+
+# What one exchange of masks takes at most on each rank, unless a single mask is larger.
+_BUCKET_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -93,23 +98,42 @@ class Shard:
         """This part of a tensor of the computation's shape; a view."""
         return tensor.narrow(self.dim, self.start, self.length) if self.cut else tensor
 
-    def fill(self, tensor: torch.Tensor) -> None:
-        """Bring the other ranks' parts of `tensor`, of the computation's shape, here."""
-        if not self.cut:
-            return
-        rows = math.ceil(self.size / process_group(self.cut).size())
-        own = self.of(tensor).movedim(self.dim, 0)
-        sent = own.new_zeros((rows, *own.shape[1:]))
-        sent[: self.length] = own
-        as_sent = sent.view(torch.uint8) if sent.dtype is torch.bool else sent
-        every = gather(as_sent, self.cut).flatten(0, 1)[: self.size].view(tensor.dtype)
-        tensor.movedim(self.dim, 0).copy_(every)
-
     def blocks(self, grid: torch.Tensor, block_size: tuple[int, int]) -> tuple[torch.Tensor, int]:
         """The blocks that this part touches, and how many of the first one's entries along `dim` lie before it."""
         side = block_size[self.dim] if self.dim < 2 else 1
         first, end = self.start // side, math.ceil((self.start + self.length) / side)
         return grid.narrow(self.dim, first, max(end - first, 0)), self.start - first * side
+
+
+def fill(masks: Sequence[tuple[torch.Tensor, Shard]]) -> None:
+    """Bring the other ranks' parts of tensors of the computation's shape here, several in one exchange."""
+    bucket: list[tuple[torch.Tensor, Shard]] = []
+    room = 0
+    for mask, shard in masks:
+        if bucket and (shard.cut != bucket[0][1].cut or room < mask.nbytes):
+            _exchange(bucket)
+            bucket = []
+        room = _BUCKET_BYTES if not bucket else room
+        if shard.cut:
+            bucket.append((mask, shard))
+            room -= mask.nbytes
+    if bucket:
+        _exchange(bucket)
+
+
+def _exchange(masks: list[tuple[torch.Tensor, Shard]]) -> None:
+    group = masks[0][1].cut
+    sent, shapes = [], []
+    for mask, shard in masks:
+        own = shard.of(mask).movedim(shard.dim, 0)
+        rows = own.new_zeros((math.ceil(shard.size / process_group(group).size()), *own.shape[1:]))
+        rows[: shard.length] = own
+        sent.append(rows.flatten().view(torch.uint8))
+        shapes.append(rows.shape)
+    every = gather(torch.cat(sent), group).split([part.numel() for part in sent], dim=1)
+    for (mask, shard), shape, parts in zip(masks, shapes, every, strict=True):
+        whole = parts.contiguous().view(mask.dtype).reshape(-1, *shape[1:])[: shard.size]
+        mask.movedim(shard.dim, 0).copy_(whole)
 
 
 def local(tensor: Any) -> torch.Tensor:
@@ -207,6 +231,15 @@ def largest(values: Sequence[torch.Tensor], name: str) -> torch.Tensor:
     """The largest of all entries, which are at least 0, over the ranks of the group `name`."""
     own = torch.stack([v.max() if v.numel() else v.new_zeros(()) for v in values]).max()
     return gather(own, name).max()
+
+
+def totals_over(tensors: Sequence[torch.Tensor], name: str) -> list[torch.Tensor]:
+    """Sums of several tensors of one dtype over the ranks of the group `name`, in one exchange."""
+    if not name:
+        return list(tensors)
+    every = summed(torch.cat([tensor.reshape(-1) for tensor in tensors]), name)
+    parts = every.split([tensor.numel() for tensor in tensors])
+    return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def total_over(tensor: torch.Tensor, name: str) -> torch.Tensor:

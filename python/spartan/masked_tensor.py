@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from spartan.budgets import LayerSize
-from spartan.distributed import Seen, Shard, is_dtensor, local, shard_of, total_over
+from spartan.distributed import Seen, Shard, fill, is_dtensor, local, shard_of, total_over, totals_over
 from spartan.nn import MaskCarrier, largest_block, unmask_weight
 from spartan_kernels import (
     block_grid,
@@ -148,14 +148,11 @@ class MaskedTensor:
         if self.carrier.mask_backward is None:
             self.carrier.mask_backward = torch.zeros_like(self.carrier.mask_hard)
         self._own(self.carrier.mask_backward).copy_(blocks)
-        self._fill(self.carrier.mask_backward)
+        fill(self.parts(self.carrier.mask_backward))
 
-    def changed(self, *, soft: bool = False) -> None:
-        """Bring what this rank wrote to `hard` (and to `soft`) to where the module computes with it."""
-        self._fill(self.carrier.mask_hard)
-        if soft and self.carrier.mask_soft is not None:
-            self._fill(self.carrier.mask_soft)
-        self.carrier.masks_changed()
+    def parts(self, *masks: torch.Tensor | None) -> list[tuple[torch.Tensor, Shard]]:
+        """Those of the masks that this rank writes a part of, for `fill`."""
+        return [(mask, self.shard) for mask in masks if mask is not None and self.unstructured and self.shard.cut]
 
     def own_of(self, whole: torch.Tensor) -> torch.Tensor:
         """Of a tensor with one entry for each block of the whole weight, the blocks that this rank chooses for."""
@@ -171,7 +168,9 @@ class MaskedTensor:
         if self.unstructured:
             return values.abs()
         block_size = self.carrier.mask_block_size
-        return self._added(values, block_scores) if self.shard.cut else block_scores(values, block_size)
+        if not self.shard.cut:
+            return block_scores(values, block_size)
+        return total_over(self.partial(values), self.shard.cut).to(values.dtype)
 
     def expand(self, grid: torch.Tensor) -> torch.Tensor:
         """The value of each weight's block, in the shape of `values`; `grid` has the blocks this rank chooses for."""
@@ -208,7 +207,8 @@ class MaskedTensor:
             )
         soft, costs = self.soft.double(), self.costs.double()
         rest, beta = 1 - soft, carrier.mask_beta
-        gained = self._added(grad * weight, _block_sums) / (1 + beta * rest * self.magnitudes(weight) / costs)
+        sums = totals_over([self.partial(grad * weight, _block_sums), self.partial(weight)], self.shard.cut)
+        gained = sums[0] / (1 + beta * rest * sums[1] / costs)
         return torch.stack([(rest * gained).sum(), (costs * soft * rest).sum()])
 
     def correct(self, grad: torch.Tensor, scale: torch.Tensor) -> None:
@@ -264,12 +264,8 @@ class MaskedTensor:
     def _own(self, grid: torch.Tensor) -> torch.Tensor:
         return self.shard.of(grid) if self.unstructured else grid
 
-    def _fill(self, grid: torch.Tensor) -> None:
-        if self.unstructured:
-            self.shard.fill(grid)
-
-    def _added(self, values: torch.Tensor, sums: Callable[..., torch.Tensor]) -> torch.Tensor:
-        """`sums` of each block of `values`, added over the ranks that a block is cut over."""
+    def partial(self, values: torch.Tensor, sums: Callable[..., torch.Tensor] = block_scores) -> torch.Tensor:
+        """`sums` of each block of `values`, to be added over the ranks that a block is cut over; zeros elsewhere."""
         shard, block_size = self.shard, self.carrier.mask_block_size
         wide = torch.promote_types(values.dtype, torch.float32)
         grid = torch.zeros(block_grid(self.seen.shape, block_size), dtype=wide, device=values.device)
@@ -278,7 +274,7 @@ class MaskedTensor:
             shape = (*values.shape[: shard.dim], before, *values.shape[shard.dim + 1 :])
             whole = torch.cat([values.new_zeros(shape), values], shard.dim) if before else values
             own.copy_(sums(whole, block_size))
-        return total_over(grid, shard.cut).to(values.dtype)
+        return grid
 
 
 def _block_sums(values: torch.Tensor, block_size: tuple[int, int]) -> torch.Tensor:

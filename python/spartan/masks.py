@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from spartan.distributed import largest, total_over
+from spartan.distributed import fill, largest, total_over, totals_over
 from spartan.masked_tensor import Mask, MaskedTensor
 from spartan_kernels import hard_topk_global, new_solver_state, solve_masks_
 
@@ -78,8 +78,8 @@ class MaskGroup:
             self._solve(budget, beta)  # the first time there is no threshold yet
         self._solve(budget, beta if units == "paper" else (beta / self._unit(units)).clamp(max=_SHARPEST))
         self.solved = True
+        self.changed(soft=True)
         for tensor in self.tensors:
-            tensor.changed(soft=True)
             tensor.rescale()
 
     def _unit(self, units: str) -> torch.Tensor:
@@ -93,6 +93,13 @@ class MaskGroup:
         totals = [total_over(torch.stack(own).double().sum(), ranks) for ranks, own in sums.items()]
         return torch.stack(totals).sum() / self.capacity
 
+    def changed(self, *, soft: bool = False) -> None:
+        """Bring what this rank wrote to the hard masks (and the soft ones) to where the modules compute with them."""
+        carriers = [(tensor, tensor.carrier) for tensor in self.tensors]
+        fill([part for t, c in carriers for part in t.parts(c.mask_hard, c.mask_soft if soft else None)])
+        for _, carrier in carriers:
+            carrier.masks_changed()
+
     def _solve(self, budget: float, beta: float | torch.Tensor) -> None:
         carriers = [tensor.carrier for tensor in self.tensors]
         self.state = self.state.to(self.device)
@@ -103,7 +110,7 @@ class MaskGroup:
         soft, hard = [tensor.soft for tensor in self.tensors], [tensor.hard for tensor in self.tensors]
         try:
             solve_masks_(
-                [tensor.scores() if together else tensor.values for tensor in self.tensors],
+                self._added_scores() if together else [tensor.values for tensor in self.tensors],
                 budget,
                 self._costs(),
                 carriers[0].mask_beta,
@@ -138,7 +145,7 @@ class MaskGroup:
             raise
         for tensor, mask in zip(self.tensors, masks, strict=True):
             tensor.hard.copy_(mask)
-            tensor.changed()
+        self.changed()
         return sum(tensor.kept_cost() for tensor in self.tensors)
 
     def correct_gradients(self) -> None:
@@ -158,6 +165,16 @@ class MaskGroup:
     def largest(self, scores: Sequence[torch.Tensor]) -> torch.Tensor:
         """The largest score that any rank has for a block of this budget."""
         return largest(scores, self.group)
+
+    def _added_scores(self) -> list[torch.Tensor]:
+        """Scores of blocks that are cut over ranks, in as few exchanges as there are groups of these."""
+        scores: dict[str, torch.Tensor] = {}
+        for cut in {tensor.shard.cut: None for tensor in self.tensors}:
+            own = [tensor for tensor in self.tensors if tensor.shard.cut == cut]
+            grids = [tensor.partial(tensor.values) if cut else tensor.scores() for tensor in own]
+            for tensor, grid in zip(own, totals_over(grids, cut), strict=True):
+                scores[tensor.name] = grid.to(tensor.seen.dtype)
+        return [scores[tensor.name] for tensor in self.tensors]
 
     def _values(self) -> tuple[list[torch.Tensor], bool]:
         return [tensor.scores() for tensor in self.tensors], self.tensors[0].unstructured

@@ -38,7 +38,7 @@ class PatternGroup(MaskGroup):
             self._require_finite()
             raise
         tensor.hard.copy_(mask.flatten(self.dim, self.dim + 1))
-        tensor.changed()
+        self.changed()
         return tensor.kept()
 
     def correct_gradients(self) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import distributed_dtensors  # noqa: F401  registers its checks, as the next ones do
 import distributed_methods  # noqa: F401
 import distributed_parts  # noqa: F401
+import distributed_setups  # noqa: F401
 import distributed_sparsifier  # noqa: F401
 import torch
 import torch.distributed as dist

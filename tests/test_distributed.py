@@ -19,6 +19,7 @@ if not dist.is_available():
 import distributed_dtensors  # noqa: F401  registers its checks, as the next ones do
 import distributed_methods  # noqa: F401
 import distributed_parts  # noqa: F401
+import distributed_setups  # noqa: F401
 import distributed_sparsifier  # noqa: F401
 from distributed_common import CHECKS
 

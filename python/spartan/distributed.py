@@ -28,12 +28,15 @@ __all__ = [
     "Shard",
     "fill",
     "fsdp_modules",
+    "heed_in_ddp",
+    "ignore_in_ddp",
     "is_dtensor",
     "largest",
     "local",
     "own_class",
     "placed_as",
     "placed_on",
+    "require_aligned",
     "reshard",
     "seen_weights",
     "shard_of",
@@ -41,6 +44,7 @@ __all__ = [
     "totals_over",
 ]
 
+_IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DistributedDataParallel looks
 # What one exchange of masks takes at most on each rank, unless a single mask is larger.
 _BUCKET_BYTES = 1 << 26
 
@@ -209,6 +213,37 @@ def reshard(model: nn.Module) -> None:
     """Have the modules hold the parameters that are trained, not what FSDP gathered for the last forward pass."""
     for module in fsdp_modules(model):
         module.reshard()
+
+
+def require_aligned(name: str, weight: torch.Tensor, seen: Seen, block_size: tuple[int, int]) -> None:
+    """Raise ValueError where tensor parallelism divides a block of the weight `name`: no rank could compute with it."""
+    size = list(weight.shape)
+    for index, placement in enumerate(seen.placements):
+        if seen.mesh is None or placement.is_replicate():
+            continue
+        dim = placement.dim
+        size[dim] = math.ceil(size[dim] / seen.mesh.size(index))
+        if dim < 2 and size[dim] % block_size[dim]:
+            raise ValueError(
+                f"weight {name!r} of shape {tuple(weight.shape)} has blocks of {block_size}, which do not divide the"
+                f" {size[dim]} entries along dimension {dim} that tensor parallelism gives each rank; choose another"
+                " block_size, or leave it out with exclude="
+            )
+
+
+def ignore_in_ddp(model: nn.Module, names: Sequence[str]) -> None:
+    """Have `DistributedDataParallel` not broadcast these buffers before each pass: every rank has the same."""
+    ignored = set(getattr(model, _IGNORED, ())) | set(names)
+    setattr(model, _IGNORED, sorted(ignored))
+
+
+def heed_in_ddp(model: nn.Module, names: Sequence[str]) -> None:
+    """Undo `ignore_in_ddp`."""
+    ignored = sorted(set(getattr(model, _IGNORED, ())) - set(names))
+    if ignored:
+        setattr(model, _IGNORED, ignored)
+    elif hasattr(model, _IGNORED):
+        delattr(model, _IGNORED)
 
 
 def seen_weights(model: nn.Module, uses: Sequence[tuple[nn.Module, str]]) -> list[Seen]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from spartan.budgets import Distribution, LayerSize, distribute, kept_total, require_distribution, shares
 from spartan.costs import BlockCosts, CostModel, PricedWeight, PricePerBlock, price
-from spartan.distributed import Seen, is_dtensor, own_class, seen_weights
+from spartan.distributed import Seen, is_dtensor, own_class, require_aligned, seen_weights
 from spartan.masks import MaskedTensor
 from spartan.methods.base import SparseMethod, require_number
 from spartan.nn import largest_block, mask_weight, share_mask, swappable
@@ -199,12 +199,15 @@ def seen_of(model: nn.Module, parts: Sequence[Part]) -> dict[str, Seen]:
     """What modules compute with on this rank as each weight, by name.
 
     Raises:
-        ValueError: a weight that FSDP divides already and that can only be masked before.
+        ValueError: a weight that FSDP divides already and that can only be masked before, or one whose blocks tensor
+            parallelism divides.
     """
     weights = [candidate for part in parts for candidate in part.weights]
+    sides = [candidate.block_size(part.block_size) for part in parts for candidate in part.weights]
     seen = seen_weights(model, [(c.uses[0].module, c.uses[0].parameter) for c in weights])
-    for candidate, one in zip(weights, seen, strict=True):
+    for candidate, one, block_size in zip(weights, seen, sides, strict=True):
         weight: Any = candidate.weight
+        require_aligned(candidate.name, weight, one, block_size)
         gathered = is_dtensor(weight) and weight.device_mesh != one.mesh
         if gathered and (candidate.parametrized or not swappable(candidate.uses[0].module)):
             raise ValueError(

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from spartan.budgets import LayerSize
-from spartan.distributed import Seen, Shard, fill, is_dtensor, local, shard_of, total_over, totals_over
+from spartan.distributed import Seen, Shard, fill, local, shard_of, total_over, totals_over
 from spartan.nn import MaskCarrier, largest_block, unmask_weight
 from spartan_kernels import (
     block_grid,
@@ -70,11 +70,6 @@ class MaskedTensor:
         """Which part of what the module computes with this rank trains."""
         weight = self.weight
         if self._placed is None or self._placed[0] is not weight:
-            if is_dtensor(self.carrier.mask_hard):
-                raise ValueError(
-                    f"weight {self.name!r} was divided by tensor parallelism after it was masked: call"
-                    " parallelize_module before Sparsifier"
-                )
             self._placed = weight, shard_of(self.name, weight, self.seen)
         return self._placed[1]
 
@@ -149,6 +144,11 @@ class MaskedTensor:
             self.carrier.mask_backward = torch.zeros_like(self.carrier.mask_hard)
         self._own(self.carrier.mask_backward).copy_(blocks)
         fill(self.parts(self.carrier.mask_backward))
+
+    def changed(self, *, soft: bool = False) -> None:
+        """Bring what this rank wrote to `hard` (and to `soft`) to where the module computes with it."""
+        fill(self.parts(self.carrier.mask_hard, self.carrier.mask_soft if soft else None))
+        self.carrier.masks_changed()
 
     def parts(self, *masks: torch.Tensor | None) -> list[tuple[torch.Tensor, Shard]]:
         """Those of the masks that this rank writes a part of, for `fill`."""
@@ -228,7 +228,7 @@ class MaskedTensor:
                 used = masked_weight(values, soft, self.expand(self.hard))
                 used = used if carrier.mask_scale is None else used * carrier.mask_scale
             else:
-                used = carrier.masked(values)
+                used = carrier.masked_part(values)
             values.copy_(used.add_(0.0))
 
     def merge(self) -> None:

@@ -113,8 +113,14 @@ class MaskCarrier(nn.Module):
 
     def masked(self, weight: torch.Tensor) -> torch.Tensor:
         """theta * m * h (* scale), with the local part of the gradient of `spartan.masked_weight`."""
+        if self.mask_divided:
+            return placed_as(weight, self.masked_part(weight.to_local()))  # type: ignore[attr-defined]
+        return self.masked_part(weight)
+
+    def masked_part(self, values: torch.Tensor) -> torch.Tensor:
+        """The same of this rank's values."""
         result = masked_weight(
-            weight.to_local() if self.mask_divided else weight,  # type: ignore[attr-defined]
+            values,
             self.mask_soft,
             self.mask_hard,
             self.mask_block_size,
@@ -122,8 +128,7 @@ class MaskCarrier(nn.Module):
             costs=self.mask_costs,
             straight_through=self.mask_straight_through,
         )
-        result = result if self.mask_scale is None else result * self.mask_scale
-        return placed_as(weight, result) if self.mask_divided else result
+        return result if self.mask_scale is None else result * self.mask_scale
 
     def _gate(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """m (* scale), and its derivative by the weight: beta s / a for each sign(theta), s = m (1 - m)."""

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from spartan.budgets import distribute, shares
 from spartan.costs import CostModel, LayerCost, PricePerBlock
-from spartan.distributed import is_dtensor, reshard
+from spartan.distributed import heed_in_ddp, ignore_in_ddp, is_dtensor, reshard
 from spartan.groups import Group, Part, kept_by_part, parts_of, price_parts, seen_of
 from spartan.masks import Mask, MaskGroup, MaskSet
 from spartan.methods.base import Method, SparseMethod
@@ -112,6 +112,8 @@ class Sparsifier:
         self._masks = MaskSet(budgets, total_steps)
         method.start(self._masks)
         self._entries = mask_entries(method, self._masks)
+        self._buffers = [name for name, _ in model.named_buffers() if name.rpartition(".")[2].startswith("mask_")]
+        ignore_in_ddp(model, self._buffers)
 
     def _price(self, parts: list[Part], costs: CostModel | PricePerBlock) -> tuple[list[Part], float]:
         masking = self.method.masking
@@ -277,6 +279,7 @@ class Sparsifier:
         self._final_costs, self._final_report = self.costs(), self.report()
         self._masks.project()
         self._masks.remove()
+        heed_in_ddp(self.model, self._buffers)
         for handle in self._handles:
             handle.remove()
         self._handles = []

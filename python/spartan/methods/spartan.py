@@ -65,6 +65,11 @@ class Spartan(SparseMethod):
         require_number("anneal", self.anneal, 0.0, 1.0)
         require_order("ramp", self.ramp, "anneal", self.anneal)
 
+    @property
+    def backward_masks(self) -> bool:  # type: ignore[override]
+        """With a tolerance, it says which blocks need a gradient."""
+        return self.backward_tolerance > 0
+
     def beta_at(self, step: int, total_steps: int) -> float:
         """From 1 to `beta` over the first `anneal` of the steps."""
         return ANNEAL_SHAPES[self.anneal_shape](1.0, self.beta, 0, self.anneal * total_steps)(step)

@@ -119,9 +119,9 @@ class GSE(Rewiring):
         due = self.due(masks, masks.step + 1)
         generator = generator_at(self.seed, masks.step + 1)  # that of step 0 drew the first masks
         for tensor in masks.tensors:
-            carrier = tensor.carrier
-            carrier.mask_straight_through = due
-            carrier.mask_backward = carrier.mask_hard | self._draw(tensor, generator) if due else None
+            tensor.carrier.mask_straight_through = due
+            # Always a tensor: copies of the model that follow it, as averages do, count on its buffers staying.
+            tensor.set_backward(tensor.hard | self._draw(tensor, generator) if due else tensor.hard)
         self._watch(masks)
 
     def _watch(self, masks: MaskSet) -> None:

@@ -137,6 +137,18 @@ def test_b_shrinks_to_the_kept_blocks_as_the_mask_sharpens() -> None:
     assert all(tensor.carrier.mask_backward is None for tensor in sparsifier._masks.tensors)  # fixed: h alone
 
 
+def test_blocks_in_use_get_a_gradient_however_flat_the_mask() -> None:
+    model = network()
+    sparsifier = Sparsifier(model, Spartan(sparsity=0.7, beta=1.0, block_size=4, backward_tolerance=0.99), 100)
+    for _ in range(40):
+        sparsifier.step()
+    loss(model).backward()
+    for tensor in sparsifier._masks.tensors:
+        assert bool((tensor.soft < 0.99).all())
+        assert torch.equal(tensor.backward, tensor.hard)
+    assert bool(model[3].weight.grad.any())
+
+
 def test_dropped_gradients_that_overflowed_do_not_spread() -> None:
     model, sparsifier = sharpened(0.05, 1)
     loss(model).backward()

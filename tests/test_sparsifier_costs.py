@@ -76,6 +76,15 @@ def test_blocks_are_chosen_by_magnitude_over_cost() -> None:
     assert kept == {"0.weight": pytest.approx((8.0, 4.0)), "1.weight": pytest.approx((2.0, 1.0))}
 
 
+@pytest.mark.parametrize("distribution", ["global", {"0.weight": 0.56}])
+def test_a_block_that_fits_exactly_is_kept_whatever_the_rounding(distribution: Any) -> None:
+    model = nn.Sequential(nn.Linear(25, 1), nn.Linear(1, 1))
+    method = OneShot(sparsity=0.56, prune_at=0.0, distribution=distribution)  # 25 - 0.56 * 25 is a bit less than 11
+    sparsifier = Sparsifier(model, method, 10, costs=lambda name, module, grid: 2.0)
+    sparsifier.step()
+    assert int(model[0].weight.count_nonzero()) == 11
+
+
 METHODS: list[SparseMethod] = [
     Spartan(sparsity=0.8),
     Spartan(sparsity=0.8, block_size=(4, 3), beta_units="threshold", beta=4.0),

@@ -105,7 +105,7 @@ def kept_total(layers: Sequence[LayerSize], sparsity: float, counted: float, dis
     removed = sparsity * counted
     kept = masked - (round(removed) if _whole_weights(layers) else removed)
     low, high = _limits(layers, distribution)
-    if low <= kept <= high * (1 + _EQUAL):
+    if low * (1 - _EQUAL) <= kept <= high * (1 + _EQUAL):
         return kept
     named = not isinstance(distribution, str)
     if named and low == high and abs(kept - low) <= 1 + _ROUNDING * counted:  # no layer is left to take the rest

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import doctest
 import json
+import os
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_images import write_set
 
 from spartan import cli
@@ -66,6 +69,29 @@ def test_block_sparse_inference(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     shown = capsys.readouterr().out
     error = float(re.search(r"differ by (\S+) at most", shown)[1])  # type: ignore[index]
     assert error < 1e-5 and "16x16" in shown and "the same outputs" in shown
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="PyTorch was built without torch.distributed")
+def test_multi_node(tmp_path: Path) -> None:
+    """Two processes stop on the way, and one goes on from their checkpoint to the end."""
+
+    def run(processes: int, *arguments: str) -> str:
+        root = EXAMPLES.parent
+        path = os.pathsep.join([str(root), str(root / "python")])
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command += [str(EXAMPLES / "multi_node.py"), "--folder", str(tmp_path), "--steps", "12", "--every", "4"]
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [*command, *arguments], env=environment, capture_output=True, text=True, timeout=240, check=True
+        ).stdout
+
+    assert "step 6:" in run(2, "--stop-after", "6")
+    shown = run(1)
+    assert "going on from step-6" in shown and "step 12:" in shown
+    model = torch.load(tmp_path / "model.pt", weights_only=True)
+    hidden = [model["0.weight"], model["2.weight"]]
+    zeros = sum(int((weight == 0).sum()) for weight in hidden) / sum(weight.numel() for weight in hidden)
+    assert abs(zeros - 0.9) < 0.005  # to one block
 
 
 def test_the_quick_start_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,9 +43,16 @@ def test_budgets_and_costs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="PyTorch was built without torch.distributed")
-def test_over_two_processes(tmp_path: Path) -> None:
-    script = tmp_path / "masks.py"
-    script.write_text(next(e for e in examples() if "torchrun" in e), encoding="utf-8")
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("train_sharded.py", "0.900 of the masked weights are zero, on 2 ranks\n"),
+        ("masks.py", "budget 1894.4: soft masks sum to 1894.4, hard masks keep 1894\n"),
+    ],
+)
+def test_over_two_processes(name: str, expected: str, tmp_path: Path) -> None:
+    script = tmp_path / name
+    script.write_text(next(e for e in examples() if e.startswith(f"# {name}, run by: torchrun")), encoding="utf-8")
     root = README.parent
     environment = {
         **os.environ,
@@ -54,7 +61,7 @@ def test_over_two_processes(tmp_path: Path) -> None:
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     shown = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert shown.stdout == "budget 1894.4: soft masks sum to 1894.4, hard masks keep 1894\n", shown.stderr
+    assert shown.stdout == expected, shown.stderr
 
 
 def test_links_lead_somewhere() -> None:

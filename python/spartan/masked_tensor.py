@@ -239,6 +239,16 @@ class MaskedTensor:
         self.carrier.mask_backward = None
         self.carrier.mask_straight_through = False
 
+    def reset_moments(self, optimizer: torch.optim.Optimizer, blocks: torch.Tensor) -> None:
+        """Zero what the optimizer keeps for each weight of these blocks of this rank's part: momentum, moments, sums.
+
+        Only state of the weight's shape is for each weight; what is kept for rows and columns together stays.
+        """
+        where = self.expand(blocks)
+        for value in optimizer.state.get(self.weight, {}).values():
+            if isinstance(value, torch.Tensor) and value.shape == self.weight.shape:
+                local(value).masked_fill_(where, 0)
+
     def remove(self) -> None:
         """Give back plain modules."""
         unmask_weight(self.module, self.carrier, self.parameter)

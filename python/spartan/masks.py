@@ -240,10 +240,17 @@ class MaskSet:
         for tensor in self.tensors:
             tensor.project()
 
+    def rest_dropped(self) -> None:
+        """Zero the moments of dropped weights, if the optimizer is known: without gradients they stay at zero then."""
+        if self.optimizer is not None:
+            for tensor in self.tensors:
+                tensor.reset_moments(self.optimizer, ~tensor.hard)
+
     def freeze(self) -> None:
-        """Merge the soft masks into the weights and keep the hard ones from now on."""
+        """Merge the soft masks into the weights and keep the hard ones from now on; dropped weights rest at zero."""
         for tensor in self.tensors:
             tensor.merge()
+        self.rest_dropped()
         self.frozen = True
 
     def remove(self) -> None:

@@ -50,10 +50,11 @@ class GMP(SparseMethod):
         if masks.step >= t1:
             self.finish(masks)
         elif masks.step > t0 and masks.step % self.interval == 0:
-            # Momentum moves dropped weights too; at zero they cannot be selected again.
+            # An optimizer that is not known moves dropped weights too; at zero they cannot be selected again.
             masks.project()
             masks.select(Cubic(0.0, 1.0, t0, t1)(masks.step))
             masks.project()
+            masks.rest_dropped()
 
     def finish(self, masks: MaskSet) -> None:
         """Prune to the sparsity asked for, and fix the masks."""

@@ -16,7 +16,9 @@ class IHT(DualAveraging):
 
     G is the gradient at the sparse weights, of all entries; H_k keeps the blocks of largest mean magnitude within
     the budget k and sets the others to zero. With `interval` above 1, dropped weights collect the gradients of
-    that many steps before they compete; the forward pass is sparse all the while.
+    that many steps before they compete; the forward pass is sparse all the while. With momentum or moments, eta G is
+    what the optimizer makes of the dense gradients so far: those of dropped weights are kept, the weights made zero
+    after each projection.
 
     Attributes:
         ramp: fraction of the steps over which k shrinks linearly from all weights; 0: sparse from the first step.

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from spartan.budgets import Distribution
-from spartan.distributed import local
-from spartan.masks import MaskedTensor, MaskSet
+from spartan.masks import MaskSet
 from spartan.methods.base import SparseMethod, require_interval, require_number
 from spartan.methods.static_random import draw_scores, require_seed
 
@@ -25,6 +24,10 @@ class Rewiring(SparseMethod):
     magnitude, and the room is given to the best of all that are not kept then. A grown weight starts at zero, with
     the optimizer's moments of it reset; one that is dropped and grown at once stays as it is. After T = `end` of the
     steps the masks are fixed. The number of kept weights never changes.
+
+    The masks have exactly the sparsity asked for. The trained weights may have more zeros: a kept one is still zero if
+    it got no gradient since it was grown, as that of an embedding not looked up, of a unit that is never active, or of
+    any weight where the last change is the last step.
     """
 
     distribution: Distribution = "erk"
@@ -87,7 +90,7 @@ class Rewiring(SparseMethod):
         self._grow(masks, growth)
         masks.project()
         for tensor, old in zip(masks.tensors, before, strict=True):
-            _reset_moments(masks.optimizer, tensor, tensor.hard & ~old)
+            tensor.reset_moments(masks.optimizer, tensor.hard & ~old)
 
     def _drop(self, masks: MaskSet) -> None:
         for group in masks.groups:
@@ -104,11 +107,3 @@ class Rewiring(SparseMethod):
                 first = ((1 + 2 * best) * tensor.costs).to(best.dtype)
                 scores[tensor.name] = torch.where(tensor.hard, first, growth[tensor.name])
         masks.select(1.0, scores)
-
-
-def _reset_moments(optimizer: torch.optim.Optimizer, tensor: MaskedTensor, blocks: torch.Tensor) -> None:
-    """Zero what the optimizer keeps for each weight of these blocks: momentum, moments, sums."""
-    where = tensor.expand(blocks)
-    for value in optimizer.state.get(tensor.weight, {}).values():
-        if isinstance(value, torch.Tensor) and value.shape == tensor.weight.shape:
-            local(value).masked_fill_(where, 0)

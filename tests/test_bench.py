@@ -338,3 +338,20 @@ def test_command_line_times_saves_and_compares(tmp_path: Path, monkeypatch: pyte
     assert written.read_bytes() == saved
     code, output = run(lambda x: 2 * x, "--compare", "no-such-revision")
     assert code == 2
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_convolutions_are_checked_before_they_are_timed(backward: bool) -> None:
+    kind = "forward-backward" if backward else "forward"
+    name = f"masked_conv/{kind}-64to128-3x3-28x28-channels-last-block-32-sparsity-90"
+    work = CASES[name].build(Settings(quick=True))
+    operands = work.operands[0]
+    result = work.ours(*operands)
+    work.check(result, *operands)
+    for i in range(2 if backward else 1):
+        parts = [part.clone() for part in (result if backward else (result,))]
+        # by three times the largest rounding that a check allows, in one entry that it looks at
+        largest = parts[i].abs().max()
+        parts[i].view(-1)[0] += 1e-4 * largest
+        with pytest.raises(AssertionError, match=("gradient of x", "gradient of the weight")[i] if backward else "y"):
+            work.check(tuple(parts) if backward else parts[0], *operands)

@@ -191,7 +191,7 @@ struct Tile {
   }
 };
 
-constexpr int64_t kStretch = 256;  // terms of a sum before it is held
+constexpr int64_t kStretch = 64;  // terms of a sum before it is held
 
 template <int L, int T, int N>
 void product_tile(const PanelProduct& p, const ActiveBlocks& active) {

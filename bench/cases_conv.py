@@ -1,6 +1,7 @@
 """Convolutions masked by blocks of channels, over sparsity, block and memory layout, against the dense convolution.
 
-Ours chooses by itself where to convolve densely, and then pays for forming the masked weight.
+Ours is the layer that `Sparsifier` makes, with a hard mask. It chooses by itself where to convolve densely, and then
+pays for forming the masked weight.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-import spartan.functional as F
+import spartan
 from bench.case import Settings, Work, case
 from bench.checks import check_close
 from bench.inputs import normal, rotating
+from spartan.nn import mask_weight
 from spartan_kernels import ops
 
 
@@ -53,18 +55,18 @@ class _Problem:
         grid = ops.block_grid(shape, size)
         order = normal(grid, s, 2).flatten().argsort().argsort().view(grid)
         self.mask = order < round((1 - sparsity) * order.numel())
-        self.gate = self.mask.to(s.dtype)
-        self.weight = normal(shape, s, 1, (layer.in_ * layer.kernel**2) ** -0.5).requires_grad_()
-        self.masked = (self.weight * ops.expand_blocks(self.gate, shape, size)).detach()
+        self.kept_weights = ops.expand_blocks(self.mask, shape, size)
+        self.module = nn.Conv2d(layer.in_, layer.out, layer.kernel, padding=layer.kernel // 2, bias=False)
+        self.module.weight = nn.Parameter(normal(shape, s, 1, (layer.in_ * layer.kernel**2) ** -0.5))
+        carrier = mask_weight(self.module, (size, size), soft=False)
+        carrier.mask_hard.copy_(self.mask)
+        carrier.masks_changed()
+        self.weight = self.module.weight
+        self.masked = (self.weight * self.kept_weights).detach()
         self.kept = int(self.mask.sum()) * size**2
 
     def dense(self, x: Tensor, weight: Tensor) -> Tensor:
         return functional.conv2d(x, weight, padding=self.layer.kernel // 2)
-
-    def ours(self, x: Tensor) -> Tensor:
-        padding, backend = self.layer.kernel // 2, self.s.backend
-        masks = {"forward_mask": self.mask, "backward_mask": self.mask}
-        return F.masked_conv2d(x, self.weight, self.gate, self.size, padding=padding, backend=backend, **masks)
 
     def image(self, channels: int, seed: int) -> Tensor:
         image = normal((self.batch, channels, self.layer.side, self.layer.side), self.s, seed)
@@ -107,7 +109,9 @@ def _forward(p: _Problem) -> Work:
 
     @torch.no_grad()
     def ours(x: Tensor, grad: Tensor) -> Tensor:
-        return p.ours(x)
+        with spartan.backend(p.s.backend or "auto"):
+            y: Tensor = p.module(x)
+        return y
 
     @torch.no_grad()
     def dense(x: Tensor, grad: Tensor) -> Tensor:
@@ -120,7 +124,8 @@ def _forward_backward(p: _Problem) -> Work:
     leaf = p.masked.clone().requires_grad_()
 
     def ours(x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(p.ours(x.requires_grad_()), (x, p.weight), grad)
+        with spartan.backend(p.s.backend or "auto"):
+            return torch.autograd.grad(p.module(x.requires_grad_()), (x, p.weight), grad)
 
     def dense(x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(p.dense(x.requires_grad_(), leaf), (x, leaf), grad)
@@ -134,7 +139,7 @@ def _forward_backward(p: _Problem) -> Work:
             results += torch.autograd.grad(p.dense(image, p.masked.to(dtype)), image, upstream.to(dtype))
         _close(dx[:1], *results, "gradient of x")
         rows, results = slice(None, None, p.layer.out // _FEW), []
-        kept = ops.expand_blocks(p.gate, p.weight.shape, p.size)[rows]
+        kept = p.kept_weights[rows]
         for dtype in (torch.float64, p.s.dtype):
             few = p.masked[rows].to(dtype).requires_grad_()
             (all_,) = torch.autograd.grad(p.dense(x.detach().to(dtype), few), few, grad[:, rows].to(dtype))

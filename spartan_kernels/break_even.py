@@ -25,9 +25,9 @@ _NEVER = math.inf
 # What a convolution over active blocks takes, in multiply-adds of a dense one: measured on an AVX-512 CPU, float32,
 # 64 to 256 channels, 1 x 1 and 3 x 3, 14 x 14 to 56 x 56 pixels, blocks of 2 to 32.
 _KEPT_COST = (1.0, 0.75, 1.4)  # of each that is left: 1 + 0.75 (16 / side)^1.4 in blocks with this many outputs
-_COPY_COST = 170.0  # of each value of x and y, which are copied
-_LAST_COST = 100.0  # of each where channels lie side by side already
-_PLACE_COST = 40.0  # of each where nothing is copied: 1 x 1 on a channels-last image
+_COPY_COST = 210.0  # of each value of x and y, which are copied
+_LAST_COST = 130.0  # of each where channels lie side by side already
+_PLACE_COST = 80.0  # of each where nothing is copied: 1 x 1 on a channels-last image
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,8 @@ def dense_convolution_wins(x: torch.Tensor, weight: torch.Tensor, density: float
         density: active blocks / blocks.
         side: outputs of a block: its rows for y, its columns for the gradient of x.
     """
+    if not weight.numel():
+        return True
     out, in_ = weight.shape[:2]
     last = x.permute(0, 2, 3, 1).is_contiguous()
     each = _COPY_COST if not last else _PLACE_COST if weight.shape[2:] == (1, 1) else _LAST_COST

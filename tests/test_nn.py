@@ -243,6 +243,7 @@ def test_a_convolution_masked_by_blocks_is_that_with_the_masked_weight(soft: boo
     module = nn.Conv2d(64, 96, 3, stride=2, padding=1)
     carrier = mask_weight(module, (16, 16), soft=soft, preserve_scale=True)
     carrier.mask_hard.copy_(torch.rand(carrier.mask_hard.shape) <= density)
+    carrier.masks_changed()
     carrier.mask_beta.fill_(3.0)
     assert carrier.mask_scale is not None
     carrier.mask_scale.fill_(1.5)

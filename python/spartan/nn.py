@@ -16,7 +16,7 @@ from spartan.functional import masked_weight
 from spartan.linear import linear_with_masked_weight
 from spartan.matmul import block_sparse_linear, masked_linear
 from spartan_kernels import BlockLayout, BlockSparseWeight, block_costs, block_grid
-from spartan_kernels.ops.masked_conv import dense_wins
+from spartan_kernels.break_even import dense_convolution_wins
 
 __all__ = [
     "BlockSparseLinear",
@@ -294,7 +294,22 @@ _INDEX = ("row_offsets", "column_indices", "column_offsets", "row_indices")
 
 
 class MaskedConv2d(MaskCarrier, nn.Conv2d):
-    """`nn.Conv2d` that convolves with its masked weight; made from one in place by `Sparsifier`."""
+    """`nn.Conv2d` that convolves with its masked weight; made from one in place by `Sparsifier`.
+
+    Attributes:
+        mask_kept: fraction of blocks that the hard mask keeps; None until it is asked for.
+    """
+
+    mask_kept: float | None = None
+
+    def masks_changed(self) -> None:
+        """Count the kept blocks again, when that is next asked for."""
+        self.mask_kept = None
+
+    def detach_masks(self) -> None:
+        """Remove everything `attach_masks` and the forward passes added."""
+        self.__dict__.pop("mask_kept", None)
+        super().detach_masks()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Convolution with w = theta * m * h; on the CPU, only kept blocks are multiplied where that is faster."""
@@ -324,10 +339,12 @@ class MaskedConv2d(MaskCarrier, nn.Conv2d):
         """Whether to form the masked weight: where there is only that, or it is faster and nothing is traced."""
         if input.device.type != "cpu":
             return True
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return False
+        if self.mask_kept is None:
+            self.mask_kept = int(self.mask_hard.sum()) / max(1, self.mask_hard.numel())
         image = input if input.dim() == 4 else input[None]
-        return not torch.compiler.is_compiling() and dense_wins(
-            image, self.weight, self.mask_hard, max(self.mask_block_size)
-        )
+        return dense_convolution_wins(image, self.weight, self.mask_kept, max(self.mask_block_size))
 
 
 class MaskedWeight(MaskCarrier):

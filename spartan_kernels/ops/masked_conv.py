@@ -41,25 +41,67 @@ def _output_size(x: Any, weight: Any, stride: Any, padding: Any, dilation: Any) 
 def _serve_forward(x: Any, weight: Any, gate: Any, forward_mask: Any, *rest: Any) -> Any:
     *operands, backend = rest
     groups, rows = operands[5:7]
-    function = _serving("masked_conv2d_forward", x, weight, gate, forward_mask, groups, rows, backend)
+    function = _dense_forward
+    if not _goes_dense(x, weight, gate, forward_mask, groups, rows, backend):
+        function = dispatch.resolve("masked_conv2d_forward", x, backend)
     return function(x, weight, gate, forward_mask, *operands).contiguous(memory_format=memory_format(x))
 
 
 def _serve_backward(grad: Any, x: Any, weight: Any, gate: Any, forward_mask: Any, *rest: Any) -> Any:
     *operands, backend = rest
     groups, _, columns = operands[4:7]
-    function = _serving("masked_conv2d_backward", x, weight, gate, forward_mask, groups, columns, backend)
+    function = _dense_backward
+    if not _goes_dense(x, weight, gate, forward_mask, groups, columns, backend):
+        function = dispatch.resolve("masked_conv2d_backward", x, backend)
     dx, *others = function(grad, x, weight, gate, forward_mask, *operands)
     if dx.numel():
         dx = dx.contiguous(memory_format=memory_format(x))
     return [dx, *others]
 
 
-def _serving(name: str, x: Any, weight: Any, gate: Any, forward_mask: Any, groups: int, side: int, backend: str) -> Any:
-    """The backend's function; in "auto" PyTorch's own convolution for groups and where it is the faster one."""
-    if dispatch.requested(backend) == "auto" and (groups != 1 or dense_wins(x, weight, gate, side, forward_mask)):
-        return dispatch.implementation(name, "reference")
-    return dispatch.resolve(name, x, backend)
+def _goes_dense(
+    x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, mask: Any, groups: int, side: int, backend: str
+) -> bool:
+    """In "auto", whether PyTorch's own convolution takes the masked weight: for groups and where that is faster."""
+    return dispatch.requested(backend) == "auto" and (groups != 1 or dense_wins(x, weight, gate, side, mask))
+
+
+def _dense_forward(
+    x: Any, weight: Any, gate: Any, mask: Any, backward_mask: Any, bias: Any, stride: Any, padding: Any, dilation: Any,
+    groups: int, rows: int, columns: int,
+) -> Any:  # fmt: skip
+    masked = _gated(weight, gate, _active(gate, mask), rows, columns)
+    return torch.conv2d(x, masked, bias, stride, padding, dilation, groups)
+
+
+def _dense_backward(
+    grad: Any, x: Any, weight: Any, gate: Any, mask: Any, backward_mask: Any, stride: Any, padding: Any, dilation: Any,
+    groups: int, rows: int, columns: int, needs: Any,
+) -> Any:  # fmt: skip
+    if needs[2]:  # sums over blocks
+        function = dispatch.implementation("masked_conv2d_backward", "reference")
+        masks = mask, backward_mask
+        return function(grad, x, weight, gate, *masks, stride, padding, dilation, groups, rows, columns, needs)
+    masked = _gated(weight, gate, _active(gate, mask), rows, columns) if needs[0] else weight
+    wanted, geometry = [needs[0], needs[1], needs[3]], (stride, padding, dilation, False, [0, 0], groups)
+    dx, dense, dbias = torch.ops.aten.convolution_backward(grad, x, masked, [weight.shape[0]], *geometry, wanted)
+    if needs[1]:
+        dense = _gated(dense.contiguous(), gate, backward_mask, rows, columns)
+    empty = x.new_empty(0)
+    return [part if need else empty for part, need in zip((dx, dense, empty, dbias), needs, strict=True)]
+
+
+def _gated(weight: torch.Tensor, gate: torch.Tensor, mask: torch.Tensor | None, rows: int, columns: int) -> Any:
+    """weight * gate by blocks, on the fastest backend; zero where the mask is not set, whatever the weight is."""
+    gate = gate.to(torch.promote_types(weight.dtype, torch.float32))
+    unused = gate.new_ones(())  # what a gradient would take
+    name = "reference" if torch._C._are_functorch_transforms_active() else "auto"
+    function = dispatch.resolve("masked_weight_forward", weight, name)
+    return function(weight, gate, mask, unused, unused, rows, columns, True)
+
+
+def _active(gate: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return gate != 0 if mask is None else (gate != 0) & mask
 
 
 def dense_wins(
@@ -71,8 +113,8 @@ def dense_wins(
     """
     if x.device.type != "cpu" or not weight.numel() or torch._C._are_functorch_transforms_active():
         return False
-    active = gate != 0 if mask is None else (gate != 0) & mask
-    return dense_convolution_wins(x, weight, int(active.sum()) / active.numel(), side)
+    active = int(torch.count_nonzero(_active(gate, mask)))
+    return dense_convolution_wins(x, weight, active / gate.numel(), side)
 
 
 # backward_mask is there for the gradient alone

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from spartan.methods import GMP, Powerpropagation, Spartan
 from spartan.training import text as text_data
 from spartan.training.config import config_from, read
 from spartan.training.models import ByteTransformer, ResidualNetwork
+from spartan.training.progress import Progress
 from spartan.training.tasks import ImageTask, Slice, TextTask, make_method, make_task
 from spartan.training.text import load_text, standard_library
 from spartan.training.trainer import RESULTS, load_run, train
@@ -334,3 +338,39 @@ def test_two_processes_train_what_one_trains(tmp_path: Path, monkeypatch: pytest
     figures = [json.loads((out / RESULTS).read_text()) for out in (alone, together)]
     assert [found["processes"] for found in figures] == [1, 2]
     assert figures[0]["metrics"] == pytest.approx(figures[1]["metrics"], rel=1e-3)
+
+
+class Terminal(io.StringIO):
+    """Standard output that a person watches."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("watched", "rich"), [(True, True), (True, False), (False, True)])
+def test_progress_is_shown_now_and_then(watched: bool, rich: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if rich:
+        pytest.importorskip("rich")
+    else:
+        monkeypatch.setitem(sys.modules, "rich.progress", None)
+    now, asked, shown = [0.0], [], Terminal() if watched else io.StringIO()
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setattr("spartan.training.progress.time.monotonic", lambda: now[0])
+
+    def note(step: int) -> str:
+        asked.append(step)
+        return f"all is well at {step}"
+
+    with Progress(1000, 0, shown=True) as progress:
+        for step in range(1, 1001):
+            now[0] += 0.1
+            progress.update(step, partial(note, step))
+    pauses = {later - earlier for earlier, later in itertools.pairwise(asked[:-1])}
+    assert asked[-1] == 1000 and min(pauses) >= (5 if watched and rich else 100), "the last step is shown anyway"
+    assert "all is well at 1000" in shown.getvalue()
+    if not (watched and rich):
+        assert shown.getvalue().splitlines()[-1] == "step 1,000 of 1,000: all is well at 1000"
+    before = len(asked)
+    with Progress(10, 0, shown=False) as progress:
+        progress.update(10, partial(note, 10))
+    assert len(asked) == before

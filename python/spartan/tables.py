@@ -29,7 +29,8 @@ def text_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]
     console = Console(file=io.StringIO(), width=width, markup=False, highlight=False)
     console.print(table)
     drawn: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return "\n".join([title, *(line.rstrip() for line in drawn.strip("\n").splitlines()), *notes])
+    lines = "\n".join(line.rstrip() for line in drawn.splitlines()).strip("\n")
+    return "\n".join([title, lines, *notes])
 
 
 def _plain(rows: Sequence[Sequence[str]]) -> list[str]:

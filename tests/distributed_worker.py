@@ -26,7 +26,7 @@ def main() -> None:
     own_rank, size, folder, suite = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", f"file://{folder}/store", rank=own_rank, world_size=size, timeout=timedelta(seconds=30)
+        "gloo", f"file://{folder}/store", rank=own_rank, world_size=size, timeout=timedelta(seconds=90)
     )
     results: dict[str, str] = {}
     report = folder / f"rank-{own_rank}.json"

@@ -24,7 +24,7 @@ import distributed_sparsifier  # noqa: F401
 from distributed_common import CHECKS
 
 TESTS = Path(__file__).resolve().parent
-SECONDS = 180
+SECONDS = 300
 
 
 @cache

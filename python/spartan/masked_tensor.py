@@ -234,8 +234,7 @@ class MaskedTensor:
     def merge(self) -> None:
         """Project, and go on with the hard mask alone, fixed, without gradients for dropped weights."""
         self.project()
-        self.carrier.mask_soft = None
-        self.carrier.mask_scale = None
+        self.carrier.set_soft(None, None)
         self.carrier.mask_backward = None
         self.carrier.mask_straight_through = False
 

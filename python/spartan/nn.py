@@ -34,25 +34,28 @@ __all__ = [
 class MaskCarrier(nn.Module):
     """The masks of one weight, as buffers that are updated in place and never saved with the model.
 
+    There are as many buffers at any time: copies such as `torch.optim.swa_utils.AveragedModel` keep theirs like the
+    model's, one after the other. Once a soft mask is merged its buffer is a single one, and `mask_soft` None.
+
     Attributes:
-        mask_soft: m, one per block, dtype of the weight; None once it is merged into the weight or if there
-        is none. mask_hard: h, one per block, bool. mask_beta: float64 0-dim, the sharpness that m was solved
+        mask_hard: h, one per block, bool. mask_beta: float64 0-dim, the sharpness that m was solved
         with, scaled for the block size. mask_costs: a, 0-dim or one per block. mask_sizes: number of weights, likewise,
-        which are the costs unless a cost model gives others. mask_scale: 0-dim factor of
-        the masked weight, or None for 1. mask_backward: bool, one per block, the only blocks whose weight needs a
-        gradient where those are not the kept ones; None if there is no such set. mask_block_size: (rows, columns).
+        which are the costs unless a cost model gives others. mask_backward: bool, one per block, the only blocks whose
+        weight needs a gradient where those are not the kept ones; None if there is no such set.
+        mask_block_size: (rows, columns).
         mask_shape: of the weight that the module computes with, of which masks are: on this rank, where it is divided.
         mask_divided: whether it is, by tensor parallelism.
         mask_straight_through: whether gradients reach dropped blocks.
     """
 
-    mask_soft: torch.Tensor | None
+    mask_soft_values: torch.Tensor | None
+    mask_scale_value: torch.Tensor | None
     mask_hard: torch.Tensor
     mask_beta: torch.Tensor
     mask_costs: torch.Tensor
     mask_sizes: torch.Tensor
-    mask_scale: torch.Tensor | None
     mask_backward: torch.Tensor | None
+    mask_merged: bool
     mask_block_size: tuple[int, int]
     mask_shape: torch.Size
     mask_divided: bool
@@ -75,16 +78,17 @@ class MaskCarrier(nn.Module):
         costs = costs.to(weight) if isinstance(costs, torch.Tensor) else torch.tensor(costs, dtype=torch.float64)
         costs = costs.to(weight.device)
         buffers: dict[str, torch.Tensor | None] = {
-            "mask_soft": weight.new_ones(grid) if soft else None,
+            "mask_soft_values": weight.new_ones(grid) if soft else None,
             "mask_hard": torch.ones(grid, dtype=torch.bool, device=weight.device),
             "mask_beta": torch.zeros((), dtype=torch.float64, device=weight.device),
             "mask_costs": costs,
             "mask_sizes": costs,
-            "mask_scale": weight.new_ones(()) if preserve_scale else None,
-            "mask_backward": None,
+            "mask_scale_value": weight.new_ones(()) if preserve_scale else None,
         }
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer if buffer is None else buffer.detach(), persistent=False)
+        self.mask_backward = None
+        self.mask_merged = False
         self.mask_block_size = block_size
         self.mask_shape = weight.shape
         self.mask_divided = False
@@ -92,11 +96,38 @@ class MaskCarrier(nn.Module):
 
     def detach_masks(self) -> None:
         """Remove everything `attach_masks` added."""
-        for name in (
-            "mask_soft", "mask_hard", "mask_beta", "mask_costs", "mask_sizes", "mask_scale", "mask_backward"
-        ):  # fmt: skip
+        for name in ("mask_soft_values", "mask_hard", "mask_beta", "mask_costs", "mask_sizes", "mask_scale_value"):
             delattr(self, name)
-        del self.mask_block_size, self.mask_shape, self.mask_divided, self.mask_straight_through
+        del (
+            self.mask_backward,
+            self.mask_merged,
+            self.mask_block_size,
+            self.mask_shape,
+            self.mask_divided,
+            self.mask_straight_through,
+        )
+
+    @property
+    def mask_soft(self) -> torch.Tensor | None:
+        """m, one per block; None once it is merged into the weight or if there is none."""
+        return None if self.mask_merged else self.mask_soft_values
+
+    @property
+    def mask_scale(self) -> torch.Tensor | None:
+        """0-dim factor of the masked weight; None for 1."""
+        return None if self.mask_merged else self.mask_scale_value
+
+    def set_soft(self, soft: torch.Tensor | None, scale: torch.Tensor | None) -> None:
+        """Replace m and the factor; None for both: they are merged into the weight."""
+        self.mask_merged = soft is None and scale is None
+        for name, value in (("mask_soft_values", soft), ("mask_scale_value", scale)):
+            present = self._buffers[name]
+            self._buffers[name] = present.new_ones(()) if value is None and present is not None else value
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if self.mask_backward is not None:  # not a buffer: there is none most of the time
+            self.mask_backward = fn(self.mask_backward)
+        return super()._apply(fn, recurse)
 
     @property
     def computes_backward_alone(self) -> bool:

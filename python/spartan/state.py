@@ -134,13 +134,16 @@ def load_state(state: dict[str, Any], masks: MaskSet) -> None:
 
 def _load_tensor(tensor: MaskedTensor, state: dict[str, torch.Tensor], frozen: bool) -> None:
     carrier, seen = tensor.carrier, tensor.seen
+    found: dict[str, torch.Tensor | None] = {}
     for key in _OPTIONAL:
         absent = frozen or (key == "backward" and not state.get("restricted", True))
         value = None if absent else state.get(key)
         if value is not None:
             dtype = torch.bool if key == "backward" else seen.dtype
             value = _here(tensor, value).to(seen.device, dtype, copy=True)
-        setattr(carrier, f"mask_{key}", value)
+        found[key] = value
+    carrier.set_soft(found["soft"], found["scale"])
+    carrier.mask_backward = found["backward"]
     carrier.mask_hard.copy_(_here(tensor, state["hard"]))
     carrier.mask_beta.copy_(state["beta"])
     carrier.mask_straight_through = bool(state.get("straight_through", "soft" in state))

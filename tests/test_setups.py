@@ -274,3 +274,51 @@ def test_a_loss_that_is_not_finite_names_the_weight_and_leaves_masks(method: Met
         run.optimizer.step()
     for name, mask in run.sparsifier.masks().items():
         assert torch.equal(mask.soft, before[name][0]) and torch.equal(mask.hard, before[name][1])
+
+
+def sparse_network(block: int) -> nn.Sequential:
+    """Trained to zeros, then plain again."""
+    run = Run(GMP(sparsity=0.4, interval=2, block_size=block))
+    run.train(STEPS)
+    run.sparsifier.finalize()
+    return run.model  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("block", [1, 4])
+@pytest.mark.parametrize("kind", [GMP, spartan.OneShot, Spartan, spartan.DualAveraging, spartan.IHT])
+def test_a_sparse_model_keeps_its_zeros(kind: Any, block: int) -> None:
+    model = sparse_network(block)
+    before = {name: p.detach() != 0 for name, p in model.named_parameters() if p.dim() > 1}
+    method = kind(sparsity=0.6, block_size=block)
+    sparsifier = spartan.Sparsifier(model, method, STEPS, keep_zeros=True)
+    for name, mask in sparsifier.masks().items():
+        kept = mask.hard.repeat_interleave(block, 0).repeat_interleave(block, 1)
+        kept = kept[: before[name].shape[0], : before[name].shape[1]]
+        assert torch.equal(kept, before[name]) if kind is not spartan.IHT else not bool((kept & ~before[name]).any())
+    at_first = sparsifier.sparsity
+    assert at_first >= 0.39 or kind is spartan.IHT
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    sparsifier.attach(optimizer)
+    resumed = spartan.Sparsifier(network(3), method, STEPS)
+    for step in range(STEPS):
+        if step == 2:
+            resumed.load_state_dict(sparsifier.state_dict())
+            assert resumed.sparsity == sparsifier.sparsity
+            budgets = [[g.budget(0.5) for g in s._masks.groups] for s in (resumed, sparsifier)]
+            assert budgets[0] == budgets[1]
+        x, y = batch(step)
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        assert sparsifier.sparsity >= at_first - 1e-9
+    sparsifier.finalize()
+    assert sparsifier.sparsity == pytest.approx(0.6, abs=0.05 if block > 1 else 1e-3)
+    if kind in (GMP, spartan.OneShot):
+        for name, alive in before.items():
+            assert not bool((model.get_parameter(name) != 0)[~alive].any()), name
+
+
+def test_keep_zeros_is_refused_where_masks_are_chosen_anew() -> None:
+    for method in (spartan.StaticRandom(sparsity=0.5), spartan.RigL(sparsity=0.5), Spartan(pattern=(2, 4))):
+        with pytest.raises(ValueError, match="keep_zeros is for methods that start dense"):
+            spartan.Sparsifier(network(), method, STEPS, keep_zeros=True)

@@ -35,7 +35,15 @@ class MaskGroup:
 
     def __post_init__(self) -> None:
         self.capacity = sum(tensor.size.count if tensor.cost is None else tensor.cost for tensor in self.tensors)
+        self.initial = float(self.capacity)
         self.state = new_solver_state(self.device)
+
+    def start_from_zeros(self) -> None:
+        """Keep at first only the blocks that are not all zeros; at least one."""
+        kept = [(tensor.magnitudes(tensor.values) > 0) * tensor.costs.double() for tensor in self.tensors]
+        total = total_over(torch.stack([own.sum() for own in kept]).sum(), self.group)
+        largest = max(float(tensor.carrier.mask_costs.max()) for tensor in self.tensors)
+        self.initial = min(max(float(total), largest), float(self.capacity))
 
     @property
     def device(self) -> torch.device:
@@ -58,8 +66,8 @@ class MaskGroup:
         return next(iter(names))
 
     def budget(self, progress: float) -> float:
-        """What to keep at the part `progress` of the way from all of them to the target."""
-        budget = self.capacity + (self.target - self.capacity) * progress
+        """What to keep at the part `progress` of the way from what is kept at first to the target."""
+        budget = self.initial + (self.target - self.initial) * progress
         if self.tensors[0].cost is None:
             return budget
         return min(budget * (1 + _COST_ROUNDING), self.capacity)

@@ -53,6 +53,10 @@ class Sparsifier:
             a function (name, module, shape of the blocks) -> cost of each, a number or a tensor. `sparsity` then is
             the fraction of the masked weights' cost that is removed, whatever `count` says. Blocks are chosen by
             magnitude / cost, and what is kept never costs more than the budget. None: each weight costs 1.
+        keep_zeros: for a model that is sparse already: blocks of zeros are dropped from the first step on, and the
+            budget goes from what is left to the target. With `GMP` and `OneShot` they stay zero; with `Spartan`,
+            `DualAveraging`, `DPF` and `IHT`, whose gradients reach dropped weights, they come back if they grow.
+            Methods that choose their first masks themselves do not take it.
 
     Attributes:
         skipped: why a parameter is not masked, by its name.
@@ -81,6 +85,7 @@ class Sparsifier:
         groups: Sequence[Group] = (),
         count: str = "model",
         costs: CostModel | PricePerBlock | None = None,
+        keep_zeros: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
@@ -91,6 +96,8 @@ class Sparsifier:
         if count not in _COUNTS:
             raise ValueError(f"count must be one of {', '.join(_COUNTS)}; got {count!r}")
         reshard(model)
+        if keep_zeros and (method.masking is None or not method.masking.keeps_zeros or method.masking.pattern):
+            raise ValueError(f"keep_zeros is for methods that start dense, without a pattern; got {method!r}")
         self.model = model
         self.method = method
         self._handles: list[RemovableHandle] = []
@@ -110,10 +117,18 @@ class Sparsifier:
             parts, self._cost_unit = self._price(parts, costs)
         budgets = [] if method.masking is None else self._make_groups(method.masking, parts)
         self._masks = MaskSet(budgets, total_steps)
+        if keep_zeros:
+            self._start_from_zeros()
         method.start(self._masks)
         self._entries = mask_entries(method, self._masks)
         self._buffers = [name for name, _ in model.named_buffers() if name.rpartition(".")[2].startswith("mask_")]
         ignore_in_ddp(model, self._buffers)
+
+    def _start_from_zeros(self) -> None:
+        for group in self._masks.groups:
+            group.start_from_zeros()
+        if self._masks.groups:
+            self._masks.select(0.0)
 
     def _price(self, parts: list[Part], costs: CostModel | PricePerBlock) -> tuple[list[Part], float]:
         masking = self.method.masking

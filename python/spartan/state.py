@@ -45,6 +45,7 @@ def state_of(method: Method, masks: MaskSet, entries: dict[str, set[str]]) -> di
         "step": masks.step,
         "frozen": masks.frozen,
         "costs": {tensor.name: tensor.cost for tensor in masks.tensors if tensor.cost is not None},
+        "initial": [group.initial for group in masks.groups],
         "targets": [group.target for group in masks.groups],
         "solved": [group.solved for group in masks.groups],
         "solver": [group.state.clone() for group in masks.groups],
@@ -73,7 +74,7 @@ def _tensor_state(tensor: MaskedTensor, entries: set[str]) -> dict[str, torch.Te
 def check_state(state: Any, own: dict[str, Any], entries: dict[str, set[str]]) -> None:
     """Raise ValueError unless `state` can be restored where `own` is the present state; what differs is named."""
     if isinstance(state, dict) and state.get("version") == 1:
-        state = {"costs": {}, **state}
+        state = {"costs": {}, "initial": own["initial"], **state}
     if not isinstance(state, dict) or set(state) != set(own):
         found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"state must have the entries {sorted(own)}; got {found}")
@@ -114,7 +115,7 @@ def _check_tensor(name: str, state: Any, needed: set[str], grid: tuple[int, ...]
 
 
 def _check_groups(state: dict[str, Any], own: dict[str, Any]) -> None:
-    for key in ("solved", "solver"):
+    for key in ("solved", "solver", "initial"):
         if not isinstance(state[key], Sequence) or len(state[key]) != len(own[key]):
             raise ValueError(f"state must have {len(own[key])} entries in {key!r}; got {state[key]!r}")
     for solver, wanted in zip(state["solver"], own["solver"], strict=True):
@@ -125,6 +126,8 @@ def _check_groups(state: dict[str, Any], own: dict[str, Any]) -> None:
 def load_state(state: dict[str, Any], masks: MaskSet) -> None:
     """Restore what `check_state` accepts."""
     masks.step, masks.frozen = state["step"], state["frozen"]
+    for group, initial in zip(masks.groups, state.get("initial", [g.initial for g in masks.groups]), strict=True):
+        group.initial = float(initial)
     for group, solved, solver in zip(masks.groups, state["solved"], state["solver"], strict=True):
         group.solved = bool(solved)
         group.state = solver.to(device=group.device, copy=True)

@@ -91,6 +91,7 @@ class SparseMethod(Method):
     pattern: tuple[int, int] | None = None
 
     takes_pattern = True  # whether masks of n in each m neighbours make sense for the method
+    keeps_zeros = False  # whether it can start from the zeros of a sparse model
     backward_masks = False  # whether it sets, now or then, which blocks need a gradient
     grows_from_zero = False  # whether dropped weights come back with the value zero
 

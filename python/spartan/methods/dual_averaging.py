@@ -34,6 +34,7 @@ class DualAveraging(SparseMethod):
 
     straight_through = True
     takes_shards = True
+    keeps_zeros = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -30,6 +30,7 @@ class GMP(SparseMethod):
     interval: int = 100
 
     takes_shards = True
+    keeps_zeros = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -21,6 +21,7 @@ class OneShot(SparseMethod):
     prune_at: float = 0.5
 
     takes_shards = True
+    keeps_zeros = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -52,6 +52,7 @@ class Spartan(SparseMethod):
 
     soft = True
     takes_shards = True
+    keeps_zeros = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

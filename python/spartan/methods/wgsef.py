@@ -43,6 +43,8 @@ class WGSEF(DualAveraging):
     regularization", arXiv 2212.12921; the proximal step derived from the definition, with budgets in weights.
     """
 
+    keeps_zeros = False
+
     strength: float = 1.0
     ramp: float = 0.0
 

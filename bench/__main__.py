@@ -143,7 +143,7 @@ def main(
     import bench.cases  # noqa: F401  registers them
 
     try:
-        cases = select(ops or [], quick)
+        cases = select(ops or [], quick, device)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="OPS") from error
     if list_cases:

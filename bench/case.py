@@ -52,19 +52,25 @@ class Work:
 
 @dataclass(frozen=True)
 class Case:
-    """A registered case: `name` is unique, `op` is what the command line selects by; `quick`: --quick runs it too."""
+    """A registered case: `name` is unique, `op` is what the command line selects by.
+
+    Attributes:
+        quick: --quick runs it too.
+        gpu: only a GPU is asked for it, unless it is named itself.
+    """
 
     op: str
     name: str
     build: Callable[[Settings], Work]
     quick: bool = True
+    gpu: bool = False
 
 
 CASES: dict[str, Case] = {}
 
 
 def case(
-    op: str, name: str, *, quick: bool = True
+    op: str, name: str, *, quick: bool = True, gpu: bool = False
 ) -> Callable[[Callable[[Settings], Work]], Callable[[Settings], Work]]:
     """Register the builder of a case as `op/name`."""
 
@@ -72,16 +78,16 @@ def case(
         key = f"{op}/{name}"
         if key in CASES:
             raise ValueError(f"case {key!r} is registered twice")
-        CASES[key] = Case(op, key, build, quick)
+        CASES[key] = Case(op, key, build, quick, gpu)
         return build
 
     return register
 
 
-def select(patterns: Sequence[str], quick: bool = False) -> list[Case]:
+def select(patterns: Sequence[str], quick: bool = False, device: str = "cpu") -> list[Case]:
     """Cases whose op or name is one of `patterns`; all of them for none.
 
-    With `quick`, a case that is not a quick one has to be named itself.
+    With `quick`, a case that is not a quick one has to be named itself; so has one for a GPU where `device` is none.
 
     Raises:
         ValueError: a pattern that matches nothing; the message lists the ops.
@@ -90,5 +96,9 @@ def select(patterns: Sequence[str], quick: bool = False) -> list[Case]:
         if not any(pattern in (c.op, c.name) for c in CASES.values()):
             ops = ", ".join(sorted({c.op for c in CASES.values()}))
             raise ValueError(f"no benchmark is called {pattern!r}; allowed: {ops}, or a case from --list")
+
+    def asked(c: Case) -> bool:
+        return (c.quick or not quick) and (not c.gpu or torch.device(device).type == "cuda")
+
     by_op = [c for c in CASES.values() if not patterns or c.op in patterns]
-    return [c for c in CASES.values() if c.name in patterns or (c in by_op and (c.quick or not quick))]
+    return [c for c in CASES.values() if c.name in patterns or (c in by_op and asked(c))]

@@ -1,6 +1,7 @@
 """Products with a block-masked weight, over sparsity, block size and shape; for many tokens and for one.
 
-Every call of ours builds the layout of its blocks from the gate: a mask that moves costs nothing more.
+Every call of ours builds the layout of its blocks from the gate: a mask that moves costs nothing more. The cases of
+8192 tokens are for a GPU (`--device cuda --dtype bfloat16`).
 """
 
 from __future__ import annotations
@@ -28,12 +29,18 @@ _SPARSITIES = (0.0, 0.05, 0.5, 0.8, 0.9, 0.95)
 _FEW_SPARSITIES = (0.5, 0.9, 0.95)
 _QUICK = {(32, 0.5), (32, 0.9)}
 _SECONDS = 0.8  # for each implementation: the table has 24 cases
+_GPU_TOKENS = 8192
+_GPU_SHAPES = ((4096, 4096), (4096, 16384))
+_GPU_BLOCKS = ((16, 16), (32, 32), (64, 64), (128, 128))
+_TALL_BLOCKS = ((128, 16), (128, 32))  # each element of x serves 128 outputs in the forward pass
+_GPU_SPARSITIES = (0.0, 0.3, 0.5, 0.65, 0.8, 0.9, 0.95)
+_GPU_QUICK = {((32, 32), 0.9), ((128, 128), 0.8), ((128, 16), 0.9)}
 _FEW = 64  # rows of each result that are compared with float64
 
 
-def _gate(s: Settings, shape: tuple[int, int], size: int, sparsity: float) -> Tensor:
+def _gate(s: Settings, shape: tuple[int, int], block: tuple[int, int], sparsity: float) -> Tensor:
     """Positive at random blocks, zero at the others."""
-    grid = (shape[1] // size, shape[0] // size)
+    grid = (shape[1] // block[0], shape[0] // block[1])
     kept = round((1 - sparsity) * math.prod(grid))
     order = normal(grid, s, 2).flatten().argsort()
     gate = normal(grid, s, 3).sigmoid()
@@ -57,16 +64,18 @@ def _check_product(got: Tensor, left: Tensor, right: Tensor, exact_right: Tensor
 class _Problem:
     """A layer's weight and gate, and what a pass through it takes."""
 
-    def __init__(self, s: Settings, size: int, sparsity: float, shape: tuple[int, int] = _SHAPE, rows: int = 0) -> None:
-        self.s, self.size = s, size
+    def __init__(
+        self, s: Settings, block: tuple[int, int], sparsity: float, shape: tuple[int, int] = _SHAPE, rows: int = 0
+    ) -> None:
+        self.s, self.block = s, block
         self.in_, self.out = shape
         self.rows = rows or (512 if s.quick else _TOKENS)
-        self.gate = _gate(s, shape, size, sparsity)
+        self.gate = _gate(s, shape, block, sparsity)
         self.mask = self.gate != 0
         self.weight = normal((self.out, self.in_), s, 1, self.in_**-0.5)
-        self.masked = self.weight * eager.expand(self.gate, size)
-        self.exact = self.weight.double() * eager.expand(self.gate.double(), size)
-        self.kept = int(self.mask.sum()) * size**2
+        self.masked = self.weight * eager.expand(self.gate, block)
+        self.exact = self.weight.double() * eager.expand(self.gate.double(), block)
+        self.kept = int(self.mask.sum()) * math.prod(block)
         self.x_bytes, self.y_bytes, self.kept_bytes = (
             n * s.dtype.itemsize for n in (self.rows * self.in_, self.rows * self.out, self.kept)
         )
@@ -75,8 +84,8 @@ class _Problem:
         """A Work of one pass (forward) or three: forward, gradient of x, gradient of the kept weights."""
         sparsity = 1 - self.kept / (self.in_ * self.out)
         notes = {
-            "rows": self.rows, "in": self.in_, "out": self.out, "block": self.size, "sparsity": sparsity,
-            "passes": passes,
+            "rows": self.rows, "in": self.in_, "out": self.out, "block": self.block[0], "block columns": self.block[1],
+            "sparsity": sparsity, "passes": passes,
         }  # fmt: skip
         nbytes = self.x_bytes + self.y_bytes + self.kept_bytes
         if passes == 3:
@@ -101,7 +110,7 @@ class _Problem:
     def check_weight_gradient(self, dw: Tensor, x: Tensor, grad: Tensor) -> None:
         """By rows of the weight, each a column of grad; the gate multiplies at the end."""
         few, inputs = _few(self.out), x.detach()
-        gate = eager.expand(self.gate, self.size)[few]
+        gate = eager.expand(self.gate, self.block)[few]
         exact = (grad.mT[few].double() @ inputs.double()) * gate.double()
         floor = 2 * torch.finfo(self.s.dtype).eps * exact.abs().max()
         check_close(dw[few], exact, (grad.mT[few] @ inputs) * gate, floor, name="gradient of the weight")
@@ -112,10 +121,10 @@ def _forward(p: _Problem, only: tuple[str, ...] | None = None) -> Work:
     operands = rotating(p.s, p.x_bytes + p.y_bytes, lambda i: (p.x(i),)) if p.rows > 1 else [(p.x(0),)]
     return p.work(
         passes=1,
-        ours=lambda x: ops.masked_linear(x, p.weight, p.gate, p.size, backend=p.s.backend),
+        ours=lambda x: ops.masked_linear(x, p.weight, p.gate, p.block, backend=p.s.backend),
         operands=operands,
         check=lambda y, x: _check_product(y, x, p.masked.mT, p.exact.mT, "y"),
-        peers=matmul.peers(p.masked, p.size, operands[0], only),
+        peers=matmul.peers(p.masked, p.block, operands[0], only),
     )
 
 
@@ -123,7 +132,7 @@ def _forward_backward(p: _Problem, only: tuple[str, ...] | None = None) -> Work:
     leaf = p.weight.clone().requires_grad_()
 
     def ours(x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-        y = F.masked_linear(x, leaf, p.gate, p.size, backward_mask=p.mask, backend=p.s.backend)
+        y = F.masked_linear(x, leaf, p.gate, p.block, backward_mask=p.mask, backend=p.s.backend)
         return torch.autograd.grad(y, (x, leaf), grad)
 
     def check(gradients: tuple[Tensor, Tensor], x: Tensor, grad: Tensor) -> None:
@@ -133,7 +142,7 @@ def _forward_backward(p: _Problem, only: tuple[str, ...] | None = None) -> Work:
 
     operands = rotating(p.s, p.x_bytes + p.y_bytes, lambda i: (p.x(i).requires_grad_(), p.grad(i)))
     return p.work(
-        passes=3, ours=ours, operands=operands, check=check, peers=matmul.peers(p.masked, p.size, operands[0], only)
+        passes=3, ours=ours, operands=operands, check=check, peers=matmul.peers(p.masked, p.block, operands[0], only)
     )
 
 
@@ -143,7 +152,7 @@ def _input_gradient(p: _Problem) -> Work:
 
     def build(i: int) -> tuple[Tensor, ...]:
         x = p.x(i).requires_grad_()
-        return x, F.masked_linear(x, p.weight, p.gate, p.size, backend=p.s.backend), p.grad(i)
+        return x, F.masked_linear(x, p.weight, p.gate, p.block, backend=p.s.backend), p.grad(i)
 
     return p.work(
         passes=1,
@@ -162,7 +171,7 @@ def _weight_gradient(p: _Problem) -> Work:
 
     def build(i: int) -> tuple[Tensor, ...]:
         x = p.x(i)
-        y = F.masked_linear(x, leaf, p.gate, p.size, backward_mask=p.mask, backend=p.s.backend)
+        y = F.masked_linear(x, leaf, p.gate, p.block, backward_mask=p.mask, backend=p.s.backend)
         return x, y, p.grad(i)
 
     return p.work(
@@ -175,24 +184,33 @@ def _weight_gradient(p: _Problem) -> Work:
 
 
 def _register(
-    kind: str, build: Callable[..., Work], size: int, sparsity: float, shape: tuple[int, int] = _SHAPE, **more: Any
+    kind: str,
+    build: Callable[..., Work],
+    size: int | tuple[int, int],
+    sparsity: float,
+    shape: tuple[int, int] = _SHAPE,
+    tokens: int = 0,
+    quick: bool = False,
+    gpu: bool = False,
+    **more: Any,
 ) -> None:
-    tokens = more.pop("tokens", 0)
+    block = (size, size) if isinstance(size, int) else size
+    side = str(block[0]) if block[0] == block[1] else f"{block[0]}x{block[1]}"
     where = "" if shape == _SHAPE else f"-{shape[0]}x{shape[1]}"
-    name = f"{kind}{where}-block-{size}-sparsity-{sparsity:.0%}".rstrip("%")
+    name = f"{kind}{where}-block-{side}-sparsity-{sparsity:.0%}".rstrip("%")
 
     def builder(s: Settings) -> Work:
-        return build(_Problem(s, size, sparsity, shape, tokens), **more)
+        return build(_Problem(s, block, sparsity, shape, tokens), **more)
 
-    what = kind.replace("-", " ").capitalize()
-    builder.__doc__ = f"{what}, {sparsity:.0%} of the {size} x {size} blocks of a {shape[1]} x {shape[0]} weight zero."
-    quick = kind.startswith("forward") and not where and (size, sparsity) in _QUICK
-    case("masked_matmul", name, quick=quick)(builder)
+    what, blocks = kind.replace("-", " ").capitalize(), f"{block[0]} x {block[1]} blocks"
+    builder.__doc__ = f"{what}, {sparsity:.0%} of the {blocks} of a {shape[1]} x {shape[0]} weight zero."
+    case("masked_matmul", name, quick=quick, gpu=gpu)(builder)
 
 
 for _size, _sparsity in itertools.product(_BLOCKS, _SPARSITIES):
-    _register("forward", _forward, _size, _sparsity)
-    _register("forward-backward", _forward_backward, _size, _sparsity)
+    _quick = (_size, _sparsity) in _QUICK
+    _register("forward", _forward, _size, _sparsity, quick=_quick)
+    _register("forward-backward", _forward_backward, _size, _sparsity, quick=_quick)
 for _size, _sparsity, _shape in itertools.product(_BLOCKS, _FEW_SPARSITIES, _OTHER_SHAPES):
     _register("forward", _forward, _size, _sparsity, _shape, only=("dense",))
 for _size in _BLOCKS:
@@ -200,3 +218,9 @@ for _size in _BLOCKS:
     _register("weight-gradient", _weight_gradient, _size, 0.9)
     for _shape in (_SHAPE, (4096, 4096)):
         _register("one-token", _forward, _size, 0.9, _shape, tokens=1, only=("dense", "torch BSR"))
+for _block, _sparsity, _shape in itertools.product((*_GPU_BLOCKS, *_TALL_BLOCKS), _GPU_SPARSITIES, _GPU_SHAPES):
+    _quick = _shape == _GPU_SHAPES[0] and (_block, _sparsity) in _GPU_QUICK
+    _where: dict[str, Any] = {"shape": _shape, "tokens": _GPU_TOKENS, "quick": _quick, "gpu": True}
+    _register("many-tokens-forward", _forward, _block, _sparsity, **_where)
+    if _block in _GPU_BLOCKS:
+        _register("many-tokens-forward-backward", _forward_backward, _block, _sparsity, **_where)

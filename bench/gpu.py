@@ -43,6 +43,7 @@ def steps(out: Path) -> list[Step]:
     python = sys.executable
     smoke = [python, "-m", "spartan_kernels.smoke", "--device", "cuda"]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9"]
+    products = ["masked_matmul", "--device", "cuda", "--dtype", "bfloat16", "--quick", "--save"]
     return [
         Step("build", [python, "setup.py", "-q", "build_ext", "--inplace"], 180),
         Step("smoke", smoke, 60),
@@ -50,6 +51,7 @@ def steps(out: Path) -> list[Step]:
         Step("memcheck", [*sanitizer, "--tool", "memcheck", *smoke], 120, "compute-sanitizer"),
         Step("racecheck", [*sanitizer, "--tool", "racecheck", *smoke], 120, "compute-sanitizer"),
         Step("benchmark", [python, "-m", "bench", "--device", "cuda", "--quick", "--save", "--results", str(out)], 150),
+        Step("products", [python, "-m", "bench", *products, "--results", str(out / "bfloat16")], 120),
     ]
 
 

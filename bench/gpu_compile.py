@@ -1,9 +1,10 @@
 """Compile every GPU kernel that is shipped, for every target, without a GPU; fail on what could not run well.
 
 `python -m bench.gpu_compile` builds each Triton kernel in each configuration of `COMPILE_CASES`, and each CUDA source
-where `nvcc` is found, and prints registers, spilled bytes, shared memory and tensor-core instructions. The exit status
-is 1 when a kernel does not compile, spills, needs more shared memory than the target has, or lacks tensor-core
-instructions or 16-byte loads it should have.
+where `nvcc` is found, and prints registers, spilled bytes, shared memory, how many programs a processor holds,
+tensor-core instructions and copies ahead of the arithmetic; then the bytes that the plans of the products move. The
+exit status is 1 when a kernel does not compile, spills, needs more shared memory than the target has, or lacks
+tensor-core instructions (on sm_90 those of a warp group, for many tokens) or 16-byte loads it should have.
 """
 
 from __future__ import annotations
@@ -25,33 +26,51 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from bench import gpu_plan
+
 ROOT = Path(__file__).resolve().parent.parent
 SAVED = ROOT / "bench" / "results" / "gpu-compile.csv"
+SAVED_PLANS = SAVED.with_name("gpu-plan.csv")
 MODULES = ("masked_weight", "soft_topk_rows", "long_rows", "hard_topk", "global_solve", "masked_matmul")
 
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU architecture and the shared memory that one block of threads may have there, in bytes."""
+    """A GPU architecture; `shared_limit` and `shared` bytes of memory for one block of threads, and for all of them."""
 
     name: str
     backend: str
     arch: int | str
     warp_size: int
     shared_limit: int
+    shared: int
+
+    def resident(self, registers: int, shared: int, warps: int) -> int:
+        """How many blocks of `warps` warps a processor holds at a time, by its registers, shared memory and warps."""
+        registers = max(8, -(-registers // 8) * 8)
+        if self.backend == "hip":  # four units of 512 registers a lane, for 8 waves at most
+            held, reserved = 4 * min(8, 512 // registers), 0
+        else:  # four units of 16384 registers, for 16 warps at most; each block takes 1 KiB more than it asks for
+            held, reserved = 4 * min(16, 16384 // (32 * registers)), 1 << 10
+        return min(32, held // warps, self.shared // max(1, shared + reserved))
 
 
 TARGETS = (
-    Target("sm_80", "cuda", 80, 32, 163 << 10),
-    Target("sm_90", "cuda", 90, 32, 227 << 10),
-    Target("sm_100", "cuda", 100, 32, 227 << 10),
-    Target("gfx942", "hip", "gfx942", 64, 64 << 10),
+    Target("sm_80", "cuda", 80, 32, 163 << 10, 164 << 10),
+    Target("sm_90", "cuda", 90, 32, 227 << 10, 228 << 10),
+    Target("sm_100", "cuda", 100, 32, 227 << 10, 228 << 10),
+    Target("gfx942", "hip", "gfx942", 64, 64 << 10, 64 << 10),
 )
-_MATRIX_INSTRUCTIONS = re.compile(
-    r"^\s*(?:@!?%\w+\s+)?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)", re.MULTILINE
-)
-# loads that run ahead of the arithmetic: into shared memory past the registers
-_COPY_INSTRUCTIONS = re.compile(r"^\s*(?:@!?%\w+\s+)?(?:cp\.async\.(?:c[ag]|bulk)|buffer_load\w+ .* lds)", re.MULTILINE)
+# in machine code: products on the tensor cores, and loads that run ahead of the arithmetic into shared memory
+_MATRIX_INSTRUCTIONS = {
+    "cuda": re.compile(r"\b((?:UTC)?[HQ]G?MMA)\b"),
+    "hip": re.compile(r"^\s*v_(mfma)", re.MULTILINE),
+}
+_COPY_INSTRUCTIONS = {
+    "cuda": re.compile(r"\b(?:LDGSTS|UTMALDG)\b"),
+    "hip": re.compile(r"^\s*buffer_load\w+ .* lds", re.MULTILINE),
+}
+_WARP_GROUP = 64  # tokens from which on a product of Hopper's takes the instructions of a whole warp group
 
 
 @dataclass(frozen=True)
@@ -66,6 +85,8 @@ class Row:
     shared: int = 0
     matrix: int = 0
     copies: int = 0
+    instruction: str = ""  # of the tensor cores
+    resident: int = 0  # programs that a processor holds; 0 where the launch decides
     problem: str = ""
 
 
@@ -86,20 +107,21 @@ def _judged(row: Row, target: Target, tensor_cores: bool) -> Row:
     return row
 
 
-def _cuda_resources(cubin: bytes, ptx: str) -> tuple[int, int]:
-    """Registers and spilled bytes. A stack without spills is what a called division or logarithm takes."""
+def _cuda_resources(cubin: bytes, ptx: str) -> tuple[int, int, str]:
+    """Registers, spilled bytes, machine code. A stack without spills is what a called division or logarithm takes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        text = _nvidia("cuobjdump", "-res-usage", str(path))
+        text, code = _nvidia("cuobjdump", "-res-usage", str(path)), _nvidia("cuobjdump", "-sass", str(path))
         registers, stack = int(_found(r"REG:(\d+)", text)), int(_found(r"STACK:(\d+)", text))
         if not stack:
-            return registers, 0
+            return registers, 0, code
         path = path.with_suffix(".ptx")
         path.write_text(ptx)
         arch = _found(r"\.target (\w+)", ptx)
         text = _nvidia("ptxas-blackwell", "-v", f"-arch={arch}", "-o", str(path.with_suffix(".out")), str(path))
-    return registers, int(_found(r"(\d+) bytes spill stores", text)) + int(_found(r"(\d+) bytes spill loads", text))
+    spilled = int(_found(r"(\d+) bytes spill stores", text)) + int(_found(r"(\d+) bytes spill loads", text))
+    return registers, spilled, code
 
 
 def _nvidia(tool: str, *arguments: str) -> str:
@@ -156,22 +178,40 @@ def compile_triton(module: str, index: int, target: Target) -> Row:
         return replace(row, problem=f"does not compile: {str(error).splitlines()[0][:120]}")
     if target.backend == "cuda":
         text = compiled.asm["ptx"]
-        registers, spilled = _cuda_resources(compiled.asm["cubin"], text)
+        registers, spilled, code = _cuda_resources(compiled.asm["cubin"], text)
     else:
-        text = compiled.asm["amdgcn"]
+        code = text = compiled.asm["amdgcn"]
         registers, spilled = _amd_resources(text)
+    matrix, shared = _MATRIX_INSTRUCTIONS[target.backend].findall(code), compiled.metadata.shared
     row = replace(
         row,
         registers=registers,
         spilled=spilled,
-        shared=compiled.metadata.shared,
-        matrix=len(_MATRIX_INSTRUCTIONS.findall(text)),
-        copies=len(_COPY_INSTRUCTIONS.findall(text)),
+        shared=shared,
+        matrix=len(matrix),
+        copies=len(_COPY_INSTRUCTIONS[target.backend].findall(code)),
+        instruction=max(matrix, key=matrix.count, default=""),
+        resident=target.resident(registers, shared, warps),
     )
     row = _judged(row, target, case.tensor_cores)
+    if target.name == "sm_90" and case.tensor_cores and not row.problem:
+        row = replace(row, problem=_hopper_problem(case, row))
     if case.vector_loads and not row.problem and not _VECTOR_LOADS.search(text):
         return replace(row, problem="no 16-byte load")
     return row
+
+
+def _hopper_problem(case: Any, row: Row) -> str:
+    """Why a product of many tokens would be slow on an H100: not by warp groups, or with no two steps under way."""
+    m, n, k = (case.constexprs.get(f"BLOCK_{side}", 0) for side in "MNK")
+    if m < _WARP_GROUP:
+        return ""
+    if row.instruction != "HGMMA":
+        return f"{row.instruction}, not HGMMA"
+    step = (m + n) * k * (4 if case.constexprs["PRECISION"] == "tf32" else 2)
+    return (
+        "" if row.shared >= 2 * step else f"shared memory of {row.shared} for steps of {step} bytes: no two under way"
+    )
 
 
 _PTXAS = re.compile(
@@ -183,16 +223,18 @@ _PTXAS = re.compile(
 
 
 # kernels of csrc/cuda that must use the tensor cores, and those that must load ahead of the arithmetic
-_CUDA_TENSOR_CORES = re.compile(r"(product|sampled)_kernel<__(half|nv_bfloat16)")
+_CUDA_TENSOR_CORES = re.compile(r"(product|sampled)_kernel<(__half|__nv_bfloat16|Tf32)")
 _CUDA_COPIES = re.compile(r"(product|sampled)_kernel<.*true>")
 
 
-def _sass_counts(cubin: Path) -> dict[str, tuple[int, int]]:
-    """For each kernel of a compiled file: tensor-core instructions, and copies of 16 bytes past the registers."""
+def _sass_counts(cubin: Path) -> dict[str, tuple[int, int, str]]:
+    """For each kernel of a file: tensor-core instructions, copies of 16 bytes past the registers, which they are."""
     counts = {}
     for part in _nvidia("cuobjdump", "-sass", str(cubin)).split("Function : ")[1:]:
         name, code = part.split("\n", 1)
-        counts[name.strip()] = (len(re.findall(r"\b[HQ]G?MMA", code)), len(re.findall(r"LDGSTS[.\w]*\.128", code)))
+        matrix = _MATRIX_INSTRUCTIONS["cuda"].findall(code)
+        copies = len(re.findall(r"LDGSTS[.\w]*\.128", code))
+        counts[name.strip()] = (len(matrix), copies, max(matrix, key=matrix.count, default=""))
     return counts
 
 
@@ -249,7 +291,8 @@ def run(pattern: str, targets: tuple[Target, ...], workers: int) -> list[Row]:
             cases = importlib.import_module(f"spartan_kernels.backends.triton.{module}").COMPILE_CASES
             for index, case in enumerate(cases):
                 if re.search(pattern, f"{module} {case.kernel.fn.__name__}"):
-                    jobs += [pool.submit(compile_triton, module, index, target) for target in targets]
+                    here = [t for t in targets if not case.targets or t.name in case.targets]
+                    jobs += [pool.submit(compile_triton, module, index, target) for target in here]
         rows = [job.result() for job in jobs]
         if shutil.which("nvcc"):
             sources = [s for s in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if re.search(pattern, s.name)]
@@ -265,9 +308,12 @@ def run(pattern: str, targets: tuple[Target, ...], workers: int) -> list[Row]:
 
 def report(rows: list[Row]) -> None:
     """Print the table."""
-    header = ("kernel", "configuration", "target", "regs", "spill", "shared", "matrix", "copies", "")
+    header = ("kernel", "configuration", "target", "regs", "spill", "shared", "resident", "matrix", "copies", "")
     lines = [
-        (r.kernel, r.label, r.target, *map(str, (r.registers, r.spilled, r.shared, r.matrix, r.copies)), r.problem)
+        (
+            *(r.kernel, r.label, r.target, str(r.registers), str(r.spilled), str(r.shared), str(r.resident or "")),
+            *(f"{r.matrix} {r.instruction}".strip(), str(r.copies), r.problem),
+        )
         for r in rows
     ]
     widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
@@ -302,8 +348,11 @@ def main(arguments: list[str] | None = None) -> int:
     targets = tuple(t for t in TARGETS if not options.target or t.name in options.target)
     rows = run(options.pattern, targets, options.workers)
     report(rows)
+    plans = list(gpu_plan.plan_rows())
+    gpu_plan.report(plans)
     if options.save:
         save(rows, SAVED)
+        gpu_plan.save(plans, SAVED_PLANS)
     return int(not rows or any(row.problem for row in rows))
 
 

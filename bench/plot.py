@@ -164,10 +164,14 @@ def _of_one_shape(results: Sequence[Result]) -> list[Result]:
     return [r for r in results if shape(r) == most and "gradient" not in r.case]
 
 
+def _block(r: Result) -> tuple[float, float]:
+    return r.notes["block"], r.notes.get("block columns", r.notes["block"])
+
+
 def figure_of_sparsity(report: Report, path: Path) -> None:
     """Draw the speed-up over the dense product against sparsity: a row for each pass, a column for each block size."""
     results = _of_one_shape([r for r in report.results if r.time is not None and "sparsity" in r.notes])
-    passes, blocks = (sorted({r.notes[key] for r in results}) for key in ("passes", "block"))
+    passes, blocks = sorted({r.notes["passes"] for r in results}), sorted({_block(r) for r in results})
     names = dict.fromkeys(["ours", *(name for r in results for name in r.peers if name != "dense")])
     palette = plt.get_cmap("tab10")
     colours = {name: _OURS if i == 0 else palette(i % 10) for i, name in enumerate(names)}
@@ -176,10 +180,10 @@ def figure_of_sparsity(report: Report, path: Path) -> None:
     for row, count in enumerate(passes):
         for column, block in enumerate(blocks):
             axis = axes[row, column]
-            here = [r for r in results if (r.notes["passes"], r.notes["block"]) == (count, block)]
+            here = [r for r in results if (r.notes["passes"], _block(r)) == (count, block)]
             if here:
                 _curves(axis, here, colours)
-            axis.set_title(f"{_PASSES[count]}, blocks of {block:.0f} x {block:.0f}", fontsize=8, loc="left")
+            axis.set_title(f"{_PASSES[count]}, blocks of {block[0]:.0f} x {block[1]:.0f}", fontsize=8, loc="left")
             axis.set_xlabel("sparsity", fontsize=8)
         axes[row, 0].set_ylabel("speed-up over dense", fontsize=8)
     notes = results[0].notes
@@ -196,7 +200,12 @@ def figure_of_roofline(report: Report, path: Path) -> None:
     groups: dict[str, Curve] = {}
     for r in results:
         assert r.time is not None
-        group = f"{_PASSES[r.notes['passes']]}, blocks of {r.notes['block']:.0f}" if "sparsity" in r.notes else r.case
+        group = r.case
+        if "sparsity" in r.notes:
+            rows, columns = _block(r)
+            group = f"{_PASSES[r.notes['passes']]}, blocks of {rows:.0f}" + (
+                "" if rows == columns else f" x {columns:.0f}"
+            )
         groups.setdefault(group, []).append((r.flops / r.bytes, r.flops / r.time.median / 1e9))
     figure, axis = plt.subplots(figsize=(7, 4.4))
     intensities = [r.flops / r.bytes for r in results]

@@ -24,18 +24,19 @@ void bind_matmul(py::module_& m) {
   py::class_<cpu::BlockMatrix>(m, "BlockMatrix")
       .def(py::init([](Address data, int64_t out, int64_t in, int64_t rows, int64_t columns, int64_t stride, Address gate,
                        Address row_offsets, Address column_indices, Address column_offsets, Address row_indices,
-                       Address positions) {
+                       Address order, Address positions) {
         return cpu::BlockMatrix{at(data), out, in, rows, columns, stride, at<const float>(gate),
                                 {at<const int32_t>(row_offsets), at<const int32_t>(column_indices),
-                                 at<const int32_t>(column_offsets), at<const int32_t>(row_indices)},
+                                 at<const int32_t>(column_offsets), at<const int32_t>(row_indices), at<const int32_t>(order)},
                                 at<const int32_t>(positions)};
       }));
   m.def(
       "block_layout",
-      [](Address gate, int gate_bytes, Address mask, int64_t grid_rows, int64_t grid_columns, Address row_offsets,
-         Address column_indices, Address column_offsets, Address row_indices) {
-        cpu::block_layout(at(gate), gate_bytes, at<const uint8_t>(mask), grid_rows, grid_columns, at<int32_t>(row_offsets),
-                          at<int32_t>(column_indices), at<int32_t>(column_offsets), at<int32_t>(row_indices));
+      [](Address gate, int gate_bytes, Address mask, int64_t grid_rows, int64_t grid_columns, Address counts,
+         Address row_offsets, Address column_indices, Address column_offsets, Address row_indices, Address order) {
+        cpu::block_layout(at(gate), gate_bytes, at<const uint8_t>(mask), grid_rows, grid_columns, at<int32_t>(counts),
+                          at<int32_t>(row_offsets), at<int32_t>(column_indices), at<int32_t>(column_offsets),
+                          at<int32_t>(row_indices), at<int32_t>(order));
       },
       unlocked);
   m.def("masked_matmul_workspace_bytes", &cpu::masked_matmul_workspace_bytes);
@@ -102,10 +103,11 @@ void bind_cuda_matmul(py::module_& m) {
   m.def(
       "block_layout",
       [](Address gate, int gate_bytes, Address mask, int64_t grid_rows, int64_t grid_columns, Address counts,
-         Address row_offsets, Address column_indices, Address column_offsets, Address row_indices, Address stream, int device) {
+         Address row_offsets, Address column_indices, Address column_offsets, Address row_indices, Address order, Address stream,
+         int device) {
         cuda::block_layout(at(gate), gate_bytes, at<const uint8_t>(mask), grid_rows, grid_columns, at<int32_t>(counts),
                            at<int32_t>(row_offsets), at<int32_t>(column_indices), at<int32_t>(column_offsets),
-                           at<int32_t>(row_indices), stream_of(stream, device));
+                           at<int32_t>(row_indices), at<int32_t>(order), stream_of(stream, device));
       },
       unlocked);
   m.def("masked_matmul_workspace_bytes", [](int dtype, const cpu::BlockMatrix& w, int64_t tokens) {

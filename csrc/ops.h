@@ -6,7 +6,8 @@
 
 namespace spartan {
 
-enum class Dtype : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+// tf32: float32 whose products the tensor cores may take of numbers rounded to 10 bits; of CUDA's products alone.
+enum class Dtype : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3, tf32 = 4 };
 
 // Scratch memory of the caller. The extension allocates none.
 struct Workspace {
@@ -106,7 +107,7 @@ int64_t blocks_workspace_bytes(Blocks);
 // positions says where the blocks of a column of blocks lie. Arithmetic is float32; gates are float32, null: ones.
 enum class Activation : int { none, relu, gelu, gelu_tanh, silu };
 struct Layout {
-  const int32_t *row_offsets, *column_indices, *column_offsets, *row_indices;
+  const int32_t *row_offsets, *column_indices, *column_offsets, *row_indices, *order;
 };
 struct BlockMatrix {
   const void* data;
@@ -121,8 +122,11 @@ struct Tokens {
   int64_t count, stride;
 };
 // `mask`, null: none, takes part where it and the gate are not zero; NaN is not zero. Entries past the count are set to 0.
+// `order` [grid_rows + grid_columns] has the rows from the longest to the shortest, then the columns. `counts` holds
+// grid_rows + grid_columns + 2 numbers of scratch.
 void block_layout(const void* gate, int gate_bytes, const uint8_t* mask, int64_t grid_rows, int64_t grid_columns,
-                  int32_t* row_offsets, int32_t* column_indices, int32_t* column_offsets, int32_t* row_indices);
+                  int32_t* counts, int32_t* row_offsets, int32_t* column_indices, int32_t* column_offsets,
+                  int32_t* row_indices, int32_t* order);
 int64_t masked_matmul_workspace_bytes(const BlockMatrix&, int64_t tokens, int threads);
 // y = act(z), z = x w^T + bias, contiguous [tokens, out]; z is written to `saved` unless that is null.
 void masked_matmul(Dtype, const BlockMatrix&, Tokens x, const void* bias, Activation, void* y, void* saved, Workspace,
@@ -174,7 +178,7 @@ using cpu::Tokens;
 // `counts` holds grid_rows + grid_columns numbers of scratch.
 void block_layout(const void* gate, int gate_bytes, const uint8_t* mask, int64_t grid_rows, int64_t grid_columns,
                   int32_t* counts, int32_t* row_offsets, int32_t* column_indices, int32_t* column_offsets,
-                  int32_t* row_indices, Stream);
+                  int32_t* row_indices, int32_t* order, Stream);
 int64_t masked_matmul_workspace_bytes(Dtype, const BlockMatrix&, int64_t tokens);
 void masked_matmul(Dtype, const BlockMatrix&, Tokens x, const void* bias, Activation, void* y, void* saved, void* workspace,
                    Stream);

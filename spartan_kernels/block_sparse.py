@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from spartan_kernels.arguments import block_grid, block_shape, require_float
-from spartan_kernels.layout import BlockLayout, require_mask
+from spartan_kernels.layout import BlockLayout, longest_first, require_mask
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -67,10 +67,10 @@ class BlockSparseWeight:
         order = torch.argsort(columns, stable=True)
         counts = torch.bincount(columns, minlength=grid[1])
         column_offsets = functional.pad(counts.cumsum(0), (1, 0))
-        index = (offsets, columns, column_offsets, rows[order], order)
-        a, b, c, d, positions = (t.to(torch.int32).contiguous() for t in index)
+        index = (offsets, columns, column_offsets, rows[order], longest_first(offsets, column_offsets), order)
+        a, b, c, d, e, positions = (t.to(torch.int32).contiguous() for t in index)
         density = values.shape[0] / max(1, math.prod(grid))
-        layout = BlockLayout((int(shape[0]), int(shape[1])), block_size, a, b, c, d, density)
+        layout = BlockLayout((int(shape[0]), int(shape[1])), block_size, a, b, c, d, e, density)
         return BlockSparseWeight(_without_edges(values, rows, columns, layout), layout, positions)
 
     @staticmethod

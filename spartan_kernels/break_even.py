@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -117,13 +118,17 @@ def store(kind: str, surface: Surface) -> Path:
     """Write the surface of one kind of device beside the others in the user's cache, and use it from now on."""
     path = cache_file()
     surfaces: Mapping[str, Surface] = {**load(), kind: surface}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({k: [asdict(c) for c in entries] for k, entries in surfaces.items()}, indent=1)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text(text + "\n")
-    partial.replace(path)  # a reader sees the old file or the new one
+    write_json(path, {k: [asdict(c) for c in entries] for k, entries in surfaces.items()})
     _threshold.cache_clear()
     return path
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file of the user's cache, in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)  # a reader sees the old file or the new one
 
 
 def dense_convolution_wins(x: torch.Tensor, weight: torch.Tensor, density: float, side: int) -> bool:

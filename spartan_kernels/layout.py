@@ -27,6 +27,8 @@ class BlockLayout:
         column_indices: int32 [grid rows * grid columns], increasing in each row.
         column_offsets: int32 [grid columns + 1], the same by columns.
         row_indices: int32 [grid rows * grid columns], increasing in each column.
+        order: int32 [grid rows + grid columns]; the block rows from that with most active blocks to that with fewest,
+            equal ones as they come, then the block columns likewise: so a GPU ends with the shortest.
         density: active blocks / blocks where the host knows it (on the CPU, or as given), else None.
     """
 
@@ -36,6 +38,7 @@ class BlockLayout:
     column_indices: torch.Tensor
     column_offsets: torch.Tensor
     row_indices: torch.Tensor
+    order: torch.Tensor
     density: float | None = None
 
     @staticmethod
@@ -68,8 +71,8 @@ class BlockLayout:
             require_mask("mask", mask, gate, (out, in_), size)
         if density is not None and not 0 <= density <= 1:
             raise ValueError(f"density must be in [0, 1]; got {density}")
-        a, b, c, d = torch.ops.spartan.block_layout(gate.detach(), mask, backend or "")
-        return BlockLayout((out, in_), size, a, b, c, d, _density(a, gate) if density is None else density)
+        a, b, c, d, e = torch.ops.spartan.block_layout(gate.detach(), mask, backend or "")
+        return BlockLayout((out, in_), size, a, b, c, d, e, _density(a, gate) if density is None else density)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -82,8 +85,8 @@ class BlockLayout:
         return self.row_offsets.device
 
     def tensors(self) -> list[torch.Tensor]:
-        """row_offsets, column_indices, column_offsets, row_indices: as the operators take them."""
-        return [self.row_offsets, self.column_indices, self.column_offsets, self.row_indices]
+        """row_offsets, column_indices, column_offsets, row_indices, order: as the operators take them."""
+        return [self.row_offsets, self.column_indices, self.column_offsets, self.row_indices, self.order]
 
     def mask(self) -> torch.Tensor:
         """bool [grid rows, grid columns]: True at the active blocks."""
@@ -99,6 +102,12 @@ def active_blocks(row_offsets: torch.Tensor, column_indices: torch.Tensor, grid_
     place = torch.where(entry < row_offsets[-1], row * grid_columns + column_indices, grid_rows * grid_columns)
     active = torch.zeros(grid_rows * grid_columns + 1, dtype=torch.bool, device=row_offsets.device)
     return active.index_fill(0, place, True)[:-1].view(grid_rows, grid_columns)
+
+
+def longest_first(row_offsets: torch.Tensor, column_offsets: torch.Tensor) -> torch.Tensor:
+    """`order` of a layout with these offsets."""
+    counts = (offsets.diff() for offsets in (row_offsets, column_offsets))
+    return torch.cat([count.argsort(descending=True, stable=True) for count in counts]).to(torch.int32)
 
 
 def require_gate(name: str, gate: torch.Tensor, shape: tuple[int, int], block_size: tuple[int, int]) -> None:

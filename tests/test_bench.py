@@ -264,7 +264,8 @@ def test_figures_come_from_files_alone(tmp_path: Path) -> None:
 
 
 def test_registry() -> None:
-    assert select([]) == list(CASES.values())
+    assert select([], device="cuda") == list(CASES.values())
+    assert select([]) == [c for c in CASES.values() if not c.gpu]
     assert {c.op for c in select(["hard_topk"])} == {"hard_topk"}
     assert [c.name for c in select(["hard_topk/4096x1024"])] == ["hard_topk/4096x1024"]
     with pytest.raises(ValueError, match=r"'top'.*soft_topk"):

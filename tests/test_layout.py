@@ -32,6 +32,10 @@ def assert_describes(layout: BlockLayout, active: Tensor) -> None:
         assert offsets.dtype == indices.dtype == torch.int32
         assert offsets.tolist() == expected_offsets
         assert indices.tolist() == expected + [0] * (blocks - len(expected))
+    lengths = [line.tolist().count(True) for matrix in (active, active.mT) for line in matrix]
+    sides = lengths[: active.shape[0]], lengths[active.shape[0] :]
+    expected_order = [i for side in sides for _, i in sorted((-length, i) for i, length in enumerate(side))]
+    assert layout.order.dtype == torch.int32 and layout.order.tolist() == expected_order
     assert torch.equal(layout.mask().cpu(), active)
     assert layout.grid == tuple(active.shape)
 

@@ -50,6 +50,15 @@ def test_the_gate_refuses_what_cannot_run_well(row: Row, tensor_cores: bool, pro
     assert bool(_judged(row, SM_90, tensor_cores).problem) == bool(problem)
 
 
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "programs"),
+    # by registers, by shared memory (1 KiB of each block is the system's), by warps, by blocks
+    [(240, 98_324, 8, 1), (128, 81_940, 8, 2), (76, 70_400, 8, 3), (32, 0, 8, 8), (24, 0, 1, 32), (255, 0, 16, 0)],
+)
+def test_how_many_programs_a_processor_holds(registers: int, shared: int, warps: int, programs: int) -> None:
+    assert SM_90.resident(registers, shared, warps) == programs
+
+
 def test_a_kernel_that_does_not_compile_is_a_line_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     cases = importlib.import_module("spartan_kernels.backends.triton.hard_topk").COMPILE_CASES
     monkeypatch.setitem(cases[0].constexprs, "BLOCK_N", 3)  # tiles are powers of two

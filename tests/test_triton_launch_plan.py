@@ -15,11 +15,14 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
+from bench import gpu_plan
 from spartan_kernels import ops
 from spartan_kernels.backends.triton import global_passes, global_solve, launches, masked_matmul, soft_topk_rows, tables
 from spartan_kernels.backends.triton.global_solve import GlobalSolve
+from spartan_kernels.backends.triton.product_plan import ProductPlan
 from spartan_kernels.backends.triton.tables import TensorList
 from spartan_kernels.testing import make_values, oracle_hard_topk
+from spartan_kernels.tiles import default_tile
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 SCALAR = torch.ones((), dtype=torch.float64)
@@ -110,18 +113,41 @@ def test_reads_of_a_training_run(capacity: int | None, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("rows", [8, 16, 32, 64, 128, 256])
-@pytest.mark.parametrize("width", [2, 4])
-def test_traffic_of_a_product_is_the_bound_of_its_blocks(rows: int, width: int) -> None:
+@pytest.mark.parametrize(("kind", "width"), [("bfloat16", 2), ("tf32", 4), ("float32", 4)])
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_traffic_of_a_product_is_the_bound_of_its_blocks(architecture: int, kind: str, width: int, rows: int) -> None:
     """An element of x serves as many outputs as its block has rows, up to a tile: that many operations for a byte."""
     tokens, columns, active = 8192, 64, 500
-    tile = masked_matmul.product_tile(tokens, rows, width == 2, width)
-    traffic = masked_matmul.product_traffic(tokens, 4096, (rows, columns), active, tile, width)
-    served = min(rows, tile["BLOCK_N"])
+    tile = default_tile(architecture, tokens, rows, kind)
+    traffic = ProductPlan(tokens, 4096, 4096, rows, columns, width, tile).traffic(active)
+    served = min(rows, tile.BLOCK_N)
     assert traffic.flops == traffic.x_bytes * 2 // width * served
-    assert traffic.flops == traffic.weight_bytes * 2 // width * tile["BLOCK_M"]
+    assert traffic.flops == traffic.weight_bytes * 2 // width * tile.BLOCK_M
     assert traffic.y_bytes == tokens * 4096 * width
     if width == 2:
-        assert served == min(rows, 128) and tile["BLOCK_M"] == 128
+        assert served == min(rows, 128) and tile.BLOCK_M == (256 if architecture >= 90 else 128)
+
+
+@pytest.mark.parametrize(("in_", "out"), gpu_plan.SHAPES)
+@pytest.mark.parametrize("block", gpu_plan.BLOCKS, ids=str)
+def test_bytes_of_the_plans_that_are_reported(block: tuple[int, int], in_: int, out: int) -> None:
+    """Counted program by program, as the kernel walks them: what each reads from L2, and each group from memory."""
+    (rows, columns), tokens = block, gpu_plan.TOKENS
+    (row,) = (
+        r
+        for r in gpu_plan.plan_rows()
+        if (r.shape, r.block, r.direction) == (f"{in_} to {out}", f"{rows} x {columns}", "forward")
+    )
+    block_m, block_n, _ = (int(side) for side in row.tile.split(" x "))
+    active = round(gpu_plan.DENSITY * (out // rows) * (in_ // columns))
+    programs = tokens // block_m * (rows // block_n) * active  # each active block, once for each tile of tokens
+    from_l2 = programs * columns * (block_m + block_n) * 2
+    assert row.l2_megabytes == round(from_l2 / 1e6, 1)
+    group = (16 << 20) // (block_m * in_ * 2)
+    weights = -(-(tokens // block_m) // group) * active * rows * columns
+    assert row.memory_megabytes == round((tokens * (in_ + out) + weights) * 2 / 1e6, 1)
+    assert row.plan == round(min(800.0, 2 * tokens * active * rows * columns / from_l2 * 5.5), 1)
+    assert 0.66 <= row.part <= 1
 
 
 def test_a_product_asks_for_what_its_tile_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,11 +161,12 @@ def test_a_product_asks_for_what_its_tile_says(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(masked_matmul.kernels, "_product_kernel", Recorder())
     monkeypatch.setattr(masked_matmul.kernels, "_join_kernel", Recorder())
     gate = torch.ones(6, 4)
-    layout = [torch.zeros(7, dtype=torch.int32), torch.zeros(24, dtype=torch.int32)] * 2
+    sizes = (7, 24, 5, 24, 10)
+    layout = [torch.zeros(n, dtype=torch.int32) for n in sizes]
     masked_matmul.masked_linear_forward(
         torch.zeros(3000, 256), torch.zeros(1536, 256), gate, layout, None, "", 256, 64, False
     )
     grid, options = launched[0]
-    tile = masked_matmul.product_tile(3000, 256, False, 4)
-    assert grid == (-(-3000 // tile["BLOCK_M"]) * 6 * (256 // tile["BLOCK_N"]), 1)
-    assert {key: options[key] for key in tile} == tile
+    tile = default_tile(0, 3000, 256, "float32")
+    assert grid == (-(-3000 // tile.BLOCK_M) * 6 * (256 // tile.BLOCK_N), 1)
+    assert {key: options[key] for key in tile.options()} == tile.options()

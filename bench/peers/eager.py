@@ -39,9 +39,10 @@ def masked_weight_gradient(grad: Tensor, weight: Tensor, soft: Tensor, beta: flo
     return grad * soft + torch.sign(weight) * (beta * soft * (1 - soft) * (grad * weight))
 
 
-def expand(blocks: Tensor, size: int) -> Tensor:
-    """Write the mask of square blocks out for every weight."""
-    return blocks.repeat_interleave(size, 0).repeat_interleave(size, 1)
+def expand(blocks: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """Write the mask of blocks, square or (rows, columns), out for every weight."""
+    rows, columns = (size, size) if isinstance(size, int) else size
+    return blocks.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
 
 
 def block_gradient(grad: Tensor, weight: Tensor, soft: Tensor, beta: float, size: int) -> Tensor:

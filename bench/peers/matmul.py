@@ -41,32 +41,33 @@ class Layer:
     dense: Tensor | None = None
 
 
-Builder = Callable[[Tensor, int], Layer]  # weight [out, in], block size
+Block = tuple[int, int]  # rows, columns
+Builder = Callable[[Tensor, Block], Layer]  # weight [out, in]
 
 
-def dense(weight: Tensor, size: int) -> Layer:
+def dense(weight: Tensor, block: Block) -> Layer:
     """Zeros multiplied like everything else: MKL or another BLAS on the CPU, cuBLAS on a GPU."""
     w = weight.clone()
     return Layer(lambda x: functional.linear(x, w), w)
 
 
-def _bsr(weight: Tensor, size: int) -> Tensor:
+def _bsr(weight: Tensor, block: Block) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that the layout is in beta
-        return weight.to_sparse_bsr((size, size))
+        return weight.to_sparse_bsr(block)
 
 
-def torch_bsr(weight: Tensor, size: int) -> Layer:
+def torch_bsr(weight: Tensor, block: Block) -> Layer:
     """torch.sparse BSR: MKL on the CPU (several times the speed of `linear` with a BSR weight), cuSPARSE on a GPU."""
-    packed = _bsr(weight, size)
+    packed = _bsr(weight, block)
     return Layer(lambda x: (packed @ x.mT).mT, packed)
 
 
-def torch_bsr_triton(weight: Tensor, size: int) -> Layer:
+def torch_bsr_triton(weight: Tensor, block: Block) -> Layer:
     """PyTorch's own Triton kernel for BSR."""
     from torch.sparse import _triton_ops
 
-    packed = _bsr(weight, size)
+    packed = _bsr(weight, block)
 
     def forward(x: Tensor) -> Tensor:
         out = x.new_empty(weight.shape[0], x.shape[0])
@@ -75,7 +76,7 @@ def torch_bsr_triton(weight: Tensor, size: int) -> Layer:
     return Layer(forward, None)
 
 
-def torch_semi_structured(weight: Tensor, size: int) -> Layer:
+def torch_semi_structured(weight: Tensor, block: Block) -> Layer:
     """2:4 on the tensor cores: half the weights of every row, other ones than the blocks, at the same sparsity."""
     zeros = float((weight == 0).double().mean())
     if abs(zeros - 0.5) > 0.01:
@@ -87,43 +88,46 @@ def torch_semi_structured(weight: Tensor, size: int) -> Layer:
     return Layer(lambda x: functional.linear(x, packed), None, pruned)
 
 
-def scipy_bsr(weight: Tensor, size: int) -> Layer:
+def scipy_bsr(weight: Tensor, block: Block) -> Layer:
     """SciPy BSR, on one thread."""
     from scipy import sparse
 
-    packed = sparse.bsr_array(weight.numpy(), blocksize=(size, size))
+    packed = sparse.bsr_array(weight.numpy(), blocksize=block)
     return Layer(lambda x: torch.from_numpy(packed @ x.numpy().T).mT, None)
 
 
-def gathered_bmm(weight: Tensor, size: int) -> Layer:
+def gathered_bmm(weight: Tensor, block: Block) -> Layer:
     """Kept blocks times gathered column panels of x in one bmm, added up into the rows of blocks."""
-    out, in_ = weight.shape
-    blocks = weight.view(out // size, size, in_ // size, size).transpose(1, 2)
+    (out, in_), (height, width) = weight.shape, block
+    blocks = weight.view(out // height, height, in_ // width, width).transpose(1, 2)
     rows, columns = (blocks != 0).any(-1).any(-1).nonzero(as_tuple=True)
     packed = blocks[rows, columns].clone()
 
     def forward(x: Tensor) -> Tensor:
-        panels = x.view(-1, in_ // size, size).transpose(0, 1)[columns]
-        y = x.new_zeros(out // size, x.shape[0], size)
+        panels = x.view(-1, in_ // width, width).transpose(0, 1)[columns]
+        y = x.new_zeros(out // height, x.shape[0], height)
         return y.index_add(0, rows, torch.bmm(panels, packed.mT)).transpose(0, 1).reshape(-1, out)
 
     return Layer(forward, packed)
 
 
-def stk_dds(weight: Tensor, size: int) -> Layer:
+def stk_dds(weight: Tensor, block: Block) -> Layer:
     """STK (the kernels of MegaBlocks)."""
     import stk
 
-    if size != _STK_BLOCK:
+    if block != (_STK_BLOCK, _STK_BLOCK):
         raise Missing(f"STK's blocks are {_STK_BLOCK} x {_STK_BLOCK}")
     packed = stk.ops.to_sparse(weight.mT.contiguous(), _STK_BLOCK)
     return Layer(lambda x: stk.ops.dds(x, packed), packed.data)
 
 
-def blksprs_matmul(weight: Tensor, size: int) -> Layer:
+def blksprs_matmul(weight: Tensor, block: Block) -> Layer:
     """The package blksprs; x enters and y leaves dense, as in a network."""
     import blksprs as bs
 
+    size = block[0]
+    if block != (size, size):
+        raise Missing("its blocks are square")
     transposed = weight.mT.contiguous()[None]
     layout = bs.layouting.build_sparsity_layout(transposed, size)
     packed = bs.ops.to_sparse(transposed, layout, size)
@@ -156,24 +160,24 @@ GPU: dict[str, Builder] = {
 
 
 def peers(
-    weight: Tensor, size: int, example: tuple[Tensor, ...], only: Sequence[str] | None = None
+    weight: Tensor, size: int | Block, example: tuple[Tensor, ...], only: Sequence[str] | None = None
 ) -> dict[str, Peer | str]:
     """Every peer of the weight's device, or why it is missing.
 
     Args:
-        weight: [out, in], blocks of `size` x `size` kept or zero.
-        size: side of a block; it divides the weight.
+        weight: [out, in], blocks of `size` kept or zero.
+        size: side of a square block, or its (rows, columns); it divides the weight.
         example: what the peers will be called with: x, or x and the gradient of y for forward and backward.
         only: names of the peers wanted; None for all.
     """
-    builders = GPU if weight.is_cuda else CPU
-    return {name: _ready(build, weight, size, example) for name, build in builders.items() if not only or name in only}
+    builders, block = GPU if weight.is_cuda else CPU, (size, size) if isinstance(size, int) else size
+    return {name: _ready(build, weight, block, example) for name, build in builders.items() if not only or name in only}
 
 
-def _ready(build: Builder, weight: Tensor, size: int, example: tuple[Tensor, ...]) -> Peer | str:
+def _ready(build: Builder, weight: Tensor, block: Block, example: tuple[Tensor, ...]) -> Peer | str:
     few = tuple(t.detach()[:_PROBE_ROWS].requires_grad_(t.requires_grad) for t in example)
     try:
-        layer = build(weight, size)
+        layer = build(weight, block)
         run = _forward_backward(layer) if len(example) == 2 else layer.forward
         result = run(*few)
     except ImportError as error:

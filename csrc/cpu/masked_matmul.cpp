@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <numeric>
 #include <stdexcept>
 
 #include "arena.h"
@@ -490,9 +491,18 @@ void sampled_matmul(Dtype dtype, const BlockMatrix& w, Tokens dz, Tokens x, floa
 
 namespace {
 
+// Lines from the one with most blocks, of `length` at most, to that with fewest, equal ones as they come.
+void longest_first(const int32_t* offsets, int64_t lines, int64_t length, int32_t* counts, int32_t* order) {
+  const auto count = [&](int64_t i) -> int32_t& { return counts[length - (offsets[i + 1] - offsets[i])]; };
+  std::fill_n(counts, length + 1, 0);
+  for (int64_t i = 0; i < lines; ++i) ++count(i);
+  std::exclusive_scan(counts, counts + length + 1, counts, 0);
+  for (int64_t i = 0; i < lines; ++i) order[count(i)++] = static_cast<int32_t>(i);
+}
+
 template <class U>
-void layout_of(const U* gate, U magnitude, const uint8_t* mask, int64_t grid_rows, int64_t grid_columns,
-               int32_t* row_offsets, int32_t* column_indices, int32_t* column_offsets, int32_t* row_indices) {
+void layout_of(const U* gate, U magnitude, const uint8_t* mask, int64_t grid_rows, int64_t grid_columns, int32_t* counts,
+               int32_t* row_offsets, int32_t* column_indices, int32_t* column_offsets, int32_t* row_indices, int32_t* order) {
   const int64_t all = grid_rows * grid_columns;
   std::fill_n(column_offsets, grid_columns + 1, 0);
   int32_t count = 0;
@@ -515,14 +525,18 @@ void layout_of(const U* gate, U magnitude, const uint8_t* mask, int64_t grid_row
   column_offsets[0] = 0;
   std::fill(column_indices + count, column_indices + all, 0);
   std::fill(row_indices + count, row_indices + all, 0);
+  longest_first(row_offsets, grid_rows, grid_columns, counts, order);
+  longest_first(column_offsets, grid_columns, grid_rows, counts, order + grid_rows);
 }
 
 }  // namespace
 
 void block_layout(const void* gate, int gate_bytes, const uint8_t* mask, int64_t grid_rows, int64_t grid_columns,
-                  int32_t* row_offsets, int32_t* column_indices, int32_t* column_offsets, int32_t* row_indices) {
+                  int32_t* counts, int32_t* row_offsets, int32_t* column_indices, int32_t* column_offsets,
+                  int32_t* row_indices, int32_t* order) {
   const auto as = [&](auto* bits, auto magnitude) {
-    layout_of(bits, magnitude, mask, grid_rows, grid_columns, row_offsets, column_indices, column_offsets, row_indices);
+    layout_of(bits, magnitude, mask, grid_rows, grid_columns, counts, row_offsets, column_indices, column_offsets, row_indices,
+              order);
   };
   // every bit but the sign: what is not a zero is active, NaN too
   if (gate_bytes == 8) as(static_cast<const uint64_t*>(gate), ~uint64_t(0) >> 1);

@@ -40,12 +40,13 @@ __global__ void __launch_bounds__(kThreads) layout_count_kernel(const U* gate, c
   if (threadIdx.x % kWarp == 0) counts[index] = count;
 }
 
-// Each line adds up the counts before it, writes its indices there, and zeros in its share of what no line fills.
+// Each line adds up the counts before it, writes its indices there, and zeros in its share of what no line fills. Its place in
+// the order is the number of lines that are longer, or as long and before it.
 template <class U>
 __global__ void __launch_bounds__(kThreads)
     layout_fill_kernel(const U* gate, const uint8_t* mask, U magnitude, int64_t grid_rows, int64_t grid_columns,
                        const int32_t* counts, int32_t* row_offsets, int32_t* column_indices, int32_t* column_offsets,
-                       int32_t* row_indices) {
+                       int32_t* row_indices, int32_t* order) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kLines + threadIdx.x / kWarp;
   if (index >= grid_rows + grid_columns) return;
   const Line line(index, grid_rows, grid_columns);
@@ -55,15 +56,19 @@ __global__ void __launch_bounds__(kThreads)
   int32_t* indices = by_row ? column_indices : row_indices;
   const int lane = static_cast<int>(threadIdx.x % kWarp);
 
-  int before = 0, all = 0;
+  int before = 0, all = 0, longer = 0;
+  const int own = counts[index];
   for (int64_t i = lane; i < lines; i += kWarp) {
     const int count = counts[begin + i];
     all += count;
     if (i < number) before += count;
+    longer += count > own || (count == own && i < number);
   }
   before = warp_sum(before);
   all = warp_sum(all);
+  longer = warp_sum(longer);
   if (lane == 0) {
+    order[begin + longer] = static_cast<int32_t>(number);
     offsets[number] = before;
     if (number == lines - 1) offsets[lines] = all;
   }
@@ -82,23 +87,24 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class U>
 void layout_of(const void* gate, U magnitude, const uint8_t* mask, int64_t grid_rows, int64_t grid_columns, int32_t* counts,
-               int32_t* row_offsets, int32_t* column_indices, int32_t* column_offsets, int32_t* row_indices, Stream stream) {
+               int32_t* row_offsets, int32_t* column_indices, int32_t* column_offsets, int32_t* row_indices, int32_t* order,
+               Stream stream) {
   const unsigned grid = blocks_for(grid_rows + grid_columns, kLines);
   const U* bits = static_cast<const U*>(gate);
   launch(stream, &layout_count_kernel<U>, grid, kThreads, bits, mask, magnitude, grid_rows, grid_columns, counts);
   launch(stream, &layout_fill_kernel<U>, grid, kThreads, bits, mask, magnitude, grid_rows, grid_columns, counts, row_offsets,
-         column_indices, column_offsets, row_indices);
+         column_indices, column_offsets, row_indices, order);
 }
 
 }  // namespace
 
 void block_layout(const void* gate, int gate_bytes, const uint8_t* mask, int64_t grid_rows, int64_t grid_columns,
                   int32_t* counts, int32_t* row_offsets, int32_t* column_indices, int32_t* column_offsets,
-                  int32_t* row_indices, Stream stream) {
+                  int32_t* row_indices, int32_t* order, Stream stream) {
   if (grid_rows * grid_columns >= int64_t(1) << 31) throw std::invalid_argument("a gate must have fewer than 2^31 entries");
   const auto as = [&](auto magnitude) {
     layout_of(gate, magnitude, mask, grid_rows, grid_columns, counts, row_offsets, column_indices, column_offsets, row_indices,
-              stream);
+              order, stream);
   };
   if (gate_bytes == 8) as(~uint64_t(0) >> 1);
   else if (gate_bytes == 4) as(~uint32_t(0) >> 1);

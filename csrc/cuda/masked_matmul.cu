@@ -1,8 +1,9 @@
 // Products with the active blocks of a matrix: y = act(x w^T + b) by rows of blocks, dx = dz w by columns of blocks.
 //
-// A thread block has kTokens tokens and up to kWidth outputs of one line (a row or column of blocks). The active blocks of
-// the line lie side by side as the depth of the sum, whatever their size. Steps of it are copied to shared memory ahead of
-// the arithmetic; the indices that say from where are copied a full round of stages before that.
+// A thread block has kTokens tokens and up to kWidth outputs of one line (a row or column of blocks); the longest lines come
+// first, and all of them with a group of tokens that the L2 cache holds before the next group. The active blocks of the line
+// lie side by side as the depth of the sum, whatever their size. Steps of it are copied to shared memory ahead of the
+// arithmetic; the indices that say from where are copied a full round of stages before that.
 #include "masked_matmul_tile.cuh"
 
 namespace spartan::cuda {
@@ -12,6 +13,8 @@ constexpr int kTokens = 128;
 constexpr int kStages = 3;
 constexpr int kFewTiles = 256;  // under which the depth is split between thread blocks
 constexpr int kMostParts = 16;
+constexpr int64_t kGroupBytes = 16 << 20;  // of x that stay in the L2 cache, beside weights and outputs
+constexpr int64_t kMostGrouped = 16;
 
 template <class T>
 struct Product {
@@ -19,10 +22,11 @@ struct Product {
   const float* gate;
   T *y, *saved;
   float* parts;  // sums of each part of the depth, or null
-  const int32_t *offsets, *indices, *positions;  // positions: of packed blocks, null where they lie in the line's order
+  const int32_t *order, *offsets, *indices, *positions;  // positions: of packed blocks, null where they lie in the line's order
   int64_t tokens, stride_x, gate_line, gate_other;
   int64_t stride_w, line_step, block_step;  // in w: between rows, lines, and blocks across (of packed blocks: in their order)
   int lines, span, extent, other, other_extent;  // `other`: across the line, where the sum runs
+  int group;                                     // tiles of tokens that all lines are multiplied with before the next
   Activation activation;
   bool packed, packs;  // packs: outputs may be written four at a time
 };
@@ -60,11 +64,13 @@ struct Place {
   template <class T>
   __device__ Place(const Product<T>& p, int width) {
     const int pieces = (p.span + width - 1) / width;
-    const int64_t tile = blockIdx.x;
-    within = static_cast<int>(tile % pieces) * width;
-    line = static_cast<int>(tile / pieces % p.lines);
+    const int64_t whole = static_cast<int64_t>(p.group) * p.lines * pieces, group = blockIdx.x / whole;
+    const int64_t first_tile = group * p.group, tile = blockIdx.x % whole;
+    const int64_t tiles = min((p.tokens + kTokens - 1) / kTokens - first_tile, static_cast<int64_t>(p.group));
+    token = (first_tile + tile % tiles) * kTokens;
+    within = static_cast<int>(tile / tiles % pieces) * width;
+    line = p.order[tile / tiles / pieces];
     outputs = min(p.span, p.extent - line * p.span) - within;
-    token = tile / pieces / p.lines * kTokens;
     first = p.offsets[line];
     const int depth = (p.offsets[line + 1] - first) * p.other;
     const int steps = (depth + kStep<T> - 1) / kStep<T>, each = (steps + gridDim.y - 1) / gridDim.y;
@@ -128,8 +134,8 @@ class Copies {
     for (int i = 0; i < kEach; ++i) {
       const int at = thread_ + i * kThreads;
       const float gate = steps_.gate[step % kStages][kByColumn ? at / kRowChunks / kChunk<T> : at % kStepChunks];
-      if (gate != 1.0f) scale_chunk<T>(right(step) + (kByColumn ? swizzled<kRowChunks>(at / kRowChunks, at % kRowChunks)
-                                                                : swizzled<kStepChunks>(at / kStepChunks, at % kStepChunks)),
+      if (gate != 1.0f) scale_chunk<T>(right(step) + (kByColumn ? swizzled<T, kRowChunks>(at / kRowChunks, at % kRowChunks)
+                                                                : swizzled<T, kStepChunks>(at / kStepChunks, at % kStepChunks)),
                                        gate);
     }
   }
@@ -164,7 +170,7 @@ class Copies {
     const int numbers = chunk < place_.chunks ? max(min(kChunk<T>, p_.other_extent - at), 0) : 0;
     const int64_t rows = p_.tokens - place_.token - row;
     const T* from = p_.x + (place_.token + row) * p_.stride_x + at;  // not read where the copy is of 0 bytes
-    uint4* to = left(step) + swizzled<kStepChunks>(row, kc);
+    uint4* to = left(step) + swizzled<T, kStepChunks>(row, kc);
 #pragma unroll
     for (int i = 0; i < kTokens / kRowsApart; ++i) {
       copy16_async(to + i * kRowsApart * kStepChunks, from, rows > i * kRowsApart ? numbers * static_cast<int>(sizeof(T)) : 0);
@@ -188,7 +194,7 @@ class Copies {
       const int block = !p_.packed ? index
                         : p_.positions != nullptr ? steps_.position[step % (kStages + 1)][kc]
                                                   : place_.first + entry(chunk);
-      copy16_async(to + (kByColumn ? swizzled<kRowChunks>(row, across) : swizzled<kStepChunks>(row, across)),
+      copy16_async(to + (kByColumn ? swizzled<T, kRowChunks>(row, across) : swizzled<T, kStepChunks>(row, across)),
                    p_.w + place_.template weight<kByColumn>(p_, block, n, k),
                    inside ? min(rest, kChunk<T>) * static_cast<int>(sizeof(T)) : 0);
     }
@@ -218,7 +224,7 @@ __device__ inline void gather(const Product<T>& p, const Place& place, int step,
         const int other = p.indices[place.first + k / p.other] * p.other + k % p.other;
         if (other < p.other_extent) value = p.x[token * p.stride_x + other];
       }
-      reinterpret_cast<T*>(left + swizzled<kStepChunks>(row, kc))[l] = value;
+      reinterpret_cast<T*>(left + swizzled<T, kStepChunks>(row, kc))[l] = value;
     }
   }
   constexpr int kRowChunks = kByColumn ? kWidth / V : kStepChunks;
@@ -237,7 +243,7 @@ __device__ inline void gather(const Product<T>& p, const Place& place, int step,
             value = from_float<T>(to_float(value) * p.gate[place.line * p.gate_line + index * p.gate_other]);
         }
       }
-      reinterpret_cast<T*>(right + swizzled<kRowChunks>(row, across))[l] = value;
+      reinterpret_cast<T*>(right + swizzled<T, kRowChunks>(row, across))[l] = value;
     }
   }
 }
@@ -264,11 +270,13 @@ constexpr int kWidestTogether = 2;
 #else
 constexpr int kWidestTogether = 1;
 #endif
-template <int kWidth>
+template <class T, int kWidth, bool kByColumn>
 constexpr int kTogether = kWidth == 128 ? kWidestTogether : 2;
+template <>
+constexpr int kTogether<Tf32, 128, true> = 1;  // loads by columns take more registers
 
 template <class T, int kWidth, bool kByColumn, bool kAligned>
-__global__ void __launch_bounds__(kThreads, kTogether<kWidth>) product_kernel(Product<T> p) {
+__global__ void __launch_bounds__(kThreads, kTogether<T, kWidth, kByColumn>) product_kernel(Product<T> p) {
   using Tile = typename TileOf<T, kWidth, kByColumn>::type;
   static_assert(Tile::kThreads == kThreads);
   uint4* shared = reinterpret_cast<uint4*>(dynamic_shared());
@@ -344,11 +352,14 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How a product is cut into thread blocks.
 struct Plan {
-  int width;
+  int width, group;
   int64_t tiles, parts;
 
   Plan(Dtype dtype, int64_t tokens, int64_t lines, int64_t span, int64_t other_extent) {
-    const int64_t widest = dtype == Dtype::float32 ? 64 : 128, step = dtype == Dtype::float32 ? 32 : 64;
+    const bool wide = dtype == Dtype::float32 || dtype == Dtype::tf32;
+    const int64_t widest = dtype == Dtype::float32 ? 64 : 128, step = wide ? 32 : 64;
+    const int64_t tile_bytes = kTokens * std::max<int64_t>(other_extent, 1) * (kStepChunks * 16 / step);
+    group = static_cast<int>(std::clamp<int64_t>(kGroupBytes / tile_bytes, 1, kMostGrouped));
     width = static_cast<int>(span <= 32 ? 32 : std::min<int64_t>(span <= 64 ? 64 : 128, widest));
     tiles = ceil_div(tokens, kTokens) * lines * ceil_div(span, width);
     parts = tiles >= kFewTiles || tiles == 0
@@ -402,6 +413,7 @@ void product(Dtype dtype, const BlockMatrix& w, Tokens x, const void* bias, Acti
   p.y = static_cast<T*>(y);
   p.saved = static_cast<T*>(saved);
   p.parts = plan.parts > 1 ? static_cast<float*>(workspace) : nullptr;
+  p.order = w.layout.order + (by_column ? ceil_div(w.out, w.rows) : 0);
   p.offsets = by_column ? w.layout.column_offsets : w.layout.row_offsets;
   p.indices = by_column ? w.layout.row_indices : w.layout.column_indices;
   p.packed = w.positions != nullptr;
@@ -416,6 +428,7 @@ void product(Dtype dtype, const BlockMatrix& w, Tokens x, const void* bias, Acti
   p.lines = static_cast<int>(ceil_div(extent, span));
   p.span = static_cast<int>(span);
   p.extent = static_cast<int>(extent);
+  p.group = plan.group;
   p.other = static_cast<int>(other);
   p.other_extent = static_cast<int>(by_column ? w.out : w.in);
   p.activation = activation;
@@ -440,12 +453,12 @@ int64_t masked_matmul_workspace_bytes(Dtype dtype, const BlockMatrix& w, int64_t
 void masked_matmul(Dtype dtype, const BlockMatrix& w, Tokens x, const void* bias, Activation activation, void* y, void* saved,
                    void* workspace, Stream stream) {
   if (x.count == 0 || w.out == 0) return;
-  SPARTAN_CUDA_DISPATCH(product<T>(dtype, w, x, bias, activation, y, saved, false, workspace, stream))
+  SPARTAN_CUDA_DISPATCH_PRODUCT(product<T>(dtype, w, x, bias, activation, y, saved, false, workspace, stream))
 }
 
 void masked_matmul_input_gradient(Dtype dtype, const BlockMatrix& w, Tokens dz, void* dx, void* workspace, Stream stream) {
   if (dz.count == 0 || w.in == 0) return;
-  SPARTAN_CUDA_DISPATCH(product<T>(dtype, w, dz, nullptr, Activation::none, dx, nullptr, true, workspace, stream))
+  SPARTAN_CUDA_DISPATCH_PRODUCT(product<T>(dtype, w, dz, nullptr, Activation::none, dx, nullptr, true, workspace, stream))
 }
 
 }  // namespace spartan::cuda

@@ -1,5 +1,5 @@
-// A tile of left x right summed by one thread block, from shared memory: on the tensor cores for 16-bit numbers, by FMA for
-// float32.
+// A tile of left x right summed by one thread block, from shared memory: on the tensor cores for 16-bit numbers and TF32, by
+// FMA for float32.
 //
 // Operands lie in shared memory as rows of 16-byte chunks. One is either "by depth", [rows or columns of the tile][depth],
 // or "across", [depth][rows or columns]. A step of the sum is 128 bytes deep.
@@ -11,16 +11,27 @@
 
 namespace spartan::cuda {
 
+// Runs `call` with T being the type that products of the dtype are taken of.
+#define SPARTAN_CUDA_DISPATCH_PRODUCT(call) \
+  if (dtype == Dtype::tf32) {               \
+    using T = Tf32;                         \
+    call;                                   \
+  } else {                                  \
+    SPARTAN_CUDA_DISPATCH(call)             \
+  }
+
 constexpr int kStepChunks = 8;
 template <class T>
 constexpr int kChunk = 16 / static_cast<int>(sizeof(T));  // numbers in a chunk
 template <class T>
 constexpr int kStep = kStepChunks * kChunk<T>;
 
-// Where a chunk of a row lies. The same chunk of eight consecutive rows falls into eight different groups of banks.
-template <int kRowChunks>
+// Where a chunk of a row lies. The same chunk of eight consecutive rows falls into eight different groups of banks; of
+// TF32, whose threads read by columns, two neighbouring chunks of four rows do so too.
+template <class T, int kRowChunks>
 __device__ inline int swizzled(int row, int chunk) {
-  if constexpr (kRowChunks >= 8) return row * kRowChunks + (chunk ^ (row & 7));
+  if constexpr (std::is_same_v<T, Tf32>) return row * kRowChunks + (chunk ^ ((row << 1 & 6) | (row >> 2 & 1)));
+  else if constexpr (kRowChunks >= 8) return row * kRowChunks + (chunk ^ (row & 7));
   else return row * kRowChunks + (chunk ^ ((row >> 1) & (kRowChunks - 1)));
 }
 
@@ -33,29 +44,20 @@ class TensorCoreTile {
   static constexpr int kThreads = kWarp * kWarpRows * kWarpColumns;
 
   __device__ void add(const uint4* left, const uint4* right) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    const int low = lane % 8, middle = lane / 8 % 2, high = lane / 16;
 #pragma unroll
     for (int chunk = 0; chunk < kStepChunks; chunk += 2) {
-      unsigned a[kDown][4], b[kOver / 2][4];
+      unsigned a[kDown][4], b[kOver / 2][4];  // of b: both halves of the depth of 8 columns, then of the next 8
 #pragma unroll
-      for (int i = 0; i < kDown; ++i) {
-        const int row = first_row() + 16 * i;
-        const int at = kLeftAcross ? swizzled<kRows / 8>(8 * chunk + low + 8 * high, row / 8 + middle)
-                                   : swizzled<kStepChunks>(row + low + 8 * middle, chunk + high);
-        load_matrices<kLeftAcross>(a[i], left + at);
-      }
+      for (int i = 0; i < kDown; ++i) load<kRows, kLeftAcross, true>(a[i], left, chunk, first_row() + 16 * i);
 #pragma unroll
-      for (int j = 0; j < kOver / 2; ++j) {
-        const int column = first_column() + 16 * j;
-        const int at = kRightAcross ? swizzled<kColumns / 8>(8 * chunk + low + 8 * middle, column / 8 + high)
-                                    : swizzled<kStepChunks>(column + low + 8 * high, chunk + middle);
-        load_matrices<kRightAcross>(b[j], right + at);
-      }
+      for (int j = 0; j < kOver / 2; ++j) load<kColumns, kRightAcross, false>(b[j], right, chunk, first_column() + 16 * j);
 #pragma unroll
       for (int i = 0; i < kDown; ++i) {
 #pragma unroll
-        for (int j = 0; j < kOver; ++j) multiply_16x8x16<T>(sums_[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+        for (int j = 0; j < kOver; ++j) {
+          if constexpr (kWide) multiply_16x8x8(sums_[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+          else multiply_16x8x16<T>(sums_[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+        }
       }
     }
   }
@@ -75,7 +77,34 @@ class TensorCoreTile {
 
  private:
   static constexpr int kDown = kRows / kWarpRows / 16, kOver = kColumns / kWarpColumns / 8;
+  static constexpr bool kWide = sizeof(T) == 4;
   static_assert(kDown >= 1 && kOver >= 2 && kOver % 2 == 0);
+
+  // Two chunks of depth of 16 rows (columns, of the right operand) as a thread multiplies them. The second of its four
+  // registers is 8 rows further (kRowsFirst), or the second half of the depth.
+  template <int kWidth, bool kAcross, bool kRowsFirst>
+  __device__ static void load(unsigned (&to)[4], const uint4* operand, int chunk, int row) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    if constexpr (kAcross && kWide) {  // no instruction transposes numbers of 32 bits
+      const auto* words = reinterpret_cast<const unsigned*>(operand);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int depth = 4 * (chunk + (kRowsFirst ? i / 2 : i % 2)) + lane % 4;
+        const int across = row + 8 * (kRowsFirst ? i % 2 : i / 2) + lane / 4;
+        to[i] = words[4 * swizzled<T, kWidth / 4>(depth, across / 4) + across % 4];
+      }
+    } else {
+      const int low = lane % 8, second = lane / 8 % 2, third = lane / 16;  // which row of which of the four registers
+      const int down = kRowsFirst ? second : third, deep = kRowsFirst ? third : second;
+      const int at = kAcross ? swizzled<T, kWidth / 8>(8 * (chunk + deep) + low, row / 8 + down)
+                             : swizzled<T, kStepChunks>(row + low + 8 * down, chunk + deep);
+      load_matrices<kAcross>(to, operand + at);
+    }
+    if constexpr (kWide) {
+#pragma unroll
+      for (unsigned& bits : to) bits = rounded_to_tf32(bits);
+    }
+  }
 
   __device__ int first_row() const { return static_cast<int>(threadIdx.x) / kWarp / kWarpColumns * (kRows / kWarpRows); }
   __device__ int first_column() const {
@@ -99,15 +128,16 @@ class FmaTile {
       Pack<float, 4> a[kEach], b[4];  // [row][depth] by depth, [depth][row] across
       if constexpr (kLeftAcross) {
 #pragma unroll
-        for (int n = 0; n < kEach; ++n) a[n] = chunk_of(left, swizzled<kRows / 4>(4 * chunk + n % 4, down + n / 4 * kDown));
+        for (int n = 0; n < kEach; ++n)
+          a[n] = chunk_of(left, swizzled<float, kRows / 4>(4 * chunk + n % 4, down + n / 4 * kDown));
       } else {
 #pragma unroll
-        for (int n = 0; n < kEach; ++n) a[n] = chunk_of(left, swizzled<kStepChunks>(down + n * kDown, chunk));
+        for (int n = 0; n < kEach; ++n) a[n] = chunk_of(left, swizzled<float, kStepChunks>(down + n * kDown, chunk));
       }
 #pragma unroll
       for (int n = 0; n < 4; ++n)
-        b[n] = chunk_of(right, kRightAcross ? swizzled<kColumns / 4>(4 * chunk + n, over)
-                                            : swizzled<kStepChunks>(over + n * kOver, chunk));
+        b[n] = chunk_of(right, kRightAcross ? swizzled<float, kColumns / 4>(4 * chunk + n, over)
+                                            : swizzled<float, kStepChunks>(over + n * kOver, chunk));
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
 #pragma unroll

@@ -3,6 +3,20 @@
 
 #include "common.cuh"
 
+namespace spartan::cuda {
+
+// A float32 that is multiplied rounded to the 10 bits of TF32.
+struct Tf32 {
+  float value;
+};
+__device__ inline float to_float(Tf32 x) { return x.value; }
+template <>
+__device__ inline Tf32 from_float<Tf32>(float x) {
+  return {x};
+}
+
+}  // namespace spartan::cuda
+
 #ifndef __CUDACC__
 #include "mma_emulated.h"  // the tests' stand-ins for everything below
 #else
@@ -59,6 +73,20 @@ __device__ inline void multiply_16x8x16(float (&c)[4], const unsigned (&a)[4], u
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The bits of a float32 rounded to the nearest TF32, halves away from zero.
+__device__ inline unsigned rounded_to_tf32(unsigned bits) {
+  unsigned rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(bits)));
+  return rounded;
+}
+
+// c += a b for a [16, 8], b [8, 8] of TF32.
+__device__ inline void multiply_16x8x8(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 }  // namespace spartan::cuda

@@ -69,7 +69,7 @@ class Operands {
       const int q = static_cast<int>(threadIdx.x) + i * Tile::kThreads, row = q / kRowChunks, chunk = q % kRowChunks;
       const int64_t token = step * kStep<T> + row;
       const int numbers = token < p_.tokens ? max(min(kChunk<T>, width - chunk * kChunk<T>), 0) : 0;
-      copy16_async(to + swizzled<kRowChunks>(row, chunk), numbers > 0 ? from + token * stride + chunk * kChunk<T> : p_.x,
+      copy16_async(to + swizzled<T, kRowChunks>(row, chunk), numbers > 0 ? from + token * stride + chunk * kChunk<T> : p_.x,
                    numbers * static_cast<int>(sizeof(T)));
     }
   }
@@ -79,7 +79,7 @@ class Operands {
     for (int q = static_cast<int>(threadIdx.x); q < kStep<T> * kWidth; q += Tile::kThreads) {
       const int row = q / kWidth, column = q % kWidth;
       const int64_t token = step * kStep<T> + row;
-      T* chunk = reinterpret_cast<T*>(to + swizzled<kWidth / kChunk<T>>(row, column / kChunk<T>));
+      T* chunk = reinterpret_cast<T*>(to + swizzled<T, kWidth / kChunk<T>>(row, column / kChunk<T>));
       chunk[column % kChunk<T>] =
           token < p_.tokens && column < width ? from[token * stride + column] : from_float<T>(0.0f);
     }
@@ -106,9 +106,11 @@ constexpr int shared_bytes() {
       std::max(kStages * 2 * kSide * kStepChunks * sizeof(uint4), kSide * (kSide + kStagePadding) * sizeof(float)));
 }
 
-// Thread blocks that are to fit on a processor: registers of 512 threads, of fewer for the widest tile.
+// Thread blocks that are to fit on a processor: registers of 512 threads, of fewer for the widest tiles.
 template <class T, int kSide>
 constexpr int kTogether = kSide == 128 ? 1 : 512 / TileOf<T, kSide>::type::kThreads;
+template <>
+constexpr int kTogether<Tf32, 64> = 3;
 
 template <class T, int kSide, bool kAligned>
 __global__ void __launch_bounds__(TileOf<T, kSide>::type::kThreads, kTogether<T, kSide>) sampled_kernel(Sampled<T> p) {
@@ -245,7 +247,7 @@ void gate_gradient(const BlockMatrix& w, void* raw, float* grad_gate, Stream str
 
 void sampled_matmul(Dtype dtype, const BlockMatrix& w, Tokens dz, Tokens x, void* result, float* grad_gate, Stream stream) {
   if (w.out == 0 || w.in == 0) return;
-  SPARTAN_CUDA_DISPATCH(sampled<T>(w, dz, x, result, grad_gate, stream))
+  SPARTAN_CUDA_DISPATCH_PRODUCT(sampled<T>(w, dz, x, result, grad_gate, stream))
 }
 
 void gate_gradient(Dtype dtype, const BlockMatrix& w, void* raw, float* grad_gate, Stream stream) {

@@ -34,6 +34,7 @@ def _setup_linear(ctx: Any, inputs: Any, output: Any) -> None:
     x = x if needs[1] or needs[2] else None
     kept = _kept_for_activation(activation, y, z)
     ctx.save_for_backward(x, weight, gate, slope, kept, *layout, *backward_layout)
+    ctx.buffers = len(layout)
     ctx.rest = activation, rows, columns, list(needs), density, backend
 
 
@@ -44,7 +45,8 @@ def _backward_linear(ctx: Any, grad: torch.Tensor | None, grad_z: None) -> Any:
     x = grad if x is None else x  # not read where only the gradient of x is needed
     kept = grad.new_empty(0) if kept is None else kept
     *rest, backend = ctx.rest
-    grads = masked_linear_backward(grad, x, weight, gate, index[:4], index[4:], kept, *rest, slope, backend)
+    layout, backward_layout = index[: ctx.buffers], index[ctx.buffers :]
+    grads = masked_linear_backward(grad, x, weight, gate, layout, backward_layout, kept, *rest, slope, backend)
     needs = ctx.rest[3]
     dx, dweight, dgate, dbias = (g if need else None for g, need in zip(grads, needs, strict=True))
     return dx, dweight, dgate, None, None, dbias, *[None] * 7

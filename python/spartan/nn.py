@@ -241,8 +241,8 @@ class MaskedLinear(MaskCarrier, nn.Linear):
         return BlockLayout.from_gate(self.mask_hard, self.mask_shape, self.mask_block_size).tensors()
 
     def _layout(self) -> BlockLayout:
-        a, b, c, d = (self.get_buffer(f"mask_{name}") for name in _INDEX)
-        return BlockLayout((self.mask_shape[0], self.mask_shape[1]), self.mask_block_size, a, b, c, d)
+        a, b, c, d, e = (self.get_buffer(f"mask_{name}") for name in _INDEX)
+        return BlockLayout((self.mask_shape[0], self.mask_shape[1]), self.mask_block_size, a, b, c, d, e)
 
 
 class BlockSparseLinear(nn.Module):
@@ -300,10 +300,10 @@ class BlockSparseLinear(nn.Module):
     @property
     def packed(self) -> BlockSparseWeight:
         """The weight, whose values are the parameter itself."""
-        a, b, c, d = (self.get_buffer(name) for name in _INDEX)
         grid = block_grid((self.out_features, self.in_features), self.block_size)
         density = self.values.shape[0] / max(1, math.prod(grid))
-        layout = BlockLayout((self.out_features, self.in_features), self.block_size, a, b, c, d, density)
+        a, b, c, d, e = (self.get_buffer(name) for name in _INDEX)
+        layout = BlockLayout((self.out_features, self.in_features), self.block_size, a, b, c, d, e, density)
         return BlockSparseWeight(self.values, layout, self.get_buffer("positions"))
 
     @property
@@ -321,7 +321,7 @@ class BlockSparseLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, block_size={self.block_size}, density={density:.3g}"
 
 
-_INDEX = ("row_offsets", "column_indices", "column_offsets", "row_indices")
+_INDEX = ("row_offsets", "column_indices", "column_offsets", "row_indices", "order")
 
 
 class MaskedConv2d(MaskCarrier, nn.Conv2d):

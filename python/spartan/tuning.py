@@ -15,12 +15,15 @@ from spartan.matmul import masked_linear
 from spartan_kernels.arguments import block_grid, block_shape
 from spartan_kernels.break_even import Crossing, Surface, device_kind, store
 from spartan_kernels.dispatch import AUTO_ORDER, refusal
+from spartan_kernels.layout import BlockLayout
+from spartan_kernels.tiles import TunedTile, architecture_of, candidates, store_tiles, using
 
 __all__ = ["Timer", "median_seconds", "tune"]
 
 _SHAPE = (3072, 768)  # the first layer of a transformer's MLP
 _DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 0.95, 1.0)
 _TOKENS = {True: 8, False: 2048}  # few, many
+_SEARCHED = 0.1  # of the blocks are active while tiles are searched
 _SLACK = 1.05  # the dense product is preferred only where the block-sparse one is this much slower
 Timer = Callable[[Callable[[], object], torch.device], float]
 
@@ -30,6 +33,7 @@ def tune(
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
     block_sizes: Sequence[int | tuple[int, int]] = (16, 32, 64, 128),
     *,
+    tiles: bool = False,
     timer: Timer | None = None,
 ) -> Path:
     """Measure once where `masked_linear` should multiply densely, and store that in the user's cache.
@@ -41,6 +45,8 @@ def tune(
         device: None for the GPU where there is one, else the CPU.
         dtypes: dtypes to measure; one that only the reference serves is left out.
         block_sizes: ints or (rows, columns); sizes between them take the nearest.
+        tiles: on a GPU with Triton, first search the tile of each of these products and of their input gradients, and
+            store it beside: a dozen or two kernels each are compiled and timed, at a tenth of the blocks.
         timer: seconds of a call on a device; None measures the median of several.
 
     Returns:
@@ -55,6 +61,15 @@ def tune(
         (name for name in AUTO_ORDER.get(where.type, ()) if _serves(name, where.type, torch.float32)), "reference"
     )
     sizes = [block_shape(size) for size in block_sizes]
+    if tiles and kernel == "triton":
+        kinds = [kind for dtype in dtypes if _serves(kernel, where.type, dtype) for kind in _kinds(dtype)]
+        found = (
+            _fastest(where, kind, size, few, timer or median_seconds)
+            for kind in kinds
+            for size in sizes
+            for few in (True, False)
+        )
+        store_tiles(device_kind(where), tuple(tile for pair in found for tile in pair))
     surface: Surface = tuple(
         _crossing(where, dtype, size, few, kernel, timer or median_seconds)
         for dtype in dtypes
@@ -69,6 +84,48 @@ def tune(
 
 def _serves(name: str, kind: str, dtype: torch.dtype) -> bool:
     return name != "reference" and refusal("masked_linear_forward", name, kind, dtype) is None
+
+
+def _kinds(dtype: torch.dtype) -> list[str]:
+    """How numbers of a dtype may be multiplied."""
+    return ["float32", "tf32"] if dtype == torch.float32 else [str(dtype).removeprefix("torch.")]
+
+
+def _fastest(
+    device: torch.device, kind: str, size: tuple[int, int], few: bool, timer: Timer
+) -> tuple[TunedTile, TunedTile]:
+    """The fastest tiles of a forward pass, and of the gradient of its input."""
+    dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(_SHAPE, generator=g).to(device, dtype)
+    x, grad = (torch.randn(_TOKENS[few], side, generator=g).to(device, dtype) for side in reversed(_SHAPE))
+    gate = (torch.rand(block_grid(_SHAPE, size), generator=g) < _SEARCHED).to(device, torch.float32)
+    layout = BlockLayout.from_gate(gate, _SHAPE, size)
+    leaf = x.clone().requires_grad_()
+    y = masked_linear(leaf, weight, gate, size, layout=layout, backend="triton")
+
+    def forward() -> torch.Tensor:
+        return masked_linear(x, weight, gate, size, layout=layout, backend="triton")
+
+    def input_gradient() -> torch.Tensor:
+        return torch.autograd.grad(y, leaf, grad, retain_graph=True)[0]
+
+    def search(call: Callable[[], object], span: int, other: int) -> TunedTile:
+        times = {}
+        for tile in candidates(architecture_of(device), x.shape[0], span, other, kind):
+            with using(tile):
+                try:
+                    times[tile] = timer(call, device)
+                except RuntimeError:  # more shared memory or registers than this GPU has
+                    continue
+        return TunedTile(kind, span, other, few, min(times, key=lambda tile: times[tile]))
+
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
+    try:
+        return search(forward, *size), search(input_gradient, *reversed(size))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _crossing(

@@ -1,7 +1,7 @@
 """Products with block-sparse matrices on the extension's CUDA kernels: tensors to pointers, sizes and the stream.
 
-Nothing waits for the GPU. float32 is multiplied in float32, whatever PyTorch's switch for TF32 says; only the gradient
-of a weight with every block active is PyTorch's own dense product.
+Nothing waits for the GPU. float32 is multiplied in float32 or in TF32, as PyTorch's switch says; the gradient of a
+weight with every block active is PyTorch's own dense product.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import torch
 
 from spartan_kernels.backends import native_cuda
 
+_TF32 = 4  # ops.h, Dtype
 _ACTIVATIONS = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}  # ops.h, Activation
 _aten = torch.ops.aten
 
@@ -19,7 +20,8 @@ def block_layout(gate: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.T
     gate = gate.detach().contiguous()
     mask = None if mask is None else mask.contiguous()
     grid_rows, grid_columns = gate.shape
-    sizes = (grid_rows + grid_columns, grid_rows + 1, gate.numel(), grid_columns + 1, gate.numel())
+    lines = grid_rows + grid_columns
+    sizes = (lines, grid_rows + 1, gate.numel(), grid_columns + 1, gate.numel(), lines)
     make = torch.empty if gate.numel() else torch.zeros  # of a gate without entries not every line writes
     counts, *parts = (make(size, dtype=torch.int32, device=gate.device) for size in sizes)
     native_cuda._call(
@@ -61,16 +63,18 @@ class _Matrix:
         self.layout = [part.contiguous() for part in layout]
         self.positions = None if positions is None else positions.contiguous()
         stride = 0 if positions is not None else self.data.stride(0)
-        offsets = [part.data_ptr() for part in self.layout] if layout else [0] * 4
+        offsets = [part.data_ptr() for part in self.layout] if layout else [0] * 5
         packed = 0 if self.positions is None else self.positions.data_ptr()
         self.handle = native_cuda._native.cpu.BlockMatrix(
             self.data.data_ptr(), *shape, *block, stride, native_cuda._pointer(self.gate), *offsets, packed
         )
         self.dtype = native_cuda._DTYPES[data.dtype]
+        tf32 = data.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        self.multiplied = _TF32 if tf32 else self.dtype
         self.out, self.in_ = shape
 
     def _workspace(self, tokens: int) -> torch.Tensor:
-        size = native_cuda._native.cuda.masked_matmul_workspace_bytes(self.dtype, self.handle, tokens)
+        size = native_cuda._native.cuda.masked_matmul_workspace_bytes(self.multiplied, self.handle, tokens)
         return torch.empty(size, dtype=torch.uint8, device=self.data.device)
 
     def forward(
@@ -84,7 +88,7 @@ class _Matrix:
         native_cuda._call(
             native_cuda._native.cuda.masked_matmul,
             x,
-            self.dtype,
+            self.multiplied,
             self.handle,
             flat.data_ptr(),
             flat.shape[0],
@@ -104,7 +108,7 @@ class _Matrix:
         native_cuda._call(
             native_cuda._native.cuda.masked_matmul_input_gradient,
             dz,
-            self.dtype,
+            self.multiplied,
             self.handle,
             flat.data_ptr(),
             flat.shape[0],
@@ -120,7 +124,7 @@ class _Matrix:
         native_cuda._call(
             native_cuda._native.cuda.sampled_matmul,
             x,
-            self.dtype,
+            self.multiplied,
             self.handle,
             left.data_ptr(),
             left.stride(0),

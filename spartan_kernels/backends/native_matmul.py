@@ -16,18 +16,20 @@ def block_layout(gate: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.T
     gate = gate.detach().contiguous()
     mask = None if mask is None else mask.contiguous()
     grid_rows, grid_columns = gate.shape
-    sizes = (grid_rows + 1, gate.numel(), grid_columns + 1, gate.numel())
-    # four tensors, not parts of one: what an operator returns may share no memory
-    parts = tuple(torch.empty(size, dtype=torch.int32) for size in sizes)
+    lines = grid_rows + grid_columns
+    sizes = (lines + 2, grid_rows + 1, gate.numel(), grid_columns + 1, gate.numel(), lines)
+    # tensors of their own, not parts of one: what an operator returns may share no memory
+    counts, *parts = (torch.empty(size, dtype=torch.int32) for size in sizes)
     native._native.cpu.block_layout(
         gate.data_ptr(),
         gate.element_size(),
         0 if mask is None else mask.data_ptr(),
         grid_rows,
         grid_columns,
+        counts.data_ptr(),
         *(part.data_ptr() for part in parts),
     )
-    return parts
+    return tuple(parts)
 
 
 def _pointer(tensor: torch.Tensor | None) -> int:
@@ -58,11 +60,11 @@ class _Matrix:
         self.gate = None if gate is None else gate.detach().to(torch.float32).contiguous()
         if positions is not None and positions.numel() == 0:
             positions = positions.new_zeros(1)  # a null pointer would say that the matrix is not packed
-        self.layout, self.positions = [part.contiguous() for part in layout], positions
+        self.layout, self.positions = [part.contiguous() for part in layout[:4]], positions  # the order is for GPUs
         stride = 0 if positions is not None else self.data.stride(0)
         offsets = [part.data_ptr() for part in self.layout] if layout else [0] * 4
         self.handle = native._native.cpu.BlockMatrix(
-            self.data.data_ptr(), *shape, *block, stride, _pointer(self.gate), *offsets, _pointer(positions)
+            self.data.data_ptr(), *shape, *block, stride, _pointer(self.gate), *offsets, 0, _pointer(positions)
         )
         self.dtype = _DTYPES[data.dtype]
         self.out, self.in_ = shape

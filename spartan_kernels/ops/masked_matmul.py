@@ -18,7 +18,7 @@ SAVES_INPUT = ("gelu", "gelu_tanh", "silu")  # activations whose gradient is of 
 
 def _fake_layout(gate: torch.Tensor, mask: torch.Tensor | None, backend: str) -> tuple[torch.Tensor, ...]:
     rows, columns = gate.shape
-    lengths = (rows + 1, rows * columns, columns + 1, rows * columns)
+    lengths = (rows + 1, rows * columns, columns + 1, rows * columns, rows + columns)
     return tuple(gate.new_empty(n, dtype=torch.int32) for n in lengths)
 
 
@@ -90,7 +90,7 @@ def _serving(name: str, x: Any, layout: Any, block: Any, density: float, backend
 
 
 block_layout = define(
-    "block_layout(Tensor gate, Tensor? mask, str backend) -> (Tensor, Tensor, Tensor, Tensor)", _fake_layout
+    "block_layout(Tensor gate, Tensor? mask, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _fake_layout
 )
 # backward_layout and slope are there for the gradient alone
 masked_linear_forward = define(

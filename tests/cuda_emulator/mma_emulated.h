@@ -112,4 +112,27 @@ void multiply_16x8x16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsign
   emulator::wait(emulated::warp_barrier(), 32);
 }
 
+inline unsigned rounded_to_tf32(unsigned bits) {
+  const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+  return finite ? (bits + 0x1000u) & 0xffffe000u : bits;
+}
+
+inline void multiply_16x8x8(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  emulated::lanes[warp][lane] = {{a[0], a[1], a[2], a[3], b0, b1}, nullptr};
+  emulator::wait(emulated::warp_barrier(), 32);
+  const auto number = [&](unsigned of, unsigned word) {
+    const unsigned bits = emulated::lanes[warp][of].words[word] & 0xffffe000u;  // what follows is not read
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  };
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned lower = i / 2, column = 2 * (lane % 4) + i % 2;  // rows lane / 4 and 8 below it
+    for (unsigned k = 0; k < 8; ++k)
+      c[i] += number(lane / 4 * 4 + k % 4, k / 4 * 2 + lower) * number(column * 4 + k % 4, 4 + k / 4);
+  }
+  emulator::wait(emulated::warp_barrier(), 32);
+}
+
 }  // namespace spartan::cuda

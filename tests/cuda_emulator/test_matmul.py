@@ -7,6 +7,7 @@ Asynchronous copies take place as late as they may there, and what they are to f
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from spartan_kernels.backends import native_cuda_matmul as backend
+from spartan_kernels.layout import longest_first
 from spartan_kernels.testing import make_values, oracle_block_sum, oracle_expand_blocks
 
 pytestmark = pytest.mark.skipif(not os.environ.get("SPARTAN_EMULATED"), reason="needs the emulated CUDA extension")
@@ -53,6 +55,15 @@ def close(actual: Tensor, expected: Tensor, terms: int, name: str) -> None:
     assert error <= (4 * torch.finfo(dtype).eps + terms * 1e-8) * scale, (name, error)
 
 
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """PyTorch's switch, on."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def problem(out: int, in_: int, block: tuple[int, int], density: float, dtype: torch.dtype) -> dict[str, Tensor]:
     grid = (-(-out // block[0]), -(-in_ // block[1]))
     gate = make_values("uniform", grid, seed=3) + 0.5
@@ -81,19 +92,21 @@ def test_layout(grid_rows: int, grid_columns: int, density: float, dtype: torch.
     for given in (None, mask):
         active = (gate != 0) if given is None else (gate != 0) & given
         found = backend.block_layout(gate, given)
-        for lines, (offsets, indices) in ((active, found[:2]), (active.mT, found[2:])):
+        for lines, (offsets, indices) in ((active, found[:2]), (active.mT, found[2:4])):
             expected = [line.nonzero().flatten() for line in lines]
             counts = torch.tensor([0, *(len(e) for e in expected)]).cumsum(0)
             assert offsets.tolist() == counts.tolist()
             flat = torch.cat(expected)
             assert indices.tolist() == flat.tolist() + [0] * (gate.numel() - len(flat))
+        assert torch.equal(found[4], longest_first(found[0], found[2]))
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0)])
 def test_layout_of_nothing(shape: tuple[int, int]) -> None:
-    row_offsets, column_indices, column_offsets, row_indices = backend.block_layout(torch.ones(shape), None)
+    row_offsets, column_indices, column_offsets, row_indices, order = backend.block_layout(torch.ones(shape), None)
     assert row_offsets.tolist() == [0] * (shape[0] + 1) and column_offsets.tolist() == [0] * (shape[1] + 1)
     assert column_indices.numel() == row_indices.numel() == 0
+    assert order.tolist() == [*range(shape[0]), *range(shape[1])]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -124,6 +137,35 @@ def test_masked_linear(tokens: int, out: int, in_: int, block: tuple[int, int], 
         close(grad_bias, grad.double().sum(0), tokens, "grad bias")
 
 
+def rounded_to_tf32(x: Tensor) -> Tensor:
+    """To the nearest number of 10 bits behind the point, halves away from zero."""
+    return ((x.float().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).double()
+
+
+@pytest.mark.parametrize(("tokens", "out", "in_", "block"), SHAPES, ids=str)
+@pytest.mark.usefixtures("tf32")
+def test_products_of_tf32_are_those_of_rounded_numbers(tokens: int, out: int, in_: int, block: tuple[int, int]) -> None:
+    """To float32's precision, so that no operand is cut off in place of being rounded, or rounded twice."""
+    p = problem(out, in_, block, 0.6, torch.float32)
+    x, grad = (make_values("normal", (tokens, n), seed=i) for n, i in ((in_, 1), (out, 8)))
+    layout = list(backend.block_layout(p["gate"], None))
+    w = rounded_to_tf32(masked(p, block))
+    y, _ = backend.masked_linear_forward(x, p["weight"], p["gate"], layout, p["bias"], "", *block, False)
+    close(y, rounded_to_tf32(x) @ w.T + p["bias"].double(), in_, "y")
+    dx, grad_weight, _, _ = backend.masked_linear_backward(
+        grad, x, p["weight"], p["gate"], layout, layout, grad, "", *block, [True] * 4
+    )
+    close(dx, rounded_to_tf32(grad) @ w, out, "grad x")
+    raw = rounded_to_tf32(grad).T @ rounded_to_tf32(x)
+    close(grad_weight, raw * oracle_expand_blocks(p["gate"].double(), raw.shape, block), tokens, "grad weight")
+    special = x.clone()
+    special[0, 0] = torch.nan
+    special[-1, -1] = torch.inf
+    y, _ = backend.masked_linear_forward(special, p["weight"], p["gate"], layout, None, "", *block, False)
+    active = oracle_expand_blocks((p["gate"] != 0).double(), (out, in_), block)
+    assert torch.equal(y.isfinite(), (~special.isfinite()).double() @ active.T == 0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "out", "in_", "block"), SHAPES, ids=str)
 def test_packed_blocks(tokens: int, out: int, in_: int, block: tuple[int, int], dtype: torch.dtype) -> None:
@@ -139,7 +181,7 @@ def test_packed_blocks(tokens: int, out: int, in_: int, block: tuple[int, int], 
     order = torch.full(active.shape, -1, dtype=torch.int32)
     order[active] = torch.arange(n, dtype=torch.int32)
     positions = order.T[active.T].contiguous()
-    layout = [layout[0], layout[1][:n], layout[2], layout[3][:n]]
+    layout = [layout[0], layout[1][:n], layout[2], layout[3][:n], layout[4]]
     w = p["weight"].double() * oracle_expand_blocks(active.double(), (out, in_), block)
     y, _ = backend.block_sparse_linear_forward(x, values, layout, positions, p["bias"], "", out, False)
     close(y, x.double() @ w.T + p["bias"].double(), in_, "y")

@@ -134,6 +134,43 @@ def test_list_replay_and_a_second_call_give_the_same_bits(name: str) -> None:
         assert all(torch.equal(m, again) for m, again in zip(masks, call(), strict=True))
 
 
+@pytest.mark.parametrize("block", [(16, 16), (32, 64), (128, 16)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", _BACKENDS)
+def test_replayed_products_follow_a_mask_that_moves(name: str, dtype: torch.dtype, block: tuple[int, int]) -> None:
+    """Layout, forward and backward in one graph: the number of blocks and their places are read on the device."""
+    if name not in _serving("masked_linear_backward"):
+        pytest.skip(f"{name} does not serve masked_linear_backward here")
+    out, in_, tokens = 384, 256, 200
+    weight = torch.randn(out, in_, device="cuda", dtype=dtype).mul_(in_**-0.5).requires_grad_()
+    x = torch.randn(tokens, in_, device="cuda", dtype=dtype, requires_grad=True)
+    grad = torch.randn(tokens, out, device="cuda", dtype=dtype)
+    gate = torch.zeros(out // block[0], in_ // block[1], device="cuda")
+
+    def step(backend: str, wide: torch.dtype) -> list[torch.Tensor]:
+        leaves = [t.detach().to(wide).requires_grad_() for t in (x, weight)]
+        y = spartan.masked_linear(
+            leaves[0], leaves[1], gate, block, activation="silu", backward_mask=gate != 0, backend=backend
+        )
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(wide))]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(name, dtype)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step(name, dtype)
+    for density in (0.0, 0.1, 0.7, 1.0):
+        gate.copy_((torch.rand_like(gate) + 0.5) * (torch.rand_like(gate) < density))
+        x.data.normal_()
+        graph.replay()
+        for ours, exact in zip(results, step("reference", torch.float64), strict=True):
+            error = (ours.double() - exact).abs().max()
+            assert error <= 16 * torch.finfo(dtype).eps * max(1.0, float(exact.abs().max())), (density, float(error))
+
+
 def test_compiled_training_step() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)).cuda()

@@ -8,6 +8,7 @@ from torch.nn import functional
 from spartan_kernels.backends.reference.activations import ACTIVATIONS, before_activation
 from spartan_kernels.backends.reference.block_sparse import block_sparse_linear_backward, block_sparse_linear_forward
 from spartan_kernels.backends.reference.masked_weight import block_sum, expand
+from spartan_kernels.layout import longest_first
 
 __all__ = [
     "block_layout",
@@ -22,7 +23,8 @@ __all__ = [
 def block_layout(gate: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     """The blocks whose gate and mask are not zero, by rows and by columns of blocks; no host waits for their number."""
     active = gate != 0 if mask is None else (gate != 0) & mask
-    return *_compressed(active), *_compressed(active.mT)
+    rows, columns = _compressed(active), _compressed(active.mT)
+    return *rows, *columns, longest_first(rows[0], columns[0])
 
 
 def _compressed(active: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
+
+from spartan_kernels import tiles
 
 # Entries of one tile of the elementwise kernels; entries of rows that stay in registers, for each warp: the soft
 # forward pass needs the registers of fewer warps.
@@ -52,11 +53,10 @@ class CompileCase:
     vector_loads: bool = False
     max_registers: int | None = None
     fixed_threads: bool = False  # num_warps is for warps of 32 threads: half as many of 64
+    targets: tuple[str, ...] = ()  # of the compile check; all of them where none is named
 
 
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n."""
-    return int(triton.next_power_of_2(max(n, 1)))
+power_of_two = tiles.power_of_two
 
 
 def vector_length(dtype: torch.dtype) -> int:

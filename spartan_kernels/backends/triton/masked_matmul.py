@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,90 +10,28 @@ import triton
 
 from spartan_kernels.backends.triton import masked_matmul_kernels as kernels
 from spartan_kernels.backends.triton.configs import CompileCase, name_of, power_of_two
+from spartan_kernels.backends.triton.product_plan import ProductPlan, kind_of, precision_of, product_plan, sampled_tile
+from spartan_kernels.tiles import Tile, default_tile
 
 _aten = torch.ops.aten
-_WIDEST = 128  # of a tile of outputs, and of a block that one program sums
+_WIDEST = 128  # of a block that one program sums
 _LAYOUT_BLOCK = 256
 _JOIN_BLOCK = 1024
-_FEW_PROGRAMS = 256  # under which a sum is split between programs
-_MOST_PARTS = 16
-
-
-def _precision(x: torch.Tensor) -> str:
-    """How float32 is multiplied: PyTorch's switch for TF32."""
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16:
-        return "widened"
-    return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-def _on_tensor_cores(x: torch.Tensor, precision: str) -> bool:
-    return x.dtype != torch.float32 or precision == "tf32"
-
-
-def product_tile(tokens: int, span: int, tensor_cores: bool, width: int) -> dict[str, int]:
-    """The tile of a product and its launch, for numbers of `width` bytes.
-
-    Tokens are on the side of 64 and more rows, so that small blocks use the tensor cores fully. Without tensor cores
-    (float32 in full precision) operands are held in registers as well, and tiles are smaller.
-    """
-    most = 128 if tensor_cores else 64
-    block_m = min(most, max(16, power_of_two(tokens)))
-    block_n = min(most, max(16, power_of_two(span)))
-    outputs = block_m * block_n
-    block_k = (64 if outputs > 8192 or block_m < block_n else 128) // width if tensor_cores else 16
-    warps = 8 if outputs >= (8192 if tensor_cores else 4096) else 4
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": 3}
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """What a product asks for: floating-point operations, bytes into the multiprocessors and bytes written."""
-
-    flops: int
-    x_bytes: int
-    weight_bytes: int
-    y_bytes: int
-
-
-def product_traffic(
-    tokens: int, extent: int, block: tuple[int, int], active: int, tile: dict[str, int], width: int
-) -> Traffic:
-    """Traffic of a product with `active` blocks of (outputs, columns) under a tile, for numbers of `width` bytes.
-
-    A tile of outputs reads the active columns of its tokens: each element of x that comes from the L2 cache serves
-    min(outputs of a block, BLOCK_N) outputs, and each weight BLOCK_M tokens. That bounds a product with small blocks.
-    """
-    span, columns = block
-    pieces, tiles = triton.cdiv(span, tile["BLOCK_N"]), triton.cdiv(tokens, tile["BLOCK_M"])
-    return Traffic(
-        flops=2 * tokens * active * span * columns,
-        x_bytes=tokens * active * columns * pieces * width,
-        weight_bytes=tiles * active * span * columns * width,
-        y_bytes=tokens * extent * width,
-    )
-
-
-def sampled_tile(rows: int, columns: int, tensor_cores: bool, width: int) -> dict[str, int]:
-    """The tile of a sampled product: a whole block, and the tokens of a step."""
-    block_r, block_c = max(16, power_of_two(rows)), max(16, power_of_two(columns))
-    block_t = 128 // width if tensor_cores else 16
-    warps = 4 if block_r * block_c <= 8192 // width else 8
-    return {"BLOCK_R": block_r, "BLOCK_C": block_c, "BLOCK_T": block_t, "num_warps": warps, "num_stages": 3}
 
 
 def block_layout(gate: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     """The blocks whose gate and mask are not zero, by rows and by columns of blocks; two launches."""
     grid_rows, grid_columns = gate.shape
     gate = (gate.view(torch.uint8) if gate.dtype == torch.bool else gate).contiguous()
-    counts, row_offsets, column_offsets = (
+    lines = grid_rows + grid_columns
+    counts, order, row_offsets, column_offsets, column_indices, row_indices = (
         torch.zeros(n, dtype=torch.int32, device=gate.device)
-        for n in (grid_rows + grid_columns, grid_rows + 1, grid_columns + 1)
+        for n in (lines, lines, grid_rows + 1, grid_columns + 1, gate.numel(), gate.numel())
     )
-    column_indices, row_indices = (torch.zeros(gate.numel(), dtype=torch.int32, device=gate.device) for _ in range(2))
-    grid = (grid_rows + grid_columns,)
+    grid = (lines,)
     given = gate if mask is None else mask.contiguous().view(torch.uint8)
     rest: Any = {"HAS_MASK": mask is not None, "BLOCK": _LAYOUT_BLOCK, "num_warps": 4}
-    if gate.numel():
+    if lines:
         kernels._layout_count_kernel[grid](gate, given, counts, grid_rows, grid_columns, **rest)
         kernels._layout_fill_kernel[grid](
             gate,
@@ -103,11 +41,12 @@ def block_layout(gate: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.T
             column_indices,
             column_offsets,
             row_indices,
+            order,
             grid_rows,
             grid_columns,
             **rest,
         )
-    return row_offsets, column_indices, column_offsets, row_indices
+    return row_offsets, column_indices, column_offsets, row_indices, order
 
 
 class _Operand:
@@ -138,25 +77,24 @@ class _Operand:
         saved = torch.empty_like(y) if save else x.new_empty(0)
         if y.numel() == 0:
             return y, saved
-        offsets, indices = self.layout[:2] if forward else self.layout[2:]
+        offsets, indices = self.layout[:2] if forward else self.layout[2:4]
+        order = self.layout[4] if forward else self.layout[4][self.layout[0].shape[0] - 1 :]
         row = self.block[1] if self.positions is not None else self.data.stride(0)
         grid_columns = triton.cdiv(self.shape[1], self.block[1])
         strides = (row, 1, grid_columns, 1) if forward else (1, row, 1, grid_columns)
-        lines = triton.cdiv(extent, span)
-        precision = _precision(x)
-        tile = product_tile(flat.shape[0], span, _on_tensor_cores(x, precision), x.element_size())
-        tiles = triton.cdiv(flat.shape[0], tile["BLOCK_M"]) * lines * triton.cdiv(span, tile["BLOCK_N"])
-        most = max(1, triton.cdiv(other_extent, tile["BLOCK_K"]))
-        split = min(_MOST_PARTS, most, triton.cdiv(_FEW_PROGRAMS, tiles)) if tiles < _FEW_PROGRAMS else 1
+        precision = precision_of(x)
+        plan = product_plan(flat, extent, other_extent, span, other, precision)
+        split, tokens = plan.split, _descriptor(flat, plan)
         out = y if split == 1 else x.new_empty((split, y.numel()), dtype=torch.float32)
         flags: Any = {"HAS_BIAS": bias is not None, "ACTIVATION": activation, "SAVE": save, "SPLIT": split}
         with torch.cuda.device_of(x):
-            kernels._product_kernel[(tiles, split)](
-                flat, self.data, _or(self.gate, flat), _or(bias, flat), out, saved if save else out, offsets, indices,
-                _or(self.positions, indices), flat.shape[0], lines, extent, other_extent, flat.stride(0), *strides,
+            kernels._product_kernel[(plan.tiles, split)](
+                tokens, self.data, _or(self.gate, flat), _or(bias, flat), out, saved if save else out, order, offsets,
+                indices, _or(self.positions, indices), plan.tokens, plan.lines, plan.group, extent, other_extent,
+                flat.stride(0), *strides,
                 SPAN=span, OTHER=other, PACKED=self.positions is not None,
                 HAS_POSITIONS=self.positions is not None and not forward, HAS_GATE=self.gate is not None,
-                PRECISION=precision, **flags, **tile,
+                PRECISION=precision, **flags, **plan.tile.options() | {"TMA": tokens is not flat},
             )  # fmt: skip
             if split > 1:
                 kernels._join_kernel[(triton.cdiv(y.numel(), _JOIN_BLOCK),)](
@@ -173,7 +111,7 @@ class _Operand:
         rows, columns = self.block
         grid_columns = triton.cdiv(self.shape[1], columns)
         programs = triton.cdiv(self.shape[0], rows) * grid_columns
-        precision = _precision(x)
+        precision = precision_of(x)
         if programs == 0 or left.shape[0] == 0:
             return out
         with torch.cuda.device_of(x):
@@ -183,9 +121,19 @@ class _Operand:
                 self.data.stride(0), 0 if self.positions is not None else out.stride(0),
                 ROWS=rows, COLUMNS=columns, PACKED=self.positions is not None, HAS_GATE=self.gate is not None,
                 GATE_GRAD=grad_gate is not None, PRECISION=precision,
-                **sampled_tile(rows, columns, _on_tensor_cores(x, precision), x.element_size()),
+                **sampled_tile(rows, columns, kind_of(x.dtype, precision) != "float32", x.element_size()),
             )  # fmt: skip
         return out
+
+
+def _descriptor(x: torch.Tensor, plan: ProductPlan) -> Any:
+    """Tokens as the copy engine takes them, where the tile asks for that and x allows it; else x itself."""
+    tile = plan.tile
+    if not tile.TMA or plan.other % tile.BLOCK_K or x.data_ptr() % 16 or x.stride(0) * plan.width % 16:
+        return x
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(x, [tile.BLOCK_M, tile.BLOCK_K])
 
 
 def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
@@ -337,49 +285,55 @@ _MULTIPLES = (
 )  # fmt: skip
 
 
+# the architectures that a default tile is chosen for, and the targets of the compile check that stand for them
+_ARCHITECTURES = {80: ("sm_80", "gfx942"), 90: ("sm_90",), 100: ("sm_100",)}
+_TYPES = {
+    "gate": "*fp32", "grad_gate": "*fp32", "order": "*i32", "offsets": "*i32", "indices": "*i32", "positions": "*i32",
+}  # fmt: skip
+
+
 def _compile_cases() -> list[CompileCase]:
     cases = []
-    counts = {"tokens": "i32", "extent": "i32", "other_extent": "i32", "lines": "i32"}
-    sizes = {"rows_extent": "i32", "columns_extent": "i32", "grid_columns": "i32", "grid_rows": "i32"}
-    types = {"gate": "*fp32", "grad_gate": "*fp32", "offsets": "*i32", "indices": "*i32", "positions": "*i32"}
     for dtype, precision in ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee")):
-        value, cores = f"*{name_of(dtype)}", dtype != torch.float32 or precision == "tf32"
-        name = precision if precision == "tf32" else name_of(dtype)
+        kind = kind_of(dtype, precision)
+        flags: dict[str, Any] = {"PACKED": False, "HAS_GATE": True, "PRECISION": precision}
         for side in (16, 32, 64, 128):
-            flags: dict[str, Any] = {"PACKED": False, "HAS_GATE": True, "PRECISION": precision}
-            product = {
-                "SPAN": side, "OTHER": side, "HAS_POSITIONS": False, "HAS_BIAS": True, "ACTIVATION": "relu",
-                "SAVE": False, "SPLIT": 1, "stride_wk": 1, "stride_gate_other": 1,
-            }  # fmt: skip
             for tokens in (8, 8192):
-                tile = product_tile(tokens, side, cores, dtype.itemsize)
-                label = f"block {side}, {tokens} tokens, {name}"
-                cases.append(
-                    _case(kernels._product_kernel, flags | product, tile, types, value, counts | sizes, label, cores)
-                )
+                tiles: dict[Tile, list[str]] = {}
+                for architecture, targets in _ARCHITECTURES.items():
+                    tiles.setdefault(default_tile(architecture, tokens, side, kind), []).extend(targets)
+                for tile, here in tiles.items():
+                    label = f"block {side}, {tokens} tokens, {kind}"
+                    cases.append(_product_case(dtype, flags, side, tile, label, tuple(here)))
             sampled = {"ROWS": side, "COLUMNS": side, "GATE_GRAD": True, "stride_dz_row": 1}
-            tile = sampled_tile(side, side, cores, dtype.itemsize)
-            label = f"block {side}, {name}"
-            cases.append(
-                _case(kernels._sampled_kernel, flags | sampled, tile, types, value, counts | sizes, label, cores)
-            )
+            sampled |= sampled_tile(side, side, kind != "float32", dtype.itemsize)
+            cases.append(_case(kernels._sampled_kernel, dtype, flags | sampled, f"block {side}, {kind}"))
+    copied = replace(default_tile(90, 8192, 128, "bfloat16"), TMA=True)
+    cases.append(_product_case(torch.bfloat16, flags, 128, copied, "block 128, TMA", ("sm_90", "sm_100")))
     return cases
 
 
-def _case(
-    kernel: Any,
-    constants: dict[str, Any],
-    tile: dict[str, int],
-    types: dict[str, str],
-    value: str,
-    sizes: dict[str, str],
-    label: str,
-    cores: bool,
+def _product_case(
+    dtype: torch.dtype, flags: dict[str, Any], side: int, tile: Tile, label: str, targets: tuple[str, ...]
 ) -> CompileCase:
-    constants = constants | {key: size for key, size in tile.items() if key.startswith("BLOCK")}
+    product = {
+        "SPAN": side, "OTHER": side, "HAS_POSITIONS": False, "HAS_BIAS": True, "ACTIVATION": "relu", "SAVE": False,
+        "SPLIT": 1, "stride_wk": 1, "stride_gate_other": 1,
+    }  # fmt: skip
+    return _case(kernels._product_kernel, dtype, flags | product | tile.options(), label, targets)
+
+
+def _case(
+    kernel: Any, dtype: torch.dtype, options: dict[str, Any], label: str, targets: tuple[str, ...] = ()
+) -> CompileCase:
+    warps, stages = options["num_warps"], options["num_stages"]
+    constants = {name: value for name, value in options.items() if name in kernel.arg_names}
     names = [name for name in kernel.arg_names if name not in constants]
-    signature = {n: types.get(n[:-4], value) if n.endswith("_ptr") else sizes.get(n, "i32") for n in names}
-    return CompileCase(kernel, signature, constants, tile["num_warps"], label, tile["num_stages"], cores, _MULTIPLES)
+    signature = {n: _TYPES.get(n[:-4], f"*{name_of(dtype)}") if n.endswith("_ptr") else "i32" for n in names}
+    if options.get("TMA"):
+        signature["x_ptr"] = f"tensordesc<{name_of(dtype)}[{options['BLOCK_M']}, {options['BLOCK_K']}]>"
+    cores = dtype != torch.float32 or options["PRECISION"] == "tf32"
+    return CompileCase(kernel, signature, constants, warps, label, stages, cores, _MULTIPLES, targets=targets)
 
 
 COMPILE_CASES = _compile_cases()

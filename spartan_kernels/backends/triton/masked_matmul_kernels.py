@@ -44,21 +44,24 @@ def _layout_count_kernel(
 
 @triton.jit
 def _layout_fill_kernel(
-    gate_ptr, mask_ptr, counts_ptr, row_offsets_ptr, column_indices_ptr, column_offsets_ptr, row_indices_ptr,
+    gate_ptr, mask_ptr, counts_ptr, row_offsets_ptr, column_indices_ptr, column_offsets_ptr, row_indices_ptr, order_ptr,
     grid_rows, grid_columns, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Every line sums the counts before it and writes its indices there."""
+    """Every line sums the counts before it and writes its indices there; and its place, longest first."""
     line = tl.program_id(0)
     by_row = line < grid_rows
     begin = tl.where(by_row, 0, grid_rows)
-    before = tl.zeros((BLOCK,), tl.int32)
-    for start in range(begin, line, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        before += tl.load(counts_ptr + at, at < line, other=0)
-    offset = tl.sum(before)
-    count = tl.load(counts_ptr + line)
     index = line - begin
     lines = tl.where(by_row, grid_rows, grid_columns)
+    count = tl.load(counts_ptr + line)
+    before, longer = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
+    for start in range(begin, begin + lines, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        counts = tl.load(counts_ptr + at, at < begin + lines, other=-1)
+        before += tl.where(at < line, counts, 0)
+        longer += ((counts > count) | ((counts == count) & (at < line))).to(tl.int32)
+    offset = tl.sum(before)
+    tl.store(order_ptr + begin + tl.sum(longer), index)
     last = index == lines - 1
     if by_row:
         tl.store(row_offsets_ptr + index, offset)
@@ -102,19 +105,27 @@ def _dot(a, b, sums, PRECISION: tl.constexpr):
 
 @triton.jit
 def _product_kernel(
-    x_ptr, w_ptr, gate_ptr, bias_ptr, y_ptr, saved_ptr, offsets_ptr, indices_ptr, positions_ptr,
-    tokens, lines, extent, other_extent, stride_x, stride_wn, stride_wk, stride_gate_line, stride_gate_other,
+    x_ptr, w_ptr, gate_ptr, bias_ptr, y_ptr, saved_ptr, order_ptr, offsets_ptr, indices_ptr, positions_ptr,
+    tokens, lines, group, extent, other_extent, stride_x, stride_wn, stride_wk, stride_gate_line, stride_gate_other,
     SPAN: tl.constexpr, OTHER: tl.constexpr, PACKED: tl.constexpr, HAS_POSITIONS: tl.constexpr,
     HAS_GATE: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SAVE: tl.constexpr,
     PRECISION: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """act(x w^T + b) for BLOCK_M tokens and up to BLOCK_N outputs of one line; with SPLIT > 1, one part of its sum."""
+    """act(x w^T + b) for BLOCK_M tokens and up to BLOCK_N outputs of one line; with SPLIT > 1, one part of its sum.
+
+    All lines, the longest first, are multiplied with a group of tiles of tokens, which the L2 cache holds, before the
+    next group.
+    """
     tile, part = tl.program_id(0), tl.program_id(1)
     pieces: tl.constexpr = (SPAN + BLOCK_N - 1) // BLOCK_N
-    line = (tile // pieces) % lines
-    token = (tile // (pieces * lines)).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (tile % pieces) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_tile = tile // (group * lines * pieces) * group
+    tile = tile % (group * lines * pieces)
+    tiles = tl.minimum(tl.cdiv(tokens, BLOCK_M) - first_tile, group)
+    first_token = (first_tile + tile % tiles) * BLOCK_M
+    token = first_token.to(tl.int64) + tl.arange(0, BLOCK_M)
+    line = tl.load(order_ptr + tile // tiles // pieces)
+    n = (tile // tiles) % pieces * BLOCK_N + tl.arange(0, BLOCK_N)
     output = line.to(tl.int64) * SPAN + n
     inside_m, inside_n = token < tokens, (n < SPAN) & (output < extent)
 
@@ -126,7 +137,9 @@ def _product_kernel(
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         if OTHER % BLOCK_K == 0:  # the tile lies in one block
             entry = first + (step * BLOCK_K) // OTHER
-            within = (step * BLOCK_K) % OTHER + tl.arange(0, BLOCK_K)
+            # compilers before 3.9 lose the multiple in the remainder, and then make no copies ahead of the arithmetic
+            start = tl.multiple_of((step * BLOCK_K) % OTHER, BLOCK_K)
+            within = start + tl.arange(0, BLOCK_K)
             index = tl.load(indices_ptr + entry).to(tl.int64)
             other = index * OTHER + within
             inside_k = other < other_extent
@@ -138,9 +151,12 @@ def _product_kernel(
             inside_k = (k < depth) & (other < other_extent)
             if OTHER >= 8 and OTHER & (OTHER - 1) == 0:
                 other = tl.max_contiguous(tl.multiple_of(other, OTHER), OTHER)
-        x = tl.load(
-            x_ptr + token[:, None] * stride_x + other[None, :], inside_m[:, None] & inside_k[None, :], other=0.0
-        )
+        if TMA:  # x_ptr describes x; zeros come past its edges
+            x = x_ptr.load([first_token, (index * OTHER + start).to(tl.int32)])
+        else:
+            x = tl.load(
+                x_ptr + token[:, None] * stride_x + other[None, :], inside_m[:, None] & inside_k[None, :], other=0.0
+            )
         if PACKED:
             block = entry.to(tl.int64)
             if HAS_POSITIONS:

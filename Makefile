@@ -21,8 +21,8 @@ help: ## list the targets
 demo: $(INSTALLED) ## train on Fashion-MNIST, dense and sparse, and compare (ARGS=--quick: under a minute)
 	$(BIN)/spartan demo --out "$(OUT)" $(if $(DATA),--data "$(DATA)") $(ARGS)
 
-test: $(INSTALLED) ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(INSTALLED) ## run the tests, a process for each core (waiting threads sleep, so that these do not crowd each other)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 sanitize: $(INSTALLED) ## run the CPU kernels' tests under address and undefined-behaviour sanitizers (ARGS=thread: races)
 	$(BIN)/python -m tests.sanitizers $(ARGS)

@@ -41,6 +41,10 @@ class _Trainer:
         self.x = torch.randn(batch, widths[0], device=s.device, dtype=s.dtype)
         self.y = torch.randint(widths[-1], (batch,), device=s.device)
 
+    def mask_bytes(self) -> int:
+        """Memory of the masks, which stay from step to step."""
+        return sum(b.numel() * b.element_size() for n, b in self.model.named_buffers() if ".mask_" in n)
+
     def forward_backward(self) -> Tensor:
         self.optimizer.zero_grad()
         loss = nn.functional.cross_entropy(self.model(self.x), self.y)
@@ -183,5 +187,9 @@ def _spartan_step(s: Settings, block: int) -> Work:
         flops=sparse.flops,
         peers={"dense": dense.step},
         breakdown=lambda: sparse.breakdown(synchronize),
-        notes={"weights": float(sparse.weights), "batch": float(len(sparse.x))},
+        notes={
+            "weights": float(sparse.weights),
+            "batch": float(len(sparse.x)),
+            "mask bytes per weight": sparse.mask_bytes() / sparse.weights,
+        },
     )

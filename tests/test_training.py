@@ -19,7 +19,7 @@ import torch.distributed as dist
 from training_common import STEPS, config, environment, image_settings, saved_model, stop_at, text_settings
 
 import spartan
-from spartan import cli
+from spartan import cli, methods
 from spartan.methods import GMP, Powerpropagation, Spartan
 from spartan.training import text as text_data
 from spartan.training.config import config_from, read
@@ -254,6 +254,21 @@ def test_a_run_leaves_a_sparse_model_and_its_figures(
     assert saved_model(settings) == before, "the same seed, the same model"
     assert train(config({**settings, "seed": 1}), restart=True)
     assert saved_model(settings) != before
+
+
+@pytest.mark.parametrize("name", [n for n in methods.__all__ if n not in ("Method", "SparseMethod", "Dense")])
+def test_every_method_trains_by_its_name(name: str, tmp_path: Path) -> None:
+    own: dict[str, Any] = {"sparsity": 0.5}
+    if name == "TopKAST":
+        own["backward_sparsity"] = 0.25
+    if name == "Powerpropagation":
+        own = {"method": {"name": "GMP", "sparsity": 0.5}}
+    settings = image_settings(tmp_path, method={"name": name, **own}, evaluate_every=None, log_every=5)
+    assert train(config(settings))
+    found = results(settings)
+    assert found["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    assert [row["step"] for row in found["history"]] == [5, 10, 15, 20]
+    assert found["history"][-1]["sparsity"] == pytest.approx(0.5, abs=0.05)
 
 
 def test_sparsity_in_operations(tmp_path: Path) -> None:

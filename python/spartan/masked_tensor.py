@@ -184,15 +184,20 @@ class MaskedTensor:
 
     def kept(self) -> int:
         """Number of weights that the hard mask keeps, of the whole weight."""
-        kept = (self.carrier.mask_hard * self.carrier.mask_sizes.double()).sum()
-        return int(total_over(kept, self.shard.split))
+        return int(total_over(self._sum_of_kept(self.carrier.mask_sizes), self.shard.split))
 
     def kept_cost(self) -> float:
         """What they take of the budget: their number, or the cost of their blocks."""
         if self.cost is None:
             return self.kept()
-        kept = (self.carrier.mask_hard * self.carrier.mask_costs.double()).sum()
-        return float(total_over(kept, self.shard.split))
+        return float(total_over(self._sum_of_kept(self.carrier.mask_costs), self.shard.split))
+
+    def _sum_of_kept(self, of_block: torch.Tensor) -> torch.Tensor:
+        """Sum over the kept blocks of a number for all, which needs no more than their count, or of one for each."""
+        hard = self.carrier.mask_hard
+        if of_block.dim() == 0:
+            return hard.count_nonzero() * of_block.double()
+        return (hard * of_block.double()).sum()
 
     def not_finite(self) -> int:
         """Number of values that are NaN or infinite, on all ranks."""

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from spartan.methods import GMP, OneShot, Spartan, StaticRandom
 from spartan.nn import MaskedConv2d, MaskedLinear, MaskedWeight, mask_weight, unmask_weight
 from spartan.sparsifier import Sparsifier
+from spartan_kernels import expand_blocks
 
 
 @pytest.fixture(autouse=True)
@@ -257,3 +258,27 @@ def test_a_convolution_masked_by_blocks_is_that_with_the_masked_weight(soft: boo
     grads = zip(*(torch.autograd.grad(y, leaves, upstream) for y in (actual, expected)), strict=True)
     for got, want in grads:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("block_size", [(1, 1), (8, 8)], ids=str)
+def test_a_convolution_follows_its_hard_mask(block_size: tuple[int, int]) -> None:
+    """The mask that is written out for the dense convolution is that of now; what is dropped takes no part."""
+    torch.manual_seed(0)
+    module = nn.Conv2d(12, 20, 3)
+    carrier = mask_weight(module, block_size, soft=False)
+    x, plain = torch.randn(2, 12, 5, 5), dict(vars(nn.Conv2d(12, 20, 3)))
+    for _ in range(3):
+        carrier.mask_hard.copy_(torch.rand(carrier.mask_hard.shape) < 0.9)
+        carrier.masks_changed()
+        kept = expand_blocks(carrier.mask_hard, module.weight.shape, block_size)
+        with torch.no_grad():
+            module.weight.masked_fill_(~kept, torch.inf)
+        y = module(x)
+        expected = functional.conv2d(x, torch.where(kept, module.weight, 0.0), module.bias)
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+        (gradient,) = torch.autograd.grad(y.sum(), module.weight)
+        assert gradient[kept].all() and not gradient[~kept].any()
+        with torch.no_grad():
+            module.weight.copy_(torch.randn_like(module.weight))
+    unmask_weight(module, carrier)
+    assert type(module) is nn.Conv2d and vars(module).keys() == plain.keys()

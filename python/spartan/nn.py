@@ -15,7 +15,7 @@ from spartan.distributed import Seen, own_class, placed_as
 from spartan.functional import masked_weight
 from spartan.linear import linear_with_masked_weight
 from spartan.matmul import block_sparse_linear, masked_linear
-from spartan_kernels import BlockLayout, BlockSparseWeight, block_costs, block_grid
+from spartan_kernels import BlockLayout, BlockSparseWeight, block_costs, block_grid, expand_blocks
 from spartan_kernels.break_even import dense_convolution_wins
 
 __all__ = [
@@ -329,18 +329,30 @@ class MaskedConv2d(MaskCarrier, nn.Conv2d):
 
     Attributes:
         mask_kept: fraction of blocks that the hard mask keeps; None until it is asked for.
+        mask_dropped: bool, shape of the weight, True where the hard mask is not set; likewise.
     """
 
     mask_kept: float | None = None
+    mask_dropped: torch.Tensor | None = None
 
     def masks_changed(self) -> None:
-        """Count the kept blocks again, when that is next asked for."""
-        self.mask_kept = None
+        """Count the kept blocks again, and write the mask out, when that is next asked for."""
+        self.mask_kept = self.mask_dropped = None
 
     def detach_masks(self) -> None:
         """Remove everything `attach_masks` and the forward passes added."""
-        self.__dict__.pop("mask_kept", None)
+        for name in ("mask_kept", "mask_dropped"):
+            self.__dict__.pop(name, None)
         super().detach_masks()
+
+    def masked(self, weight: torch.Tensor) -> torch.Tensor:
+        """theta * m * h (* scale); a hard mask alone, which stays for many steps, is written out once on the CPU."""
+        soft_or_dense = self.mask_straight_through or self.mask_soft is not None or self.mask_scale is not None
+        if soft_or_dense or self.mask_divided or weight.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().masked(weight)
+        if self.mask_dropped is None or self.mask_dropped.device != weight.device:
+            self.mask_dropped = ~expand_blocks(self.mask_hard, weight.shape, self.mask_block_size)
+        return weight.masked_fill(self.mask_dropped, 0)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Convolution with w = theta * m * h; on the CPU, only kept blocks are multiplied where that is faster."""

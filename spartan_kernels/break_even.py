@@ -27,8 +27,8 @@ _NEVER = math.inf
 # 64 to 256 channels, 1 x 1 and 3 x 3, 14 x 14 to 56 x 56 pixels, blocks of 2 to 32.
 _KEPT_COST = (1.0, 0.75, 1.4)  # of each that is left: 1 + 0.75 (16 / side)^1.4 in blocks with this many outputs
 _COPY_COST = 210.0  # of each value of x and y, which are copied
-_LAST_COST = 130.0  # of each where channels lie side by side already
-_PLACE_COST = 80.0  # of each where nothing is copied: 1 x 1 on a channels-last image
+_LAST_COST = 150.0  # of each where channels lie side by side already
+_PLACE_COST = 100.0  # of each where nothing is copied: 1 x 1 on a channels-last image
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,11 @@ class _Problem:
         if passes == 3:
             # the backward passes read x, the kept weights and dy once, and write dx and the weights' gradient
             nbytes += 2 * x_bytes + 2 * kept_bytes + y_bytes
-        notes = {"block": self.size, "sparsity": self.sparsity, "batch": self.batch, "channels last": self.last}
+        columns = self.layer.in_ * self.layer.kernel**2
+        notes = {
+            "rows": pixels, "in": columns, "out": self.layer.out, "channels last": self.last, "block": self.size,
+            "sparsity": self.sparsity,
+        }  # fmt: skip
         return Work(
             operands=rotating(self.s, x_bytes + y_bytes, self.operands),
             bytes=nbytes,

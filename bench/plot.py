@@ -157,7 +157,7 @@ def _of_one_shape(results: Sequence[Result]) -> list[Result]:
     """Those of the shape that most results are of; of several with the same numbers, the whole passes."""
 
     def shape(r: Result) -> tuple[float, ...]:
-        return tuple(r.notes[key] for key in ("rows", "in", "out"))
+        return *(r.notes[key] for key in ("rows", "in", "out")), r.notes.get("channels last", 0.0)
 
     counts = Counter(shape(r) for r in results)
     most = max(counts, key=lambda key: counts[key])

@@ -20,7 +20,7 @@ from bench.machine import ROOT
 from bench.run import Report, Result
 
 README = ROOT / "README.md"
-_IN_FIGURES = ("masked_matmul",)  # ops whose many cases are read from a figure
+_IN_FIGURES = ("masked_conv", "masked_matmul")  # ops whose many cases are read from a figure
 _SECTION = re.compile(r"(<!-- results:([\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 

@@ -187,9 +187,23 @@ class Stateful(nn.Module):
         raise NotImplementedError
 
 
+class Sharded(Tensor):
+    """What a DTensor is to `save_pretrained`: a part of a tensor that can be asked for all of it."""
+
+    def full_tensor(self) -> Tensor:
+        raise NotImplementedError
+
+
+def sharded() -> nn.Module:
+    model = nn.Module()
+    model.register_buffer("part", torch.zeros(2).as_subclass(Sharded))
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
+        (sharded(), "tensor 'part' is sharded over processes"),
         (nn.Sequential(Stateful()), "state '0._extra_state' is a dict; only tensors can be saved"),
         (nn.Linear(2, 2, device="meta"), "tensor 'weight' is torch.strided on meta"),
     ],

@@ -25,6 +25,7 @@ def to_block_sparse(model: nn.Module, block_size: int | tuple[int, int] | None =
 
     Layers whose blocks are all kept, or so many that the dense product is faster (see `spartan.tune`), stay as they
     are; so do subclasses of `nn.Linear`, layers with hooks, and layers that share their weight with another module.
+    Convolutions stay dense.
 
     Args:
         model: plain modules, after `Sparsifier.finalize()`.

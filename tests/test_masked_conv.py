@@ -251,6 +251,29 @@ def test_groups_and_dense_weights_are_pytorchs_own(target: Any) -> None:
     compare({**problem((2, 6, 5, 5), (4, 6, 3, 3), (2, 2)), "forward_mask": None}, auto)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("missing", [(), ("backward_mask",), ("forward_mask", "bias")], ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_where_the_dense_gradient_is_the_faster_one(
+    monkeypatch: pytest.MonkeyPatch, target: Any, dtype: torch.dtype, missing: tuple[str, ...], groups: int
+) -> None:
+    """The weight's gradient without the gate's, made densely and masked: by the native backend, and by the choice."""
+    monkeypatch.setattr("spartan_kernels.backends.native_conv.dense_convolution_wins", lambda *_: True)
+    backend = target.backend if groups == 1 else "auto"
+    p = {**problem((2, 6, 5, 5), (8, 6 // groups, 3, 3), (4, 2), dtype, padding=1), **dict.fromkeys(missing)}
+    p["groups"] = groups
+    upstream = make_values("normal", (2, 8, 5, 5), seed=8, dtype=dtype)
+    _, dx, dweight, _, *dbias = exact(p, upstream)
+    moved = {k: v.detach().to(target.device) if isinstance(v, Tensor) else v for k, v in p.items()}
+    leaves = [moved[name].requires_grad_() for name in ("x", "weight", "bias") if moved[name] is not None]
+    y = spartan.masked_conv2d(**moved, backend=backend)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-12}[dtype]
+    for got, want in zip(
+        torch.autograd.grad(y, leaves, upstream.to(target.device)), (dx, dweight, *dbias), strict=True
+    ):
+        torch.testing.assert_close(got.cpu().double(), want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
+
+
 def test_bad_arguments() -> None:
     def conv(
         x: tuple[int, ...] = (1, 4, 5, 5), weight: tuple[int, ...] = (6, 4, 3, 3), gate: Any = None, **more: Any

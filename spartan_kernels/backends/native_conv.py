@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from spartan_kernels.arguments import memory_format
+from spartan_kernels.backends import native
 from spartan_kernels.backends.native_conv_windows import (
     Geometry,
     geometry,
@@ -162,7 +163,12 @@ def masked_conv2d_backward(
     elif needs[1] or needs[2]:
         rest = stride, padding, dilation, False, [0, 0], groups
         dense = torch.ops.aten.convolution_backward(grad, x, weight, None, *rest, [False, True, False])[1]
-        results[1:3] = parameter_gradients(dense, weight, gate, backward_mask, rows, columns, needs)
+        if needs[2]:  # sums over blocks
+            results[1:3] = parameter_gradients(dense, weight, gate, backward_mask, rows, columns, needs)
+        else:
+            unused = gate.new_ones(())  # what the gradient of a masked weight takes
+            operands = dense.contiguous(), gate.float(), backward_mask, unused, unused, rows, columns, True
+            results[1] = native.masked_weight_forward(*operands)
     if needs[3]:
         results[3] = grad.sum((0, 2, 3))
     return results

@@ -129,6 +129,7 @@ def write_files(folder: Path, tensors: Mapping[str, tuple[Entry, Packed | None]]
     _settle(folder)
     with temporary_beside(folder / MODEL_FILE) as weights, temporary_beside(folder / CONFIG_FILE) as config:
         save_file(parts, weights, metadata={"format": "pt", "tensors": _digest(entries)})
+        _sort_metadata(weights)
         sha256 = _sha256(weights)
         document = {"format": _FORMAT, "version": _VERSION, "sha256": sha256, "tensors": entries}
         config.write_text(json.dumps(document, indent=1) + "\n")
@@ -142,6 +143,18 @@ def write_files(folder: Path, tensors: Mapping[str, tuple[Entry, Packed | None]]
             waiting.unlink(missing_ok=True)
             raise
         os.replace(waiting, folder / MODEL_FILE)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order, which is left to chance: equal models have equal files."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= length:  # as long as it was, but for a foreign way of escaping
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def read_config(folder: Path) -> tuple[dict[str, Entry], Path]:

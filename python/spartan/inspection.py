@@ -91,7 +91,7 @@ def _plain(path: Path, parameters: set[str] | None) -> list[SavedTensor]:
     tensors = []
     try:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118: it has no other way
+            for name in file.keys():
                 tensor = file.get_tensor(name)
                 zeros = tensor.numel() - int(tensor.count_nonzero())
                 blocks = pack(tensor + 0).block_size if zeros else None  # negative zeros are zeros, too

@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from spartan.budgets import LayerSize
 from spartan.distributed import Seen, Shard, fill, local, shard_of, total_over, totals_over
-from spartan.nn import MaskCarrier, largest_block, unmask_weight
+from spartan.mask_carrier import MaskCarrier
+from spartan.nn import largest_block, unmask_weight
 from spartan_kernels import (
     block_grid,
     block_scores,

@@ -1,0 +1,155 @@
+"""What a masked module has besides its weight: the masks, and the masked weight that they give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from spartan.distributed import placed_as
+from spartan.functional import masked_weight
+from spartan_kernels import block_costs, block_grid
+
+__all__ = ["MaskCarrier"]
+
+
+class MaskCarrier(nn.Module):
+    """The masks of one weight, as buffers that are updated in place and never saved with the model.
+
+    There are as many buffers at any time: copies such as `torch.optim.swa_utils.AveragedModel` keep theirs like the
+    model's, one after the other. Once a soft mask is merged its buffer is a single one, and `mask_soft` None.
+
+    Attributes:
+        mask_hard: h, one per block, bool. mask_beta: float64 0-dim, the sharpness that m was solved
+        with, scaled for the block size. mask_costs: a, 0-dim or one per block. mask_sizes: number of weights, likewise,
+        which are the costs unless a cost model gives others. mask_backward: bool, one per block, the only blocks whose
+        weight needs a gradient where those are not the kept ones; None if there is no such set.
+        mask_block_size: (rows, columns).
+        mask_shape: of the weight that the module computes with, of which masks are: on this rank, where it is divided.
+        mask_divided: whether it is, by tensor parallelism.
+        mask_straight_through: whether gradients reach dropped blocks.
+    """
+
+    mask_soft_values: torch.Tensor | None
+    mask_scale_value: torch.Tensor | None
+    mask_hard: torch.Tensor
+    mask_beta: torch.Tensor
+    mask_costs: torch.Tensor
+    mask_sizes: torch.Tensor
+    mask_backward: torch.Tensor | None
+    mask_merged: bool
+    mask_block_size: tuple[int, int]
+    mask_shape: torch.Size
+    mask_divided: bool
+    mask_straight_through: bool
+
+    def attach_masks(
+        self,
+        weight: torch.Tensor,
+        block_size: tuple[int, int],
+        soft: bool,
+        preserve_scale: bool = False,
+        straight_through: bool = False,
+    ) -> None:
+        """Add masks that keep every block of `weight`; without `soft`, only a hard mask.
+
+        That blocks gradients unless `straight_through`.
+        """
+        grid = block_grid(weight.shape, block_size)
+        costs = block_costs(weight.shape, block_size)
+        costs = costs.to(weight) if isinstance(costs, torch.Tensor) else torch.tensor(costs, dtype=torch.float64)
+        costs = costs.to(weight.device)
+        buffers: dict[str, torch.Tensor | None] = {
+            "mask_soft_values": weight.new_ones(grid) if soft else None,
+            "mask_hard": torch.ones(grid, dtype=torch.bool, device=weight.device),
+            "mask_beta": torch.zeros((), dtype=torch.float64, device=weight.device),
+            "mask_costs": costs,
+            "mask_sizes": costs,
+            "mask_scale_value": weight.new_ones(()) if preserve_scale else None,
+        }
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer if buffer is None else buffer.detach(), persistent=False)
+        self.mask_backward = None
+        self.mask_merged = False
+        self.mask_block_size = block_size
+        self.mask_shape = weight.shape
+        self.mask_divided = False
+        self.mask_straight_through = soft or straight_through
+
+    def detach_masks(self) -> None:
+        """Remove everything `attach_masks` added."""
+        for name in ("mask_soft_values", "mask_hard", "mask_beta", "mask_costs", "mask_sizes", "mask_scale_value"):
+            delattr(self, name)
+        del (
+            self.mask_backward,
+            self.mask_merged,
+            self.mask_block_size,
+            self.mask_shape,
+            self.mask_divided,
+            self.mask_straight_through,
+        )
+
+    @property
+    def mask_soft(self) -> torch.Tensor | None:
+        """m, one per block; None once it is merged into the weight or if there is none."""
+        return None if self.mask_merged else self.mask_soft_values
+
+    @property
+    def mask_scale(self) -> torch.Tensor | None:
+        """0-dim factor of the masked weight; None for 1."""
+        return None if self.mask_merged else self.mask_scale_value
+
+    def set_soft(self, soft: torch.Tensor | None, scale: torch.Tensor | None) -> None:
+        """Replace m and the factor; None for both: they are merged into the weight."""
+        self.mask_merged = soft is None and scale is None
+        for name, value in (("mask_soft_values", soft), ("mask_scale_value", scale)):
+            present = self._buffers[name]
+            self._buffers[name] = present.new_ones(()) if value is None and present is not None else value
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if self.mask_backward is not None:  # not a buffer: there is none most of the time
+            self.mask_backward = fn(self.mask_backward)
+        return super()._apply(fn, recurse)
+
+    @property
+    def computes_backward_alone(self) -> bool:
+        """Whether the gradient comes out of the backward pass as zero outside `mask_backward`."""
+        return False
+
+    def set_costs(self, costs: float | torch.Tensor) -> None:
+        """Let each block cost `costs`, or its entry of it in the weight's dtype, instead of its number of weights."""
+        dtype = costs.dtype if isinstance(costs, torch.Tensor) else torch.float64
+        self.mask_costs = torch.as_tensor(costs, dtype=dtype, device=self.mask_hard.device)
+
+    def masks_changed(self) -> None:
+        """To be called after each change of the hard mask; what is derived from it follows."""
+
+    def masked(self, weight: torch.Tensor) -> torch.Tensor:
+        """theta * m * h (* scale), with the local part of the gradient of `spartan.masked_weight`."""
+        if self.mask_divided:
+            return placed_as(weight, self.masked_part(weight.to_local()))  # type: ignore[attr-defined]
+        return self.masked_part(weight)
+
+    def masked_part(self, values: torch.Tensor) -> torch.Tensor:
+        """The same of this rank's values."""
+        result = masked_weight(
+            values,
+            self.mask_soft,
+            self.mask_hard,
+            self.mask_block_size,
+            beta=self.mask_beta,
+            costs=self.mask_costs,
+            straight_through=self.mask_straight_through,
+        )
+        return result if self.mask_scale is None else result * self.mask_scale
+
+    def gate_and_slope(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """m (* scale), and its derivative by the weight: beta s / a for each sign(theta), s = m (1 - m)."""
+        weight: Any = self.weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        scale = 1.0 if self.mask_scale is None else self.mask_scale.to(wide)
+        if self.mask_soft is None:
+            return torch.ones_like(self.mask_hard, dtype=wide) * scale, None
+        soft = self.mask_soft.to(wide)
+        return soft * scale, (self.mask_beta * soft * (1 - soft) * scale / self.mask_costs).to(wide)

@@ -11,11 +11,11 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,6 +23,7 @@ __all__ = ["Crossing", "Surface", "cache_file", "dense_convolution_wins", "dense
 
 FEW_TOKENS = 16  # up to here a product is bound by reading the weight
 _NEVER = math.inf
+Entry = TypeVar("Entry")
 # What a convolution over active blocks takes, in multiply-adds of a dense one: measured on an AVX-512 CPU, float32,
 # 64 to 256 channels, 1 x 1 and 3 x 3, 14 x 14 to 56 x 56 pixels, blocks of 2 to 32.
 _KEPT_COST = (1.0, 0.75, 1.4)  # of each that is left: 1 + 0.75 (16 / side)^1.4 in blocks with this many outputs
@@ -103,15 +104,7 @@ def load() -> dict[str, Surface]:
     Raises:
         ValueError: a file that is not such a cache.
     """
-    path = cache_file()
-    try:
-        text = path.read_text()
-    except OSError:
-        return {}
-    try:
-        return {kind: tuple(Crossing(**entry) for entry in entries) for kind, entries in json.loads(text).items()}
-    except (TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a break-even cache ({error}); delete it or run spartan.tune()") from error
+    return read_json(cache_file(), "a break-even cache", lambda entry: Crossing(**entry))
 
 
 def store(kind: str, surface: Surface) -> Path:
@@ -121,6 +114,22 @@ def store(kind: str, surface: Surface) -> Path:
     write_json(path, {k: [asdict(c) for c in entries] for k, entries in surfaces.items()})
     _threshold.cache_clear()
     return path
+
+
+def read_json(path: Path, what: str, parse: Callable[[Any], Entry]) -> dict[str, tuple[Entry, ...]]:
+    """The entries of a file of the user's cache by kind of device; none where there is no file.
+
+    Raises:
+        ValueError: a file that is not `what`.
+    """
+    try:
+        text = path.read_text()
+    except OSError:
+        return {}
+    try:
+        return {kind: tuple(parse(entry) for entry in entries) for kind, entries in json.loads(text).items()}
+    except (TypeError, AttributeError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not {what} ({error}); delete it or run spartan.tune()") from error
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -6,7 +6,6 @@ way; with TMA, tokens are copied to shared memory by the processor's copy engine
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from spartan_kernels.break_even import FEW_TOKENS, cache_file, device_kind, write_json
+from spartan_kernels.break_even import FEW_TOKENS, cache_file, device_kind, read_json, write_json
 
 __all__ = ["Tile", "TunedTile", "candidates", "default_tile", "store_tiles", "tile_for", "tiles_file", "using"]
 
@@ -142,15 +141,7 @@ def load_tiles() -> dict[str, tuple[TunedTile, ...]]:
     Raises:
         ValueError: a file that is not such a cache.
     """
-    path = tiles_file()
-    try:
-        text = path.read_text()
-    except OSError:
-        return {}
-    try:
-        return {kind: tuple(_parsed(entry) for entry in entries) for kind, entries in json.loads(text).items()}
-    except (TypeError, AttributeError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a cache of tiles ({error}); delete it or run spartan.tune()") from error
+    return read_json(tiles_file(), "a cache of tiles", _parsed)
 
 
 def _parsed(entry: dict[str, object]) -> TunedTile:

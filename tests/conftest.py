@@ -92,3 +92,9 @@ def thread_count() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread(thread_count: None) -> None:
+    """For tests on tiny tensors: on a busy machine more threads only wait for one another."""
+    torch.set_num_threads(1)

@@ -15,13 +15,7 @@ import spartan.linear
 from spartan.functional import masked_weight
 from spartan.nn import MaskedLinear, mask_weight
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
-
-@pytest.fixture(autouse=True)
-def one_thread(thread_count: None) -> None:
-    """Tensors are tiny here: on a busy machine more threads only wait for one another."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 
 
 def layer(soft: bool, bias: bool = True, dtype: torch.dtype = torch.float32, **options: Any) -> Any:

@@ -14,11 +14,7 @@ from spartan.methods import DPF, GMP, Dense, DualAveraging, MaskDecay, OneShot, 
 from spartan.sparsifier import Sparsifier
 from spartan_kernels import hard_topk_global, soft_topk_global
 
-
-@pytest.fixture(autouse=True)
-def one_thread(thread_count: None) -> None:
-    """Tensors are tiny here: on a busy machine more threads only wait for one another."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def perceptron(scale: float = 1.0) -> nn.Sequential:

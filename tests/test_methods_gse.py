@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from methods_common import Toy, hard, step
 from torch import nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
@@ -15,36 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from spartan.methods import GSE
 from spartan.sparsifier import Sparsifier
 
-
-@pytest.fixture(autouse=True)
-def one_thread(thread_count: None) -> None:
-    """Tensors are tiny here: on a busy machine more threads only wait for one another."""
-    torch.set_num_threads(1)
-
-
-class Toy(nn.Module):
-    """One masked row of weights; a loss for every gradient of the masked weight that a test asks for."""
-
-    def __init__(self, weight: list[float]) -> None:
-        super().__init__()
-        self.row = nn.Linear(len(weight), 1, bias=False)
-        self.head = nn.Linear(1, 1)
-        with torch.no_grad():
-            self.row.weight.copy_(torch.tensor([weight]))
-
-    def pull(self, gradient: list[float]) -> torch.Tensor:
-        """A loss with dL/dw = gradient, so that activity is in proportion to the gradient's magnitude."""
-        loss: torch.Tensor = self.row(torch.tensor([gradient])).sum()
-        return loss
-
-    @property
-    def values(self) -> list[float]:
-        """theta."""
-        return [round(x, 5) for x in self.row.weight.flatten().tolist()]
-
-
-def hard(sparsifier: Sparsifier) -> torch.Tensor:
-    return next(iter(sparsifier.masks().values())).hard
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def toy(weight: list[float], kept: list[bool], **settings: Any) -> tuple[Toy, Sparsifier, torch.optim.Optimizer]:
@@ -57,13 +29,6 @@ def toy(weight: list[float], kept: list[bool], **settings: Any) -> tuple[Toy, Sp
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     sparsifier.attach(optimizer)
     return model, sparsifier, optimizer
-
-
-def step(model: Toy, optimizer: torch.optim.Optimizer, *gradients: list[float]) -> None:
-    optimizer.zero_grad()
-    for gradient in gradients:
-        model.pull(gradient).backward()
-    optimizer.step()
 
 
 def test_steps_by_hand() -> None:

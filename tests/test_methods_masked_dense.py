@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from methods_common import Toy, step
 from torch import nn
 from torch.nn import functional
 
@@ -15,31 +16,7 @@ from spartan.sparsifier import Sparsifier
 RATE = 0.1
 
 
-@pytest.fixture(autouse=True)
-def one_thread(thread_count: None) -> None:
-    """Tensors are tiny here: on a busy machine more threads only wait for one another."""
-    torch.set_num_threads(1)
-
-
-class Toy(nn.Module):
-    """One masked row of weights; the gradient of the masked weight is whatever `pull` is asked for."""
-
-    def __init__(self, weight: list[float]) -> None:
-        super().__init__()
-        self.row = nn.Linear(len(weight), 1, bias=False)
-        self.head = nn.Linear(1, 1)
-        with torch.no_grad():
-            self.row.weight.copy_(torch.tensor([weight]))
-
-    def pull(self, gradient: list[float]) -> torch.Tensor:
-        """A loss with dL/dw = gradient."""
-        loss: torch.Tensor = self.row(torch.tensor([gradient])).sum()
-        return loss
-
-    @property
-    def values(self) -> list[float]:
-        """theta."""
-        return [round(x, 5) for x in self.row.weight.flatten().tolist()]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def toy(method: Method, weight: list[float], fused: bool = False) -> tuple[Toy, Sparsifier, torch.optim.Optimizer]:
@@ -48,12 +25,6 @@ def toy(method: Method, weight: list[float], fused: bool = False) -> tuple[Toy, 
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, fused=fused)
     sparsifier.attach(optimizer)
     return model, sparsifier, optimizer
-
-
-def step(model: Toy, optimizer: torch.optim.Optimizer, gradient: list[float]) -> None:
-    optimizer.zero_grad()
-    model.pull(gradient).backward()
-    optimizer.step()
 
 
 def kept(sparsifier: Sparsifier) -> list[bool]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from methods_common import Toy, step
 from torch import nn
 from torch.nn import functional
 
@@ -17,37 +18,7 @@ from spartan.sparsifier import Sparsifier
 RATE = 0.1
 
 
-@pytest.fixture(autouse=True)
-def one_thread(thread_count: None) -> None:
-    """Tensors are tiny here: on a busy machine more threads only wait for one another."""
-    torch.set_num_threads(1)
-
-
-class Toy(nn.Module):
-    """One masked row of weights; the gradient of the masked weight is whatever `pull` is asked for."""
-
-    def __init__(self, weight: list[float]) -> None:
-        super().__init__()
-        self.row = nn.Linear(len(weight), 1, bias=False)
-        self.head = nn.Linear(1, 1)
-        with torch.no_grad():
-            self.row.weight.copy_(torch.tensor([weight]))
-
-    def pull(self, gradient: list[float]) -> torch.Tensor:
-        """A loss with dL/dw = gradient."""
-        loss: torch.Tensor = self.row(torch.tensor([gradient])).sum()
-        return loss
-
-    @property
-    def values(self) -> list[float]:
-        """theta."""
-        return [round(x, 5) for x in self.row.weight.flatten().tolist()]
-
-    @property
-    def used(self) -> list[float]:
-        """w, what the forward pass multiplies by."""
-        with torch.no_grad():
-            return [round(x, 5) for x in self.row(torch.eye(self.row.in_features)).flatten().tolist()]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def toy(method: Method, weight: list[float], **optimizer: Any) -> tuple[Toy, Sparsifier, torch.optim.Optimizer]:
@@ -56,12 +27,6 @@ def toy(method: Method, weight: list[float], **optimizer: Any) -> tuple[Toy, Spa
     made = torch.optim.SGD(model.parameters(), lr=RATE, **optimizer)
     sparsifier.attach(made)
     return model, sparsifier, made
-
-
-def step(model: Toy, optimizer: torch.optim.Optimizer, gradient: list[float]) -> None:
-    optimizer.zero_grad()
-    model.pull(gradient).backward()
-    optimizer.step()
 
 
 def test_sr_ste_steps_by_hand() -> None:

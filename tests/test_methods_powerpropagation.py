@@ -13,11 +13,7 @@ from torch.nn import functional
 from spartan.methods import GMP, IHT, SET, Dense, DualAveraging, OneShot, Powerpropagation, RigL, Spartan, TopKAST
 from spartan.sparsifier import Sparsifier
 
-
-@pytest.fixture(autouse=True)
-def one_thread(thread_count: None) -> None:
-    """Tensors are tiny here: on a busy machine more threads only wait for one another."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network() -> nn.Sequential:

@@ -7,42 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from methods_common import Toy, hard
 from torch import nn
 from torch.nn import functional
 
 from spartan.methods import GSE, SET, RigL
 from spartan.sparsifier import Sparsifier
 
-
-@pytest.fixture(autouse=True)
-def one_thread(thread_count: None) -> None:
-    """Tensors are tiny here: on a busy machine more threads only wait for one another."""
-    torch.set_num_threads(1)
-
-
-class Toy(nn.Module):
-    """One masked row of weights; a loss for every gradient of the masked weight that a test asks for."""
-
-    def __init__(self, weight: list[float]) -> None:
-        super().__init__()
-        self.row = nn.Linear(len(weight), 1, bias=False)
-        self.head = nn.Linear(1, 1)
-        with torch.no_grad():
-            self.row.weight.copy_(torch.tensor([weight]))
-
-    def pull(self, gradient: list[float]) -> torch.Tensor:
-        """A loss with dL/dw = gradient."""
-        loss: torch.Tensor = self.row(torch.tensor([gradient])).sum()
-        return loss
-
-    @property
-    def values(self) -> list[float]:
-        """theta."""
-        return [round(x, 5) for x in self.row.weight.flatten().tolist()]
-
-
-def hard(sparsifier: Sparsifier) -> torch.Tensor:
-    return next(iter(sparsifier.masks().values())).hard
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def set_masks(sparsifier: Sparsifier, kept: list[bool]) -> None:

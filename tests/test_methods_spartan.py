@@ -16,10 +16,7 @@ from spartan_kernels import block_scores
 X = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 
-@pytest.fixture(autouse=True)
-def one_thread(thread_count: None) -> None:
-    """Tensors are tiny here: on a busy machine more threads only wait for one another."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network() -> nn.Sequential:

@@ -13,11 +13,7 @@ from spartan.methods import WGSEF
 from spartan.methods.wgsef import _search, _share
 from spartan.sparsifier import Sparsifier
 
-
-@pytest.fixture(autouse=True)
-def one_thread(thread_count: None) -> None:
-    """Tensors are tiny here: on a busy machine more threads only wait for one another."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def toy(weight: list[float], method: WGSEF, rate: float) -> tuple[nn.Sequential, Sparsifier, torch.optim.Optimizer]:

@@ -13,11 +13,7 @@ from torch.nn import functional
 
 from spartan import GMP, Group, OneShot, RigL, Sparsifier, Spartan, StaticRandom
 
-
-@pytest.fixture(autouse=True)
-def one_thread(thread_count: None) -> None:
-    """Tensors are tiny here: on a busy machine more threads only wait for one another."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Conv1D(nn.Module):

@@ -18,11 +18,7 @@ from spartan.nn import MaskedConv2d, MaskedLinear, MaskedWeight, mask_weight, un
 from spartan.sparsifier import Sparsifier
 from spartan_kernels import expand_blocks
 
-
-@pytest.fixture(autouse=True)
-def one_thread(thread_count: None) -> None:
-    """Tensors are tiny here: on a busy machine more threads only wait for one another."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def masked(module: nn.Module, block_size: tuple[int, int] = (1, 1), **options: Any) -> Any:

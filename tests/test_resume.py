@@ -33,10 +33,7 @@ from spartan.sparsifier import Sparsifier
 TOTAL_STEPS = 30
 
 
-@pytest.fixture(autouse=True)
-def one_thread(thread_count: None) -> None:
-    """Tensors are tiny here: on a busy machine more threads only wait for one another."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Run:

@@ -11,11 +11,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from spartan import Group, OneShot, RigL, Sparsifier, Spartan, StaticRandom, TopKAST
 
-
-@pytest.fixture(autouse=True)
-def one_thread(thread_count: None) -> None:
-    """Tensors are tiny here: on a busy machine more threads only wait for one another."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Scale(nn.Module):

@@ -26,9 +26,7 @@ METHODS: list[Method] = [
 each_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{m.name}-{m.block_size}")
 
 
-@pytest.fixture(autouse=True)
-def one_thread(thread_count: None) -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network(seed: int = 0) -> nn.Sequential:

@@ -14,11 +14,7 @@ from torch.nn import functional
 import spartan
 from spartan.sltrain import SLTrainLinear, _draw_support, merge_sltrain, to_sltrain
 
-
-@pytest.fixture(autouse=True)
-def one_thread(thread_count: None) -> None:
-    """Tensors are tiny here: on a busy machine more threads only wait for one another."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def layer(bias: bool = True, **settings: Any) -> SLTrainLinear:

@@ -29,11 +29,7 @@ from spartan.methods import (
 )
 from spartan.sparsifier import Sparsifier
 
-
-@pytest.fixture(autouse=True)
-def one_thread(thread_count: None) -> None:
-    """Tensors are tiny here: on a busy machine more threads only wait for one another."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def perceptron(*widths: int) -> nn.Sequential:

@@ -31,11 +31,7 @@ from spartan.latency import LatencyEntry
 from spartan.methods import SparseMethod
 from spartan_kernels import expand_blocks
 
-
-@pytest.fixture(autouse=True)
-def one_thread(thread_count: None) -> None:
-    """Tensors are tiny here: on a busy machine more threads only wait for one another."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network() -> nn.Sequential:

@@ -16,10 +16,7 @@ from spartan_kernels.testing import oracle_block_sum, oracle_expand_blocks, orac
 TOTAL_STEPS = 100
 
 
-@pytest.fixture(autouse=True)
-def one_thread(thread_count: None) -> None:
-    """Tensors are tiny here: on a busy machine more threads only wait for one another."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Network(nn.Module):

@@ -59,7 +59,7 @@ def config(settings: dict[str, Any]) -> Config:
 
 
 def saved_model(settings: dict[str, Any]) -> dict[str, bytes]:
-    """Every bit of the model that a run saved; the order of a file's entries may differ."""
+    """Every bit of the tensors that a run saved, by name."""
     parts = load_file(Path(settings["out"]) / "model" / "model.safetensors")
     return {name: part.numpy().tobytes() for name, part in sorted(parts.items())}
 

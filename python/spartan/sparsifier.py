@@ -333,10 +333,10 @@ class Sparsifier:
         self.method.correct_gradients(self._masks)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._ready()
         self._advance()
 
     def _advance(self) -> None:
-        self._ready()
         self._masks.step += 1
         with torch.no_grad():
             self.method.update(self._masks)

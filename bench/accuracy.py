@@ -12,7 +12,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,12 +21,11 @@ import torch
 import typer
 
 from bench import save
-from bench.accuracy_plan import SUBJECTS, Run, planned
+from bench.accuracy_plan import Run, planned
+from bench.accuracy_subjects import SUBJECTS
 from bench.accuracy_table import accuracy_tables
 from bench.machine import device_name
 from spartan import __version__
-from spartan.demo.train import Recipe, Training, accuracy, train
-from spartan.report import hidden_matrices, kept_fractions
 from spartan.training.images import ImageData, load_data
 
 DEFAULT_OUT = save.RESULTS / "accuracy.json"
@@ -35,20 +34,11 @@ FIELDS = ("model", "method", "sparsity", "block", "seed")
 Record = dict[str, Any]
 
 
-def measure(run: Run, data: ImageData, recipe: Recipe) -> Record:
-    """Train once: the settings, the accuracy, and the zeros really there."""
+def measure(run: Run, data: ImageData, epochs: int | None = None) -> Record:
+    """Train once: the settings, the figures of merit, and the zeros really there."""
     method = run.build()
-    training = Training(run.model, method, data, recipe, run.seed)
-    train(training)
-    training.sparsifier.finalize()
-    _, zeros = kept_fractions(training.model, hidden_matrices(training.model))
-    return {
-        **asdict(run),
-        "settings": method.settings(),
-        "steps": training.total_steps,
-        "measured_sparsity": zeros,
-        "accuracy": accuracy(training.model, data),
-    }
+    outcome = SUBJECTS[run.model].measure(method, data, run.seed, epochs)
+    return {**asdict(run), "settings": method.settings(), **outcome}
 
 
 @dataclass(frozen=True)
@@ -64,11 +54,6 @@ class Worker:
         data = load_data(self.data, notice=notice)
         return data if self.images is None else data.first(self.images)
 
-    def recipe(self, model: str) -> Recipe:
-        """Give the recipe of `model`, with the epochs asked for."""
-        recipe = SUBJECTS[model].recipe
-        return recipe if self.epochs is None else replace(recipe, epochs=self.epochs)
-
 
 _state: tuple[Worker, ImageData] | None = None  # of a worker process
 
@@ -82,7 +67,7 @@ def _begin(worker: Worker) -> None:
 def _work(run: Run) -> Record:
     assert _state is not None  # set by _begin
     worker, data = _state
-    return measure(run, data, worker.recipe(run.model))
+    return measure(run, data, worker.epochs)
 
 
 def in_processes(runs: Sequence[Run], worker: Worker, processes: int) -> Iterator[Record]:
@@ -140,9 +125,7 @@ def describe(worker: Worker, data: str) -> Record:
     """What all runs of a file have in common."""
     return {
         "data": data,
-        "models": {
-            name: {"what": subject.what, "recipe": asdict(worker.recipe(name))} for name, subject in SUBJECTS.items()
-        },
+        "models": {name: subject.description(worker.epochs) for name, subject in SUBJECTS.items()},
         "versions": {"spartan": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "processor": device_name("cpu"),
     }

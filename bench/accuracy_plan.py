@@ -1,4 +1,4 @@
-"""What the accuracy table compares: models and recipes, methods and their settings, and the runs in order of value."""
+"""What the accuracy table compares: methods and their settings, and the runs in order of value."""
 
 from __future__ import annotations
 
@@ -6,26 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spartan.demo.plan import FULL, PUBLISHED, RELATIVE
-from spartan.demo.train import Recipe
+from bench.accuracy_subjects import LANGUAGE, NORMALISED, PLAIN, TRANSFORMER
+from spartan.demo.plan import PUBLISHED, RELATIVE
 from spartan.masks import MaskSet
 from spartan.methods import GMP, Dense, DualAveraging, Method, OneShot, RigL, Spartan, StaticRandom, TopKAST
-
-NORMALISED, PLAIN = "MLP", "MLP without normalisation"
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model of the table: what it is, in words, and how it is trained."""
-
-    what: str
-    recipe: Recipe
-
-
-SUBJECTS = {
-    NORMALISED: Subject("multilayer perceptron 784-512-256-10, batch normalisation", FULL.recipes["MLP"]),
-    PLAIN: Subject("multilayer perceptron 784-512-256-10, no normalisation", FULL.recipes["MLP"]),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +104,7 @@ MAIN = ("Spartan", "Dual averaging", "RigL", "GMP")
 OTHERS = ("Top-KAST", "One-shot", "Static random")
 SCALE_KEPT = ("Spartan, preserve_scale", "Spartan", "Dual averaging")
 BLOCKS = ("Spartan, β in thresholds", "Dual averaging", "RigL", "GMP", "One-shot")
+RESIDUAL = ("Spartan, β in thresholds, preserve_scale", "Dual averaging", "RigL", "GMP")  # no norm behind the branches
 
 PLAN = (
     Part(NORMALISED, (DENSE,), (0.0,)),
@@ -135,9 +120,13 @@ PLAN = (
     Part(NORMALISED, BLOCKS, (0.90,), block=16),
     Part(NORMALISED, MAIN, (0.95, 0.90)),
     Part(PLAIN, ("RigL", "GMP"), (0.98,)),
+    Part(TRANSFORMER, (DENSE,), (0.0,)),
+    Part(TRANSFORMER, RESIDUAL, (0.80, 0.90), block=16),
+    Part(LANGUAGE, (DENSE,), (0.0,)),
+    Part(LANGUAGE, RESIDUAL, (0.80,)),
+    Part(PLAIN, SCALE_KEPT, (0.95, 0.99, 0.90)),
     Part(NORMALISED, OTHERS, (0.98,)),
     Part(PLAIN, ("Spartan, preserve_scale, no coupling",), (0.98,)),
-    Part(PLAIN, SCALE_KEPT, (0.95, 0.99, 0.90)),
     Part(NORMALISED, OTHERS, (0.90, 0.95, 0.99)),
     Part(NORMALISED, BLOCKS, (0.80,), block=16),
     Part(PLAIN, ("RigL", "GMP"), (0.95, 0.99, 0.90)),

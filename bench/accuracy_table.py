@@ -29,14 +29,19 @@ class AccuracyTable:
 
 
 def cell(records: Sequence[dict[str, Any]], seeds: int) -> str:
-    """Mean and standard deviation in percent; how many seeds, where they are not the `seeds` of the file."""
+    """Mean and standard deviation; how many seeds, where they are not the `seeds` of the file.
+
+    In bits per byte where the records have them, else accuracy in percent.
+    """
     if not records:
         return NOT_RUN
-    accuracies = [100 * record["accuracy"] for record in records]
-    if len(accuracies) == 1:
-        return f"{accuracies[0]:.2f} (1 seed)"
-    fewer = "" if len(accuracies) == seeds else f" ({len(accuracies)} seeds)"
-    return f"{statistics.fmean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f}{fewer}"
+    text = "bits_per_byte" in records[0]
+    values = [record["bits_per_byte"] if text else 100 * record["accuracy"] for record in records]
+    digits = 3 if text else 2
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f} (1 seed)"
+    fewer = "" if len(values) == seeds else f" ({len(values)} seeds)"
+    return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}{fewer}"
 
 
 def accuracy_tables(records: Sequence[dict[str, Any]]) -> list[AccuracyTable]:
@@ -59,4 +64,5 @@ def _table(model: str, block: int, records: Sequence[dict[str, Any]], dense: str
     sparsities = sorted({sparsity for _, sparsity in by_cell})
     methods = [method for method in METHODS if any((method, sparsity) in by_cell for sparsity in sparsities)]
     cells = [[method, *(cell(by_cell.get((method, s), []), seeds) for s in sparsities)] for method in methods]
-    return AccuracyTable(model, block, ["method", *(f"{100 * s:.0f}% zeros" for s in sparsities)], cells, dense)
+    first = "method, bits per byte" if "bits_per_byte" in records[0] else "method"
+    return AccuracyTable(model, block, [first, *(f"{100 * s:.0f}% zeros" for s in sparsities)], cells, dense)

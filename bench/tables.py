@@ -38,8 +38,10 @@ def accuracy(results: Path) -> str:
         model = data["models"][table.model]
         blocks = "" if table.block == 1 else f", {table.block}×{table.block} blocks"
         steps = sorted({record["steps"] for record in data["results"] if record["model"] == table.model})
+        what = model["what"][0].upper() + model["what"][1:]
+        merit = "; bits per byte on files held out, lower is better" if "bits" in table.header[0] else ""
         parts.append(
-            f"{_table(table.header, table.cells)}\n{model['what'].capitalize()}{blocks}; dense: {table.dense}."
+            f"{_table(table.header, table.cells)}\n{what}{blocks}{merit}; dense: {table.dense}."
             f" {', '.join(map(str, steps))} steps of {model['recipe']['batch_size']}.\n\n"
         )
     return (

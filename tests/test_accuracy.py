@@ -18,6 +18,7 @@ pytest.importorskip("rich")
 from bench import accuracy as harness
 from bench import tables
 from bench.accuracy_plan import DENSE, METHODS, PLAN, Part, Run, SpartanWithoutCoupling, planned
+from bench.accuracy_subjects import LANGUAGE, SUBJECTS, TRANSFORMER, Configured, Demonstrated
 from bench.accuracy_table import NOT_RUN, accuracy_tables
 from spartan.demo.train import Recipe, Training, train
 from spartan.methods import RigL, Spartan, TopKAST
@@ -46,7 +47,7 @@ def test_every_run_of_the_plan_can_be_built_and_comes_once() -> None:
         if run.method != DENSE:
             assert (method.masking.sparsity, method.masking.block_size) == (run.sparsity, run.block)
     assert {run.method for run in runs} - {DENSE} <= set(METHODS)
-    assert all(part.model in harness.SUBJECTS for part in PLAN)
+    assert all(part.model in SUBJECTS for part in PLAN)
 
 
 def test_settings_follow_the_run() -> None:
@@ -75,19 +76,47 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The perceptron with batches that fit a small data set."""
+    monkeypatch.setitem(SUBJECTS, "MLP", Demonstrated("perceptron", "MLP", RECIPE))
+
+
+@pytest.fixture
 def data(tmp_path: Path) -> ImageData:
     write_set(tmp_path / "data", train=600, test=40)
     return load_folder(tmp_path / "data", verified=False)
 
 
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("method", ["Spartan", "RigL", "Top-KAST"])
 def test_a_run_repeats_bit_for_bit(data: ImageData, method: str) -> None:
     """Over enough steps for masks to change."""
     run = replace(SPARTAN, method=method)
-    first, second = (harness.measure(run, data, RECIPE) for _ in range(2))
+    first, second = (harness.measure(run, data) for _ in range(2))
     assert first == second
     assert first["measured_sparsity"] == pytest.approx(0.9, abs=1e-4) and first["steps"] == 120
     assert json.loads(json.dumps(first)) == first
+    assert harness.missing([run], [first]) == []
+
+
+@pytest.mark.parametrize(("model", "sparsity", "block"), [(TRANSFORMER, 0.8, 16), (LANGUAGE, 0.8, 1)])
+def test_transformers_are_trained_as_the_command_does(
+    data: ImageData, monkeypatch: pytest.MonkeyPatch, model: str, sparsity: float, block: int
+) -> None:
+    subject = SUBJECTS[model]
+    assert isinstance(subject, Configured)
+    small = {"name": subject.settings["model"]["name"], "dim": 32, "depth": 1, "heads": 2}
+    less = {"model": small, "steps": 24, "batch_size": 8}
+    if model == LANGUAGE:
+        less["data"] = {"limit": 20_000, "evaluation_limit": 2_000}
+    monkeypatch.setitem(SUBJECTS, model, replace(subject, settings=subject.settings | less))
+    run = Run(model, "Spartan, β in thresholds, preserve_scale", sparsity, block, 0)
+    first, second = (harness.measure(run, data) for _ in range(2))
+    assert first == second and first["steps"] == 24
+    assert first["measured_sparsity"] == pytest.approx(sparsity, abs=0.03) and first["settings"]["preserve_scale"]
+    assert ("bits_per_byte" in first) == (model == LANGUAGE) and 0 <= first["accuracy"] <= 1
+    dense = harness.measure(replace(run, method=DENSE, sparsity=0.0), data, epochs=SUBJECTS[model].epochs * 2)
+    assert dense["steps"] == 48 and dense["measured_sparsity"] == 0
     assert harness.missing([run], [first]) == []
 
 
@@ -189,6 +218,15 @@ def test_tables_say_what_was_not_run() -> None:
     assert blocks.cells == [["GMP", "40.00 (1 seed)"]] and blocks.title == "MLP, 16×16 blocks"
     records.append(record(DENSE, 0.0, 2, 0.85))
     assert accuracy_tables(records)[0].cells[0][2] == "55.00 ± 7.07 (2 seeds)"
+
+
+def test_text_is_told_in_bits() -> None:
+    records = [
+        record(method, 0.8 * (method != DENSE), 0, 0.5, model=LANGUAGE, bits_per_byte=2.0) for method in (DENSE, "GMP")
+    ]
+    (table,) = accuracy_tables(records)
+    assert table.header == ["method, bits per byte", "80% zeros"] and table.dense == "2.000 (1 seed)"
+    assert table.cells == [["GMP", "2.000 (1 seed)"]]
 
 
 def test_the_readme_names_data_and_recipe(tmp_path: Path) -> None:

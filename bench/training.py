@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bench.case import Settings, Work, case
 from bench.checks import check_budget_mask
+from bench.timing import peak_memory
 from spartan_kernels import block_scores
 
 _TOTAL_STEPS = 120
@@ -37,13 +38,24 @@ class _Trainer:
         self.block = 1 if method is None else method.block_size
         if method is not None:
             self.sparsifier = spartan.Sparsifier(self.model, method, total_steps)
-        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
         self.x = torch.randn(batch, widths[0], device=s.device, dtype=s.dtype)
         self.y = torch.randint(widths[-1], (batch,), device=s.device)
 
-    def mask_bytes(self) -> int:
-        """Memory of the masks, which stay from step to step."""
-        return sum(b.numel() * b.element_size() for n, b in self.model.named_buffers() if ".mask_" in n)
+    def kept_bytes(self) -> int:
+        """Memory that stays from step to step: masks, and what a method keeps for its next copy."""
+        tensors = [buffer for name, buffer in self.model.named_buffers() if ".mask_" in name]
+        tensors += [tensor.spare for tensor in self.sparsifier._masks.tensors if tensor.spare is not None]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def memory_over(self, dense: _Trainer, device: str) -> dict[str, float]:
+        """Note how much more memory training takes at its worst moment than `dense` does."""
+        kept = self.kept_bytes()
+        for trainer in (self, dense):
+            trainer.step()  # the first makes the optimizer's state
+        more = peak_memory(self.step, device)[0] - peak_memory(dense.step, device)[0]
+        each = next(self.model.parameters()).element_size() * self.weights
+        return {"kept from step to step, in weights": kept / each, "peak over dense, in weights": (kept + more) / each}
 
     def forward_backward(self) -> Tensor:
         self.optimizer.zero_grad()
@@ -76,6 +88,12 @@ class _Trainer:
             seconds[name] = time.perf_counter() - start
         return seconds
 
+    def gradient_share(self) -> dict[str, float]:
+        """Note how many of the blocks get a gradient."""
+        chosen = [tensor.backward for tensor in self.sparsifier._masks.tensors]
+        share = sum(int(mask.sum()) for mask in chosen) / sum(mask.numel() for mask in chosen)
+        return {"blocks with a gradient": share}
+
     def check_loss(self, loss: Tensor) -> None:
         """Check that the loss is finite."""
         if not bool(loss.isfinite()):
@@ -96,19 +114,21 @@ class _Trainer:
             tensor.carrier.mask_backward = mask
 
     def check(self, loss: Tensor) -> None:
-        """Check that the loss is finite and the masks are those of the weights, under one budget."""
+        """Check that the loss is finite and the masks are those of the weights, under each budget."""
         self.check_loss(loss)
         masks = self.sparsifier.masks()
-        # m = sigmoid(beta sqrt(a) v / a + mu), v the sum of |theta| over a block of a weights, all blocks whole
-        weights = [self.model.get_parameter(name).detach() for name in masks]
-        sums = [w.abs() if self.block == 1 else block_scores(w, self.block) for w in weights]
-        scores = torch.cat([v.flatten() / self.block for v in sums])
-        soft = torch.cat([m.soft.flatten() for m in masks.values()])
-        kept = sum(int(m.hard.sum()) for m in masks.values())
-        budget = float(soft.double().sum())
-        check_budget_mask(soft, budget, values=scores, beta=float(self.sparsifier.beta))
-        if abs(kept - budget) > 1 + 1e-6 * budget:
-            raise AssertionError(f"the hard masks keep {kept} blocks, the soft ones {budget:.1f}")
+        for group in self.sparsifier._masks.groups:
+            names = [tensor.name for tensor in group.tensors]
+            # m = sigmoid(beta sqrt(a) v / a + mu), v the sum of |theta| over a block of a weights, all blocks whole
+            weights = [self.model.get_parameter(name).detach() for name in names]
+            sums = [w.abs() if self.block == 1 else block_scores(w, self.block) for w in weights]
+            scores = torch.cat([v.flatten() / self.block for v in sums])
+            soft = torch.cat([masks[name].soft.flatten() for name in names])
+            kept = sum(int(masks[name].hard.sum()) for name in names)
+            budget = float(soft.double().sum())
+            check_budget_mask(soft, budget, values=scores, beta=float(self.sparsifier.beta))
+            if abs(kept - budget) > 1 + 1e-6 * budget:
+                raise AssertionError(f"the hard masks keep {kept} blocks, the soft ones {budget:.1f}")
 
 
 @case("training_step", "mlp-9M-batch-512")
@@ -119,8 +139,28 @@ def training_step(s: Settings) -> Work:
 
 @case("training_step", "mlp-9M-batch-512-block-32")
 def training_step_in_blocks(s: Settings) -> Work:
-    """The same at 90% in blocks of 32 x 32, with the gradient of every weight."""
-    return _spartan_step(s, 32)
+    """The same at 90% of each layer in blocks of 32 x 32, with the gradient of every weight."""
+    return _spartan_step(s, 32, distribution="uniform")
+
+
+@case("training_step", "mlp-9M-batch-512-block-32-top-kast")
+def training_step_of_top_kast(s: Settings) -> Work:
+    """Top-KAST at 90% of each layer in blocks of 32 x 32, with the gradient of a fifth of the weights."""
+    import spartan
+
+    method = spartan.TopKAST(sparsity=0.9, backward_sparsity=0.8, block_size=32, distribution="uniform")
+    ours, dense = _Trainer(s, method), _Trainer(s, None)
+    ours.step()
+    return Work(
+        ours=ours.step,
+        operands=[()],
+        check=ours.check_restricted,
+        bytes=0,
+        flops=ours.flops,
+        peers={"dense": dense.step},
+        breakdown=lambda: ours.breakdown(_synchronize(s)),
+        notes={**ours.gradient_share(), **ours.memory_over(dense, s.device)},
+    )
 
 
 def _tolerance_case(beta: float) -> None:
@@ -155,8 +195,6 @@ def _tolerant_step(s: Settings, beta: float) -> Work:
     for trainer in (ours, whole):
         trainer.step()
         trainer.step()
-    chosen = [tensor.backward for tensor in ours.sparsifier._masks.tensors]
-    blocks = sum(mask.numel() for mask in chosen)
     return Work(
         ours=ours.step,
         operands=[()],
@@ -164,21 +202,21 @@ def _tolerant_step(s: Settings, beta: float) -> Work:
         bytes=0,
         flops=ours.flops,
         peers={"dense": dense.step, "gradient of every weight": whole.step},
-        notes={"blocks with a gradient": sum(int(mask.sum()) for mask in chosen) / blocks},
+        notes=ours.gradient_share(),
     )
 
 
-def _spartan_step(s: Settings, block: int) -> Work:
+def _synchronize(s: Settings) -> Callable[[], None]:
+    return torch.cuda.synchronize if torch.device(s.device).type == "cuda" else lambda: None
+
+
+def _spartan_step(s: Settings, block: int, **settings: Any) -> Work:
     import spartan
 
-    sparse, dense = _Trainer(s, spartan.Spartan(sparsity=0.9, block_size=block)), _Trainer(s, None)
+    sparse = _Trainer(s, spartan.Spartan(sparsity=0.9, block_size=block, **settings))
+    dense = _Trainer(s, None)
     for _ in range(_RAMP):
         sparse.step()
-
-    def synchronize() -> None:
-        if torch.device(s.device).type == "cuda":
-            torch.cuda.synchronize()
-
     return Work(
         ours=sparse.step,
         operands=[()],
@@ -186,10 +224,10 @@ def _spartan_step(s: Settings, block: int) -> Work:
         bytes=0,
         flops=sparse.flops,
         peers={"dense": dense.step},
-        breakdown=lambda: sparse.breakdown(synchronize),
+        breakdown=lambda: sparse.breakdown(_synchronize(s)),
         notes={
             "weights": float(sparse.weights),
             "batch": float(len(sparse.x)),
-            "mask bytes per weight": sparse.mask_bytes() / sparse.weights,
+            **sparse.memory_over(dense, s.device),
         },
     )

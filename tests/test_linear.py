@@ -117,6 +117,14 @@ def test_checkpointing_and_two_graphs_at_once() -> None:
         torch.testing.assert_close(one, expected)
 
 
+def test_the_gradient_takes_the_memory_of_the_masked_weight() -> None:
+    module = layer(True)
+    y = module(torch.randn(5, 9))
+    place = y.grad_fn.w.data_ptr()
+    y.sum().backward()
+    assert module.weight.grad.data_ptr() == place
+
+
 def test_a_weight_that_changed_since_the_forward_is_noticed() -> None:
     module = layer(True)
     y = module(torch.randn(5, 9)).sum()

@@ -63,9 +63,12 @@ def test_top_kast_chooses_anew_when_an_interval_is_over() -> None:
 @pytest.mark.parametrize("block", [1, 4])
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 def test_top_kast_leaves_weights_outside_the_larger_set_as_they_are(block: int, kind: Any) -> None:
-    """Bit for bit, whatever momentum, moments and weight decay the optimizer has from when they were inside."""
+    """Bit for bit, whatever momentum, moments and weight decay the optimizer has from when they were inside.
+
+    Blocks divide the first layer, and cut the second one's.
+    """
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 26), nn.ReLU(), nn.Linear(26, 3))
+    model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 26), nn.ReLU(), nn.Linear(26, 3))
     method = TopKAST(sparsity=0.8, backward_sparsity=0.5, block_size=block, interval=3, strength=1e-2)
     sparsifier = Sparsifier(model, method, 20)
     settings = {"momentum": 0.9} if kind is torch.optim.SGD else {}

@@ -28,8 +28,8 @@ def linear_with_masked_weight(
 ) -> torch.Tensor:
     """y = x w^T + b with w = theta * m * h (* scale), and the gradients of `spartan.masked_weight`.
 
-    On the CPU the gradient of theta is computed where the product leaves that of w: at first touch a fresh result
-    costs more than what it is computed by.
+    On the CPU the memory of w becomes that of its gradient, and then of theta's: at first touch a fresh result costs
+    more than what it is computed by, and so a step takes no more memory than a dense one besides the masks.
 
     Args:
         x: [..., in].
@@ -82,26 +82,32 @@ class _InPlace(torch.autograd.Function):
         straight_through: bool,
     ) -> torch.Tensor:
         operands = masked_weight_arguments(weight, soft, hard, 1, beta, costs)
-        w = masked_weight_forward(weight, *operands, straight_through, "")
-        if scale is not None:
-            w.mul_(scale)
-        ctx.save_for_backward(x, w, scale, weight, *operands[:4])
         ctx.rest = *operands[4:], straight_through, ""
-        return functional.linear(x, w, bias)
+        ctx.save_for_backward(x, scale, weight, *operands[:4])
+        ctx.w = _masked(scale, weight, *operands[:4], *ctx.rest)
+        return functional.linear(x, ctx.w, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        x, w, scale, *operands = ctx.saved_tensors
+        x, scale, *operands = ctx.saved_tensors
+        w, ctx.w = ctx.w, None
+        if w is None:  # a graph that was retained goes backward again
+            w = _masked(scale, *operands, *ctx.rest)
         flat = grad.reshape(-1, grad.shape[-1])
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
             dx = (flat @ w).view(x.shape)
         if ctx.needs_input_grad[1]:
-            dweight = flat.t() @ x.reshape(-1, x.shape[-1])
+            dweight = torch.mm(flat.t(), x.reshape(-1, x.shape[-1]), out=w)
             if scale is not None:
                 dweight.mul_(scale)
             masked_weight_backward_(dweight, *operands, *ctx.rest)
         if ctx.needs_input_grad[2]:
             dbias = flat.sum(0)
         return dx, dweight, dbias, *[None] * 6
+
+
+def _masked(scale: torch.Tensor | None, *operands: Any) -> torch.Tensor:
+    w: torch.Tensor = masked_weight_forward(*operands)
+    return w if scale is None else w.mul_(scale)

@@ -44,7 +44,7 @@ class MaskedTensor:
     `costs`, `backward` and block scores are of the blocks that it chooses for: its own where each weight is a block,
     else all that its module computes with, as the ranks then add up the scores of blocks, which a cut may divide.
     `remembered` is what a method keeps from before an optimizer step until after it, `observer` what it watches the
-    module's passes with; no state between steps.
+    module's passes with; no state between steps. `spare` is memory for what is remembered next.
     """
 
     name: str
@@ -56,6 +56,7 @@ class MaskedTensor:
     transposed: bool = False
     cost: float | None = None
     remembered: torch.Tensor | None = field(default=None, init=False)
+    spare: torch.Tensor | None = field(default=None, init=False)
     observer: Any = field(default=None, init=False)
     _placed: tuple[Any, Shard] | None = field(default=None, init=False)
 
@@ -182,6 +183,16 @@ class MaskedTensor:
         shape = list(self.values.shape)
         shape[shard.dim] += before
         return expand_blocks(blocks, torch.Size(shape), block_size).narrow(shard.dim, before, shard.length)
+
+    def by_blocks(self, grid: torch.Tensor, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`grid` and `values` in shapes that broadcast, a block to its weights: views, where blocks divide them."""
+        rows, columns = self.carrier.mask_block_size
+        if self.unstructured or self.shard.cut or not all(v.is_contiguous() for v in values):
+            return self.expand(grid), *values
+        if values[0].shape[0] % rows or values[0].shape[1] % columns:
+            return self.expand(grid), *values
+        tiled = (v.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)) for v in values)
+        return grid[:, None, :, None], *tiled
 
     def kept(self) -> int:
         """Number of weights that the hard mask keeps, of the whole weight."""

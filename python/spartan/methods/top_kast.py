@@ -23,7 +23,8 @@ class TopKAST(SparseMethod):
     G_i + lambda c_i p(theta_i), with c = 1 on A and 1/D on B without A (which keeps what has just entered B from
     staying for nothing), p = sign for the penalty lambda |theta| and p = theta for lambda theta^2 / 2.
     D is the kept fraction of the layer's budget. Weights outside B stay bit for bit what they are, whatever
-    momentum, Adam moments and weight decay the optimizer has: a copy of theta is held while it steps.
+    momentum, Adam moments and weight decay the optimizer has: a copy of theta is taken before it steps. On the CPU
+    its memory is kept from step to step, as fresh memory costs more there than the whole step of the optimizer.
 
     Attributes:
         sparsity: fraction of zeros of the forward pass, from the first step on.
@@ -76,14 +77,17 @@ class TopKAST(SparseMethod):
         if masks.frozen:
             return
         for tensor in masks.tensors:
-            if tensor.remembered is not None:
-                weight = tensor.values
-                torch.where(tensor.expand(_backward(tensor)), weight, tensor.remembered, out=weight)
-                tensor.remembered = None
+            _restore(tensor)
         if masks.step >= self.freeze * masks.total_steps:
             self.finish(masks)
         elif masks.step % self.interval == 0:
             self._choose(masks)
+
+    def finish(self, masks: MaskSet) -> None:
+        """Select A within the budget, fix it, and let go of the memory."""
+        super().finish(masks)
+        for tensor in masks.tensors:
+            tensor.spare = None
 
     def _choose(self, masks: MaskSet) -> None:
         masks.select(self.backward_sparsity / self.sparsity if self.sparsity else 1.0)
@@ -97,11 +101,31 @@ class TopKAST(SparseMethod):
         weight, grad = tensor.values, tensor.gradient
         assert grad is not None
         if self.strength:
-            ascent = torch.sign(weight) if self.penalty == "l1" else weight
+            ascent = weight.sign() if self.penalty == "l1" else weight
             factor = torch.where(tensor.hard, self.strength * scale, self.strength / density * scale)
-            grad.addcmul_(tensor.expand(factor.to(grad.dtype)), ascent)
-        grad.mul_(tensor.expand(_backward(tensor).to(grad.dtype)))
-        tensor.remembered = weight.clone()
+            factor, own, ascent = tensor.by_blocks(factor.to(grad.dtype), grad, ascent)
+            own.addcmul_(factor, ascent)
+        chosen, own = tensor.by_blocks(_backward(tensor).to(grad.dtype), grad)
+        own.mul_(chosen)
+        _remember(tensor)
+
+
+def _remember(tensor: MaskedTensor) -> None:
+    values, spare = tensor.values, tensor.spare
+    tensor.spare = None
+    if spare is None or spare.shape != values.shape or spare.dtype != values.dtype or spare.device != values.device:
+        spare = torch.empty_like(values)
+    tensor.remembered = spare.copy_(values)
+
+
+def _restore(tensor: MaskedTensor) -> None:
+    """Put back what the optimizer changed outside B."""
+    if tensor.remembered is None:
+        return
+    chosen, weight, remembered = tensor.by_blocks(_backward(tensor), tensor.values, tensor.remembered)
+    torch.where(chosen, weight, remembered, out=weight)
+    tensor.spare = tensor.remembered if weight.device.type == "cpu" else None
+    tensor.remembered = None
 
 
 def _backward(tensor: MaskedTensor) -> torch.Tensor:

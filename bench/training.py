@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from bench.case import Settings, Work, case
 from bench.checks import check_budget_mask
 from bench.timing import peak_memory
 from spartan_kernels import block_scores
+from spartan_kernels.break_even import device_kind, load, using
 
 _TOTAL_STEPS = 120
 _RAMP = _TOTAL_STEPS // 5  # by then the kept fraction is at its target and beta still anneals
@@ -135,6 +138,35 @@ class _Trainer:
 def training_step(s: Settings) -> Work:
     """MLP of 9.5 million weights at batch 512, Spartan at 90% unstructured against dense."""
     return _spartan_step(s, 1)
+
+
+@case("training_step", "mlp-9M-batch-512-tuned")
+def tuned_training_step(s: Settings) -> Work:
+    """The same after `spartan.tune`: by the product of blocks, if it is faster here even with all of them."""
+    import spartan
+
+    before = os.environ.get("SPARTAN_TUNE_CACHE")
+    with TemporaryDirectory() as folder:
+        os.environ["SPARTAN_TUNE_CACHE"] = f"{folder}/cache.json"
+        try:
+            spartan.tune(s.device, (s.dtype,), (32,))
+            surface = load()[device_kind(torch.device(s.device))]
+        finally:
+            del os.environ["SPARTAN_TUNE_CACHE"]
+            if before is not None:
+                os.environ["SPARTAN_TUNE_CACHE"] = before
+    with using(surface):
+        work = _spartan_step(s, 1)
+
+    def step() -> Tensor:
+        with using(surface):
+            loss: Tensor = work.ours()
+        return loss
+
+    many = next(crossing for crossing in surface if not crossing.few)
+    return replace(
+        work, ours=step, breakdown=None, notes={**work.notes, "all blocks / dense product": many.whole or 0.0}
+    )
 
 
 @case("training_step", "mlp-9M-batch-512-block-32")

@@ -1,8 +1,9 @@
 """From which density on the dense product is faster: measured once for a machine, a shipped table before that.
 
 The surface says, for a dtype, a block size and few or many tokens, the density (active blocks / blocks) above which
-multiplying the masked weight densely takes less time. `tune` measures it and writes it to the user's cache; the shipped
-tables are of the machines in bench/results.
+multiplying the masked weight densely takes less time, and how the two compare where all blocks are active: on some
+processors the product of blocks is the faster one even then, and serves weights that are masked one by one. `tune`
+measures it and writes it to the user's cache; the shipped tables are of the machines in bench/results.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -19,10 +21,22 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["Crossing", "Surface", "cache_file", "dense_convolution_wins", "dense_wins", "device_kind", "load", "store"]
+__all__ = [
+    "Crossing",
+    "Surface",
+    "cache_file",
+    "dense_convolution_wins",
+    "dense_wins",
+    "device_kind",
+    "load",
+    "store",
+    "using",
+    "whole_block",
+]
 
 FEW_TOKENS = 16  # up to here a product is bound by reading the weight
 _NEVER = math.inf
+_SURELY = 0.95  # of the dense product's time, for one of all blocks to take its place
 Entry = TypeVar("Entry")
 # What a convolution over active blocks takes, in multiply-adds of a dense one: measured on an AVX-512 CPU, float32,
 # 64 to 256 channels, 1 x 1 and 3 x 3, 14 x 14 to 56 x 56 pixels, blocks of 2 to 32.
@@ -41,6 +55,7 @@ class Crossing:
         rows, columns: the block.
         few: whether this was measured with few tokens (at most 16) or with many.
         density: active blocks / blocks.
+        whole: time with all blocks active / time of the dense product; None where that is not known.
     """
 
     dtype: str
@@ -48,6 +63,7 @@ class Crossing:
     columns: int
     few: bool
     density: float | None
+    whole: float | None = None
 
 
 Surface = tuple[Crossing, ...]
@@ -60,14 +76,47 @@ def dense_wins(
     return density > _threshold(device.type, device.index, dtype, block_size, tokens <= FEW_TOKENS)
 
 
+def whole_block(device: torch.device, dtype: torch.dtype, tokens: int) -> tuple[int, int] | None:
+    """The block in which a product with the whole weight is measurably faster than the dense product; None: in none."""
+    return _whole_block(device.type, device.index, dtype, tokens <= FEW_TOKENS)
+
+
+@contextmanager
+def using(surface: Surface) -> Iterator[None]:
+    """Take this surface for every device, in this process: to compare."""
+    _forced.append(surface)
+    _forget()
+    try:
+        yield
+    finally:
+        _forced.pop()
+        _forget()
+
+
+_forced: list[Surface] = []
+
+
+def _forget() -> None:
+    _threshold.cache_clear()
+    _whole_block.cache_clear()
+
+
+@cache
+def _whole_block(kind: str, index: int | None, dtype: torch.dtype, few: bool) -> tuple[int, int] | None:
+    known = [(c.whole, c.rows, c.columns) for c in _entries(kind, index, dtype, few) if c.whole is not None]
+    whole, *block = min(known, default=(_NEVER, 0, 0))
+    return (block[0], block[1]) if whole < _SURELY else None
+
+
+def _entries(kind: str, index: int | None, dtype: torch.dtype, few: bool) -> list[Crossing]:
+    name = str(dtype).removeprefix("torch.")
+    where = device_kind(torch.device(kind if index is None else f"{kind}:{index}"))
+    return [c for c in _surface(where) if (c.dtype, c.few) == (name, few)]
+
+
 @cache
 def _threshold(kind: str, index: int | None, dtype: torch.dtype, block_size: tuple[int, int], few: bool) -> float:
-    name = str(dtype).removeprefix("torch.")
-    entries = [
-        c
-        for c in _surface(device_kind(torch.device(kind if index is None else f"{kind}:{index}")))
-        if (c.dtype, c.few) == (name, few)
-    ]
+    entries = _entries(kind, index, dtype, few)
     if not entries:
         return _NEVER
     # the nearest block measured, by its area and then its shape
@@ -77,6 +126,8 @@ def _threshold(kind: str, index: int | None, dtype: torch.dtype, block_size: tup
 
 
 def _surface(kind: str) -> Surface:
+    if _forced:
+        return _forced[-1]
     return load().get(kind) or SHIPPED.get(kind) or ()
 
 
@@ -112,7 +163,7 @@ def store(kind: str, surface: Surface) -> Path:
     path = cache_file()
     surfaces: Mapping[str, Surface] = {**load(), kind: surface}
     write_json(path, {k: [asdict(c) for c in entries] for k, entries in surfaces.items()})
-    _threshold.cache_clear()
+    _forget()
     return path
 
 

@@ -22,9 +22,9 @@ KIND = device_kind(CPU)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     path = tmp_path / "folder" / "break_even.json"
     monkeypatch.setenv("SPARTAN_TUNE_CACHE", str(path))
-    break_even._threshold.cache_clear()
+    break_even._forget()
     yield path
-    break_even._threshold.cache_clear()
+    break_even._forget()
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own_cache: Path) -> None:
@@ -51,6 +51,24 @@ def test_without_a_measurement_nothing_is_dense() -> None:
     assert dense_wins(0.5, CPU, torch.float32, (16, 16), 17)
     assert not dense_wins(1.0, CPU, torch.float32, (16, 16), 16)  # few tokens
     assert not dense_wins(1.0, CPU, torch.float16, (16, 16), 17)
+
+
+def test_all_blocks_take_the_place_of_the_dense_product_where_that_is_surely_faster(own_cache: Path) -> None:
+    def asked(tokens: int = 2048, dtype: torch.dtype = torch.float32) -> tuple[int, int] | None:
+        return break_even.whole_block(CPU, dtype, tokens)
+
+    assert asked() is None
+    store(KIND, (Crossing("float32", 16, 16, False, None, 0.9), Crossing("float32", 32, 64, False, None, 0.5)))
+    assert asked() == (32, 64) and asked(tokens=16) is asked(dtype=torch.bfloat16) is None
+    with break_even.using((Crossing("float32", 8, 8, False, None, 0.96),)):
+        assert asked() is None
+    assert asked() == (32, 64)
+    written = json.loads(own_cache.read_text())
+    for entry in written[KIND]:
+        del entry["whole"]  # as earlier versions wrote it
+    own_cache.write_text(json.dumps(written))
+    break_even._forget()
+    assert asked() is None and not dense_wins(1.0, CPU, torch.float32, (16, 16), 2048)
 
 
 def test_a_broken_cache_is_named(own_cache: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import spartan.linear
 from spartan.functional import masked_weight
 from spartan.nn import MaskedLinear, mask_weight
+from spartan_kernels.break_even import Crossing, using
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 
@@ -46,6 +48,16 @@ def expected_gradients(module: Any, x: torch.Tensor, upstream: torch.Tensor) -> 
     return y, list(torch.autograd.grad(y, leaves, upstream))
 
 
+@pytest.fixture(params=[None, (4, 8)], ids=["dense", "blocks"])
+def product(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both products that a layer may multiply with: PyTorch's, and that of all blocks."""
+    block = request.param
+    names = ("float32", "bfloat16") if block else ()
+    with using(tuple(Crossing(name, *block, few, None, 0.5) for name in names for few in (True, False))):
+        yield
+
+
+@pytest.mark.usefixtures("product")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(5, 9), (9,), (2, 3, 9), (0, 9)])
 @pytest.mark.parametrize("bias", [True, False])
@@ -72,6 +84,7 @@ def test_value_and_gradients(options: dict[str, Any], bias: bool, shape: tuple[i
         torch.testing.assert_close(got, want, **tolerance)
 
 
+@pytest.mark.usefixtures("product")
 def test_used_twice_and_over_batches_gradients_add_up() -> None:
     module = layer(True)
     square = nn.Linear(13, 9)
@@ -86,6 +99,7 @@ def test_used_twice_and_over_batches_gradients_add_up() -> None:
     torch.testing.assert_close(module.weight.grad, expected)
 
 
+@pytest.mark.usefixtures("product")
 def test_frozen_parts_get_no_gradient() -> None:
     module = layer(True)
     module.weight.requires_grad_(False)
@@ -101,6 +115,7 @@ def test_frozen_parts_get_no_gradient() -> None:
     assert module.weight.grad is not None
 
 
+@pytest.mark.usefixtures("product")
 def test_checkpointing_and_two_graphs_at_once() -> None:
     module = layer(True)
     x = torch.randn(5, 9, requires_grad=True)

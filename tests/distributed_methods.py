@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
+import torch.distributed as dist
 from distributed_common import check, rank, require_same_bits, world
-from distributed_sparsifier import Run, require_same_training, sharded
+from distributed_sparsifier import Run, require_same_run, require_same_training, sharded
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from spartan.methods import GSE, SRSTE, MaskDecay
+from spartan.methods import GSE, SRSTE, WGSEF, MaskDecay
 from spartan.sparsifier import Sparsifier
 
 _BATCH = 8
@@ -53,3 +57,30 @@ def methods_for_patterns_train_shards_as_one_process(backend: str) -> None:
             many.train(begin, end)
             one.train(begin, end)
             require_same_training(many, one)
+
+
+@check(suite="methods")
+def gse_and_wgsef_train_shards_as_one_process(backend: str) -> None:
+    for method in (
+        GSE(sparsity=0.6, interval=3, candidates=0.1, fraction=0.8, distribution="global"),  # candidates are too few
+        GSE(sparsity=0.5, interval=2, block_size=(4, 3), distribution="global"),
+        WGSEF(sparsity=0.6, strength=2.0),
+        WGSEF(sparsity=0.6, strength=5.0, block_size=(4, 3), ramp=0.3, interval=2),
+    ):
+        many = require_same_run(method, sharded, (4, 8, 12), steps=12)  # masks move twice; they are fixed
+        assert many.sparsifier.frozen
+
+
+@check(2, suite="methods")
+def wgsef_names_a_weight_that_is_not_finite_on_all_ranks(backend: str) -> None:
+    for block_size in (1, 4):
+        run = Run(WGSEF(sparsity=0.5, block_size=block_size), sharded, steps=8)
+        run.train(0, 3)
+        before = {name: mask.hard.clone() for name, mask in run.sparsifier.masks().items()}
+        if rank() == world() - 1:
+            weight: Any = run.model.get_parameter("2.weight")
+            weight.detach().to_local()[0, 0] = torch.nan
+        with pytest.raises(ValueError, match=r"weight '2.weight' must be finite; the norm of a block is nan"):
+            run.optimizer.step()
+        assert all(torch.equal(mask.hard, before[name]) for name, mask in run.sparsifier.masks().items())
+        dist.barrier()

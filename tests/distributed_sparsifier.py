@@ -163,8 +163,14 @@ def masked_before_or_after_it_is_sharded(backend: str) -> None:
     fully_shard(convolution, mesh=init_device_mesh("cpu", (world(),)))
     with pytest.raises(ValueError, match=r"weight '0.weight' of Conv1d must be masked before it is sharded"):
         spartan.Sparsifier(convolution, method, 10)
-    with pytest.raises(ValueError, match=r"GSE does not train weights that are divided over ranks, as '0.weight' is"):
-        Run(spartan.GSE(sparsity=0.5), sharded)
+    with pytest.raises(ValueError, match=r"Whole does not train weights that are divided over ranks, as '0.weight' is"):
+        Run(Whole(sparsity=0.5), sharded)
+
+
+class Whole(spartan.DualAveraging):
+    """A method that works on whole weights alone, as one that does not say otherwise."""
+
+    takes_shards = Method.takes_shards
 
 
 @check(suite="sparsifier")

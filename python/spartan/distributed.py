@@ -28,10 +28,12 @@ __all__ = [
     "Shard",
     "fill",
     "fsdp_modules",
+    "group_of_passes",
     "heed_in_ddp",
     "ignore_in_ddp",
     "is_dtensor",
     "largest",
+    "least_positive",
     "local",
     "own_class",
     "placed_as",
@@ -262,10 +264,26 @@ def seen_weights(model: nn.Module, uses: Sequence[tuple[nn.Module, str]]) -> lis
     return seen
 
 
+def group_of_passes(weight: Any) -> str:
+    """Name of the group of ranks that share out a batch for `weight`: those of its mesh, else all; empty: one."""
+    if is_dtensor(weight):
+        return joint_group(weight.device_mesh, list(range(weight.device_mesh.ndim))) or ""
+    import torch.distributed as dist
+
+    world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    return "" if world is None else world.group_name
+
+
 def largest(values: Sequence[torch.Tensor], name: str) -> torch.Tensor:
     """The largest of all entries, which are at least 0, over the ranks of the group `name`."""
     own = torch.stack([v.max() if v.numel() else v.new_zeros(()) for v in values]).max()
     return gather(own, name).max()
+
+
+def least_positive(values: Sequence[torch.Tensor], name: str) -> torch.Tensor:
+    """The least of all entries above 0 over the ranks of the group `name`; infinite if there is none."""
+    own = torch.stack([v.where(v > 0, math.inf).min() if v.numel() else v.new_full((), math.inf) for v in values]).min()
+    return gather(own, name).min()
 
 
 def totals_over(tensors: Sequence[torch.Tensor], name: str) -> list[torch.Tensor]:

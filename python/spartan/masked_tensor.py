@@ -140,10 +140,17 @@ class MaskedTensor:
         backward = self.carrier.mask_backward
         return None if backward is None else self._own(backward)
 
-    def set_backward(self, blocks: torch.Tensor) -> None:
-        """Let `blocks` be the ones whose weight needs a gradient."""
+    def set_backward(self, blocks: torch.Tensor, *, everywhere: bool = False) -> None:
+        """Let `blocks` be the ones whose weight needs a gradient.
+
+        They are of those that this rank chooses for; with `everywhere` of all that its module computes with, as far as
+        each rank knows them alike: nothing is exchanged then.
+        """
         if self.carrier.mask_backward is None:
             self.carrier.mask_backward = torch.zeros_like(self.carrier.mask_hard)
+        if everywhere:
+            self.carrier.mask_backward.copy_(blocks)
+            return
         self._own(self.carrier.mask_backward).copy_(blocks)
         fill(self.parts(self.carrier.mask_backward))
 
@@ -197,6 +204,10 @@ class MaskedTensor:
     def kept(self) -> int:
         """Number of weights that the hard mask keeps, of the whole weight."""
         return int(total_over(self._sum_of_kept(self.carrier.mask_sizes), self.shard.split))
+
+    def kept_blocks(self) -> int:
+        """Number of blocks that the hard mask keeps, of the whole weight."""
+        return int(total_over(self.carrier.mask_hard.count_nonzero(), self.shard.split))
 
     def kept_cost(self) -> float:
         """What they take of the budget: their number, or the cost of their blocks."""

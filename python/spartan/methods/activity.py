@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+from spartan.distributed import group_of_passes, local, total_over
 from spartan.masks import MaskedTensor
+from spartan_kernels import block_grid
 
 __all__ = ["Activity"]
 
@@ -66,25 +68,49 @@ class Activity:
         self._handles = []
 
     def by_block(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The sums by block of the weight's first and second dimension, over the ranks of the default process group.
+        """The sums by block of the whole weight's first and second dimension, over the ranks that it trains on.
 
         Those are outputs and inputs, or inputs and outputs of a weight that is stored so. None where no pass went
-        through the layer, or one overflowed.
+        through the layer, or one overflowed. All ranks call it.
         """
-        weight, (rows, columns) = self._tensor.weight, self._tensor.carrier.mask_block_size
-        split = self._tensor.carrier.mask_hard.shape[0]
-        sums = torch.zeros(sum(self._tensor.carrier.mask_hard.shape[:2]), dtype=torch.float64, device=weight.device)
-        if self._inputs is not None and self._outputs is not None:
-            first, second = self._outputs, self._inputs
-            if self._tensor.transposed:
-                first, second = second, first
-            sums[:split] = _sum_blocks(first, rows)
-            sums[split:] = _sum_blocks(second.reshape(-1, weight.shape[1]).sum(0), columns)
-        if self._handles and dist.is_available() and dist.is_initialized():
-            dist.all_reduce(sums)
+        weight, sides = self._tensor.weight, self._tensor.carrier.mask_block_size
+        split, other = block_grid(weight.shape, sides)[:2]
+        sums = torch.zeros(split + other, dtype=torch.float64, device=self._tensor.seen.device)
+        if self._handles:
+            self._add_own(sums[:split], sums[split:])
+            sums = total_over(sums, group_of_passes(weight))
         first, second = sums[:split], sums[split:]
         total = first.sum() * second.sum()
         return (first, second) if bool(torch.isfinite(total) & (total > 0)) else None
+
+    def _add_own(self, first: torch.Tensor, second: torch.Tensor) -> None:
+        """Add what passed here, at its place among the blocks of the whole weight.
+
+        Tensor parallelism lets a slice of the inputs or of the outputs pass on each rank, and all of the others: every
+        one of those then counts as often as there are slices, a factor that shares do not have.
+        """
+        tensor = self._tensor
+        places = self._slices(first, second)
+        if self._inputs is None or self._outputs is None or not math.prod(tensor.seen.shape):
+            return
+        passed = (self._inputs, self._outputs) if tensor.transposed else (self._outputs, self._inputs)
+        for dim, (sums, values) in enumerate(zip((first, second), passed, strict=True)):
+            whole, own = tensor.weight.shape[dim], tensor.seen.shape[dim]
+            gathered = len(values) == whole  # as tensor parallelism may leave outputs
+            values = values.reshape(-1, whole if gathered else own).sum(0)
+            sums[slice(None) if gathered else places[dim]] += _sum_blocks(values, tensor.carrier.mask_block_size[dim])
+
+    def _slices(self, first: torch.Tensor, second: torch.Tensor) -> list[slice]:
+        """Where the blocks of this rank's slice lie among those of the whole weight, along its first two dimensions."""
+        seen = self._tensor.seen
+        if seen.mesh is None:
+            return [slice(None), slice(None)]
+        grid = torch.arange(len(first) * len(second), device=first.device).reshape(len(first), len(second))
+        own = seen.slice_of(grid)
+        if not own.numel():
+            return [slice(0, 0), slice(0, 0)]
+        row, column = divmod(int(own[0, 0]), len(second))
+        return [slice(row, row + own.shape[0]), slice(column, column + own.shape[1])]
 
     def _layers(self) -> list[tuple[nn.Module, int]]:
         """The modules whose forward multiplies by the weight, with the place of the features among dimensions."""
@@ -108,7 +134,7 @@ class Activity:
 
 
 def _added(total: torch.Tensor | None, values: torch.Tensor, channel: int) -> torch.Tensor:
-    magnitudes = values.detach().abs().movedim(channel, -1)
+    magnitudes = local(values).abs().movedim(channel, -1)
     more = magnitudes.reshape(-1, magnitudes.shape[-1]).sum(0, dtype=torch.float64)
     return more if total is None else total + more
 

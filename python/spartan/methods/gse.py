@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from spartan.distributed import least_positive
 from spartan.masks import MaskedTensor, MaskSet
 from spartan.methods.activity import Activity
 from spartan.methods.base import require_number
 from spartan.methods.rewiring import Rewiring
 from spartan.methods.static_random import generator_at
+from spartan_kernels import block_grid
 
 __all__ = ["GSE"]
 
@@ -32,7 +34,8 @@ class GSE(Rewiring):
     products are dense in any method, no other is read. Grown weights start at zero, with the optimizer's moments of
     them reset. Where candidates are too few, the largest of what was dropped stay.
 
-    In a process group the sums f and g run over all ranks of the default group, on each of which the model trains.
+    Over ranks the sums f and g run over all of them, each of which draws the same: those of the mesh that divides the
+    weight, else of the default process group, on each of which the model trains.
 
     Attributes:
         distribution: "erk" unless said otherwise.
@@ -49,6 +52,7 @@ class GSE(Rewiring):
     candidates: float = 1.0
 
     backward_masks = True
+    takes_shards = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,11 +79,11 @@ class GSE(Rewiring):
         if masks.frozen or not self.due(masks, masks.step + 1):
             return
         for tensor in masks.tensors:
-            grad, hard = tensor.weight.grad, tensor.carrier.mask_hard
+            grad, hard = tensor.gradient, tensor.hard
             tensor.remembered = None
             if grad is not None:
-                assert tensor.carrier.mask_backward is not None  # drawn a step before
-                tensor.remembered = tensor.magnitudes(grad).where(tensor.carrier.mask_backward & ~hard, 0)
+                assert tensor.backward is not None  # drawn a step before
+                tensor.remembered = tensor.magnitudes(grad).where(tensor.backward & ~hard, 0)
                 grad.mul_(tensor.expand(hard.to(grad.dtype)))
 
     def update(self, masks: MaskSet) -> None:
@@ -99,14 +103,14 @@ class GSE(Rewiring):
         growth = {}
         for group in masks.groups:
             gradients = [
-                torch.zeros_like(t.carrier.mask_hard, dtype=t.weight.dtype) if t.remembered is None else t.remembered
+                torch.zeros_like(t.hard, dtype=t.seen.dtype) if t.remembered is None else t.remembered
                 for t in group.tensors
             ]
-            kept = [t.magnitudes(t.weight.detach()) * t.carrier.mask_hard for t in group.tensors]
-            costs = [t.carrier.mask_costs for t in group.tensors]
+            kept = [t.magnitudes(t.values) * t.hard for t in group.tensors]
+            costs = [t.costs for t in group.tensors]
             means = [gradient / a for gradient, a in zip(gradients, costs, strict=True)]
-            least = torch.stack([mean.where(mean > 0, 1.0).min() for mean in means]).min()
-            largest = torch.stack([(values / a).max() for values, a in zip(kept, costs, strict=True)]).max()
+            least = least_positive(means, group.group).clamp(max=1)
+            largest = group.largest([values / a for values, a in zip(kept, costs, strict=True)])
             below = torch.where(largest > 0, least / (2 * largest), 0.0)
             for tensor, gradient, values in zip(group.tensors, gradients, kept, strict=True):
                 growth[tensor.name] = gradient + (below * values).to(gradient.dtype)
@@ -121,7 +125,8 @@ class GSE(Rewiring):
         for tensor in masks.tensors:
             tensor.carrier.mask_straight_through = due
             # Always a tensor: copies of the model that follow it, as averages do, count on its buffers staying.
-            tensor.set_backward(tensor.hard | self._draw(tensor, generator) if due else tensor.hard)
+            kept = tensor.carrier.mask_hard
+            tensor.set_backward(kept | self._draw(tensor, generator) if due else kept, everywhere=True)
         self._watch(masks)
 
     def _watch(self, masks: MaskSet) -> None:
@@ -132,17 +137,21 @@ class GSE(Rewiring):
                 tensor.observer.close()
 
     def _draw(self, tensor: MaskedTensor, generator: torch.Generator) -> torch.Tensor:
-        """Blocks drawn with replacement, one for each that is kept (times gamma), as a mask."""
-        grid = tensor.carrier.mask_hard.shape
-        count = math.ceil(self.candidates * int(tensor.carrier.mask_hard.sum()))
+        """Blocks drawn with replacement, one for each that is kept (times gamma), as a mask.
+
+        They are drawn among those of the whole weight, on every rank alike; the mask is of all that is computed with
+        here.
+        """
+        grid = block_grid(tensor.weight.shape, tensor.carrier.mask_block_size)
+        count = math.ceil(self.candidates * tensor.kept_blocks())
         sums = tensor.observer.by_block()
         rows, columns = (torch.ones(side) for side in grid[:2]) if sums is None else (side.cpu() for side in sums)
         positions = math.prod(grid[2:])
         index = _pick(rows, count, generator) * grid[1] + _pick(columns, count, generator)
         index = index * positions + torch.randint(positions, (count,), generator=generator)
-        chosen = torch.zeros(math.prod(grid), dtype=torch.bool, device=tensor.weight.device)
+        chosen = torch.zeros(math.prod(grid), dtype=torch.bool, device=tensor.seen.device)
         chosen[index.to(chosen.device)] = True
-        return chosen.reshape(grid)
+        return tensor.seen.slice_of(chosen.reshape(grid))
 
 
 def _pick(weights: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:

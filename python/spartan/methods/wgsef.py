@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from spartan.distributed import largest, least_positive, total_over
 from spartan.masks import MaskGroup, MaskSet
 from spartan.methods.base import require_number
 from spartan.methods.dual_averaging import DualAveraging
@@ -31,7 +32,8 @@ class WGSEF(DualAveraging):
     which is argmin tau s(theta) + |theta - t|^2 / 2. Blocks with u = 0 are exactly zero, and skipped in the forward
     pass, but go on getting gradients; those with u = 1 shrink as by weight decay. The larger lambda is, the sooner no
     more blocks are left than the budget allows; in the end the rest is pruned. The number alpha is searched in each
-    step, with some ten passes over the norms of blocks: cheap for blocks, less so for single weights.
+    step, with some ten passes over the norms of blocks: cheap for blocks, less so for single weights. Where ranks
+    choose for parts of the weights, they exchange two sums in each pass.
 
     Attributes:
         strength: lambda, above 0.
@@ -50,7 +52,6 @@ class WGSEF(DualAveraging):
 
     grows_from_zero = True
     takes_pattern = False
-    takes_shards = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,16 +87,24 @@ def _step(group: MaskGroup, budget: float, tau: float) -> None:
         tensor.magnitudes(tensor.values.to(wide).square()).sqrt() / a.sqrt()
         for tensor, a in zip(group.tensors, costs, strict=True)
     ]
-    for tensor, v in zip(group.tensors, norms, strict=True):
-        if not math.isfinite(float(v.max())):
-            raise ValueError(f"weight {tensor.name!r} must be finite; the norm of a block is {float(v.max())}")
-    alpha = _search(norms, costs, tau, budget)
+    _require_finite(group, norms)
+    alpha = _search(norms, costs, tau, budget, group.group)
     for tensor, v in zip(group.tensors, norms, strict=True):
         u = _share(v, alpha, tau)
         tensor.hard.copy_(u > 0)
-        tensor.changed()
         factor = torch.where(u > 0, u / (u + tau), 0.0)
         tensor.values.mul_(tensor.expand(factor).to(tensor.values.dtype))
+    group.changed()
+
+
+def _require_finite(group: MaskGroup, norms: list[torch.Tensor]) -> None:
+    """Raise, on all ranks alike, where a norm is not finite, before anything is changed."""
+    if math.isfinite(float(largest(norms, group.group))):
+        return
+    for tensor, v in zip(group.tensors, norms, strict=True):
+        norm = float(largest([v], group.group))
+        if not math.isfinite(norm):
+            raise ValueError(f"weight {tensor.name!r} must be finite; the norm of a block is {norm}")
 
 
 def _share(v: torch.Tensor, alpha: float, tau: float) -> torch.Tensor:
@@ -103,30 +112,38 @@ def _share(v: torch.Tensor, alpha: float, tau: float) -> torch.Tensor:
     return (v > 0).to(v.dtype) if math.isinf(alpha) else (v * alpha - tau).clamp_(0, 1)
 
 
-def _search(norms: list[torch.Tensor], costs: list[torch.Tensor], tau: float, budget: float) -> float:
-    """alpha with sum a u = budget: Newton's method on a line with bends, or half the bracket where that is not fast."""
-    pairs = list(zip(norms, costs, strict=True))
-    largest, least = max(float(v.max()) for v in norms), min(float(v.where(v > 0, math.inf).min()) for v in norms)
-    if sum(_total((v > 0) * a) for v, a in pairs) <= budget:
+def _search(norms: list[torch.Tensor], costs: list[torch.Tensor], tau: float, budget: float, ranks: str = "") -> float:
+    """alpha with sum a u = budget: Newton's method on a line with bends, or half the bracket where that is not fast.
+
+    The sums run over the ranks of that group too, which have the same bits of them and so make the same steps.
+    """
+
+    def totals(*rows: list[torch.Tensor]) -> list[float]:
+        own = [_total(x, a) for row in rows for x, a in zip(row, costs, strict=True)]
+        sums: list[float] = total_over(torch.stack(own).reshape(len(rows), -1).sum(1), ranks).tolist()
+        return sums
+
+    taken, steepest, whole = totals([v > 0 for v in norms], norms, [v.new_ones(()).expand_as(v) for v in norms])
+    if taken <= budget:
         return math.inf  # all that is not zero has room
-    steepest = sum(_total(v * a) for v, a in pairs)
     # sum a u <= alpha * steepest, and it is zero up to tau / largest; from the other end on all of them are 1.
-    low, high = max(tau / largest, budget / steepest), (1 + tau) / least
-    alpha = (budget + tau * sum(_total(torch.ones_like(v) * a) for v, a in pairs)) / steepest
+    low = max(tau / float(largest(norms, ranks)), budget / steepest)
+    high = (1 + tau) / float(least_positive(norms, ranks))
+    alpha = (budget + tau * whole) / steepest
     missed = math.inf
     for _ in range(_ITERATIONS):
         if not low < alpha < high:
             alpha = math.sqrt(low) * math.sqrt(high)
         shares = [_share(v, alpha, tau) for v in norms]
-        error = sum(_total(u * a) for u, a in zip(shares, costs, strict=True)) - budget
+        error = totals(shares)[0] - budget
         if abs(error) <= _CLOSE * budget:
             break
         low, high = (alpha, high) if error < 0 else (low, alpha)
-        slope = sum(_total(v * a * ((u > 0) & (u < 1))) for (v, a), u in zip(pairs, shares, strict=True))
+        slope = totals([v * ((u > 0) & (u < 1)) for v, u in zip(norms, shares, strict=True)])[0]
         alpha = alpha - error / slope if slope and abs(error) <= missed / 2 else math.inf
         missed = abs(error)
     return alpha
 
 
-def _total(values: torch.Tensor) -> float:
-    return float(values.sum(dtype=torch.float64))
+def _total(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    return x.sum(dtype=torch.float64) * a if a.dim() == 0 else (x * a).sum(dtype=torch.float64)

@@ -8,17 +8,19 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_images import write_set
 from training_common import STEPS, config, environment, image_settings, saved_model, stop_at, text_settings
 
 from spartan.training import trainer as training
 from spartan.training.checkpoint import load_checkpoint
-from spartan.training.interrupt import StopRequest
+from spartan.training.interrupt import StopRequest, steps_to_next_look
 from spartan.training.tasks import ImageTask
 from spartan.training.trainer import CHECKPOINT, RESULTS, Trainer, TrainingFailed, train
 
@@ -114,6 +116,80 @@ def test_killed_and_resumed_is_uninterrupted(
     assert f"Going on from step {steps}" in capsys.readouterr().out
     assert not list(out.glob(".*.tmp"))
     assert saved_model(settings) == whole(settings)
+
+
+SIGNALLED = """
+import os, sys, time
+from pathlib import Path
+from spartan import cli
+from spartan.training import interrupt
+from spartan.training.interrupt import StopRequest
+from spartan.training.trainer import Trainer
+
+folder, step = Path(sys.argv[1]), int(sys.argv[2])
+original_step, original_call, asked = Trainer._train_step, StopRequest.__call__, []
+
+def train_step(self, examined):
+    if self.step == step:  # wait for the signal, so that it comes in the middle of this step
+        (folder / f"rank-{self.workers.rank}").touch()
+        begin = time.monotonic()
+        while not asked and time.monotonic() - begin < 100:
+            time.sleep(0.01)
+    return original_step(self, examined)
+
+def call(self, number, frame):
+    asked.append(number)
+    original_call(self, number, frame)
+
+Trainer._train_step, StopRequest.__call__ = train_step, call
+interrupt.LOOK_SECONDS = 0.0  # as if steps were slow
+sys.exit(cli.main(sys.argv[3:]))
+"""
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="PyTorch was built without torch.distributed")
+def test_two_processes_stopped_by_torchrun_and_resumed_are_uninterrupted(tmp_path: Path) -> None:
+    """A signal to torchrun, which passes it on to its processes: SIGTERM, later SIGINT, then the same command again."""
+    file, script = tmp_path / "run.yaml", tmp_path / "signalled.py"
+    settings = image_settings(tmp_path, log_every=1000)
+    file.write_text(json.dumps(settings))
+    script.write_text(SIGNALLED)
+    stopped = [0]
+    for number, step in ((signal.SIGTERM, 5), (signal.SIGINT, 14)):
+        shown = signalled([*TORCHRUN, str(script), str(tmp_path), str(step), "train", str(file)], number, tmp_path)
+        state = load_checkpoint(tmp_path / "run" / CHECKPOINT)
+        assert state["step"] == step + 1, shown
+        assert shown.count(f"Stopped after step {state['step']}; the same command goes on") == 1, shown
+        assert shown.count(f"Going on from step {stopped[-1]} of") == (stopped[-1] > 0), shown
+        stopped.append(state["step"])
+    models = []
+    for out, resumed in ((settings["out"], True), (settings["out"] + "-whole", False)):
+        command = [*TORCHRUN, "-m", "spartan", "train", str(file), "--set", f"out={out}"]
+        run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.count(f"Going on from step {stopped[-1]} of {STEPS}") == resumed
+        models.append(saved_model({"out": out}))
+    assert models[0] == models[1]
+
+
+def signalled(command: list[str], number: int, folder: Path) -> str:
+    """What a command says that gets a signal once both ranks have left word in `folder`."""
+    words = [folder / f"rank-{rank}" for rank in range(2)]
+    said = folder / "said"
+    with said.open("w") as stream:
+        process = subprocess.Popen(command, env=environment(), stdout=stream, stderr=subprocess.STDOUT)
+    try:
+        begin = time.monotonic()
+        while process.poll() is None and not all(word.exists() for word in words) and time.monotonic() - begin < 100:
+            time.sleep(0.02)
+        process.send_signal(number)
+        process.wait(timeout=100)
+    finally:
+        process.kill()
+    for word in words:
+        word.unlink()
+    return said.read_text()
 
 
 def test_a_checkpoint_is_written_after_the_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,6 +288,14 @@ def test_a_failure_before_any_checkpoint_says_so(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(ImageTask, "loss", lambda self, model, inputs, targets: model(inputs).sum() * math.nan)
     with pytest.raises(TrainingFailed, match=r"broke down in step 1: loss nan.*there is no checkpoint yet"):
         train(config(image_settings(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "steps", "most", "expected"),
+    [(1.0, 1, 10, 1), (40.0, 1, 10, 1), (0.5, 5, 1000, 10), (0.5, 5, 4, 4), (0.0, 1, 10, 10)],
+)
+def test_processes_look_for_a_signal_every_second(seconds: float, steps: int, most: int, expected: int) -> None:
+    assert steps_to_next_look(seconds, steps, most) == expected
 
 
 def test_a_later_signal_interrupts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

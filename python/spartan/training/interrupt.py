@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["StopRequest"]
+__all__ = ["StopRequest", "steps_to_next_look"]
+
+LOOK_SECONDS = 1.0  # torchrun kills what has not ended 30 s after its signal, which the step and the save share
 
 
 class StopRequest:
@@ -39,3 +41,17 @@ class StopRequest:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def steps_to_next_look(seconds: float, steps: int, most: int) -> int:
+    """After how many steps to look again whether to stop, where a look is too dear for each of them.
+
+    Args:
+        seconds: that the last steps took.
+        steps: their number.
+        most: at most so many.
+
+    Returns:
+        As many as `LOOK_SECONDS` have room for, at least 1.
+    """
+    return max(1, most if seconds * most <= LOOK_SECONDS * steps else int(LOOK_SECONDS * steps / seconds))

@@ -21,7 +21,7 @@ from spartan.history import History, OnStep
 from spartan.sparsifier import Sparsifier
 from spartan.training.checkpoint import load_checkpoint, save_checkpoint
 from spartan.training.config import Config
-from spartan.training.interrupt import StopRequest
+from spartan.training.interrupt import StopRequest, steps_to_next_look
 from spartan.training.learning_rate import warmup_cosine
 from spartan.training.progress import Progress
 from spartan.training.tasks import ImageTask, Slice, Task, TextTask, make_method, make_model, make_task
@@ -67,6 +67,7 @@ class Trainer:
         self.history = History(self.sparsifier, config.log_every, on_step if workers.writes else None)
         self.fingerprint = task.fingerprint()
         self.step = 0
+        self._next_look = 1
         self.seconds = 0.0
         self.evaluations: list[dict[str, float]] = []
 
@@ -81,7 +82,8 @@ class Trainer:
         Raises:
             TrainingFailed: a loss, gradient or weight that is not finite; the last checkpoint stays.
         """
-        saved = time.monotonic()
+        saved = looked = time.monotonic()
+        looked_step = self.step
         while not self.done:
             examined = self._examined()
             begin = time.perf_counter()
@@ -94,18 +96,25 @@ class Trainer:
             if not examined:
                 continue
             progress.update(self.step, partial(self._note, loss))
-            if self.workers.any(stop.asked):
+            now = time.monotonic()
+            stopping, seconds = self.workers.total(torch.tensor([float(stop.asked), now - looked])).tolist()
+            if stopping:
                 self.save()
                 return self.done
+            # From sums, so that all processes look after the same step.
+            mean = seconds / self.workers.size
+            self._next_look = self.step + steps_to_next_look(mean, self.step - looked_step, self.config.log_every)
+            looked, looked_step = now, self.step
             if time.monotonic() - saved >= 60 * self.config.checkpoint_minutes:
                 self.save()
                 saved = time.monotonic()
         return True
 
     def _examined(self) -> bool:
-        """Whether the next step waits for its loss: each where that costs nothing, else those that are recorded."""
+        """Whether the next step waits for its loss: each where that costs nothing, else some of them."""
         free = self.workers.size == 1 and self.workers.device.type == "cpu"
-        return free or (self.step + 1) % self.config.log_every == 0 or self.step + 1 == self.config.steps
+        after = self.step + 1
+        return free or after >= self._next_look or after % self.config.log_every == 0 or after == self.config.steps
 
     def _train_step(self, examined: bool) -> Tensor:
         config, workers = self.config, self.workers

@@ -53,6 +53,20 @@ def test_rigl_steps_by_hand() -> None:
     assert model.values == [0.0, -0.2, -0.1, 0.0]
 
 
+def test_rigl_brings_back_what_it_dropped_before_weights_without_a_gradient() -> None:
+    model, sparsifier = rigl_toy([9.0, 9.0, 3.0, 0.1], [False, False, True, True], interval=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier.attach(optimizer)
+    model.pull([0.0, 0.0, 0.0, 0.0]).backward()
+    optimizer.step()
+    assert hard(sparsifier).tolist() == [[False, False, True, True]]
+    assert model.values == [0.0, 0.0, 3.0, 0.1]
+    optimizer.zero_grad()
+    model.pull([0.0, 1e-12, 0.0, 0.0]).backward()
+    optimizer.step()
+    assert hard(sparsifier).tolist() == [[False, True, True, False]]
+
+
 def test_rigl_scores_on_the_accumulated_gradient() -> None:
     """Micro-batches of opposite sign cancel: the last alone, or the sum of magnitudes, would grow the third."""
     model, sparsifier = rigl_toy([3.0, 0.1, 9.0, 9.0], [True, True, False, False], interval=1)

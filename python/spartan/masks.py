@@ -241,7 +241,9 @@ class MaskSet:
     def step_skipped(self) -> bool:
         """Whether a fused optimizer found gradients that are not finite and left the weights as they were."""
         found = getattr(self.optimizer, "found_inf", None)
-        return found is not None and bool(found)
+        if found is None or (found.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return False
+        return bool(found)
 
     def project(self) -> None:
         """Make every weight what the forward pass uses."""

@@ -101,6 +101,7 @@ class Sparsifier:
         self.model = model
         self.method = method
         self._handles: list[RemovableHandle] = []
+        self._skipped = False  # the optimizer step that is being made, by the optimizer itself
         self._finalized = False
         self.skipped: dict[str, str] = {}
         parts: list[Part] = []
@@ -228,9 +229,9 @@ class Sparsifier:
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Call `correct_gradients` before and `step` after each step of `optimizer`, until `finalize`.
 
-        A step that GradScaler skips does not happen, so masks do not move. Gradients are corrected as `.grad`
-        stands when the optimizer reads it: accumulated, reduced, unscaled and clipped. (A fused optimizer under
-        GradScaler skips inside its own step, which counts as made.)
+        A step that GradScaler skips does not happen, so masks do not move; where a fused optimizer skips inside its own
+        step, that is read from the device, unless a CUDA graph is captured. Gradients are corrected as `.grad` stands
+        when the optimizer reads it: accumulated, reduced, unscaled and clipped.
 
         Raises:
             TypeError: not an optimizer. ValueError: it has none of the masked weights.
@@ -330,11 +331,14 @@ class Sparsifier:
                 "optimizer.step(closure) computes gradients after they would be corrected; call backward before step()"
             )
         self._ready()
-        self.method.correct_gradients(self._masks)
+        self._skipped = self._masks.step_skipped()
+        if not self._skipped:
+            self.method.correct_gradients(self._masks)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._ready()
-        self._advance()
+        if not self._skipped:
+            self._advance()
 
     def _advance(self) -> None:
         self._masks.step += 1

@@ -15,6 +15,8 @@ from spartan.methods.static_random import draw_scores, require_seed
 
 __all__ = ["Rewiring"]
 
+_NO_GROWTH = 1e-30  # less than that of any block with a gradient
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rewiring(SparseMethod):
@@ -22,7 +24,8 @@ class Rewiring(SparseMethod):
 
     After step t the share f = alpha / 2 (1 + cos(pi t / T)) of the kept weights is dropped, those of smallest mean
     magnitude, and the room is given to the best of all that are not kept then. A grown weight starts at zero, with
-    the optimizer's moments of it reset; one that is dropped and grown at once stays as it is. After T = `end` of the
+    the optimizer's moments of it reset; one that is dropped and grown at once stays as it is, which the dropped do
+    before any that would not grow from zero. After T = `end` of the
     steps the masks are fixed. The number of kept weights never changes.
 
     The masks have exactly the sparsity asked for. The trained weights may have more zeros: a kept one is still zero if
@@ -61,7 +64,7 @@ class Rewiring(SparseMethod):
             return
         if masks.step >= self.end * masks.total_steps:
             self.finish(masks)
-        elif self.due(masks, masks.step) and not masks.step_skipped():
+        elif self.due(masks, masks.step):
             self._rewire(masks)
 
     def finish(self, masks: MaskSet) -> None:
@@ -87,7 +90,7 @@ class Rewiring(SparseMethod):
         masks.project()  # momentum moves dropped weights too
         before = [tensor.hard.clone() for tensor in masks.tensors]
         self._drop(masks)
-        self._grow(masks, growth)
+        self._grow(masks, growth, before)
         masks.project()
         for tensor, old in zip(masks.tensors, before, strict=True):
             tensor.reset_moments(masks.optimizer, tensor.hard & ~old)
@@ -98,9 +101,12 @@ class Rewiring(SparseMethod):
             scores = [torch.where(t.hard, t.magnitudes(t.values), -t.costs.to(t.seen.dtype)) for t in group.tensors]
             group.select(kept - round(self.share(masks) * kept), scores)
 
-    def _grow(self, masks: MaskSet, growth: dict[str, torch.Tensor]) -> None:
-        """Fill the budgets up: first come the blocks that are still kept, then those of largest growth."""
+    def _grow(self, masks: MaskSet, growth: dict[str, torch.Tensor], before: list[torch.Tensor]) -> None:
+        """Fill the budgets up: first the blocks that are still kept, then by growth, then those just dropped."""
         scores = {}
+        for tensor, old in zip(masks.tensors, before, strict=True):
+            some = growth[tensor.name].clamp(min=_NO_GROWTH)
+            growth[tensor.name] = torch.where(old & ~tensor.hard, some, growth[tensor.name])
         for group in masks.groups:
             best = group.largest([growth[t.name] / t.costs for t in group.tensors])
             for tensor in group.tensors:

@@ -9,7 +9,25 @@ from typing import Any
 from bench.accuracy_subjects import LANGUAGE, NORMALISED, PLAIN, TRANSFORMER
 from spartan.demo.plan import PUBLISHED, RELATIVE
 from spartan.masks import MaskSet
-from spartan.methods import GMP, Dense, DualAveraging, Method, OneShot, RigL, Spartan, StaticRandom, TopKAST
+from spartan.methods import (
+    DPF,
+    GMP,
+    GSE,
+    IHT,
+    SET,
+    SRSTE,
+    WGSEF,
+    Dense,
+    DualAveraging,
+    MaskDecay,
+    Method,
+    OneShot,
+    Powerpropagation,
+    RigL,
+    Spartan,
+    StaticRandom,
+    TopKAST,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +74,16 @@ METHODS: dict[str, Callable[..., Method]] = {
     "Top-KAST": _top_kast,
     "One-shot": lambda seed, **sparse: OneShot(**sparse),
     "Static random": lambda seed, **sparse: StaticRandom(**sparse, seed=seed),
+    "DPF": lambda seed, **sparse: DPF(**sparse),
+    "IHT": lambda seed, **sparse: IHT(**sparse),
+    "SET": lambda seed, **sparse: SET(**sparse, seed=seed),
+    "GSE": lambda seed, **sparse: GSE(**sparse, seed=seed),
+    "WGSEF": lambda seed, **sparse: WGSEF(**sparse),
+    "Powerpropagation, dual averaging": lambda seed, **sparse: Powerpropagation(method=DualAveraging(**sparse)),
+    "Spartan, 2:4": _spartan(**PUBLISHED, pattern=(2, 4)),
+    "SR-STE, 2:4": lambda seed, **sparse: SRSTE(**sparse),
+    "Mask decay, 2:4": lambda seed, **sparse: MaskDecay(**sparse),
+    "One-shot, 2:4": lambda seed, **sparse: OneShot(**sparse, pattern=(2, 4)),
 }
 DENSE = "Dense"
 
@@ -103,6 +131,8 @@ class Part:
 MAIN = ("Spartan", "Dual averaging", "RigL", "GMP")
 OTHERS = ("Top-KAST", "One-shot", "Static random")
 SCALE_KEPT = ("Spartan, preserve_scale", "Spartan", "Dual averaging")
+RELATIVES = ("DPF", "IHT", "SET", "GSE", "WGSEF", "Powerpropagation, dual averaging")
+PATTERNS = ("Spartan, 2:4", "SR-STE, 2:4", "Mask decay, 2:4", "One-shot, 2:4")
 BLOCKS = ("Spartan, β in thresholds", "Dual averaging", "RigL", "GMP", "One-shot")
 RESIDUAL = ("Spartan, β in thresholds, preserve_scale", "Dual averaging", "RigL", "GMP")  # no norm behind the branches
 
@@ -126,11 +156,13 @@ PLAN = (
     Part(LANGUAGE, RESIDUAL, (0.80,)),
     Part(PLAIN, SCALE_KEPT, (0.95, 0.99, 0.90)),
     Part(NORMALISED, OTHERS, (0.98,)),
+    Part(NORMALISED, RELATIVES, (0.98,)),
+    Part(NORMALISED, PATTERNS, (0.50,)),
     Part(PLAIN, ("Spartan, preserve_scale, no coupling",), (0.98,)),
     Part(NORMALISED, OTHERS, (0.90, 0.95, 0.99)),
     Part(NORMALISED, BLOCKS, (0.80,), block=16),
     Part(PLAIN, ("RigL", "GMP"), (0.95, 0.99, 0.90)),
-    Part(PLAIN, OTHERS, (0.98, 0.95, 0.99, 0.90)),
+    Part(PLAIN, OTHERS, (0.98,)),
 )
 
 

@@ -322,6 +322,20 @@ def test_a_layout_replaces_the_gates_zeros(target: Any) -> None:
         ops.masked_linear(x, weight, wide, (4, 4), layout=layout, backend=target.backend)
 
 
+@pytest.mark.parametrize("part", ["row_offsets", "column_indices", "column_offsets", "row_indices"])
+@pytest.mark.parametrize("value", [-1, 10**6])
+def test_an_index_that_was_written_over_is_refused(target: Any, part: str, value: int) -> None:
+    """On the CPU, where it would be read from anywhere."""
+    if target.backend != "native":
+        pytest.skip("the others index tensors, which checks, or run on a GPU")
+    layout = BlockLayout.from_gate(torch.ones(3, 4), (12, 16), (4, 4))
+    getattr(layout, part)[1] = value
+    x, weight = torch.randn(20, 16, requires_grad=True), torch.randn(12, 16, requires_grad=True)
+    with pytest.raises(ValueError, match="layout must be the index of the weight's blocks"):
+        y = F.masked_linear(x, weight, torch.ones(3, 4), 4, layout=layout, backward_layout=layout, backend="native")
+        y.sum().backward()
+
+
 def test_a_nan_gate_gives_nan_rows(target: Any) -> None:
     gate = torch.ones(3, 2, device=target.device)
     gate[1, 0] = torch.nan

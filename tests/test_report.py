@@ -86,6 +86,15 @@ def test_what_is_skipped_is_said_with_the_reason() -> None:
     assert "not masked (excluded): 3.weight" in text and "0.bias, 1.bias, 3.bias, 4.bias" in text
 
 
+def test_an_emptied_weight_is_said() -> None:
+    model, sparsifier, _ = start(spartan.GMP(sparsity=0.5))
+    assert "nothing is kept" not in str(sparsifier.report())
+    with torch.no_grad():
+        model.get_parameter("3.weight").mul_(1e-6)
+    sparsifier.finalize()
+    assert "nothing is kept (the layer is its bias alone): 3.weight" in str(sparsifier.report())
+
+
 def test_cost_shares_are_in_the_unit_of_the_costs() -> None:
     costs = {"0.weight": 1.0, "3.weight": 3.0}
     _, sparsifier, _ = start(spartan.Spartan(sparsity=0.5), costs=lambda name, module, grid: costs[name])

@@ -254,6 +254,39 @@ def test_averages_of_the_weights(method: Method, begin: int) -> None:
     assert not any(name.startswith("mask") for name, _ in run.model.named_buffers())
 
 
+@pytest.mark.parametrize("begin", [0, 11])
+@pytest.mark.parametrize(
+    "method", [*METHODS, RigL(sparsity=0.6, block_size=4, interval=2)], ids=lambda m: f"{m.name}-{m.block_size}"
+)
+def test_masks_are_copied_to_averages_that_average_buffers(method: Method, begin: int) -> None:
+    """Also to those of other libraries, that know parameters and state dicts alone."""
+    run = Run(method)
+    run.train(begin)
+    average = AveragedModel(run.model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
+    other = copy.deepcopy(run.model)
+    for step in range(begin, STEPS):
+        run.train(1, begin=step)
+        average.update_parameters(run.model)
+        run.sparsifier.copy_masks(average.module)
+        run.sparsifier.copy_masks(other)
+    x, _ = batch(0)
+    for model in (average.module, other):
+        twin = copy.deepcopy(run.model).eval()
+        twin.load_state_dict(model.state_dict())
+        model.eval()
+        assert torch.equal(model(x), twin(x))
+    run.model.load_state_dict(average.module.state_dict())
+    run.sparsifier.finalize()
+    with pytest.raises(RuntimeError, match="finalized"):
+        run.sparsifier.copy_masks(other)
+
+
+def test_masks_are_copied_to_copies_alone() -> None:
+    run = Run(METHODS[1])
+    with pytest.raises(ValueError, match=r"model must be a copy of the masked model.*no such masks in '0'"):
+        run.sparsifier.copy_masks(network())
+
+
 @each_method
 def test_a_copy_of_a_masked_model_stands_alone(method: Method) -> None:
     run = Run(method)

@@ -459,6 +459,21 @@ class Sampled {
 
 }  // namespace
 
+namespace {
+
+// Throws unless the index lies within the matrix: one that was written over would have the product read anything.
+void require_fit(const Lines& lines) {
+  const int64_t across = ceil_div(lines.other_extent, lines.other_span);
+  bool fits = lines.offsets[0] == 0;
+  for (int64_t i = 0; i < lines.count; ++i) fits &= lines.offsets[i] <= lines.offsets[i + 1];
+  fits = fits && lines.offsets[lines.count] <= lines.count * across;
+  for (int64_t e = 0; fits && e < lines.offsets[lines.count]; ++e)
+    fits = lines.indices[e] >= 0 && lines.indices[e] < across;
+  if (!fits) throw std::invalid_argument("layout must be the index of the weight's blocks; it was changed since it was made");
+}
+
+}  // namespace
+
 int64_t masked_matmul_workspace_bytes(const BlockMatrix& w, int64_t tokens, int threads) {
   const Lines rows(w, true), columns(w, false);
   const int64_t most = std::max(Product::workspace_bytes(rows, threads), Product::workspace_bytes(columns, threads));
@@ -469,6 +484,7 @@ void masked_matmul(Dtype dtype, const BlockMatrix& w, Tokens x, const void* bias
                    Workspace workspace, int threads) {
   const Lines lines(w, true);
   if (x.count == 0 || w.out == 0) return;
+  require_fit(lines);
   if (x.count <= kFewTokens) return multiply_few(dtype, lines, x, bias, activation, y, saved, workspace, threads);
   Product(dtype, lines, x, bias, activation, y, saved, workspace, threads).run();
 }
@@ -476,6 +492,7 @@ void masked_matmul(Dtype dtype, const BlockMatrix& w, Tokens x, const void* bias
 void masked_matmul_input_gradient(Dtype dtype, const BlockMatrix& w, Tokens dz, void* dx, Workspace workspace, int threads) {
   const Lines lines(w, false);
   if (dz.count == 0 || w.in == 0) return;
+  require_fit(lines);
   Product(dtype, lines, dz, nullptr, Activation::none, dx, nullptr, workspace, threads).run();
 }
 
@@ -486,6 +503,7 @@ int64_t sampled_matmul_workspace_bytes(const BlockMatrix& w, int64_t tokens, int
 void sampled_matmul(Dtype dtype, const BlockMatrix& w, Tokens dz, Tokens x, float* raw, float* grad_gate, Workspace workspace,
                     int threads) {
   if (w.out == 0 || w.in == 0) return;
+  if (w.layout.row_offsets != nullptr) require_fit(Lines(w, true));
   Sampled(dtype, w, dz, x, raw, grad_gate, workspace, threads).run();
 }
 

@@ -90,6 +90,17 @@ class MaskCarrier(nn.Module):
             self.mask_straight_through,
         )
 
+    def take_masks(self, other: MaskCarrier) -> None:
+        """Have copies of the masks of `other`, the carrier of the same weight in another copy of the model."""
+        device = self.mask_hard.device
+        for name, buffer in other._buffers.items():
+            if name.startswith("mask_"):
+                self._buffers[name] = None if buffer is None else buffer.detach().to(device, copy=True)
+        backward = other.mask_backward
+        self.mask_backward = None if backward is None else backward.detach().to(device, copy=True)
+        self.mask_merged, self.mask_straight_through = other.mask_merged, other.mask_straight_through
+        self.masks_changed()
+
     @property
     def mask_soft(self) -> torch.Tensor | None:
         """m, one per block; None once it is merged into the weight or if there is none."""

@@ -80,7 +80,9 @@ class Report:
         reasons: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
             reasons.setdefault(reason, []).append(name)
-        return [f"not masked ({reason}): {', '.join(names)}" for reason, names in reasons.items()]
+        empty = [row.name for row in self.rows if row.sparsity == 1]
+        kept = [f"nothing is kept (the layer is its bias alone): {', '.join(empty)}"] if empty else []
+        return kept + [f"not masked ({reason}): {', '.join(names)}" for reason, names in reasons.items()]
 
 
 def report_of(sparsifier: Sparsifier, layers: Sequence[MaskedTensor], before: Mapping[str, torch.Tensor]) -> Report:

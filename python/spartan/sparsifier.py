@@ -13,6 +13,7 @@ from spartan.budgets import distribute, shares
 from spartan.costs import CostModel, LayerCost, PricePerBlock
 from spartan.distributed import heed_in_ddp, ignore_in_ddp, is_dtensor, reshard
 from spartan.groups import Group, Part, kept_by_part, parts_of, price_parts, seen_of
+from spartan.mask_carrier import MaskCarrier
 from spartan.masks import Mask, MaskGroup, MaskSet
 from spartan.methods.base import Method, SparseMethod
 from spartan.pattern_group import PatternGroup
@@ -225,6 +226,31 @@ class Sparsifier:
         report = report_of(self, self._masks.tensors, self._reported)
         self._reported = {name: mask.hard.clone() for name, mask in self.masks().items()}
         return report
+
+    def copy_masks(self, model: nn.Module) -> None:
+        """Give another copy of the model, such as an average of its weights, the masks of now.
+
+        `AveragedModel` brings masks along by itself, unless it averages buffers too (`use_buffers=True`), which makes
+        no sense of masks: call this after its `update_parameters`. So do averages of other libraries.
+
+        Args:
+            model: a copy that was made while this one was masked, `average.module` for example.
+
+        Raises:
+            ValueError: it has no masks where this one has them. RuntimeError: finalized.
+        """
+        self._require_active()
+        names = {id(module): name for name, module in self.model.named_modules()}
+        others = dict(model.named_modules())
+        pairs = []
+        for tensor in self._masks.tensors:
+            name = names[id(tensor.carrier)]
+            other = others.get(name)
+            if not isinstance(other, MaskCarrier) or other.mask_shape != tensor.carrier.mask_shape:
+                raise ValueError(f"model must be a copy of the masked model; it has no such masks in {name!r}")
+            pairs.append((other, tensor.carrier))
+        for other, carrier in pairs:
+            other.take_masks(carrier)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Call `correct_gradients` before and `step` after each step of `optimizer`, until `finalize`.

@@ -69,8 +69,6 @@ class WGSEF(DualAveraging):
                 "WGSEF steps as far as the optimizer's learning rate says and has no optimizer: attach(optimizer), or"
                 " by hand step(optimizer)"
             )
-        if masks.step_skipped():
-            return
         rates = {id(p): float(group["lr"]) for group in masks.optimizer.param_groups for p in group["params"]}
         progress = self.schedule(masks.total_steps)(masks.step)
         for group in masks.groups:

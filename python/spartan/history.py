@@ -11,6 +11,7 @@ import torch
 from spartan.files import replacing
 from spartan.report import stability
 from spartan.sparsifier import Sparsifier
+from spartan.wrappers import same_names
 
 __all__ = ["History", "OnStep", "ScalarWriter", "scalars_to"]
 
@@ -91,9 +92,14 @@ class History:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`."""
-        self.rows = [dict(row) for row in state["rows"]]
         current = self.sparsifier.masks()
-        self._masks = {name: mask.to(current[name].hard.device) for name, mask in state["masks"].items()}
+        names = same_names(state["masks"], current)
+
+        def renamed(parts: dict[str, Any]) -> dict[str, Any]:
+            return {names.get(name, name): part for name, part in parts.items()}
+
+        self.rows = [{**row, **{key: renamed(row[key]) for key in ("kept", "stability")}} for row in state["rows"]]
+        self._masks = {n: mask.to(current[n].hard.device) for n, mask in renamed(state["masks"]).items()}
 
     def save_figure(self, path: str | Path) -> None:
         """Save a PNG: by step the kept fraction and the stability of each weight, and beta and budget.

@@ -12,6 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import ParametrizationList
 
 from spartan.distributed import own_class
+from spartan.wrappers import is_wrapper, named_owners
 
 __all__ = ["Candidate", "Selector", "Use", "common_kind", "find_weights", "select_weights", "skipped_weights"]
 
@@ -27,7 +28,7 @@ _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 @dataclass(frozen=True)
 class Use:
-    """A parameter where a module has it: `module.<parameter>`, called `name` in the model.
+    """A parameter where a module has it: `module.<parameter>`, called `name` in the plain model, without wrappers.
 
     Attributes:
         owners: the modules that `module` is in, outermost first, and itself.
@@ -44,8 +45,8 @@ class Use:
 
     @property
     def owner(self) -> nn.Module | None:
-        """The module that has `module`; None for the model itself."""
-        return self.owners[-2] if len(self.owners) > 1 else None
+        """The module that has `module`, past wrappers; None for the model itself."""
+        return next((owner for owner in reversed(self.owners[:-1]) if not is_wrapper(owner)), None)
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Candidate:
 
 
 def find_weights(model: nn.Module) -> list[Candidate]:
-    """All parameters of a model, in definition order, tied ones once.
+    """All parameters of a model, in definition order, tied ones once, by their names in the plain model.
 
     Raises:
         TypeError: not a module. ValueError: a module that is masked already, a lazy one without its weights.
@@ -95,18 +96,16 @@ def find_weights(model: nn.Module) -> list[Candidate]:
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     uses: dict[int, list[Use]] = {}
     weights: dict[int, nn.Parameter] = {}
-    owners: dict[str, tuple[nn.Module, ...]] = {}
-    for path, module in model.named_modules():
-        if hasattr(module, "mask_hard"):
+    for path, owners in named_owners(model):
+        if hasattr(owners[-1], "mask_hard"):
             raise ValueError(f"model has a masked module already: {path!r}; finalize it first")
-        owners[path] = (*(owners[path.rpartition(".")[0]] if path else ()), module)
-        for parameter, weight in module._parameters.items():
+        for parameter, weight in owners[-1]._parameters.items():
             if weight is not None:
                 name = f"{path}.{parameter}" if path else parameter
                 if isinstance(weight, nn.UninitializedParameter):
                     raise ValueError(f"parameter {name!r} is not initialised yet: run the model once")
                 weights[id(weight)] = weight
-                uses.setdefault(id(weight), []).append(Use(name, parameter, owners[path]))
+                uses.setdefault(id(weight), []).append(Use(name, parameter, owners))
     return [Candidate(weights[key], tuple(places), _stored_by_inputs(places[0])) for key, places in uses.items()]
 
 

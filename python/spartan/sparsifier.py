@@ -35,7 +35,9 @@ class Sparsifier:
     have gets one mask, and is masked by default if all its uses are. Modules are changed in place: names and identity
     of parameters stay, so an optimizer may be made before or after. (Other modules get a torch parametrization, and so
     do those inside MultiheadAttention and TransformerEncoderLayer and tied weights; their parameter is renamed, not
-    replaced.) Blocks are of (outputs, inputs), also where a weight is stored transposed.
+    replaced.) Blocks are of (outputs, inputs), also where a weight is stored transposed. Names of weights are those of
+    the plain model, whether or not it, or a part, is in `DistributedDataParallel`, `torch.compile` or
+    `checkpoint_wrapper`.
 
     Args:
         model: any module; masked weights that share a budget must share a dtype and a device.
@@ -347,8 +349,7 @@ class Sparsifier:
             RuntimeError: finalized.
         """
         self._require_active()
-        check_state(state, self.state_dict(), self._entries)
-        load_state(state, self._masks)
+        load_state(check_state(state, self.state_dict(), self._entries), self._masks)
         self.method.resume(self._masks)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

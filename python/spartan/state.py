@@ -10,6 +10,7 @@ import torch
 from spartan.distributed import is_dtensor, local, placed_on
 from spartan.masks import MaskedTensor, MaskSet
 from spartan.methods.base import Method
+from spartan.wrappers import same_names
 from spartan_kernels.arguments import block_grid
 
 __all__ = ["VERSION", "check_state", "load_state", "mask_entries", "state_of"]
@@ -71,8 +72,12 @@ def _tensor_state(tensor: MaskedTensor, entries: set[str]) -> dict[str, torch.Te
     }
 
 
-def check_state(state: Any, own: dict[str, Any], entries: dict[str, set[str]]) -> None:
-    """Raise ValueError unless `state` can be restored where `own` is the present state; what differs is named."""
+def check_state(state: Any, own: dict[str, Any], entries: dict[str, set[str]]) -> dict[str, Any]:
+    """`state` as `load_state` takes it; it may be older, or say the names of a wrapped model.
+
+    Raises:
+        ValueError: it cannot be restored where `own` is the present state; what differs is named.
+    """
     if isinstance(state, dict) and state.get("version") == 1:
         state = {"costs": {}, "initial": own["initial"], **state}
     if not isinstance(state, dict) or set(state) != set(own):
@@ -80,6 +85,7 @@ def check_state(state: Any, own: dict[str, Any], entries: dict[str, set[str]]) -
         raise ValueError(f"state must have the entries {sorted(own)}; got {found}")
     if state["version"] not in _READABLE:
         raise ValueError(f"state is of another training: its version is {state['version']!r}, here it is {VERSION}")
+    state = _with_plain_names(state, own)
     for key in ("method", "settings", "total_steps", "costs"):
         if state[key] != own[key]:
             raise ValueError(f"state is of another training: its {key} is {state[key]!r}, here it is {own[key]!r}")
@@ -96,6 +102,23 @@ def check_state(state: Any, own: dict[str, Any], entries: dict[str, set[str]]) -
     if state["targets"] != own["targets"]:
         raise ValueError(f"state is of another model: budgets {state['targets']}, here {own['targets']}")
     _check_groups(state, own)
+    return state
+
+
+def _with_plain_names(state: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """A state with the names of `own`, where it has those of wrapped modules in them, as older ones do."""
+    masks, costs, settings = state["masks"], state["costs"], state["settings"]
+    if not all(isinstance(part, dict) and all(isinstance(key, str) for key in part) for part in (masks, costs)):
+        return state
+    names = same_names(masks, own["masks"])
+    if not names:
+        return state
+    named = settings.get("distribution") if isinstance(settings, dict) else None
+    if isinstance(named, dict):
+        patterns = same_names(named, own["settings"].get("distribution", ()))
+        settings = {**settings, "distribution": {patterns.get(key, key): part for key, part in named.items()}}
+    masks, costs = ({names.get(key, key): part for key, part in parts.items()} for parts in (masks, costs))
+    return {**state, "masks": masks, "costs": costs, "settings": settings}
 
 
 def _check_tensor(name: str, state: Any, needed: set[str], grid: tuple[int, ...]) -> None:
@@ -126,7 +149,7 @@ def _check_groups(state: dict[str, Any], own: dict[str, Any]) -> None:
 def load_state(state: dict[str, Any], masks: MaskSet) -> None:
     """Restore what `check_state` accepts."""
     masks.step, masks.frozen = state["step"], state["frozen"]
-    for group, initial in zip(masks.groups, state.get("initial", [g.initial for g in masks.groups]), strict=True):
+    for group, initial in zip(masks.groups, state["initial"], strict=True):
         group.initial = float(initial)
     for group, solved, solver in zip(masks.groups, state["solved"], state["solver"], strict=True):
         group.solved = bool(solved)

@@ -146,6 +146,8 @@ class MaskGroup:
                 tensor.carrier.masks_changed()
             return self.capacity
         values, absolute = self._values() if scores is None else (list(scores), False)
+        if not self.tensors[0].unstructured:  # costs are read in the dtype of what decides: half precision would round
+            values = [value.to(torch.promote_types(value.dtype, torch.float32)) for value in values]
         try:
             masks = hard_topk_global(values, budget, self._costs(), absolute=absolute, group=self.group or None)
         except ValueError:

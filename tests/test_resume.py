@@ -166,11 +166,19 @@ def refused(state: Any, message: str, method: Method | None = None) -> None:
     """Check that `state` is refused with `message` and nothing is half-loaded."""
     run = Run(method or Spartan(sparsity=0.8))
     run.train(0, 8)
-    before = {name: mask.soft.clone() for name, mask in run.sparsifier.masks().items()}
+    before = run.sparsifier.state_dict()
     with pytest.raises(ValueError, match=message):
         run.sparsifier.load_state_dict(state)
-    assert run.sparsifier.step_count == 8
-    assert all(torch.equal(mask.soft, before[name]) for name, mask in run.sparsifier.masks().items())
+    assert flat(run.sparsifier.state_dict()) == flat(before)
+
+
+def flat(state: Any) -> Any:
+    """A state that can be compared."""
+    if isinstance(state, dict):
+        return {key: flat(part) for key, part in state.items()}
+    if isinstance(state, list | tuple):
+        return [flat(part) for part in state]
+    return state.tolist() if isinstance(state, torch.Tensor) else state
 
 
 def test_checkpoints_of_other_trainings_are_refused_by_name() -> None:
@@ -206,3 +214,32 @@ def test_checkpoints_of_other_models_are_refused_by_name() -> None:
     refused({**state, "targets": [1]}, r"another model: budgets \[1\], here \[")
     refused({**state, "solver": [torch.zeros(2)]}, "state has a wrong entry 'solver'")
     refused({**state, "solver": []}, r"state must have 1 entries in 'solver'; got \[\]")
+
+
+@pytest.mark.parametrize("initial", ["x", None, True, float("nan"), -1.0, 0, 1e9])
+def test_a_first_budget_that_cannot_be_is_refused(initial: Any) -> None:
+    state = Run(Spartan(sparsity=0.8)).sparsifier.state_dict()
+    message = rf"wrong entry 'initial': {initial!r}; it must be a number in \(0, 1782.0\]"
+    refused({**state, "step": 3, "initial": [initial]}, message.replace("1782.0", r"1782(.0)?"))
+
+
+@pytest.mark.parametrize("key", ["soft", "beta", "scale"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.5])
+def test_masks_out_of_their_range_are_refused(key: str, value: float) -> None:
+    method = Spartan(sparsity=0.8, preserve_scale=True)
+    state = Run(method).sparsifier.state_dict()
+    state["masks"]["3.weight"][key].view(-1)[-1] = value
+    allowed = r"in \[0, 1\]" if key == "soft" else "finite and at least 0"
+    refused(state, f"state of '3.weight' has a wrong entry '{key}': 1 values are not {allowed}", method)
+
+
+def test_entries_of_the_wrong_type_are_refused() -> None:
+    state = Run(Spartan(sparsity=0.8)).sparsifier.state_dict()
+    refused({**state, "step": -3}, "wrong entry 'step': -3; it must be at least 0")
+    refused({**state, "step": True}, "wrong entry 'step': True; it must be of type int")
+    refused({**state, "solved": ["no"]}, "wrong entry 'solved': 'no'; it must be of type bool")
+    refused({**state, "solved": "n"}, "wrong entry 'solved': 'n'; it must be of type bool")
+    state["masks"]["3.weight"]["soft"] = torch.ones(18, 96, dtype=torch.int64)
+    refused(state, "state of '3.weight' has a wrong entry 'soft': its dtype is torch.int64")
+    state["masks"]["3.weight"]["soft"] = torch.full((18, 96), 1.5)
+    refused(state, "state of '3.weight' has a wrong entry 'soft': 1728 values are not in")

@@ -349,7 +349,8 @@ class Sparsifier:
             RuntimeError: finalized.
         """
         self._require_active()
-        load_state(check_state(state, self.state_dict(), self._entries), self._masks)
+        capacities = [group.capacity for group in self._masks.groups]
+        load_state(check_state(state, self.state_dict(), self._entries, capacities), self._masks)
         self.method.resume(self._masks)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ _READABLE = (1, VERSION)
 _GRIDS = ("soft", "hard", "backward")  # one entry per block
 _SCALARS = ("beta", "scale", "straight_through", "restricted")
 _OPTIONAL = ("soft", "scale", "backward")
+_FLAGS = ("hard", "backward", "straight_through", "restricted")
+_HIGHEST = {"soft": 1.0, "beta": math.inf, "scale": math.inf}
 
 
 def mask_entries(method: Method, masks: MaskSet) -> dict[str, set[str]]:
@@ -72,8 +75,16 @@ def _tensor_state(tensor: MaskedTensor, entries: set[str]) -> dict[str, torch.Te
     }
 
 
-def check_state(state: Any, own: dict[str, Any], entries: dict[str, set[str]]) -> dict[str, Any]:
+def check_state(
+    state: Any, own: dict[str, Any], entries: dict[str, set[str]], capacities: Sequence[float]
+) -> dict[str, Any]:
     """`state` as `load_state` takes it; it may be older, or say the names of a wrapped model.
+
+    Args:
+        state: from `state_of`, now or earlier.
+        own: the present one.
+        entries: from `mask_entries`.
+        capacities: of the groups of masks: the most that each can keep.
 
     Raises:
         ValueError: it cannot be restored where `own` is the present state; what differs is named.
@@ -92,6 +103,8 @@ def check_state(state: Any, own: dict[str, Any], entries: dict[str, set[str]]) -
     for key, kind in (("step", int), ("frozen", bool), ("masks", dict)):
         if type(state[key]) is not kind:
             raise ValueError(f"state has a wrong entry {key!r}: {state[key]!r}; it must be of type {kind.__name__}")
+    if state["step"] < 0:
+        raise ValueError(f"state has a wrong entry 'step': {state['step']}; it must be at least 0")
     theirs, ours = state["masks"], own["masks"]
     if set(theirs) != set(ours):
         raise ValueError(f"state is of another model: it masks {sorted(theirs)}, here {sorted(ours)} are masked")
@@ -101,7 +114,7 @@ def check_state(state: Any, own: dict[str, Any], entries: dict[str, set[str]]) -
         _check_tensor(name, theirs[name], needed, tuple(ours[name]["hard"].shape))
     if state["targets"] != own["targets"]:
         raise ValueError(f"state is of another model: budgets {state['targets']}, here {own['targets']}")
-    _check_groups(state, own)
+    _check_groups(state, own, capacities)
     return state
 
 
@@ -133,14 +146,29 @@ def _check_tensor(name: str, state: Any, needed: set[str], grid: tuple[int, ...]
             raise ValueError(
                 f"state is of another model: {key} of {name!r} has shape {tuple(value.shape)}, here {wanted}"
             )
-        if (value.dtype is torch.bool) != (key in ("hard", "backward", "straight_through", "restricted")):
+        if value.dtype is not torch.bool if key in _FLAGS else not value.is_floating_point():
             raise ValueError(f"state of {name!r} has a wrong entry {key!r}: its dtype is {value.dtype}")
+        if key not in _FLAGS and (outside := _outside(value, _HIGHEST[key])):
+            allowed = "in [0, 1]" if key == "soft" else "finite and at least 0"
+            raise ValueError(f"state of {name!r} has a wrong entry {key!r}: {outside} values are not {allowed}")
 
 
-def _check_groups(state: dict[str, Any], own: dict[str, Any]) -> None:
+def _outside(values: Any, highest: float) -> int:
+    """How many values are not in [0, highest], or not finite; the same on all ranks that share a DTensor."""
+    wrong: Any = (~((values >= 0) & (values <= highest) & (values < math.inf))).sum()
+    return int(wrong.full_tensor() if is_dtensor(wrong) else wrong)
+
+
+def _check_groups(state: dict[str, Any], own: dict[str, Any], capacities: Sequence[float]) -> None:
     for key in ("solved", "solver", "initial"):
         if not isinstance(state[key], Sequence) or len(state[key]) != len(own[key]):
             raise ValueError(f"state must have {len(own[key])} entries in {key!r}; got {state[key]!r}")
+    for solved in state["solved"]:
+        if type(solved) is not bool:
+            raise ValueError(f"state has a wrong entry 'solved': {solved!r}; it must be of type bool")
+    for initial, most in zip(state["initial"], capacities, strict=True):
+        if type(initial) not in (int, float) or not 0 < initial <= most:
+            raise ValueError(f"state has a wrong entry 'initial': {initial!r}; it must be a number in (0, {most}]")
     for solver, wanted in zip(state["solver"], own["solver"], strict=True):
         if not isinstance(solver, torch.Tensor) or (solver.shape, solver.dtype) != (wanted.shape, wanted.dtype):
             raise ValueError(f"state has a wrong entry 'solver': {solver!r}; it must be {wanted.dtype} {wanted.shape}")

@@ -266,3 +266,44 @@ def test_the_inspect_command(saved: nn.Module, tmp_path: Path, capsys: pytest.Ca
     file.write_bytes(file.read_bytes()[:-4])
     assert cli.main(["inspect", str(tmp_path / "packed")]) == 1
     assert "model.safetensors" in capsys.readouterr().err
+
+
+EIGHT_BITS = ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"]
+
+
+@pytest.mark.parametrize("dtype", [*EIGHT_BITS, "bfloat16", "float64"])
+def test_inspection_of_floats_of_any_width(dtype: str, tmp_path: Path) -> None:
+    tensor = torch.zeros(32, 32)
+    tensor[:8, :8] = 1
+    tensor[20] = -0.0
+    tensor = tensor.to(getattr(torch, dtype))
+    save_file({"a": tensor}, tmp_path / "file.safetensors")
+    found = spartan.inspect_file(tmp_path / "file.safetensors")
+    (row,) = found.tensors
+    assert (row.dtype, row.zeros, row.block_size) == (dtype, 1024 - 64, (8, 8))
+    assert found.dense_bytes == row.stored_bytes == 1024 * tensor.element_size()
+    assert dtype in str(found)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32", "uint64", "int8", "bool", "complex64"])
+def test_inspection_of_other_numbers(dtype: str, tmp_path: Path) -> None:
+    tensor = torch.tensor([[0, 1, 0, 1]] * 8).to(getattr(torch, dtype))
+    save_file({"a": tensor}, tmp_path / "file.safetensors")
+    (row,) = spartan.inspect_file(tmp_path / "file.safetensors").tensors
+    assert (row.dtype, row.zeros, row.block_size, row.stored_bytes) == (dtype, 16, None, 32 * tensor.element_size())
+
+
+@pytest.mark.skipif(not hasattr(torch, "float8_e8m0fnu"), reason="this PyTorch has no such dtype")
+def test_a_number_without_zero_has_none(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(8, 8, dtype=torch.uint8).view(torch.float8_e8m0fnu)}, tmp_path / "file.safetensors")
+    (row,) = spartan.inspect_file(tmp_path / "file.safetensors").tensors
+    assert row.zeros == 0
+
+
+@pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this PyTorch has no such dtype")
+def test_a_tensor_whose_zeros_nobody_counts_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "file.safetensors"
+    save_file({"pairs": torch.zeros(8, 8, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)}, path)
+    assert cli.main(["inspect", str(path)]) == 1
+    message = "file.safetensors: zeros of tensor 'pairs' of torch.float4_e2m1fn_x2 cannot be counted"
+    assert message in capsys.readouterr().err

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from spartan.export import CONFIG_FILE, MODEL_FILE, SavedTensor, describe_pretrained
 from spartan.packing import pack
-from spartan.saved_model import DTYPES, dtype_name
+from spartan.saved_model import dtype_name
 from spartan.tables import text_table
 
 __all__ = ["Inspection", "inspect_file"]
@@ -34,7 +35,7 @@ class Inspection:
     def dense_bytes(self) -> int:
         """What the tensors take in memory, tied ones once."""
         own = [tensor for tensor in self.tensors if tensor.tied_to is None]
-        return sum(math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize for tensor in own)
+        return sum(math.prod(tensor.shape) * getattr(torch, tensor.dtype).itemsize for tensor in own)
 
     @property
     def sparsity(self) -> float:
@@ -72,7 +73,8 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
     Of tensors that are stored dense, blocks are the squares that would store them smallest, where blocks would.
 
     Raises:
-        ValueError: files that are missing, damaged, truncated or of an unknown format, by name.
+        ValueError: files that are missing, damaged, truncated or of an unknown format, by name; a tensor whose zeros
+            PyTorch cannot count, by its name.
     """
     place = Path(path)
     folder = place.parent if place.name in (MODEL_FILE, CONFIG_FILE) else place
@@ -93,8 +95,16 @@ def _plain(path: Path, parameters: set[str] | None) -> list[SavedTensor]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
                 tensor = file.get_tensor(name)
-                zeros = tensor.numel() - int(tensor.count_nonzero())
-                blocks = pack(tensor + 0).block_size if zeros else None  # negative zeros are zeros, too
+                try:
+                    # In eight bits nothing is added and zeros are not told from the smallest numbers.
+                    wide = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+                    zeros = int((wide == 0).sum())
+                except NotImplementedError as error:
+                    raise ValueError(f"{path}: zeros of tensor {name!r} of {tensor.dtype} cannot be counted") from error
+                packs = zeros and tensor.is_floating_point()
+                blocks = (
+                    pack((wide + 0).to(tensor.dtype)).block_size if packs else None
+                )  # negative zeros are zeros, too
                 is_parameter = parameters is None or name in parameters
                 sizes = "dense", blocks, False, None, zeros, tensor.nbytes
                 tensors.append(SavedTensor(name, tuple(tensor.shape), dtype_name(tensor), is_parameter, *sizes))

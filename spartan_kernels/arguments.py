@@ -92,8 +92,8 @@ def block_shape(block_size: int | tuple[int, int]) -> tuple[int, int]:
     Raises:
         ValueError: not a positive int or a pair of positive ints.
     """
-    pair = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
-    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+    pair = tuple(block_size) if isinstance(block_size, tuple | list) else (block_size, block_size)
+    if len(pair) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in pair):
         raise ValueError(f"block_size must be a positive int or a pair of positive ints; got {block_size!r}")
     return pair[0], pair[1]
 

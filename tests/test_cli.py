@@ -84,6 +84,28 @@ def test_demo_refuses_an_empty_data_folder(tmp_path: Path, capsys: pytest.Captur
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("device=foo", "device must be auto, cpu, cuda, cuda:0 or another of PyTorch's; got 'foo'"),
+        ("device=''", "device must be auto, cpu, cuda, cuda:0 or another of PyTorch's; got ''"),
+        ("device=meta", "device 'meta' is not there"),
+        ("device=xpu", "device 'xpu' is not there"),
+        (f"seed={2**64}", f"seed must be in [-2**40, 2**40]; got {2**64}"),
+        (f"seed={2**40 + 1}", "seed must be in [-2**40, 2**40]; got"),
+        (f"seed={-(2**40) - 1}", "seed must be in [-2**40, 2**40]; got"),
+    ],
+)
+def test_train_names_a_device_or_seed_that_cannot_be(
+    setting: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("yaml")
+    file = tmp_path / "run.yaml"
+    file.write_text("{task: text, model: {name: gpt}, method: {name: Dense}, steps: 1, batch_size: 1}")
+    assert cli.main(["train", str(file), "--set", setting]) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_import_is_light() -> None:
     """Importing the command line loads none of the libraries that only the demo needs."""
     heavy = "{'matplotlib', 'sklearn', 'rich', 'triton'}"

@@ -25,6 +25,7 @@ __all__ = [
 TASKS = ("images", "text")
 PRECISIONS = ("float32", "bfloat16")
 COSTS = ("parameters", "flops")
+_LARGEST_SEED = 2**40  # seeds of steps and epochs are multiples of it, in 64 bits
 _FLOAT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+")
 # What may differ between a checkpoint and the run that goes on from it: nothing that changes the result.
 _FREE = ("out", "checkpoint_minutes", "log_every")
@@ -103,7 +104,8 @@ class Config:
         model: its `name` ("mlp", "cnn" or "vit" for images, "gpt" for text) and its sizes.
         method: `name` of one of `spartan.methods` and its settings.
         steps: optimizer steps. batch_size: images or stretches of text in each, over all processes.
-        seed: of the weights and the order of the data. precision: "float32", or "bfloat16" for autocast.
+        seed: of the weights and the order of the data, in [-2**40, 2**40].
+        precision: "float32", or "bfloat16" for autocast.
         device: "cpu", "cuda", ..., or "auto" for a GPU where there is one. threads: of PyTorch on the CPU.
         evaluate_every: steps; None: at the end only. log_every: steps between two records.
         checkpoint_minutes: between two checkpoints. out: the folder for everything that the run leaves.
@@ -137,6 +139,8 @@ class Config:
             if value is not None:
                 _require_at_least(name, value, 1)
         _require_at_least("checkpoint_minutes", self.checkpoint_minutes, 0)
+        if abs(self.seed) > _LARGEST_SEED:
+            raise ValueError(f"seed must be in [-2**40, 2**40]; got {self.seed}")
         for name in ("model", "method"):
             if not isinstance(getattr(self, name).get("name"), str):
                 raise ValueError(f"{name} must have a name; got {getattr(self, name)!r}")

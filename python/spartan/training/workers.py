@@ -75,14 +75,12 @@ def joined(device: str) -> Iterator[Workers]:
     """Join the processes that torchrun started, if it did; `device` "auto" takes a GPU where there is one.
 
     Raises:
-        ValueError, RuntimeError: a device that is not there, or processes that cannot be reached.
+        ValueError: a device that is unknown or not there. RuntimeError: processes that cannot be reached.
     """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     local = os.environ.get("LOCAL_RANK")
-    chosen = torch.device(f"cuda:{local}" if name == "cuda" and local is not None else name)
+    chosen = _device(f"cuda:{local}" if name == "cuda" and local is not None else name)
     if chosen.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device {device!r} is not there: PyTorch sees no CUDA device")
         torch.cuda.set_device(chosen)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Workers(0, 1, chosen)
@@ -92,3 +90,18 @@ def joined(device: str) -> Iterator[Workers]:
         yield Workers(dist.get_rank(), dist.get_world_size(), chosen)
     finally:
         dist.destroy_process_group()
+
+
+def _device(name: str) -> torch.device:
+    """The device of this name, on which a tensor can be made."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda, cuda:0 or another of PyTorch's; got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} is not there: PyTorch sees no CUDA device")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name!r} is not there: {str(error).splitlines()[0]}") from error
+    return device

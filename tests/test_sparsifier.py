@@ -347,3 +347,23 @@ def test_nothing_in_a_model_state_dict_comes_from_masks() -> None:
     names = set(model.state_dict())
     Sparsifier(model, Spartan(sparsity=0.5), 10)
     assert set(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", [StaticRandom, GMP, OneShot, Spartan, SET])
+def test_weights_that_are_not_finite_once_masks_are_fixed_are_not_finalized(kind: Any, value: float) -> None:
+    model = perceptron(8, 12, 6, 3)
+    sparsifier = Sparsifier(model, kind(sparsity=0.5), 5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(5):
+        sparsifier.step(optimizer)
+    assert sparsifier.frozen
+    with torch.no_grad():
+        before = model[2].weight[1, 2].item()
+        model[2].weight[1, 2] = value
+    with pytest.raises(ValueError, match=r"weight '2.weight' must be finite; 1 of its entries"):
+        sparsifier.finalize()
+    with torch.no_grad():
+        model[2].weight[1, 2] = before
+    sparsifier.finalize()
+    assert sparsifier.sparsity == pytest.approx(0.5, abs=0.01)

@@ -247,6 +247,11 @@ class MaskSet:
             return False
         return bool(found)
 
+    def require_finite(self) -> None:
+        """Raise ValueError at a weight that is not finite, by name, also where no mask is chosen any more."""
+        for group in self.groups:
+            group._require_finite()
+
     def project(self) -> None:
         """Make every weight what the forward pass uses."""
         for tensor in self.tensors:

@@ -316,9 +316,10 @@ class Sparsifier:
         brought to it.
 
         Raises:
-            RuntimeError: finalized already.
+            ValueError: a weight that is not finite, by name. RuntimeError: finalized already.
         """
         self._require_active()
+        self._masks.require_finite()
         self.method.finish(self._masks)
         self._final_costs, self._final_report = self.costs(), self.report()
         self._masks.project()

@@ -35,9 +35,10 @@ class Sparsifier:
     have gets one mask, and is masked by default if all its uses are. Modules are changed in place: names and identity
     of parameters stay, so an optimizer may be made before or after. (Other modules get a torch parametrization, and so
     do those inside MultiheadAttention and TransformerEncoderLayer and tied weights; their parameter is renamed, not
-    replaced.) Blocks are of (outputs, inputs), also where a weight is stored transposed. Names of weights are those of
-    the plain model, whether or not it, or a part, is in `DistributedDataParallel`, `torch.compile` or
-    `checkpoint_wrapper`.
+    replaced, and comes after its module's others in `model.parameters()`: to resume an optimizer's state, make it at
+    the same point, before or after.) Blocks are of (outputs, inputs), also where a weight is stored transposed. Names
+    of weights are those of the plain model, whether or not it, or a part, is in `DistributedDataParallel`,
+    `torch.compile` or `checkpoint_wrapper`.
 
     Args:
         model: any module; masked weights that share a budget must share a dtype and a device.

@@ -117,6 +117,17 @@ def test_patterns_groups_and_costs_are_of_plain_names(wrapped: Callable[[nn.Sequ
     )
 
 
+@each_wrapping
+def test_masks_go_to_a_copy_that_is_wrapped_otherwise(wrapped: Callable[[nn.Sequential], nn.Module]) -> None:
+    net = network()
+    sparsifier = Sparsifier(net, Spartan(sparsity=0.6), STEPS, include=["0.weight", "2.0.weight"])
+    other = copy.deepcopy(net)
+    train(net, sparsifier, 6)
+    sparsifier.copy_masks(wrapped(other))
+    for name, mask in sparsifier.masks().items():
+        assert torch.equal(other.get_submodule(name.removesuffix(".weight")).mask_hard, mask.hard)
+
+
 class Holder(nn.Module):
     """A model whose own names are those that wrappers use."""
 

@@ -20,6 +20,7 @@ from spartan.pattern_group import PatternGroup
 from spartan.report import Report, report_of
 from spartan.selection import Selector, common_kind
 from spartan.state import check_state, load_state, mask_entries, state_of
+from spartan.wrappers import named_owners
 
 __all__ = ["Sparsifier"]
 
@@ -243,8 +244,8 @@ class Sparsifier:
             ValueError: it has no masks where this one has them. RuntimeError: finalized.
         """
         self._require_active()
-        names = {id(module): name for name, module in self.model.named_modules()}
-        others = dict(model.named_modules())
+        names = {id(owners[-1]): name for name, owners in named_owners(self.model)}
+        others = {name: owners[-1] for name, owners in named_owners(model)}  # of a wrapper and its module, the latter
         pairs = []
         for tensor in self._masks.tensors:
             name = names[id(tensor.carrier)]

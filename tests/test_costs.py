@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from spartan import Group, Sparsifier, Spartan
 from spartan.costs import FLOPs, Parameters, PricedWeight, price
 from spartan.latency import LatencyEntry, LatencyTable
 from spartan_kernels import block_costs
@@ -138,17 +139,143 @@ def counting_timer(seconds: float, start: float) -> Any:
 def test_latency_is_the_slope_of_time_over_kept_blocks(tmp_path: Any) -> None:
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(32, 16), nn.Linear(16, 16), nn.Linear(16, 16))
     x = torch.randn(3, 4, 4, 4)
-    table = LatencyTable.measure(model, x, block_size=(4, 2), timer=counting_timer(2e-6, 1e-3))
-    assert [entry.shape for entry in table.entries] == [(8, 4, 3, 3), (16, 32), (16, 16)]
-    assert [entry.input for entry in table.entries] == [(3, 4, 4, 4), (3, 32), (3, 16)]
+    calls: list[Any] = []
+    exact = counting_timer(2e-6, 1e-3)
+    table = LatencyTable.measure(
+        model, x, block_size=(4, 2), timer=lambda call, device: calls.append(call) or exact(call, device)
+    )
+    assert len(calls) == 3 * 5  # what is the same is measured once
+    assert [entry.shape for entry in table.entries] == [(8, 4, 3, 3), (16, 32), (16, 16), (16, 16)]
+    assert [entry.inputs for entry in table.entries] == [((3, 4, 4, 4),), ((3, 32),), ((3, 16),), ((3, 16),)]
     table.save(tmp_path / "latency.json")
     loaded = LatencyTable.load(tmp_path / "latency.json")
     assert loaded.entries == table.entries
     assert loaded.block_costs(model, priced(model, (4, 2))) == pytest.approx([2e-6] * 4)
-    with pytest.raises(
-        ValueError, match=r"no entry for weight '0.weight' of shape \(8, 4, 3, 3\) in blocks of \(2, 2\)"
-    ):
-        loaded.block_costs(model, priced(model, (2, 2)))
+
+
+def seconds_by_tokens(call: Any, device: torch.device) -> float:
+    """A clock by which each kept block takes 1e-6 s for each of its tokens (of a convolution: input positions)."""
+    call()  # must work
+    x, weight, gate = call.args[:3]
+    return 1e-6 * float((gate != 0).sum()) * x.numel() / x.shape[1 if weight.dim() == 4 else -1]
+
+
+class Block(nn.Module):
+    """Self-attention, attention to another sequence in two ways, and layers of their projections' shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        self.own = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.cross = nn.MultiheadAttention(16, 2)
+        self.other = nn.MultiheadAttention(16, 2, kdim=8, vdim=8)
+        self.last = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        x = self.first(x[:1])
+        x, _ = self.own(x, x, x)
+        tokens = memory[..., :16]
+        x, _ = self.cross(x.transpose(0, 1), value=tokens, key=tokens)
+        x, _ = self.other(query=x, key=memory[..., 16:], value=memory[..., 16:], need_weights=False)
+        return self.last(x.sum(0))
+
+
+def test_latency_of_attention_is_that_of_the_tokens_it_sees() -> None:
+    model = Block().eval()
+    table = LatencyTable.measure(
+        model, torch.randn(3, 5, 16), torch.randn(7, 1, 24), block_size=4, timer=seconds_by_tokens
+    )
+    seconds = {entry.name: entry.seconds for entry in table.entries}
+    assert seconds == pytest.approx(
+        {
+            "first.weight": 5e-6,
+            "own.in_proj_weight": 5e-6,
+            "own.out_proj.weight": 5e-6,
+            "cross.in_proj_weight": (5e-6 + 7e-6 + 7e-6) / 3,
+            "cross.out_proj.weight": 5e-6,
+            "other.q_proj_weight": 5e-6,
+            "other.k_proj_weight": 7e-6,
+            "other.v_proj_weight": 7e-6,
+            "other.out_proj.weight": 5e-6,
+            "last.weight": 1e-6,  # no other layer of its shape lends it its entry
+        }
+    )
+    assert table.block_costs(model, priced(model, (4, 4))) == pytest.approx(list(seconds.values()))
+    method = Spartan(sparsity=0.5, block_size=4)
+    sparsifier = Sparsifier(Block(), method, 10, costs=table)
+    assert sparsifier.costs()["own.in_proj_weight"].dense == pytest.approx(48 * 5e-6)
+
+
+class Conv1D(nn.Module):
+    """As in Hugging Face's transformers: y = x w + b, w of shape [in, out]."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight = nn.Parameter(torch.randn(nx, nf) / nx**0.5)
+        self.bias = nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight + self.bias
+
+
+def test_latency_of_a_transposed_weight_is_that_of_its_product() -> None:
+    model = nn.Sequential(Conv1D(24, 8), nn.Linear(24, 8), nn.Linear(8, 3))
+    shapes = []
+
+    def timer(call: Any, device: torch.device) -> float:
+        shapes.append(tuple(call.args[1].shape))
+        return seconds_by_tokens(call, device)
+
+    table = LatencyTable.measure(model, torch.randn(2, 5, 8), block_size=(8, 4), timer=timer)
+    first = table.entries[0]
+    assert shapes[0] == (24, 8)  # [out, in]
+    assert (first.shape, first.block_size, first.inputs) == ((8, 24), (4, 8), ((2, 5, 8),))
+    sparsifier = Sparsifier(model, Spartan(sparsity=0.5, block_size=(8, 4)), 10, costs=table)
+    assert sparsifier.costs()["0.weight"].dense == pytest.approx(6 * 10e-6)
+
+
+def test_latency_of_a_weight_in_several_products_is_their_sum() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.tied = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.tied.weight = self.inner.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.tied(self.inner(input=self.inner(x))[:2])
+
+    table = LatencyTable.measure(Twice(), torch.randn(3, 8), block_size=4, timer=seconds_by_tokens)
+    (entry,) = table.entries
+    assert (entry.inputs, entry.seconds) == (((3, 8), (3, 8), (2, 8)), pytest.approx(8e-6))
+
+
+def test_layers_that_differ_in_nothing_but_their_stride_are_measured_each() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, stride=2, padding=1))
+
+    def timer(call: Any, device: torch.device) -> float:
+        return 1e-6 * float((call.args[2] != 0).sum()) * call()[0, 0].numel()
+
+    table = LatencyTable.measure(model, torch.randn(1, 4, 6, 6), block_size=4, timer=timer)
+    assert [entry.seconds for entry in table.entries] == pytest.approx([36e-6, 9e-6])
+
+
+def test_all_weights_without_a_latency_are_named_at_once() -> None:
+    model = nn.Sequential(nn.Conv1d(8, 8, 3), nn.Flatten(), nn.Linear(16, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+    table = LatencyTable.measure(model, torch.randn(2, 8, 4), block_size=4, timer=seconds_by_tokens)
+    expected = (
+        r"no entry for '0.weight' of shape \(8, 8, 3\) in blocks of \(4, 4\), in a Conv1d;"
+        r" '3.weight' of shape \(8, 8\) in blocks of \(2, 2\), in a Linear\. It has 3 entries, for blocks of"
+        r" \[\(4, 4\)\].*exclude=.*FLOPs"
+    )
+    groups = [Group(include="3.weight", block_size=2)]
+    with pytest.raises(ValueError, match=expected):
+        Sparsifier(model, Spartan(sparsity=0.5, block_size=4), 10, costs=table, groups=groups)
+    assert type(model[2]) is nn.Linear  # nothing is changed
+    Sparsifier(model, Spartan(sparsity=0.5, block_size=4), 10, costs=table, exclude="0.weight")
+    with pytest.raises(ValueError, match=r"no entry for '2.weight' of shape \(8, 12\)"):
+        other = nn.Sequential(nn.ReLU(), nn.ReLU(), nn.Linear(12, 8), nn.Linear(8, 3))
+        Sparsifier(other, Spartan(sparsity=0.5, block_size=4), 10, costs=table)
 
 
 def test_one_slow_measurement_does_not_move_latency() -> None:
@@ -178,15 +305,16 @@ def test_latency_tables_that_cannot_be_are_refused(tmp_path: Any) -> None:
     linear = nn.Linear(8, 8)
     with pytest.raises(ValueError, match="block_size must be larger than 1"):
         LatencyTable.measure(linear, torch.randn(2, 8), block_size=1)
-    with pytest.raises(ValueError, match="model must have a Linear"):
+    with pytest.raises(ValueError, match="model must have a weight of Linear"):
         LatencyTable.measure(nn.ReLU(), torch.randn(2, 8), block_size=4)
-    entries = [LatencyEntry((8, 8), (4, 4), shape, 1e-6) for shape in ((2, 8), (3, 8))]
-    with pytest.raises(ValueError, match=r"has two, for inputs of shape \(2, 8\) and \(3, 8\)"):
+    entries = [LatencyEntry("a", (8, 8), (4, 4), (shape,), 1e-6) for shape in ((2, 8), (3, 8))]
+    with pytest.raises(ValueError, match=r"one for each weight and block size; got .*\(2, 8\).* and .*\(3, 8\)"):
         LatencyTable(entries)
     with pytest.raises(ValueError, match="positive seconds"):
-        LatencyTable([LatencyEntry((8, 8), (4, 4), (2, 8), 0.0)])
+        LatencyTable([LatencyEntry("a", (8, 8), (4, 4), ((2, 8),), 0.0)])
     path = tmp_path / "latency.json"
-    for text in ("", "{}", '{"format": "other", "version": 1, "entries": []}', '{"format": "spartan-latency"'):
+    old = '{"format": "spartan-latency", "version": 1, "entries": []}'
+    for text in ("", "{}", old, '{"format": "other", "version": 1, "entries": []}', '{"format": "spartan-latency"'):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"latency.json is no latency table"):
             LatencyTable.load(path)

@@ -231,7 +231,8 @@ def test_a_group_of_its_own_sparsity_keeps_that_part_of_its_cost() -> None:
 
 def test_a_latency_table_is_a_budget_of_seconds() -> None:
     model = nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 16), nn.Linear(16, 4))
-    table = LatencyTable([LatencyEntry((16, 32), (4, 4), (8, 32), 2e-6), LatencyEntry((16, 16), (4, 4), (8, 16), 1e-6)])
+    entries = [("0.weight", (16, 32), ((8, 32),), 2e-6), ("1.weight", (16, 16), ((8, 16),), 1e-6)]
+    table = LatencyTable([LatencyEntry(name, shape, (4, 4), x, seconds) for name, shape, x, seconds in entries])
     method = Spartan(sparsity=0.75, block_size=4)
     sparsifier = Sparsifier(model, method, 10, costs=table)
     for _ in range(10):

@@ -46,6 +46,11 @@ class MaskGroup:
         self.initial = min(max(float(total), largest), float(self.capacity))
 
     @property
+    def keeps_zeros(self) -> bool:
+        """Whether it began with blocks of zeros dropped: magnitude never selects those."""
+        return self.initial < self.capacity
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.tensors[0].seen.device
@@ -65,9 +70,10 @@ class MaskGroup:
             )
         return next(iter(names))
 
-    def budget(self, progress: float) -> float:
-        """What to keep at the part `progress` of the way from what is kept at first to the target."""
-        budget = self.initial + (self.target - self.initial) * progress
+    def budget(self, progress: float, *, from_all: bool = False) -> float:
+        """What to keep at the part `progress` of the way from what is kept at first, or `from_all`, to the target."""
+        initial = self.capacity if from_all else self.initial
+        budget = initial + (self.target - initial) * progress
         if self.tensors[0].cost is None:
             return budget
         return min(budget * (1 + _COST_ROUNDING), self.capacity)
@@ -140,7 +146,7 @@ class MaskGroup:
 
         `scores` replaces the magnitudes that decide.
         """
-        if budget >= self.capacity:
+        if budget >= self.capacity and not (self.keeps_zeros and scores is None):
             for tensor in self.tensors:
                 tensor.carrier.mask_hard.fill_(True)
                 tensor.carrier.masks_changed()
@@ -153,6 +159,8 @@ class MaskGroup:
         except ValueError:
             self._require_finite()
             raise
+        if self.keeps_zeros and scores is None:
+            masks = [mask & (value != 0) for mask, value in zip(masks, values, strict=True)]
         for tensor, mask in zip(self.tensors, masks, strict=True):
             tensor.hard.copy_(mask)
         self.changed()
@@ -206,6 +214,7 @@ class MaskSet:
     """All masked weights of a model with the clock of their training: what a method acts on.
 
     `optimizer` is the one that trains the weights, where it is known: attached, or given to `Sparsifier.step`.
+    `keep_zeros`: whether the first masks are to be those of a model that is sparse already.
     """
 
     groups: list[MaskGroup]
@@ -213,27 +222,36 @@ class MaskSet:
     step: int = 0
     frozen: bool = False
     optimizer: torch.optim.Optimizer | None = None
+    keep_zeros: bool = False
 
     @property
     def tensors(self) -> list[MaskedTensor]:
         """Every masked weight, in the groups' order."""
         return [tensor for group in self.groups for tensor in group.tensors]
 
-    def select(self, progress: float, scores: dict[str, torch.Tensor] | None = None) -> None:
+    def start_from_zeros(self) -> None:
+        """Drop blocks of zeros from the first step on."""
+        self.keep_zeros = True
+        for group in self.groups:
+            group.start_from_zeros()
+        self.select(0.0)
+
+    def select(self, progress: float, scores: dict[str, torch.Tensor] | None = None, *, from_all: bool = False) -> None:
         """Write the hard masks of all groups, exact to one block over each part of the model.
 
         What a group's last block leaves of its budget goes to the next group of its part; those with least room
         come first, so that the last one can use it.
         """
         carry: dict[int, float] = {}
-        for group in sorted(self.groups, key=lambda g: g.capacity - g.budget(progress)):
+        budgets = [(group, group.budget(progress, from_all=from_all)) for group in self.groups]
+        for group, budget in sorted(budgets, key=lambda pair: pair[0].capacity - pair[1]):
             own = None if scores is None else [scores[tensor.name] for tensor in group.tensors]
             if not group.lends:
-                group.select(group.budget(progress), own)
+                group.select(budget, own)
                 continue
             left = carry.get(group.part, 0.0)
-            kept = group.select(min(group.budget(progress) + left, group.capacity), own)
-            carry[group.part] = left + group.budget(progress) - kept
+            kept = group.select(min(budget + left, group.capacity), own)
+            carry[group.part] = left + budget - kept
 
     def gradient_scale(self) -> torch.Tensor | float:
         """What `.grad` is a multiple of now: 1, or the loss scale where a fused optimizer unscales in its own step."""

@@ -15,7 +15,7 @@ from spartan.distributed import heed_in_ddp, ignore_in_ddp, is_dtensor, reshard
 from spartan.groups import Group, Part, kept_by_part, parts_of, price_parts, seen_of
 from spartan.mask_carrier import MaskCarrier
 from spartan.masks import Mask, MaskGroup, MaskSet
-from spartan.methods.base import Method, SparseMethod
+from spartan.methods.base import Method, SparseMethod, require_keeps_zeros
 from spartan.pattern_group import PatternGroup
 from spartan.report import Report, report_of
 from spartan.selection import Selector, common_kind
@@ -58,10 +58,11 @@ class Sparsifier:
             a function (name, module, shape of the blocks) -> cost of each, a number or a tensor. `sparsity` then is
             the fraction of the masked weights' cost that is removed, whatever `count` says. Blocks are chosen by
             magnitude / cost, and what is kept never costs more than the budget. None: each weight costs 1.
-        keep_zeros: for a model that is sparse already: blocks of zeros are dropped from the first step on, and the
-            budget goes from what is left to the target. With `GMP` and `OneShot` they stay zero; with `Spartan`,
-            `DualAveraging`, `DPF` and `IHT`, whose gradients reach dropped weights, they come back if they grow.
-            Methods that choose their first masks themselves do not take it.
+        keep_zeros: for a model that is sparse already: blocks of zeros are dropped from the first step on, and a budget
+            that shrinks does so from what is left. With `GMP`, `OneShot`, `TopKAST` and `StaticRandom` they stay zero,
+            also where that is sparser than asked. With `Spartan`, `DualAveraging`, `DPF`, `IHT` and `SRSTE`, whose
+            gradients reach dropped weights, they come back if they grow; `RigL`, `SET` and `GSE` begin with the largest
+            of what is not zero instead of random blocks, and grow others. Not for patterns, `MaskDecay`, `WGSEF`.
 
     Attributes:
         skipped: why a parameter is not masked, by its name.
@@ -101,8 +102,8 @@ class Sparsifier:
         if count not in _COUNTS:
             raise ValueError(f"count must be one of {', '.join(_COUNTS)}; got {count!r}")
         reshard(model)
-        if keep_zeros and (method.masking is None or not method.masking.keeps_zeros or method.masking.pattern):
-            raise ValueError(f"keep_zeros is for methods that start dense, without a pattern; got {method!r}")
+        if keep_zeros:
+            require_keeps_zeros(method)
         self.model = model
         self.method = method
         self._handles: list[RemovableHandle] = []
@@ -124,17 +125,11 @@ class Sparsifier:
         budgets = [] if method.masking is None else self._make_groups(method.masking, parts)
         self._masks = MaskSet(budgets, total_steps)
         if keep_zeros:
-            self._start_from_zeros()
+            self._masks.start_from_zeros()
         method.start(self._masks)
         self._entries = mask_entries(method, self._masks)
         self._buffers = [name for name, _ in model.named_buffers() if name.rpartition(".")[2].startswith("mask_")]
         ignore_in_ddp(model, self._buffers)
-
-    def _start_from_zeros(self) -> None:
-        for group in self._masks.groups:
-            group.start_from_zeros()
-        if self._masks.groups:
-            self._masks.select(0.0)
 
     def _price(self, parts: list[Part], costs: CostModel | PricePerBlock) -> tuple[list[Part], float]:
         masking = self.method.masking

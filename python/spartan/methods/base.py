@@ -149,6 +149,21 @@ def require_pattern(value: Any) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
+def require_keeps_zeros(method: Method) -> None:
+    """Raise ValueError unless the method can start from the zeros of a sparse model."""
+    masking = method.masking
+    if masking is None or not masking.keeps_zeros:
+        raise ValueError(
+            f"keep_zeros is not for {method.name}, which begins with all weights; leave it out, or take a method that"
+            f" begins with masks, such as GMP, TopKAST or RigL; got {method!r}"
+        )
+    if masking.pattern is not None:
+        raise ValueError(
+            "keep_zeros is not for a pattern, which keeps n of each m neighbours also where fewer are not zero; leave"
+            f" it out, as magnitude drops zeros first; got {method!r}"
+        )
+
+
 def require_interval(value: Any) -> None:
     """Raise unless `value` is a number of steps: an int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -28,6 +28,9 @@ class Rewiring(SparseMethod):
     before any that would not grow from zero. After T = `end` of the
     steps the masks are fixed. The number of kept weights never changes.
 
+    With `keep_zeros=True` of the sparsifier the first masks are of blocks that are not zero, the largest that fit,
+    instead of random ones; should they be fewer than the budget, the first change fills it.
+
     The masks have exactly the sparsity asked for. The trained weights may have more zeros: a kept one is still zero if
     it got no gradient since it was grown, as that of an embedding not looked up, of a unit that is never active, or of
     any weight where the last change is the last step.
@@ -41,6 +44,7 @@ class Rewiring(SparseMethod):
 
     grows_from_zero = True
     takes_pattern = False
+    keeps_zeros = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,8 +58,8 @@ class Rewiring(SparseMethod):
         """How much each block deserves to be grown, at least 0, summed over its weights; by name."""
 
     def start(self, masks: MaskSet) -> None:
-        """Draw the first masks."""
-        masks.select(1.0, draw_scores(masks, self.seed))
+        """Draw the first masks, or take those of a model that is sparse already."""
+        masks.select(1.0, None if masks.keep_zeros else draw_scores(masks, self.seed))
         masks.project()
 
     def update(self, masks: MaskSet) -> None:

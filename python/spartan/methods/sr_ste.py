@@ -33,8 +33,6 @@ class SRSTE(DualAveraging):
     arXiv 2102.04010.
     """
 
-    keeps_zeros = False
-
     pattern: tuple[int, int] | None = (2, 4)
     strength: float = 2e-4
     ramp: float = 0.0

@@ -22,6 +22,8 @@ _SEED_STRIDE = 0x9E3779B97F4A7C15
 class StaticRandom(SparseMethod):
     """Keep blocks drawn uniformly at random before training, in exact numbers per layer.
 
+    With `keep_zeros=True` of the sparsifier those that are not zero are kept instead, or the largest of them that fit.
+
     Attributes:
         distribution: "erk" unless said otherwise.
         seed: of the draw, which does not touch PyTorch's global generator.
@@ -31,14 +33,15 @@ class StaticRandom(SparseMethod):
     seed: int = 0
 
     takes_shards = True
+    keeps_zeros = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_seed(self.seed)
 
     def start(self, masks: MaskSet) -> None:
-        """Draw the masks."""
-        masks.select(1.0, draw_scores(masks, self.seed))
+        """Draw the masks, or take those of a model that is sparse already."""
+        masks.select(1.0, None if masks.keep_zeros else draw_scores(masks, self.seed))
         masks.freeze()
 
     def update(self, masks: MaskSet) -> None:

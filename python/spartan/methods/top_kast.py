@@ -25,6 +25,7 @@ class TopKAST(SparseMethod):
     D is the kept fraction of the layer's budget. Weights outside B stay bit for bit what they are, whatever
     momentum, Adam moments and weight decay the optimizer has: a copy of theta is taken before it steps. On the CPU
     its memory is kept from step to step, as fresh memory costs more there than the whole step of the optimizer.
+    With `keep_zeros=True` of the sparsifier, blocks of zeros never enter A or B.
 
     Attributes:
         sparsity: fraction of zeros of the forward pass, from the first step on.
@@ -44,6 +45,7 @@ class TopKAST(SparseMethod):
     freeze: float = 1.0
 
     takes_shards = True
+    keeps_zeros = True
     backward_masks = True
 
     straight_through = True
@@ -90,7 +92,7 @@ class TopKAST(SparseMethod):
             tensor.spare = None
 
     def _choose(self, masks: MaskSet) -> None:
-        masks.select(self.backward_sparsity / self.sparsity if self.sparsity else 1.0)
+        masks.select(self.backward_sparsity / self.sparsity if self.sparsity else 1.0, from_all=True)
         larger = [tensor.hard.clone() for tensor in masks.tensors]
         masks.select(1.0)
         for tensor, chosen in zip(masks.tensors, larger, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from spartan.methods import (
     GMP,
     IHT,
     SET,
+    SRSTE,
     DualAveraging,
+    MaskDecay,
     OneShot,
     RigL,
     SparseMethod,
@@ -24,6 +27,18 @@ from spartan.methods import (
     TopKAST,
 )
 from spartan.sparsifier import Sparsifier
+
+MIXED: list[SparseMethod] = [
+    Spartan(sparsity=0.75, block_size=(4, 2), beta=4.0, beta_units="threshold"),
+    TopKAST(sparsity=0.75, backward_sparsity=0.375, block_size=(4, 2), interval=2),
+    GMP(sparsity=0.75, block_size=(4, 2), interval=2),
+    StaticRandom(sparsity=0.75, block_size=(4, 2), distribution="global"),
+    SRSTE(pattern=None, sparsity=0.75, block_size=(4, 2)),
+    MaskDecay(pattern=None, sparsity=0.75, block_size=(4, 2)),
+    # The same in other words: blocks are those of a group.
+    DualAveraging(pattern=(2, 4)),
+]
+
 
 METHODS: list[SparseMethod] = [
     Spartan(pattern=(2, 4)),
@@ -66,6 +81,81 @@ def test_finished_models_keep_n_of_each_m(method: SparseMethod) -> None:
     for layer in (model[0], model[3]):
         assert bool((kept_of_each(layer.weight, m) == n).all())
     assert sparsifier.sparsity == method.sparsity == 1 - n / m
+
+
+def mixed(model: nn.Module, method: SparseMethod) -> Sparsifier:
+    """2:4 in the convolution, blocks with 75 % zeros in the linear layer."""
+    if method.pattern is None:
+        group = spartan.Group(include="0.*", pattern=(2, 4))
+    else:
+        group = spartan.Group(include="3.*", sparsity=0.75, block_size=(4, 2))
+    return Sparsifier(model, method, 12, groups=[group], count="masked")
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for index in steps:
+        x = torch.randn(8, 4, 6, 6, generator=torch.Generator().manual_seed(index))
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x), x[:, :3, 0, 0].argmax(1)).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("method", MIXED, ids=lambda method: method.name)
+def test_a_pattern_in_one_part_and_blocks_in_another(method: SparseMethod) -> None:
+    ends = []
+    for stop in (12, 7):
+        model = network()
+        sparsifier = mixed(model, method)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        sparsifier.attach(optimizer)
+        train(model, optimizer, range(stop))
+        if stop < 12:  # resumed
+            states = [copy.deepcopy(part.state_dict()) for part in (model, optimizer, sparsifier)]
+            model = network()
+            sparsifier = mixed(model, method)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+            sparsifier.attach(optimizer)
+            for part, state in zip((model, optimizer, sparsifier), states, strict=True):
+                part.load_state_dict(state)
+            train(model, optimizer, range(stop, 12))
+        sparsifier.finalize()
+        rows = {row.name: (row.block_size, row.sparsity) for row in sparsifier.report().rows}
+        assert rows == {"0.weight": ((1, 1), 0.5), "3.weight": ((4, 2), 0.75)}
+        assert bool((kept_of_each(model[0].weight, 4) == 2).all())
+        zero = (model[3].weight == 0).unflatten(1, (-1, 2)).unflatten(0, (-1, 4))
+        assert torch.equal(zero.all(3).all(1), zero.any(3).any(1))
+        assert int(zero.sum()) == 0.75 * zero.numel()
+        ends.append([parameter.detach().clone() for parameter in model.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
+
+
+def test_groups_may_have_patterns_of_their_own_or_the_method_s() -> None:
+    model = network()
+    groups = [spartan.Group(include="3.*", pattern=[1, 4]), spartan.Group(include="0.*")]
+    Sparsifier(model, OneShot(pattern=(2, 4)), 10, groups=groups).finalize()
+    assert bool((kept_of_each(model[0].weight, 4) == 2).all())
+    assert bool((kept_of_each(model[3].weight, 4) == 1).all())
+
+
+def test_sparsity_of_the_rest_does_not_count_a_pattern() -> None:
+    model = network()
+    group = spartan.Group(include="0.*", pattern=(2, 4))
+    Sparsifier(model, OneShot(sparsity=0.5), 10, groups=[group]).finalize()
+    rest = sum(parameter.numel() for parameter in model.parameters()) - model[0].weight.numel()
+    assert int((model[3].weight == 0).sum()) == round(0.5 * rest)
+
+
+def test_what_does_not_go_with_the_pattern_of_a_group_is_refused() -> None:
+    model, group = network(), spartan.Group(include="0.*", pattern=(2, 4))
+    with pytest.raises(ValueError, match="pattern is not for RigL"):
+        Sparsifier(model, RigL(sparsity=0.5), 10, groups=[group])
+    with pytest.raises(ValueError, match=r"keep_zeros is not for a pattern, .* got pattern \(2, 4\)"):
+        Sparsifier(model, GMP(sparsity=0.5), 10, groups=[group], keep_zeros=True)
+    with pytest.raises(ValueError, match=r"costs are not for weights with a pattern; '0.weight' has \(2, 4\)"):
+        Sparsifier(model, GMP(sparsity=0.5), 10, groups=[group], costs=spartan.FLOPs(torch.randn(1, 4, 6, 6)))
+    with pytest.raises(ValueError, match=r"groups\[0\] must have a sparsity of its own to have blocks"):
+        Sparsifier(model, GMP(pattern=(2, 4)), 10, groups=[spartan.Group(include="0.*", block_size=2)])
+    assert type(model[0]) is nn.Conv2d
 
 
 def test_top_kast_trains_the_larger_set_of_each_group() -> None:

@@ -256,8 +256,6 @@ def test_patterns_follow_the_inputs_of_weights_stored_by_inputs() -> None:
     sparsifier = Sparsifier(model, GMP(pattern=(2, 4)), 4, exclude="1.*")
     sparsifier.finalize()
     assert bool(((model[0].weight != 0).view(2, 4, 6).sum(1) == 2).all())
-    with pytest.raises(ValueError, match="groups are not for a method with a pattern"):
-        Sparsifier(model, GMP(pattern=(2, 4)), 4, groups=[Group(include="0.*")])
 
 
 def test_parameters_keep_their_order_whichever_is_masked_first() -> None:

@@ -241,6 +241,13 @@ def test_methods_train_groups_to_their_sparsity_and_resume(method: Any) -> None:
         (lambda: Group(include="9.*"), ValueError, "include pattern '9.\\*' matches no weight"),
         (lambda: Group(include=lambda name, module: False), ValueError, r"groups\[0\] has no weight"),
         (lambda: Group(include="3.*", sparsity=0.9999), ValueError, "sparsity 0.9999 cannot be reached"),
+        (lambda: Group(include="*", pattern=(4, 2)), ValueError, r"pattern must be a pair \(n, m\)"),
+        (
+            lambda: Group(include="*", pattern=(2, 4), block_size=4),
+            ValueError,
+            r"block_size must be left out with pattern \(2, 4\); got 4",
+        ),
+        (lambda: Group(include="3.*", pattern=(5, 7)), ValueError, "weight '3.weight' of .* does not divide into .* 7"),
     ],
 )
 def test_bad_groups_are_refused_by_name(make: Any, error: type[Exception], message: str) -> None:

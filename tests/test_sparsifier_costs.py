@@ -272,7 +272,7 @@ def test_training_resumes_bit_for_bit_and_only_with_its_costs() -> None:
 
 def test_what_does_not_go_with_costs_is_refused() -> None:
     example = FLOPs(torch.randn(1, 3, 4, 4))
-    with pytest.raises(ValueError, match=r"costs are not for a method with a pattern, got pattern \(1, 3\)"):
+    with pytest.raises(ValueError, match=r"costs are not for weights with a pattern; '0.weight' has \(1, 3\)"):
         Sparsifier(network(), Spartan(pattern=(1, 3)), 10, exclude="3.*", costs=example)
     with pytest.raises(TypeError, match="costs must be a cost model or a function"):
         Sparsifier(network(), Spartan(sparsity=0.5), 10, costs="flops")  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from spartan.budgets import Distribution, LayerSize, distribute, kept_total, req
 from spartan.costs import BlockCosts, CostModel, PricedWeight, PricePerBlock, price
 from spartan.distributed import Seen, is_dtensor, own_class, require_aligned, seen_weights
 from spartan.masks import MaskedTensor
-from spartan.methods.base import SparseMethod, require_number
+from spartan.methods.base import SparseMethod, require_number, require_pattern
 from spartan.nn import largest_block, mask_weight, share_mask, swappable
 from spartan.pattern_group import require_divisible
 from spartan.selection import (
@@ -39,6 +39,8 @@ class Group:
         sparsity: fraction of zeros of these weights alone, in [0, 1); None: they share the method's with the rest.
         block_size: 1, an int or (rows, columns); None: the method's.
         distribution: "global", "uniform", "erk" or sparsities by name, within the group; None: the method's.
+        pattern: (n, m), such as (2, 4), in the place of the other three; None: the method's, but in a group with a
+            sparsity of its own, which has blocks.
 
     Raises:
         TypeError, ValueError: a setting of the wrong type or outside its range, named.
@@ -49,8 +51,15 @@ class Group:
     sparsity: float | None = None
     block_size: int | tuple[int, int] | None = None
     distribution: Distribution | None = None
+    pattern: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        if self.pattern is not None:
+            object.__setattr__(self, "pattern", require_pattern(self.pattern))
+            others = {"sparsity": self.sparsity, "block_size": self.block_size, "distribution": self.distribution}
+            for name, value in others.items():
+                if value is not None:
+                    raise ValueError(f"{name} must be left out with pattern {self.pattern}; got {value!r}")
         if self.sparsity is not None:
             require_number("sparsity", self.sparsity, 0.0, 1.0, open_end=True)
         if self.block_size is not None:
@@ -61,13 +70,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Part:
-    """Weights with the same settings; `sparsity` None: as the whole model has it."""
+    """Weights with the same settings; `sparsity` None: as the whole model has it; that of a pattern is its own."""
 
     weights: list[Candidate]
     block_size: tuple[int, int]
     distribution: Distribution
     sparsity: float | None = None
     costs: Sequence[BlockCosts] | None = None
+    pattern: tuple[int, int] | None = None
 
     def sizes(self) -> list[LayerSize]:
         """What budgets need to know of each weight."""
@@ -102,7 +112,8 @@ def parts_of(
     comes first, with the settings of the method.
 
     Raises:
-        ValueError: nothing is left to mask, a group without weights, a pattern that matches none.
+        ValueError: nothing is left to mask, a group without weights, a pattern of names that matches none; a pattern of
+            n in m that the method does not take or that does not divide a weight.
     """
     if not isinstance(groups, Sequence) or not all(isinstance(group, Group) for group in groups):
         raise TypeError(f"groups must be a sequence of spartan.Group; got {groups!r}")
@@ -116,29 +127,43 @@ def parts_of(
         if not free:
             raise ValueError(f"groups[{index}] has no weight that is not in an earlier group or excluded; got {group}")
         taken |= {c.name for c in free}
-        block_size = method.block_size if group.block_size is None else group.block_size
-        parts.append(Part(free, block_shape(block_size), group.distribution or method.distribution, group.sparsity))
+        parts.append(_part(free, index, group, method))
     rest = [c for c in rest if c.name not in taken]
     if rest:
-        parts.insert(0, Part(rest, block_shape(method.block_size), method.distribution))
+        parts.insert(0, _part(rest, None, Group(include=()), method))
     chosen = [c for part in parts for c in part.weights]
     skipped = skipped_weights(model, found, chosen, include, exclude)
-    if method.pattern is not None:
-        if groups:
-            raise ValueError(f"groups are not for a method with a pattern, got pattern {method.pattern}")
-        for candidate in chosen:
-            require_divisible(candidate.name, candidate.weight.shape, method.pattern, candidate.transposed)
     if not chosen:
         raise ValueError(f"model has no weight to sparsify; include= can choose others. Skipped: {skipped}")
     return parts, skipped
+
+
+def _part(weights: list[Candidate], index: int | None, group: Group, method: SparseMethod) -> Part:
+    """Weights with the settings of a group, and the method's where it has none."""
+    pattern = group.pattern if group.pattern or group.sparsity is not None else method.pattern
+    if pattern is None:
+        size = method.block_size if group.block_size is None else group.block_size
+        return Part(weights, block_shape(size), group.distribution or method.distribution, group.sparsity)
+    if group.block_size is not None or group.distribution is not None:
+        raise ValueError(
+            f"groups[{index}] must have a sparsity of its own to have blocks where the method has the pattern"
+            f" {pattern}; got {group}"
+        )
+    method.require_takes_pattern(pattern)
+    for candidate in weights:
+        require_divisible(candidate.name, candidate.weight.shape, pattern, candidate.transposed)
+    return Part(weights, (1, 1), "uniform", 1 - pattern[0] / pattern[1], pattern=pattern)
 
 
 def price_parts(parts: Sequence[Part], costs: CostModel | PricePerBlock, model: nn.Module) -> tuple[list[Part], float]:
     """The parts with the costs of their blocks, and what a unit of these is worth in the cost model's own.
 
     Raises:
-        TypeError, ValueError: as `price`.
+        TypeError, ValueError: as `price`; a part with a pattern.
     """
+    for part in parts:
+        if part.pattern is not None:
+            raise ValueError(f"costs are not for weights with a pattern; {part.weights[0].name!r} has {part.pattern}")
     weights = [
         PricedWeight(c.name, c.uses[0].module, c.weight, c.block_size(part.block_size), c.uses[0].parameter)
         for part in parts

@@ -49,11 +49,11 @@ class Sparsifier:
             of that type), a function of (name, module), or several of these. Any floating-point parameter of at least
             two dimensions can be chosen, unless it is a bias.
         exclude: the same, taken from the choice, and from that of `groups`.
-        groups: weights with a sparsity, block size or distribution of their own, see `spartan.Group`; what they
-            choose is masked besides `include`, whose weights in no group have the method's settings.
+        groups: weights with a sparsity, block size, distribution or pattern of their own, see `spartan.Group`; what
+            they choose is masked besides `include`, whose weights in no group have the method's settings.
         count: what `sparsity` is a fraction of. "model": of all parameters of the model, so masked weights
             are sparser to make up for dense ones; "masked": of the masked weights alone. Weights of groups that
-            have a sparsity of their own are not counted in either.
+            have a sparsity or a pattern of their own are not counted in either.
         costs: what a block costs: a `spartan.CostModel` such as `FLOPs(example_input)` or `LatencyTable.load(file)`, or
             a function (name, module, shape of the blocks) -> cost of each, a number or a tensor. `sparsity` then is
             the fraction of the masked weights' cost that is removed, whatever `count` says. Blocks are chosen by
@@ -102,8 +102,6 @@ class Sparsifier:
         if count not in _COUNTS:
             raise ValueError(f"count must be one of {', '.join(_COUNTS)}; got {count!r}")
         reshard(model)
-        if keep_zeros:
-            require_keeps_zeros(method)
         self.model = model
         self.method = method
         self._handles: list[RemovableHandle] = []
@@ -113,6 +111,8 @@ class Sparsifier:
         parts: list[Part] = []
         if method.masking is not None:
             parts, self.skipped = parts_of(model, method.masking, include, exclude, groups)
+        if keep_zeros:
+            require_keeps_zeros(method, (part.pattern for part in parts))
         masked_alone = count == "masked" or (method.masking is not None and method.masking.pattern is not None)
         counted = (c.weight for part in parts for c in part.weights) if masked_alone else model.parameters()
         self._counted = sum(weight.numel() for weight in counted)
@@ -121,7 +121,7 @@ class Sparsifier:
         self._final_report: Report | None = None
         self._reported: dict[str, torch.Tensor] = {}
         if costs is not None and parts:
-            parts, self._cost_unit = self._price(parts, costs)
+            parts, self._cost_unit = price_parts(parts, costs, model)
         budgets = [] if method.masking is None else self._make_groups(method.masking, parts)
         self._masks = MaskSet(budgets, total_steps)
         if keep_zeros:
@@ -131,19 +131,10 @@ class Sparsifier:
         self._buffers = [name for name, _ in model.named_buffers() if name.rpartition(".")[2].startswith("mask_")]
         ignore_in_ddp(model, self._buffers)
 
-    def _price(self, parts: list[Part], costs: CostModel | PricePerBlock) -> tuple[list[Part], float]:
-        masking = self.method.masking
-        if masking is not None and masking.pattern is not None:
-            raise ValueError(f"costs are not for a method with a pattern, got pattern {masking.pattern}")
-        return price_parts(parts, costs, self.model)
-
     def _make_groups(self, method: SparseMethod, parts: list[Part]) -> list[MaskGroup]:
         """Mask the weights, grouped by budget; nothing is changed if the sparsity cannot be reached."""
         self._require_fit({c.name: c.weight for part in parts for c in part.weights})
         seen = seen_of(self.model, parts)
-        if method.pattern is not None:
-            (part,) = parts
-            return [PatternGroup(tensor, method.pattern) for tensor in part.masked_tensors(method, seen)]
         costs = [size.cost for part in parts for size in part.sizes() if size.cost is not None]
         kept = kept_by_part(parts, method.sparsity, sum(costs) if costs else self._counted)
         targets = [distribute(p.sizes(), k, p.distribution) for p, k in zip(parts, kept, strict=True)]
@@ -151,10 +142,13 @@ class Sparsifier:
         for part, budgets in zip(parts, members, strict=True):
             for budget in budgets:
                 common_kind([part.weights[i].weight for i in budget])
-        groups = []
+        groups: list[MaskGroup] = []
         for index, part in enumerate(parts):
             tensors = part.masked_tensors(method, seen)
             lends = isinstance(part.distribution, str)  # the sparsity of a layer that was named is its own
+            if part.pattern is not None:
+                groups += [PatternGroup(tensor, part.pattern) for tensor in tensors]
+                continue
             for budget, target in zip(members[index], targets[index], strict=True):
                 groups.append(MaskGroup([tensors[i] for i in budget], target, index, lends))
         return groups

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -109,9 +110,13 @@ class SparseMethod(Method):
         if not isinstance(self.distribution, str):
             object.__setattr__(self, "distribution", dict(self.distribution))
 
-    def _settle_pattern(self, pattern: tuple[int, int]) -> None:
+    def require_takes_pattern(self, pattern: tuple[int, int]) -> None:
+        """Raise ValueError unless masks of n in each m neighbours make sense for the method."""
         if not self.takes_pattern:
             raise ValueError(f"pattern is not for {self.name}, whose masks change by few weights; got {pattern!r}")
+
+    def _settle_pattern(self, pattern: tuple[int, int]) -> None:
+        self.require_takes_pattern(pattern)
         n, m = require_pattern(pattern)
         if self.block_size != 1:
             raise ValueError(f"block_size must be 1 with pattern {pattern}; got {self.block_size}")
@@ -149,19 +154,20 @@ def require_pattern(value: Any) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
-def require_keeps_zeros(method: Method) -> None:
-    """Raise ValueError unless the method can start from the zeros of a sparse model."""
+def require_keeps_zeros(method: Method, patterns: Iterable[tuple[int, int] | None]) -> None:
+    """Raise ValueError unless the method can start from the zeros of a sparse model, and no weight has a pattern."""
     masking = method.masking
     if masking is None or not masking.keeps_zeros:
         raise ValueError(
             f"keep_zeros is not for {method.name}, which begins with all weights; leave it out, or take a method that"
             f" begins with masks, such as GMP, TopKAST or RigL; got {method!r}"
         )
-    if masking.pattern is not None:
-        raise ValueError(
-            "keep_zeros is not for a pattern, which keeps n of each m neighbours also where fewer are not zero; leave"
-            f" it out, as magnitude drops zeros first; got {method!r}"
-        )
+    for pattern in patterns:
+        if pattern is not None:
+            raise ValueError(
+                "keep_zeros is not for a pattern, which keeps n of each m neighbours also where fewer are not zero;"
+                f" leave it out, as magnitude drops zeros first; got pattern {pattern}"
+            )
 
 
 def require_interval(value: Any) -> None:

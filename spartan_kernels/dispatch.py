@@ -207,14 +207,23 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
+# the modules beside the one that has the extension, by stem
+_COMPILED = {
+    "soft_topk": "_topk",
+    "hard_topk": "_topk",
+    "masked_weight": "_weight",
+    "masked_matmul": "_matmul",
+    "masked_conv": "_conv",
+}
+
+
 @cache
 def implementation(operator: str, name: str) -> Callable[..., Any]:
     """The function of the backend `name` that computes `operator`."""
     package = "spartan_kernels.backends."
     stem = SUPPORT[operator][name].stem
     compiled = {"native": "native", "cuda": "native_cuda"}
-    apart = {"masked_matmul": "_matmul", "masked_conv": "_conv"}  # modules beside the compiled backend's first one
-    module = compiled[name] + apart.get(stem, "") if name in compiled else f"{name}.{stem}"
+    module = f"{compiled[name]}{_COMPILED[stem]}" if name in compiled else f"{name}.{stem}"
     function: Callable[..., Any] = getattr(importlib.import_module(package + module), operator)
     return function
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from spartan_kernels.arguments import memory_format
-from spartan_kernels.backends import native
+from spartan_kernels.backends import native_weight
 from spartan_kernels.backends.native_conv_windows import (
     Geometry,
     geometry,
@@ -168,7 +168,7 @@ def masked_conv2d_backward(
         else:
             unused = gate.new_ones(())  # what the gradient of a masked weight takes
             operands = dense.contiguous(), gate.float(), backward_mask, unused, unused, rows, columns, True
-            results[1] = native.masked_weight_forward(*operands)
+            results[1] = native_weight.masked_weight_forward(*operands)
     if needs[3]:
         results[3] = grad.sum((0, 2, 3))
     return results

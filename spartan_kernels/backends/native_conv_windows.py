@@ -122,7 +122,7 @@ def geometry(
 def _kept(use: str, rows: int, columns: int) -> torch.Tensor:
     """Float32 scratch of this thread, whose memory nothing that is returned may share."""
     size = rows * columns * 4
-    return native._workspace(size, use)[:size].view(torch.float32).view(rows, columns)
+    return native.workspace(size, use)[:size].view(torch.float32).view(rows, columns)
 
 
 def result_memory(like: torch.Tensor, g: Geometry, rows: int, columns: int) -> torch.Tensor:

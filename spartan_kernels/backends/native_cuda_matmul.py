@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from spartan_kernels.backends import native_cuda
+from spartan_kernels.backends import native, native_cuda
 
 _TF32 = 4  # ops.h, Dtype
 _ACTIVATIONS = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}  # ops.h, Activation
@@ -24,12 +24,12 @@ def block_layout(gate: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.T
     sizes = (lines, grid_rows + 1, gate.numel(), grid_columns + 1, gate.numel(), lines)
     make = torch.empty if gate.numel() else torch.zeros  # of a gate without entries not every line writes
     counts, *parts = (make(size, dtype=torch.int32, device=gate.device) for size in sizes)
-    native_cuda._call(
+    native_cuda.call(
         native_cuda._native.cuda.block_layout,
         gate,
         gate.data_ptr(),
         gate.element_size(),
-        native_cuda._pointer(mask),
+        native.pointer(mask),
         grid_rows,
         grid_columns,
         counts.data_ptr(),
@@ -66,9 +66,9 @@ class _Matrix:
         offsets = [part.data_ptr() for part in self.layout] if layout else [0] * 5
         packed = 0 if self.positions is None else self.positions.data_ptr()
         self.handle = native_cuda._native.cpu.BlockMatrix(
-            self.data.data_ptr(), *shape, *block, stride, native_cuda._pointer(self.gate), *offsets, packed
+            self.data.data_ptr(), *shape, *block, stride, native.pointer(self.gate), *offsets, packed
         )
-        self.dtype = native_cuda._DTYPES[data.dtype]
+        self.dtype = native_cuda.DTYPES[data.dtype]
         tf32 = data.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
         self.multiplied = _TF32 if tf32 else self.dtype
         self.out, self.in_ = shape
@@ -85,7 +85,7 @@ class _Matrix:
         saved = torch.empty_like(y) if save else x.new_empty(0)
         b = None if bias is None else bias.detach().contiguous()
         scratch = self._workspace(flat.shape[0])
-        native_cuda._call(
+        native_cuda.call(
             native_cuda._native.cuda.masked_matmul,
             x,
             self.multiplied,
@@ -93,7 +93,7 @@ class _Matrix:
             flat.data_ptr(),
             flat.shape[0],
             flat.stride(0),
-            native_cuda._pointer(b),
+            native.pointer(b),
             _ACTIVATIONS[activation],
             y.data_ptr(),
             saved.data_ptr() if save else 0,
@@ -105,7 +105,7 @@ class _Matrix:
         flat = _tokens(dz)
         dx = dz.new_empty((*dz.shape[:-1], self.in_))
         scratch = self._workspace(flat.shape[0])
-        native_cuda._call(
+        native_cuda.call(
             native_cuda._native.cuda.masked_matmul_input_gradient,
             dz,
             self.multiplied,
@@ -121,7 +121,7 @@ class _Matrix:
     def sampled(self, dz: torch.Tensor, x: torch.Tensor, result: torch.Tensor, grad_gate: torch.Tensor | None) -> None:
         """The layout's blocks of dz^T x, times their gate; grad_gate: their products with the data before that."""
         left, right = _tokens(dz), _tokens(x)
-        native_cuda._call(
+        native_cuda.call(
             native_cuda._native.cuda.sampled_matmul,
             x,
             self.multiplied,
@@ -132,12 +132,12 @@ class _Matrix:
             right.stride(0),
             left.shape[0],
             result.data_ptr(),
-            native_cuda._pointer(grad_gate),
+            native.pointer(grad_gate),
         )
 
     def gate_gradient(self, raw: torch.Tensor, grad_gate: torch.Tensor) -> None:
         """The same from a dense raw = dz^T x, which is multiplied by the gates in place."""
-        native_cuda._call(
+        native_cuda.call(
             native_cuda._native.cuda.gate_gradient,
             raw,
             self.dtype,

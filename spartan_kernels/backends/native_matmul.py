@@ -6,7 +6,6 @@ import torch
 
 from spartan_kernels.backends import native
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 _ACTIVATIONS = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 _aten = torch.ops.aten
 
@@ -30,10 +29,6 @@ def block_layout(gate: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.T
         *(part.data_ptr() for part in parts),
     )
     return tuple(parts)
-
-
-def _pointer(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _tokens(x: torch.Tensor) -> torch.Tensor:
@@ -64,9 +59,16 @@ class _Matrix:
         stride = 0 if positions is not None else self.data.stride(0)
         offsets = [part.data_ptr() for part in self.layout] if layout else [0] * 4
         self.handle = native._native.cpu.BlockMatrix(
-            self.data.data_ptr(), *shape, *block, stride, _pointer(self.gate), *offsets, 0, _pointer(positions)
+            self.data.data_ptr(),
+            *shape,
+            *block,
+            stride,
+            native.pointer(self.gate),
+            *offsets,
+            0,
+            native.pointer(positions),
         )
-        self.dtype = _DTYPES[data.dtype]
+        self.dtype = native.DTYPES[data.dtype]
         self.out, self.in_ = shape
 
     def forward(
@@ -77,7 +79,7 @@ class _Matrix:
         y = x.new_empty((*x.shape[:-1], self.out)) if y is None else y
         saved = torch.empty_like(y) if save else x.new_empty(0)
         b = None if bias is None else bias.detach().contiguous()
-        scratch = native._workspace(
+        scratch = native.workspace(
             native._native.cpu.masked_matmul_workspace_bytes(self.handle, flat.shape[0], threads)
         )
         native._native.cpu.masked_matmul(
@@ -86,7 +88,7 @@ class _Matrix:
             flat.data_ptr(),
             flat.shape[0],
             flat.stride(0),
-            _pointer(b),
+            native.pointer(b),
             _ACTIVATIONS[activation],
             y.data_ptr(),
             saved.data_ptr() if save else 0,
@@ -99,7 +101,7 @@ class _Matrix:
     def input_gradient(self, dz: torch.Tensor) -> torch.Tensor:
         flat, threads = _tokens(dz), torch.get_num_threads()
         dx = dz.new_empty((*dz.shape[:-1], self.in_))
-        scratch = native._workspace(
+        scratch = native.workspace(
             native._native.cpu.masked_matmul_workspace_bytes(self.handle, flat.shape[0], threads)
         )
         native._native.cpu.masked_matmul_input_gradient(
@@ -118,7 +120,7 @@ class _Matrix:
     def sampled(self, dz: torch.Tensor, x: torch.Tensor, raw: torch.Tensor, grad_gate: torch.Tensor | None) -> None:
         """raw = dz^T x on the blocks, times the gate; grad_gate = its products with the data before that."""
         left, right = _tokens(dz), _tokens(x)
-        scratch = native._workspace(
+        scratch = native.workspace(
             native._native.cpu.sampled_matmul_workspace_bytes(self.handle, left.shape[0], right.stride(0))
         )
         native._native.cpu.sampled_matmul(
@@ -130,7 +132,7 @@ class _Matrix:
             right.stride(0),
             left.shape[0],
             raw.data_ptr(),
-            _pointer(grad_gate),
+            native.pointer(grad_gate),
             scratch.data_ptr(),
             scratch.numel(),
             torch.get_num_threads(),

@@ -26,7 +26,7 @@ def _no_stream(like: torch.Tensor) -> tuple[int, int]:
     return 0, 0
 
 
-native_cuda._stream = _no_stream
+native_cuda.stream = _no_stream
 native_cuda.unavailable = lambda: None
 for rows in dispatch.SUPPORT.values():
     if "cuda" in rows:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from spartan_kernels import new_solver_state, ops, solve_masks_
-from spartan_kernels.backends import native_cuda
+from spartan_kernels.backends import native_cuda, native_cuda_topk
 from spartan_kernels.testing import assert_within_error_budget, oracle_soft_topk, plain_soft_topk
 
 pytestmark = pytest.mark.skipif(not os.environ.get("SPARTAN_EMULATED"), reason="needs the emulated CUDA extension")
@@ -54,7 +54,7 @@ LIMIT, WARM, COLD, BACKWARD = 8, 12, 16, 20
 @pytest.mark.parametrize("density", [0.5, 0.1, 0.01])
 def test_a_solve_moves_what_its_launch_plan_says(dtype: torch.dtype, density: float) -> None:
     share, mask = dtype.itemsize / 4, 1
-    plan = native_cuda.launch_plan(dtype)
+    plan = native_cuda_topk.launch_plan(dtype)
     assert sum((launch.read + launch.written) * launch.cold for launch in plan) <= COLD * share + mask
     assert sum((launch.read + launch.written) * launch.warm for launch in plan) <= WARM * share + mask
     values, state = torch.randn(N), new_solver_state("cpu")
@@ -72,13 +72,13 @@ def test_a_solve_moves_what_its_launch_plan_says(dtype: torch.dtype, density: fl
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_the_gradient_moves_what_its_launch_plan_says(dtype: torch.dtype) -> None:
-    plan = native_cuda.backward_launch_plan(dtype)
+    plan = native_cuda_topk.backward_launch_plan(dtype)
     assert sum(launch.read + launch.written for launch in plan) == BACKWARD * dtype.itemsize / 4
     values = torch.randn(N).to(dtype).requires_grad_()
     (mask,) = ops.soft_topk_global([values], budget_of(0.1 * N), None, BETA, backend="cuda")
-    _, threshold = native_cuda.soft_topk_global_forward([values], budget_of(0.1 * N), [], BETA, "")
+    _, threshold = native_cuda_topk.soft_topk_global_forward([values], budget_of(0.1 * N), [], BETA, "")
     moved()
-    native_cuda.soft_topk_global_backward([torch.randn_like(mask)], [values], threshold, [], BETA, False, "")
+    native_cuda_topk.soft_topk_global_backward([torch.randn_like(mask)], [values], threshold, [], BETA, False, "")
     for found, each in zip(moved(), (sum(p.read for p in plan), sum(p.written for p in plan)), strict=True):
         assert 0.99 * each * N <= found <= 1.001 * each * N
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
+import spartan
 from spartan import FLOPs, Group, History, Sparsifier, Spartan
+from spartan.export import describe_pretrained
 
 if not dist.is_available():
     pytest.skip("PyTorch was built without torch.distributed", allow_module_level=True)
@@ -191,3 +194,17 @@ def test_states_from_before_load_with_the_names_that_they_had(prefix: str) -> No
     del state["masks"][f"{prefix}0.weight"]
     with pytest.raises(ValueError, match="another"):
         new.load_state_dict(state)
+
+
+@pytest.mark.parametrize("wrap", [compiled, DistributedDataParallel], ids=["compile", "ddp"])
+def test_files_have_the_names_of_the_plain_model(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    model = network()
+    spartan.save_pretrained(wrap(model), tmp_path)
+    assert {tensor.name for tensor in describe_pretrained(tmp_path)} == set(model.state_dict())
+    for other in (network(), wrap(network())):
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        assert spartan.load_pretrained(other, tmp_path) is other
+        for found, expected in zip(other.parameters(), model.parameters(), strict=True):
+            assert torch.equal(found, expected)

@@ -15,6 +15,7 @@ from spartan.nn import BlockSparseLinear
 from spartan.pack_modules import replace_modules
 from spartan.packing import Packed, pack, pack_blocks, unpack, unpack_blocks
 from spartan.saved_model import CONFIG_FILE, DTYPES, MODEL_FILE, Entry, dtype_name, read_config, read_parts, write_files
+from spartan.wrappers import unwrapped
 from spartan_kernels import BlockSparseWeight
 
 __all__ = [
@@ -74,7 +75,8 @@ def save_pretrained(
     one. One process at a time may save into a folder.
 
     Args:
-        model: plain modules, after `Sparsifier.finalize()`, or packed ones.
+        model: plain modules, after `Sparsifier.finalize()`, or packed ones; saved under the names that it has without
+            what wraps it (`torch.compile`, data parallelism).
         directory: made if it is missing; gets `model.safetensors` and `config.json`.
         block_size: an int or (rows, columns) to try for "blocks"; None tries squares of 4 to 128.
         dense: for tools that know nothing of this package: every tensor dense and under its own name, tied ones
@@ -84,6 +86,7 @@ def save_pretrained(
         ValueError: a model that is still masked, or a tensor that cannot be saved (a dtype, a shard, no data, state
             that is not a tensor), by name.
     """
+    model = unwrapped(model)
     for name, module in model.named_modules():
         if hasattr(module, "mask_hard"):
             raise ValueError(f"model is still masked at {name!r}: call Sparsifier.finalize() first")
@@ -119,6 +122,7 @@ def load_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> nn.M
         ValueError: a file that is missing, damaged, truncated or of an unknown format, or of another model;
             the message names the file.
     """
+    given, model = model, unwrapped(model)
     entries, path = read_config(Path(directory))
     own = _state(model)
     _require_same_model(entries, own, path)
@@ -143,9 +147,9 @@ def load_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> nn.M
             raise ValueError(f"{path} is of another model: {name!r} is packed, the model has no linear layer for it")
     for layer, value in renewed:
         layer.load_packed(value)
-    model = replace_modules(model, replacements)
-    model.load_state_dict(tensors, strict=False)  # names and shapes are those of the model: checked above
-    return model
+    loaded = replace_modules(model, replacements)
+    loaded.load_state_dict(tensors, strict=False)  # names and shapes are those of the model: checked above
+    return given if loaded is model else loaded
 
 
 def describe_pretrained(directory: str | os.PathLike[str]) -> list[SavedTensor]:

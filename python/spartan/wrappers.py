@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-__all__ = ["is_wrapper", "named_owners", "same_names"]
+__all__ = ["is_wrapper", "named_owners", "same_names", "unwrapped"]
 
 # Where a wrapper's class is, and what it calls the module that it wraps. A class nobody imported wraps nothing.
 _WRAPPERS = (
@@ -26,6 +26,13 @@ _CHILDREN = {child for _, _, child in _WRAPPERS}
 def is_wrapper(module: nn.Module) -> bool:
     """Whether `module` only wraps another: data parallelism, `torch.compile`, checkpointed activations."""
     return _wrapped_as(module) is not None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The plain model that `model` wraps, or itself."""
+    while (child := _wrapped_as(model)) is not None:
+        model = getattr(model, child)
+    return model
 
 
 def named_owners(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, ...]]]:

@@ -138,7 +138,7 @@ def test_the_same_bits_twice() -> None:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_value_that_is_not_finite_leaves_no_plausible_mask(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_cuda, "_inspect_list", lambda *_: None)  # as on a GPU, where the host does not look
+    monkeypatch.setattr(native_cuda_topk, "_inspect_list", lambda *_: None)  # as on a GPU, where the host does not look
     values = torch.randn(N)
     values[73_457] = bad
     for k in (0.1 * N, float(N)):

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from spartan.matmul import masked_linear
+from spartan_kernels import precision
 from spartan_kernels.arguments import block_grid, block_shape
 from spartan_kernels.break_even import Crossing, Surface, device_kind, store
 from spartan_kernels.dispatch import AUTO_ORDER, refusal
@@ -122,12 +123,8 @@ def _fastest(
                     continue
         return TunedTile(kind, span, other, few, min(times, key=lambda tile: times[tile]))
 
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
-    try:
+    with precision.using(kind == "tf32"):
         return search(forward, *size), search(input_gradient, *reversed(size))
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _crossing(

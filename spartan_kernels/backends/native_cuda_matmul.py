@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from spartan_kernels import precision
 from spartan_kernels.backends import native, native_cuda
 
 _TF32 = 4  # ops.h, Dtype
@@ -69,8 +70,7 @@ class _Matrix:
             self.data.data_ptr(), *shape, *block, stride, native.pointer(self.gate), *offsets, packed
         )
         self.dtype = native_cuda.DTYPES[data.dtype]
-        tf32 = data.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-        self.multiplied = _TF32 if tf32 else self.dtype
+        self.multiplied = _TF32 if data.dtype == torch.float32 and precision.tf32() else self.dtype
         self.out, self.in_ = shape
 
     def _workspace(self, tokens: int) -> torch.Tensor:

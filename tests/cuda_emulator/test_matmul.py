@@ -58,10 +58,10 @@ def close(actual: Tensor, expected: Tensor, terms: int, name: str) -> None:
 @pytest.fixture
 def tf32() -> Iterator[None]:
     """PyTorch's switch, on."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
     yield
-    torch.backends.cuda.matmul.allow_tf32 = before
+    torch.backends.cuda.matmul.fp32_precision = before
 
 
 def problem(out: int, in_: int, block: tuple[int, int], density: float, dtype: torch.dtype) -> dict[str, Tensor]:

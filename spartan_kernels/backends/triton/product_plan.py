@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from spartan_kernels.precision import tf32
 from spartan_kernels.tiles import Tile, power_of_two, tile_for
 
 _FEW_PROGRAMS = 256  # under which a sum is split between programs
@@ -22,7 +23,7 @@ def precision_of(x: torch.Tensor) -> str:
     """How float32 is multiplied: PyTorch's switch for TF32."""
     if x.device.type == "cpu" and x.dtype == torch.bfloat16:
         return "widened"
-    return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if x.dtype == torch.float32 and tf32() else "ieee"
 
 
 def kind_of(dtype: torch.dtype, precision: str) -> str:

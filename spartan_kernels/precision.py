@@ -1,0 +1,31 @@
+"""How GPU kernels multiply float32: in full precision or in TF32, as PyTorch's switch for its own products says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+__all__ = ["tf32", "using"]
+
+_forced: list[bool] = []
+
+
+def tf32() -> bool:
+    """Whether PyTorch multiplies float32 in TF32 on CUDA, whichever of its switches said so.
+
+    `fp32_precision` is read: it follows `allow_tf32` and `set_float32_matmul_precision`, which cannot be read any more
+    once somebody has used it.
+    """
+    return _forced[-1] if _forced else torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+@contextmanager
+def using(enabled: bool) -> Iterator[None]:
+    """TF32 or not for the products of this package in this process, whatever PyTorch's switch says: for a search."""
+    _forced.append(enabled)
+    try:
+        yield
+    finally:
+        _forced.pop()

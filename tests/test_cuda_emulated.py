@@ -52,7 +52,7 @@ def test_the_operators_pass_their_own_tests(emulated: Path) -> None:
         "SPARTAN_EMULATED": str(emulated),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]),
     }
-    files = ("masked_weight", "soft_topk", "soft_topk_global", "hard_topk", "step_gradient")
+    files = ("masked_weight", "soft_topk", "soft_topk_global", "hard_topk", "hard_bits", "step_gradient")
     files += ("layout", "masked_linear", "block_sparse", "sampled_matmul", "corners")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.cuda_emulator.plugin", "-p", "no:cacheprovider"]
     # what only concerns torch.library and torch.compile is the same on every backend

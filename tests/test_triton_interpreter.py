@@ -24,6 +24,7 @@ SELECTIONS = {
     "test_masked_weight.py": "block_scores or zero_weights or dropped or (forward_and_gradient and float32 and both)",
     "test_soft_topk.py": "long_rows or odd_lengths or nothing_and or ties or plateau or non_finite"
     " or (float32_gradient and 20.0)",
+    "test_hard_bits.py": "300-torch or 9000 or training or (lists and 1000)",
     "test_hard_topk.py": "long_rows or lowest_index or first_entry or fractional or (concatenation and mixed_scales)",
     "test_masked_linear.py": "(value and 37) or closed_gates or layout_replaces or nan_gate",
     "test_layout.py": "what_is_empty or transposed or nan_is",

@@ -53,6 +53,8 @@ def hard_topk(
     """The entries taken in descending v/a until the next one would exceed the budget, along one dimension.
 
     h_i = 1 for the longest prefix, in descending v_i / a_i with ties to the lowest index, whose costs sum to at most k.
+    Every backend finds the same bits: v and a are taken in float32 (in float64 where that is what they are), and their
+    quotient is rounded to nearest.
 
     Args:
         values: v, any shape, floating point.

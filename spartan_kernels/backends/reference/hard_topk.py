@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from spartan_kernels.backends.reference.survey import survey
+from spartan_kernels.backends.reference.survey import ratio, survey
 from spartan_kernels.groups import sum_before, summed
 
 _DIGIT_BITS = 8
@@ -53,8 +53,7 @@ def hard_topk_forward(
     values: torch.Tensor, budget: torch.Tensor, costs: torch.Tensor | None, group: str = ""
 ) -> torch.Tensor:
     """h for each row of values [rows, n]."""
-    a = values.new_ones(()) if costs is None else costs
-    u = values / a
+    u, a = ratio(values, costs)
     return select(u, a, survey(values, u, costs, budget, None, group).allowance, group)
 
 

@@ -13,15 +13,11 @@ import torch
 from spartan_kernels.arguments import SMALLEST_BETA
 from spartan_kernels.backends.reference.hard_topk import select
 from spartan_kernels.backends.reference.masked_weight import block_scores
-from spartan_kernels.backends.reference.survey import Survey, survey
+from spartan_kernels.backends.reference.survey import Survey, ratio, survey
 from spartan_kernels.blocks import score_list
 from spartan_kernels.groups import gather, summed
 
 MAX_STEPS = 200
-
-
-def _compute_dtype(values: torch.Tensor) -> torch.dtype:
-    return torch.float64 if values.dtype == torch.float64 else torch.float32
 
 
 def _position(
@@ -103,12 +99,6 @@ def _start(u: torch.Tensor, hard: torch.Tensor, known: Survey, group: str) -> to
     return torch.where(torch.isfinite(lowest), lowest, known.highest)
 
 
-def _ratio(values: torch.Tensor, costs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    dtype = _compute_dtype(values)
-    a = torch.ones((), dtype=dtype, device=values.device) if costs is None else costs.to(dtype)
-    return values.to(dtype) / a, a
-
-
 def _mask(u: torch.Tensor, threshold: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
     return torch.sigmoid(_logits(u, threshold[:, 0], threshold[:, 1], beta))
 
@@ -121,7 +111,7 @@ def soft_topk_forward(
     group: str = "",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """m and (c, d) for each row of values [rows, n]."""
-    u, a = _ratio(values, costs)
+    u, a = ratio(values, costs)
     known = survey(values, u, costs, budget, beta, group)
     threshold = solve(u, a, select(u, a, known.allowance, group), known, beta, group)
     return _mask(u, threshold, beta).to(values.dtype), threshold
@@ -141,7 +131,7 @@ def soft_topk_backward(
     D = sum a s, r = sum g s / D:  dv = beta s (g / a - r),  dk = r,
     da = -(g - a r) s beta v / a^2 - r m,  dbeta = sum (g - a r) s v / a.
     """
-    u, a = _ratio(values, costs)
+    u, a = ratio(values, costs)
     g = grad.to(u.dtype)
     x = _logits(u, threshold[:, 0], threshold[:, 1], beta)
     m = torch.sigmoid(x)
@@ -212,7 +202,7 @@ def solve_masks_(
     values, absolute = score_list(values, block_sizes, absolute, block_scores)
     row, costs_row = _concatenated(values, costs)
     row = row.abs() if absolute else row
-    u, a = _ratio(row, costs_row)
+    u, a = ratio(row, costs_row)
     known = survey(row, u, costs_row, budget[None], beta, group)
     kept = select(u, a, known.allowance, group)
     threshold = solve(u, a, kept, known, beta, group)

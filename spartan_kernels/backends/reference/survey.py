@@ -24,6 +24,13 @@ class Survey(NamedTuple):
         return torch.where(self.budget >= self.total, torch.inf, self.budget)
 
 
+def ratio(values: torch.Tensor, costs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """u = v / a and a, in float32 or float64: what decides a selection is rounded once, and alike on every backend."""
+    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+    a = torch.ones((), dtype=dtype, device=values.device) if costs is None else costs.to(dtype)
+    return values.to(dtype) / a, a
+
+
 def survey(
     values: torch.Tensor,
     u: torch.Tensor,

@@ -61,7 +61,7 @@ def _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS
     u = _load_tile(values_ptr, stride_vn, start, n, 0.0, TILE)
     if HAS_COSTS:
         a = _load_tile(costs_ptr, stride_cn, start, n, 1.0, TILE)
-        u = u / a
+        u = tl.div_rn(u, a)
     else:
         a = tl.full((TILE,), 1.0, tl.float32)
     return u, a, start + tl.arange(0, TILE) < n

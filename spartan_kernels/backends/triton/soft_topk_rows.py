@@ -54,7 +54,7 @@ def load_rows(
         u = tl.load(values_ptr + row[:, None] * stride_vm + column * stride_vn, live, other=0.0).to(tl.float32)
     if HAS_COSTS:
         a = tl.load(costs_ptr + row[:, None] * stride_cm + column * stride_cn, live, other=1.0).to(tl.float32)
-        u = u / a
+        u = tl.div_rn(u, a)
     else:
         a = tl.full((BLOCK_M, BLOCK_N), 1.0, tl.float32)
     return u, a, row, offsets, live

@@ -116,7 +116,7 @@ def load_ratio(
         u = tl.abs(u)
     if HAS_COSTS:
         a = load_costs(row_ptr, start, live, whole, DTYPE, ALIGNED, CHUNK)
-        u = u / a
+        u = tl.div_rn(u, a)
     else:
         a = tl.full((CHUNK,), 1.0, tl.float32)
     return u, a
@@ -135,7 +135,7 @@ def gather_ratio(
     if HAS_COSTS:
         costs_ptr = tl.load(row_ptr + COSTS).to(tl.pointer_type(DTYPE))
         a = tl.load(costs_ptr + offsets * tl.load(row_ptr + COST_STRIDE), live, other=1.0).to(tl.float32)
-        u = u / a
+        u = tl.div_rn(u, a)
     else:
         a = tl.where(live, 1.0, 1.0)
     return u, a

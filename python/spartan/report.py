@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from spartan.heads import why_no_head
 from spartan.tables import text_table
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Report:
         sparsity: fraction of zeros among the parameters that the sparsifier counts.
         beta: sharpness of the soft masks, in the method's units, or None. frozen: whether the masks are fixed.
         rows: one for each masked weight. skipped: why the other parameters are not masked, by name.
+        no_head: why no Linear is taken for a classifier head, which stays dense by default; None where one is.
     """
 
     method: str
@@ -56,6 +58,7 @@ class Report:
     frozen: bool
     rows: tuple[LayerReport, ...]
     skipped: Mapping[str, str]
+    no_head: str | None = None
 
     def __str__(self) -> str:
         state = "masks fixed" if self.frozen else "" if self.beta is None else f"beta {self.beta:.3g}"
@@ -82,7 +85,8 @@ class Report:
             reasons.setdefault(reason, []).append(name)
         empty = [row.name for row in self.rows if row.sparsity == 1]
         kept = [f"nothing is kept (the layer is its bias alone): {', '.join(empty)}"] if empty else []
-        return kept + [f"not masked ({reason}): {', '.join(names)}" for reason, names in reasons.items()]
+        head = [] if self.no_head is None else [f"no head: {self.no_head}"]
+        return kept + head + [f"not masked ({reason}): {', '.join(names)}" for reason, names in reasons.items()]
 
 
 def report_of(sparsifier: Sparsifier, layers: Sequence[MaskedTensor], before: Mapping[str, torch.Tensor]) -> Report:
@@ -109,6 +113,7 @@ def report_of(sparsifier: Sparsifier, layers: Sequence[MaskedTensor], before: Ma
         sparsifier.frozen,
         tuple(rows),
         dict(sparsifier.skipped),
+        why_no_head(sparsifier.model),
     )
 
 

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.prune import BasePruningMethod
 
 from spartan.distributed import own_class
+from spartan.heads import adapter_of, head_of
 from spartan.wrappers import is_wrapper, named_owners
 
 __all__ = ["Candidate", "Selector", "Use", "common_kind", "find_weights", "select_weights", "skipped_weights"]
@@ -90,7 +92,8 @@ def find_weights(model: nn.Module) -> list[Candidate]:
     """All parameters of a model, in definition order, tied ones once, by their names in the plain model.
 
     Raises:
-        TypeError: not a module. ValueError: a module that is masked already, a lazy one without its weights.
+        TypeError: not a module. ValueError: a module that is masked already, a lazy one without its weights, one on the
+            meta device.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
@@ -102,8 +105,7 @@ def find_weights(model: nn.Module) -> list[Candidate]:
         for parameter, weight in owners[-1]._parameters.items():
             if weight is not None:
                 name = f"{path}.{parameter}" if path else parameter
-                if isinstance(weight, nn.UninitializedParameter):
-                    raise ValueError(f"parameter {name!r} is not initialised yet: run the model once")
+                _require_values(name, weight)
                 weights[id(weight)] = weight
                 uses.setdefault(id(weight), []).append(Use(name, parameter, owners))
     return [Candidate(weights[key], tuple(places), _stored_by_inputs(places[0])) for key, places in uses.items()]
@@ -115,17 +117,18 @@ def select_weights(
     """The weights to mask, in definition order.
 
     By default those of exact types Linear, Conv1d, Conv2d and Conv3d, of MultiheadAttention and of the `Conv1D` of
-    Hugging Face's transformers, except the classifier head, which is the last Linear in definition order; a tied weight
-    if all its uses are. `include` replaces that choice (any floating-point parameter of at least two dimensions that is
-    no bias, the head too) and `exclude` takes from it. Both are patterns for names of weights ("blocks.*.weight"),
-    types (all in modules of that type), functions of the weight's name and the module, or several of these.
+    Hugging Face's transformers, except the classifier head (`heads.head_of`), frozen weights and low-rank adapters; a
+    tied weight if all its uses are. `include` replaces that choice (any floating-point parameter of at least two
+    dimensions that is no bias, the head and frozen ones too) and `exclude` takes from it. Both are patterns for names
+    of weights ("blocks.*.weight"), types (all in modules of that type), functions of the weight's name and the module,
+    or several of these.
 
     Raises:
         ValueError: a pattern or type that matches no weight. TypeError: something else than a selector.
     """
     fit = [candidate for candidate in found if candidate.unfit is None]
     if include is None:
-        head = _head(model)
+        head = head_of(model)
         chosen = [candidate for candidate in fit if _why_dense(candidate, head) is None]
     else:
         require_used("include", include, found)
@@ -144,7 +147,7 @@ def skipped_weights(
     exclude: Selector | None,
 ) -> dict[str, str]:
     """Why each parameter that is not in `chosen` is not, by its first name."""
-    head, masked = _head(model), {candidate.name for candidate in chosen}
+    head, masked = head_of(model), {candidate.name for candidate in chosen}
     reasons = {}
     for candidate in found:
         if candidate.name in masked:
@@ -194,13 +197,14 @@ def _matches(one: _One, use: Use) -> bool:
     return bool(one(use.name, use.module))
 
 
-def _head(model: nn.Module) -> nn.Module | None:
-    linears = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
-    ]
-    return linears[-1] if linears else None
+def _require_values(name: str, weight: nn.Parameter) -> None:
+    if isinstance(weight, nn.UninitializedParameter):
+        raise ValueError(f"parameter {name!r} is not initialised yet: run the model once")
+    if weight.is_meta:
+        raise ValueError(
+            f"model must have values to choose masks by; its parameter {name!r} is on the meta device: call"
+            " model.to_empty(device=...) and initialise or load the weights first, then mask it"
+        )
 
 
 def _stored_by_inputs(use: Use) -> bool:
@@ -219,14 +223,32 @@ def _unfit(use: Use, weight: nn.Parameter) -> str | None:
         return "bias"
     if not weight.is_floating_point():
         return "not floating point"
+    if weight.element_size() == 1:
+        return f"quantised: {str(weight.dtype).removeprefix('torch.')}"
     if any(isinstance(owner, ParametrizationList) for owner in use.owners):
         return "parametrized already"
+    if (hook := _recomputed_by(use)) is not None:
+        return hook
     if weight.dim() < 2:
         return "norm" if _is_norm(module) else "fewer than two dimensions"
     if not weight.numel():
         return "empty"
     if isinstance(module, _EMBEDDINGS) and (module.sparse or module.max_norm is not None):
         return "embedding with sparse gradients" if module.sparse else "embedding that renormalises its rows"
+    return None
+
+
+def _recomputed_by(use: Use) -> str | None:
+    """Which hook of the module's forward pass makes its weight anew of this parameter; None: no such hook."""
+    weight, _, suffix = use.parameter.rpartition("_")
+    for hook in use.module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod) and (hook._tensor_name, suffix) == (weight, "orig"):
+            return (
+                f"pruned by torch.nn.utils.prune: prune.remove(module, {weight!r}) makes it plain, and keep_zeros=True"
+                " keeps its zeros"
+            )
+        if getattr(hook, "name", None) == weight and suffix in ("orig", "g", "v"):  # spectral_norm, weight_norm
+            return f"{weight} is made of it by {type(hook).__name__}"
     return None
 
 
@@ -244,6 +266,10 @@ def _dense_use(use: Use, head: nn.Module | None) -> str | None:
         return "norm"
     if module is head:
         return "head: the last Linear"
+    if (adapter := adapter_of(use.name, use.owners)) is not None:
+        return f"adapter: {adapter}"
+    if not getattr(module, use.parameter).requires_grad:
+        return "frozen: its requires_grad is False"
     linear = use.parameter == "weight" and (
         own_class(module) in _DEFAULT_TYPES
         or _is_transformers_linear(module)

@@ -31,12 +31,13 @@ class Sparsifier:
     """Trains `model` to a sparsity chosen beforehand, with the training loop unchanged.
 
     Masked by default: the weights of Linear and Conv layers (exact types), of MultiheadAttention and of the `Conv1D`
-    of Hugging Face's transformers, except the classifier head, which is the last Linear in definition order.
-    Embeddings, norms, biases and the head stay dense; `skipped` says why, for each. A weight that several modules
-    have gets one mask, and is masked by default if all its uses are. Modules are changed in place: names and identity
-    of parameters stay, so an optimizer may be made before or after. (Other modules get a torch parametrization, and so
-    do those inside MultiheadAttention and TransformerEncoderLayer and tied weights; their parameter is renamed, not
-    replaced, and comes after its module's others in `model.parameters()`: to resume an optimizer's state, make it at
+    of Hugging Face's transformers, except the classifier head: the last Linear in definition order, unless that is in
+    a layer that repeats or in a model without a head. Embeddings, norms, biases, the head, frozen weights
+    (`requires_grad=False`) and low-rank adapters stay dense; `skipped` says why, for each. A weight that several
+    modules have gets one mask, and is masked by default if all its uses are. Modules are changed in place: names and
+    identity of parameters stay, so an optimizer may be made before or after. (Other modules get a torch parametrization,
+    and so do those inside MultiheadAttention and TransformerEncoderLayer and tied weights; their parameter is renamed,
+    not replaced, and comes after its module's others in `model.parameters()`: to resume an optimizer's state, make it at
     the same point, before or after.) Blocks are of (outputs, inputs), also where a weight is stored transposed. Names
     of weights are those of the plain model, whether or not it, or a part, is in `DistributedDataParallel`,
     `torch.compile` or `checkpoint_wrapper`.

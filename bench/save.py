@@ -27,7 +27,7 @@ def _plain(value: Any) -> Any:
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def to_json(report: Report) -> str:

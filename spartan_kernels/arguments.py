@@ -78,7 +78,7 @@ def scalar(name: str, value: float | torch.Tensor, device: torch.device) -> torc
         if value.dim() != 0:
             raise ValueError(f"{name} must be a number or a 0-dim tensor; got shape {tuple(value.shape)}")
         return value.to(device=device, dtype=torch.float64)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or a 0-dim tensor; got {type(value).__name__}")
     if torch.compiler.is_compiling():
         # `full` would burn the number into the graph, and an annealed beta compile it again at every step
@@ -92,7 +92,7 @@ def block_shape(block_size: int | tuple[int, int]) -> tuple[int, int]:
     Raises:
         ValueError: not a positive int or a pair of positive ints.
     """
-    pair = tuple(block_size) if isinstance(block_size, tuple | list) else (block_size, block_size)
+    pair = tuple(block_size) if isinstance(block_size, (tuple, list)) else (block_size, block_size)
     if len(pair) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in pair):
         raise ValueError(f"block_size must be a positive int or a pair of positive ints; got {block_size!r}")
     return pair[0], pair[1]

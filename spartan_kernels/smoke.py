@@ -162,7 +162,7 @@ def probes() -> list[Probe]:
 
 
 def _flat(result: Any) -> list[torch.Tensor]:
-    return [t for part in result for t in _flat(part)] if isinstance(result, list | tuple) else [result]
+    return [t for part in result for t in _flat(part)] if isinstance(result, (list, tuple)) else [result]
 
 
 def compare(result: Any, expected: Any) -> str | None:

@@ -97,7 +97,7 @@ def test_whatever_is_saved_comes_back(
     for i, layer in enumerate(model):
         was_packed = isinstance(layer, BlockSparseLinear) and not dense
         assert isinstance(other[i], BlockSparseLinear) or not was_packed
-        if isinstance(layer, nn.Linear | BlockSparseLinear):
+        if isinstance(layer, (nn.Linear, BlockSparseLinear)):
             assert same_bits(other[i].weight, plain[f"{i}.weight"]), i
             assert same_bits(other[i].bias, plain[f"{i}.bias"]), i
         else:

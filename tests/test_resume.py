@@ -176,7 +176,7 @@ def flat(state: Any) -> Any:
     """A state that can be compared."""
     if isinstance(state, dict):
         return {key: flat(part) for key, part in state.items()}
-    if isinstance(state, list | tuple):
+    if isinstance(state, (list, tuple)):
         return [flat(part) for part in state]
     return state.tolist() if isinstance(state, torch.Tensor) else state
 

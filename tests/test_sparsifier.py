@@ -99,7 +99,7 @@ def test_trains_to_exact_sparsity_and_leaves_plain_modules(method: Method) -> No
     zeros, count = zeros_and_count(model, ["0.weight", "2.weight"])
     assert dropped == round(0.8 * count) / count
     # What SET and RigL grow starts at zero, and stays there behind a dead unit.
-    assert zeros >= round(0.8 * count) if isinstance(method, SET | RigL) else zeros == round(0.8 * count)
+    assert zeros >= round(0.8 * count) if isinstance(method, (SET, RigL)) else zeros == round(0.8 * count)
     assert sparsifier.sparsity == zeros / count
     # A zero whose sign bit is set would cost its place in a saved file.
     assert not any(bool(torch.signbit(p[p == 0]).any()) for p in model.parameters())

@@ -109,11 +109,11 @@ def _below(operator: Any, keyset: Any, operands: Any) -> Any:
 
 
 def _lengths(nested: Any) -> tuple[int | None, ...]:
-    return tuple(len(x) if isinstance(x, list | tuple) else None for x in nested)
+    return tuple(len(x) if isinstance(x, (list, tuple)) else None for x in nested)
 
 
 def _flat(nested: Any) -> list[Any]:
-    return list(chain.from_iterable(x if isinstance(x, list | tuple) else (x,) for x in nested))
+    return list(chain.from_iterable(x if isinstance(x, (list, tuple)) else (x,) for x in nested))
 
 
 def _nested(flat: Any, lengths: Any) -> tuple[Any, ...]:

@@ -60,7 +60,7 @@ def require_distribution(value: Any) -> None:
     if not value:
         raise ValueError("distribution must name at least one weight; got an empty dictionary")
     for pattern, sparsity in value.items():
-        number = isinstance(sparsity, int | float) and not isinstance(sparsity, bool)
+        number = isinstance(sparsity, (int, float)) and not isinstance(sparsity, bool)
         if not isinstance(pattern, str) or not number or not 0.0 <= sparsity < 1.0:
             raise ValueError(
                 f"distribution must give names or patterns sparsities in [0, 1); got {pattern!r}: {sparsity!r}"

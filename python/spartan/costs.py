@@ -251,7 +251,7 @@ def _checked(weight: PricedWeight, cost: Any) -> float | torch.Tensor:
     """The cost as a float or a float64 tensor on the CPU."""
     if isinstance(cost, torch.Tensor) and cost.dim() == 0:
         cost = cost.item()
-    number = isinstance(cost, int | float) and not isinstance(cost, bool)
+    number = isinstance(cost, (int, float)) and not isinstance(cost, bool)
     if not number and not isinstance(cost, torch.Tensor):
         raise TypeError(f"costs must give numbers or tensors; for weight {weight.name!r} it gave {cost!r}")
     values = torch.as_tensor(cost).detach().to("cpu", torch.float64)

@@ -210,7 +210,7 @@ def _memory(value: _Value) -> Any:
 
 
 def _require_savable(name: str, value: Any) -> None:
-    if not isinstance(value, torch.Tensor | BlockSparseWeight):
+    if not isinstance(value, (torch.Tensor, BlockSparseWeight)):
         raise ValueError(f"state {name!r} is a {type(value).__name__}; only tensors can be saved")
     tensor = _values(value)
     if dtype_name(tensor) not in DTYPES:

@@ -163,7 +163,7 @@ def require_used(argument: str, selector: Selector, found: Sequence[Candidate]) 
     """Raise unless each pattern and type of `selector` matches a weight that can be masked."""
     fit = [candidate for candidate in found if candidate.unfit is None]
     for one in _each(selector):
-        if isinstance(one, str | type) and not any(candidate.matches(one) for candidate in fit):
+        if isinstance(one, (str, type)) and not any(candidate.matches(one) for candidate in fit):
             shown = repr(one) if isinstance(one, str) else one.__name__
             unfit = {c.name: c.unfit for c in found if c.matches(one)}
             raise ValueError(
@@ -183,8 +183,8 @@ def common_kind(weights: Sequence[torch.Tensor]) -> None:
 
 
 def _each(selector: Selector) -> list[_One]:
-    several = [selector] if isinstance(selector, str | type) or callable(selector) else selector
-    if not isinstance(several, Sequence) or not all(isinstance(one, str | type) or callable(one) for one in several):
+    several = [selector] if isinstance(selector, (str, type)) or callable(selector) else selector
+    if not isinstance(several, Sequence) or not all(isinstance(one, (str, type)) or callable(one) for one in several):
         raise TypeError(f"include and exclude take names, patterns, types of modules or functions; got {selector!r}")
     return list(several)
 

@@ -32,7 +32,7 @@ def define(
 
     def call(*arguments: Any) -> Any:
         *operands, backend = arguments
-        first = operands[0][0] if isinstance(operands[0], list | tuple) else operands[0]
+        first = operands[0][0] if isinstance(operands[0], (list, tuple)) else operands[0]
         return dispatch.resolve(name, first, backend, over_group and bool(operands[-1]))(*operands)
 
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

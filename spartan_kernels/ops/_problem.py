@@ -50,7 +50,7 @@ def global_problem(
             )
     if costs is None:
         return tensors, []
-    if isinstance(costs, int | float | torch.Tensor) or len(costs) != len(tensors):
+    if isinstance(costs, (int, float, torch.Tensor)) or len(costs) != len(tensors):
         found = len(costs) if isinstance(costs, Sequence) else type(costs).__name__
         raise ValueError(f"costs must be None or one entry for each of the {len(tensors)} values; got {found}")
     wanted = shapes or [tensor.shape for tensor in tensors]

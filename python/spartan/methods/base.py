@@ -137,7 +137,7 @@ class SparseMethod(Method):
 
 def require_number(name: str, value: Any, low: float, high: float = math.inf, *, open_end: bool = False) -> None:
     """Raise unless `value` is a number in [low, high], or in [low, high) with `open_end`."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
     inside = low <= value < high if open_end else low <= value <= high
     if not inside or math.isinf(value):
@@ -148,7 +148,7 @@ def require_number(name: str, value: Any, low: float, high: float = math.inf, *,
 
 def require_pattern(value: Any) -> tuple[int, int]:
     """`value` as (n, m); raise unless it is a pair of ints with 1 <= n < m."""
-    pair = tuple(value) if isinstance(value, tuple | list) else ()
+    pair = tuple(value) if isinstance(value, (tuple, list)) else ()
     if len(pair) != 2 or not all(type(number) is int for number in pair) or not 1 <= pair[0] < pair[1]:
         raise ValueError(f"pattern must be a pair (n, m) of ints with 1 <= n < m, such as (2, 4); got {value!r}")
     return pair[0], pair[1]

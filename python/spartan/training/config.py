@@ -221,14 +221,14 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             except (TypeError, ValueError):
                 continue
         raise TypeError(f"{name} must be {_spoken(hint)}; got {value!r}")
-    if get_origin(hint) is tuple and isinstance(value, list | tuple):
+    if get_origin(hint) is tuple and isinstance(value, (list, tuple)):
         inner = get_args(hint)
         each = [inner[0]] * len(value) if len(inner) == 2 and inner[1] is ... else list(inner)
         if len(each) == len(value):
             return tuple(_convert(v, h, f"{name}[{i}]") for i, (v, h) in enumerate(zip(value, each, strict=True)))
     elif isinstance(hint, type) and is_dataclass(hint):
         return hint(**checked(hint, value, name))
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     elif hint is Any or ((get_origin(hint) or hint) in (dict, Mapping) and isinstance(value, dict)):
         return value

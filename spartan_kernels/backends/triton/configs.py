@@ -29,11 +29,14 @@ CHUNK_REGISTERS = 128
 PROGRAMS_PER_PROCESSOR = 2
 # Partial sums for each program, one for each of its threads.
 LANES = CHUNK_THREADS
+# Integer arguments of the kernels that walk a list. No load is wider for knowing them, so one of them that is 1 or a
+# multiple of 16 is no reason to compile a kernel again (under Triton 3.6 a constant 1 does not even compile).
+SIZES = ("n_tensors", "n_chunks", "n_programs", "capacity", "length")
 # Memory for the entries near the hard threshold, kept from one pass to the next.
 CANDIDATE_BYTES = 3 << 20
 INTERPRETED_PROGRAMS = 3
 SAMPLE = 8192
-SAMPLE_WARPS = 8
+SAMPLE_WARPS = 16
 
 _TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -113,9 +116,18 @@ def candidate_capacity(programs: int, has_costs: bool) -> int:
     return max(32, CANDIDATE_BYTES // (programs * (8 if has_costs else 4)) // 32 * 32)
 
 
+def program_limit(device: torch.device) -> int:
+    """Programs of a persistent grid on a device, where there is enough to do."""
+    if device.type != "cuda":
+        return INTERPRETED_PROGRAMS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) * PROGRAMS_PER_PROCESSOR
+
+
 def program_count(device: torch.device, chunks: int) -> int:
     """Programs of a persistent grid: fixed for a device and a problem, so that sums are added in one order."""
-    if device.type != "cuda":
-        return max(1, min(chunks, INTERPRETED_PROGRAMS))
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(chunks, processors * PROGRAMS_PER_PROCESSOR))
+    return max(1, min(chunks, program_limit(device)))
+
+
+def program_block(device: torch.device) -> int:
+    """Width of a read of what all programs found: that of the device, so that one kernel serves lists of any length."""
+    return power_of_two(program_limit(device))

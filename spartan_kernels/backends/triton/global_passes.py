@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from spartan_kernels.backends.triton.configs import SIZES
 from spartan_kernels.backends.triton.primitives import (
     INFINITY,
     lane_max,
@@ -89,8 +90,8 @@ def moment_logit(t, beta, sign, lowest, highest):
 
 
 @triton.jit
-def chunk_moments(u, a, live, centre, slope, shift, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """Sums by thread of a m, a s and a s (1 - 2 m) of a chunk, m on the smaller side of the budget."""
+def moments_of(u, a, live, centre, slope, shift):
+    """a m, a s and a s (1 - 2 m) of entries, m on the smaller side of the budget; 0 where there is none."""
     x = slope * (u - centre) + shift
     # within these limits neither side overflows nor cancels, and what they add to a sum is lost in its rounding
     x = tl.maximum(x, -85.0, propagate_nan=tl.PropagateNan.ALL)
@@ -99,14 +100,21 @@ def chunk_moments(u, a, live, centre, slope, shift, LANES: tl.constexpr, VECTOR:
     rest = z * m
     mass = tl.where(live, a * m, 0.0)
     s = mass * rest
-    return (
-        lane_sum(mass, LANES, VECTOR, tl.float64),
-        lane_sum(s, LANES, VECTOR, tl.float64),
-        lane_sum(s * (rest - m), LANES, VECTOR, tl.float64),
-    )
+    return mass, s, s * (rest - m)
 
 
 @triton.jit
+def chunk_moments(u, a, live, centre, slope, shift, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """Sums by thread of `moments_of` a chunk."""
+    mass, s, bend = moments_of(u, a, live, centre, slope, shift)
+    return (
+        lane_sum(mass, LANES, VECTOR, tl.float64),
+        lane_sum(s, LANES, VECTOR, tl.float64),
+        lane_sum(bend, LANES, VECTOR, tl.float64),
+    )
+
+
+@triton.jit(do_not_specialize=SIZES)
 def _total_cost_kernel(
     table_ptr, partial_ptr, n_tensors, n_chunks,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
@@ -145,7 +153,7 @@ def _count_candidates(
         tl.atomic_add(select_ptr + HISTOGRAM + bins, cost.to(tl.int64), inside, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _survey_kernel(
     table_ptr, solve_ptr, select_ptr, partial_ptr, tally_ptr, keys_ptr, prices_ptr, n_tensors, n_chunks, capacity,
     DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr, ALIGNED: tl.constexpr,
@@ -223,7 +231,7 @@ def _survey_kernel(
             tl.atomic_add(select_ptr + ABOVE, tl.sum(above, 0), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _ties_kernel(
     table_ptr, solve_ptr, select_ptr, tally_ptr, keys_ptr, prices_ptr, n_tensors, n_chunks, capacity,
     DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr, ALIGNED: tl.constexpr,
@@ -258,7 +266,7 @@ def _ties_kernel(
         tl.store(tally_ptr + tl.num_programs(0) + program, tl.sum(tied, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _write_kernel(
     table_ptr, solve_ptr, select_ptr, tally_ptr, partial_ptr, n_tensors, n_chunks,
     DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr, ALIGNED: tl.constexpr,
@@ -309,7 +317,7 @@ def _write_kernel(
         tl.store(partial_ptr + program * MOMENTS, tl.sum(mass, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _gradient_sums_kernel(
     table_ptr, threshold_ptr, beta_ptr, partial_ptr, n_tensors, n_chunks,
     DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, ALIGNED: tl.constexpr,
@@ -339,7 +347,7 @@ def _gradient_sums_kernel(
     tl.store(own + 3, tl.sum(asu, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _gradient_totals_kernel(partial_ptr, scalars_ptr, n_programs, BLOCK: tl.constexpr):
     """The multiplier r and the gradient of beta; one program."""
     at = tl.arange(0, BLOCK)
@@ -352,7 +360,7 @@ def _gradient_totals_kernel(partial_ptr, scalars_ptr, n_programs, BLOCK: tl.cons
     tl.store(scalars_ptr + 1, gsu - r * asu)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _gradient_write_kernel(
     table_ptr, threshold_ptr, beta_ptr, scalars_ptr, n_tensors, n_chunks,
     DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, COST_GRAD: tl.constexpr, ALIGNED: tl.constexpr,

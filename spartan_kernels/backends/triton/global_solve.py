@@ -33,7 +33,7 @@ from spartan_kernels.backends.triton.configs import (
     candidate_capacity,
     chunk_warps,
     name_of,
-    power_of_two,
+    program_block,
     register_limit,
     vector_length,
 )
@@ -81,7 +81,7 @@ class GlobalSolve:
         words, sizes, aligned = table.words, (table.tensors, table.chunks), {"ALIGNED": table.aligned}
         kind = self.kind | aligned
         walk = _walk(p)
-        block = {"BLOCK": power_of_two(p.programs)}
+        block = {"BLOCK": program_block(p.device)}
         one = block | {"num_warps": _STEP_WARPS}
         kept = (tally, self.keys, self.prices)
         memory = control if state is None else state
@@ -241,7 +241,7 @@ def gradient_plan(
             passes._gradient_totals_kernel,
             1,
             (partial, scalars, p.programs),
-            {"BLOCK": power_of_two(p.programs), "num_warps": _STEP_WARPS},
+            {"BLOCK": program_block(p.device), "num_warps": _STEP_WARPS},
         ),
         Launch(passes._gradient_write_kernel, p.programs, gradients, write, reads, entries * (1 + cost_grad)),
     ]

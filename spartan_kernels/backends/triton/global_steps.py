@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from spartan_kernels.backends.triton.configs import SIZES
 from spartan_kernels.backends.triton.global_passes import (
     ABOVE,
     BETA,
@@ -36,10 +37,12 @@ from spartan_kernels.backends.triton.global_passes import (
     T,
     chunk_moments,
     moment_logit,
+    moments_of,
 )
 from spartan_kernels.backends.triton.primitives import (
     INFINITY,
     clamped_budget,
+    first_threshold,
     halley_step,
     load_beta,
     logit_at,
@@ -47,7 +50,6 @@ from spartan_kernels.backends.triton.primitives import (
     smaller_side,
     value_of_key,
 )
-from spartan_kernels.backends.triton.soft_topk_rows import row_bounds, solve_rows
 from spartan_kernels.backends.triton.tables import chunk_at, gather_ratio, load_ratio
 
 # |M - q| / q that written masks may have, and the residual whose Halley step, once checked, is exact to rounding.
@@ -67,9 +69,9 @@ def _sampled(
     """u, a and mask of entries spread over the list, one drawn from each of SAMPLE equal parts; all of a short list."""
     index = tl.arange(0, SAMPLE).to(tl.int64)
     part = tl.maximum(length // SAMPLE, 1)
-    # a multiplicative hash: a fixed stride could follow the rows of a matrix
+    # a multiplicative hash of 24 bits: a fixed stride could follow the rows of a matrix
     draw = (index.to(tl.uint32) * 2654435761) >> 8
-    entry = tl.where(length > SAMPLE, index * part + draw.to(tl.int64) % part, index)
+    entry = tl.where(length > SAMPLE, index * part + (draw.to(tl.int64) * part >> 24), index)
     live = entry < length
     u, a = gather_ratio(table_ptr, n_tensors, tl.where(live, entry, 0), live, DTYPE, HAS_COSTS, ABSOLUTE)
     return u, a, live
@@ -80,8 +82,9 @@ def _sample_range(u, a, live, share, count, cost):
     """Keys between which the budget runs out, SAMPLE_MARGIN standard deviations of its rank either way."""
     margin = cost / count * (tl.sqrt(count * share * (1 - share)) * SAMPLE_MARGIN + 16)
     key = ordered_key(u)
-    upper, lower = tl.zeros((1,), tl.uint32), tl.zeros((1,), tl.uint32)
-    bit = tl.full((1,), 1 << 31, tl.uint32)
+    upper = (count * 0.0).to(tl.uint32)
+    lower = upper
+    bit = (upper + 1) << 31
     for _ in range(32):
         spent = tl.sum(tl.where(live & (key >= (upper | bit)), a, 0.0), 0).to(tl.float64)
         upper = tl.where(spent > share * cost - margin, upper | bit, upper)
@@ -90,7 +93,42 @@ def _sample_range(u, a, live, share, count, cost):
         bit = bit >> 1
     # with less than the margin to spend, nothing is known about the top
     upper = tl.where(share * cost > margin, upper.to(tl.int64), 0xFFFFFFFF)
-    return tl.sum(lower.to(tl.int64), 0), tl.sum(upper, 0)
+    return lower.to(tl.int64), upper
+
+
+@triton.jit
+def _sample_threshold(u, a, live, count, total, beta, sign, quota, target):
+    """The soft threshold of the sample, as `solve_rows` finds that of a row.
+
+    All in scalars: as rows of one entry Triton 3.6 widens them through 2048 stores, and takes 10 s for that.
+    """
+    lowest = tl.min(tl.where(live, u, INFINITY), 0).to(tl.float64)
+    highest = tl.max(tl.where(live, u, -INFINITY), 0).to(tl.float64)
+    # relative to the smallest entry the spread does not cancel
+    span = tl.where(live, u - lowest.to(tl.float32), 0.0)
+    mean = tl.sum(span, 0).to(tl.float64) / count
+    away = tl.where(live, span - mean.to(tl.float32), 0.0)
+    variance = tl.sum(away * away, 0).to(tl.float64) / count
+    low, high = lowest - sign * target / beta, highest - sign * target / beta
+    t = first_threshold(lowest + mean, variance, beta, sign, target, low, high)
+    residual = total * 0.0 + INFINITY
+    best, best_miss = t, residual
+    trial = 0
+    pending = quota * beta > 0.0
+    while (trial < MAX_TRIALS) & pending:
+        centre, slope, shift = moment_logit(t, beta, sign, lowest, highest)
+        m0, m1, m2 = moments_of(u, a, live, centre, slope, shift)
+        mass = tl.sum(m0, 0).to(tl.float64)
+        miss = tl.abs(mass - quota)
+        best = tl.where(miss < best_miss, t, best)
+        best_miss = tl.minimum(miss, best_miss)
+        t, low, high, residual, stuck = halley_step(
+            t, low, high, residual, mass, tl.sum(m1, 0).to(tl.float64), tl.sum(m2, 0).to(tl.float64),
+            beta, sign, quota, total, target,
+        )  # fmt: skip
+        pending = (miss > quota * TOLERANCE) & (stuck == 0)
+        trial += 1
+    return best
 
 
 @triton.jit
@@ -99,7 +137,7 @@ def _expected_hard(state_ptr):
     return tl.where(tl.load(state_ptr + 4) >= 2, 2 * hard - tl.load(state_ptr + 3), hard)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _start_kernel(
     table_ptr, budget_ptr, beta_ptr, state_ptr, solve_ptr, select_ptr, partial_ptr, n_tensors, length, n_programs,
     DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr, SOFT: tl.constexpr, HARD: tl.constexpr,
@@ -136,14 +174,7 @@ def _start_kernel(
         count = tl.sum(live.to(tl.int32), 0).to(tl.float64)
         cost = tl.sum(tl.where(live, a, 0.0), 0).to(tl.float64)
         if SOFT:
-            one = tl.zeros((1,), tl.float64)
-            active = (one + quota * beta) > 0.0
-            lowest, highest = row_bounds(u[None, :], live[None, :])
-            found = solve_rows(
-                u[None, :], a[None, :], live[None, :], lowest, highest, one + count, active, beta,
-                one + sign, one + quota * (cost / total), one + target, one + cost, 1,
-            )  # fmt: skip
-            t = tl.sum(found, 0)
+            t = _sample_threshold(u, a, live, count, cost, beta, sign, quota * (cost / total), target)
         if HARD:
             bottom, top = _sample_range(u, a, live, share, count, cost)
     t = tl.where((t == t) & (tl.abs(t) < INFINITY), t, 0.0)
@@ -248,7 +279,7 @@ def _hard_advance(select_ptr, tally_ptr, n_programs, capacity, BINS: tl.constexp
     tl.store(select_ptr + HARD_DONE, (finished | everything).to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _advance_kernel(
     solve_ptr, select_ptr, partial_ptr, tally_ptr, n_programs, capacity,
     SOFT: tl.constexpr, HARD: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
@@ -266,7 +297,7 @@ def _advance_kernel(
         _hard_advance(select_ptr, tally_ptr, n_programs, capacity, BINS, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _finish_kernel(
     table_ptr, solve_ptr, partial_ptr, n_tensors, n_chunks, n_programs,
     DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr, ALIGNED: tl.constexpr,

@@ -1,252 +1,159 @@
 """Check an installation in seconds: `python -m spartan_kernels.smoke`.
 
-Every operator on every backend and device of this machine against the reference in float64, and on a GPU also on a
-stream of its own and captured in a CUDA graph. Needs nothing but this package; the exit status tells.
+Every operator on every backend and device of this machine against the reference in float64; on a GPU also captured in
+a CUDA graph, in a process of its own that ends with the first capture that fails. Needs nothing but this package; the
+exit status tells.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from spartan_kernels import dispatch, ops
-from spartan_kernels.block_sparse import BlockSparseWeight
-from spartan_kernels.layout import BlockLayout
-from spartan_kernels.ops.block_sparse import block_sparse_linear_backward
-from spartan_kernels.ops.masked_conv import masked_conv2d_backward
-from spartan_kernels.ops.masked_matmul import masked_linear_backward
-from spartan_kernels.ops.masked_weight import add_block_signs_, masked_weight_backward, masked_weight_backward_
-from spartan_kernels.ops.soft_topk import soft_topk_backward, soft_topk_forward, soft_topk_global_backward
+from spartan_kernels import dispatch
+from spartan_kernels.devices import Device, device_of
+from spartan_kernels.probes import Call, Inputs, compare, inputs_on, make_inputs, probes
 
-Inputs = dict[str, torch.Tensor]
-Call = Callable[[Inputs, str], Any]
-
-# float32 against float64, relative to the largest entry; a wrong kernel misses by far more
-_TOLERANCE = 1e-4
+_GRAPH_BACKENDS = ("triton", "cuda")
 
 
 @dataclass(frozen=True)
-class Probe:
-    """One operator called on the shared inputs."""
+class Pair:
+    """An operator and a backend that serves it on the device."""
 
     operator: str
-    call: Call
+    backend: str
+
+    def __str__(self) -> str:
+        return f"{self.operator}:{self.backend}"
 
 
-def make_inputs(seed: int = 0) -> Inputs:
-    """Small float64 inputs of awkward shapes."""
-    g = torch.Generator().manual_seed(seed)
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one probe; `wrong` is None where it was right."""
 
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=g, dtype=torch.float64)
+    operator: str
+    device: str
+    backend: str
+    kind: str  # "eager" or "graph"
+    wrong: str | None
+    seconds: float
 
-    return {
-        "values": draw(5, 203),
-        "costs": torch.randint(1, 5, (203,), generator=g).double(),
-        "budget": torch.tensor([0.5, 20.0, 60.25, 101.0, 300.0], dtype=torch.float64),
-        "beta": torch.tensor(7.0, dtype=torch.float64),
-        "grad": draw(5, 203),
-        "weight": draw(70, 45),
-        "gate": draw(5, 6).abs().clamp(0.05, 0.95),
-        "hard": draw(5, 6) > 0,
-        "x": draw(33, 45),
-        "bias": draw(70),
-        "grad_y": draw(33, 70),
-        "scale": torch.tensor(0.3, dtype=torch.float64),
-        "image": draw(2, 20, 9, 7),
-        "filter": draw(37, 20, 3, 2),
-        "filter_gate": draw(3, 3, 3, 2).clamp(0.0),
-        "grad_image": draw(2, 37, 5, 3),
-    }
+    def __str__(self) -> str:
+        name = self.operator + (" (graph)" if self.kind == "graph" else "")
+        return f"{name:36} {self.device:5} {self.backend:10} {'ok' if self.wrong is None else 'WRONG: ' + self.wrong}"
 
 
-def probes() -> list[Probe]:
-    """Every operator of the package, once."""
-
-    def soft_backward(i: Inputs, b: str) -> Any:
-        _, threshold = soft_topk_forward(i["values"], i["budget"], i["costs"], i["beta"], b)
-        return soft_topk_backward(i["grad"], i["values"], threshold, i["costs"], i["beta"], True, b)
-
-    def global_backward(i: Inputs, b: str) -> Any:
-        parts, g = list(i["values"].split([2, 3])), list(i["grad"].split([2, 3]))
-        _, threshold = torch.ops.spartan.soft_topk_global_forward(parts, i["budget"][4], [], i["beta"], "", b)
-        return soft_topk_global_backward(g, parts, threshold, [], i["beta"], False, "", b)
-
-    def solve(i: Inputs, b: str) -> Any:
-        parts = list(i["values"].split([1, 4]))
-        soft, hard = [torch.empty_like(p) for p in parts], [torch.empty_like(p, dtype=torch.bool) for p in parts]
-        state = ops.new_solver_state(parts[0].device)
-        ops.solve_masks_(parts, i["budget"][4], None, i["beta"], soft, hard, state, absolute=True, backend=b)
-        return [*soft, *hard]
-
-    def correct(i: Inputs, b: str) -> Any:
-        grad = i["weight"] * 2
-        ops.masked_weight_correct_(grad, i["weight"], i["gate"], i["scale"], (16, 8), backend=b)
-        return grad
-
-    def signs(i: Inputs, b: str) -> Any:
-        grad = i["weight"] * 2
-        add_block_signs_(grad, i["weight"], i["gate"], *block, b)
-        return grad
-
-    def backward_in_place(i: Inputs, b: str) -> Any:
-        grad = i["weight"] * 2
-        masked_weight_backward_(grad, i["weight"], i["gate"], i["hard"], i["beta"], i["scale"], *block, True, b)
-        return grad
-
-    def layout(i: Inputs, b: str) -> list[torch.Tensor]:
-        return BlockLayout.from_gate(i["gate"], i["weight"].shape, block, i["hard"], backend=b).tensors()
-
-    def linear_backward(i: Inputs, b: str) -> Any:
-        index, needs = layout(i, b), [True] * 4
-        operands = i["x"], i["weight"], i["gate"], index, index, i["grad_y"] * 2, "gelu", *block, needs, -1.0, i["gate"]
-        return masked_linear_backward(i["grad_y"], *operands, b)
-
-    def packed_backward(i: Inputs, b: str) -> Any:
-        p = BlockSparseWeight.from_dense(i["weight"], block, i["hard"])
-        operands = i["x"], p.values, p.layout.tensors(), p.positions, i["grad_y"] * 2, "gelu", [True] * 3
-        return block_sparse_linear_backward(i["grad_y"], *operands, b)
-
-    def convolution_backward(i: Inputs, b: str) -> Any:
-        settings = [2, 2], [1, 0], [1, 1], 1, *block, [True] * 3 + [False]
-        operands = i["image"], i["filter"], i["filter_gate"], i["filter_gate"] != 0, i["filter_gate"] != 0
-        return masked_conv2d_backward(i["grad_image"], *operands, *settings, b)
-
-    block = (16, 8)
-    calls: dict[str, Call] = {
-        "soft_topk_forward": lambda i, b: ops.soft_topk(i["values"], i["budget"], i["costs"], i["beta"], backend=b),
-        "soft_topk_backward": soft_backward,
-        "soft_topk_global_forward": lambda i, b: ops.soft_topk_global(
-            list(i["values"].split([2, 3])), i["budget"][4], None, i["beta"], backend=b
-        ),
-        "soft_topk_global_backward": global_backward,
-        "solve_masks_": solve,
-        "hard_topk_forward": lambda i, b: ops.hard_topk(i["values"], i["budget"], i["costs"], backend=b),
-        "hard_topk_global_forward": lambda i, b: ops.hard_topk_global(
-            list(i["values"].split([2, 3])), i["budget"][4], backend=b
-        ),
-        "masked_weight_forward": lambda i, b: ops.masked_weight(i["weight"], i["gate"], i["hard"], block, backend=b),
-        "masked_weight_backward": lambda i, b: masked_weight_backward(
-            i["weight"] * 2, i["weight"], i["gate"], i["hard"], i["beta"], i["scale"], *block, True, b
-        ),
-        "masked_weight_coupling": lambda i, b: ops.masked_weight_coupling(
-            i["weight"] * 2, i["weight"], i["gate"], block, beta=i["beta"], costs=128.0, backend=b
-        ),
-        "masked_weight_correct_": correct,
-        "add_block_signs_": signs,
-        "masked_weight_backward_": backward_in_place,
-        "block_scores": lambda i, b: ops.block_scores(i["weight"], block, backend=b),
-        "masked_linear_forward": lambda i, b: ops.masked_linear(
-            i["x"], i["weight"], i["gate"], block, i["bias"], "silu", i["hard"], backend=b
-        ),
-        "masked_linear_backward": linear_backward,
-        "sampled_matmul_forward": lambda i, b: ops.sampled_matmul(i["grad_y"].mT, i["x"], i["hard"], block, backend=b),
-        "block_sparse_linear_forward": lambda i, b: ops.block_sparse_linear(
-            i["x"], BlockSparseWeight.from_dense(i["weight"], block, i["hard"]), i["bias"], "silu", backend=b
-        ),
-        "block_sparse_linear_backward": packed_backward,
-        "masked_conv2d_forward": lambda i, b: ops.masked_conv2d(
-            i["image"], i["filter"], i["filter_gate"], block, None, 2, (1, 0), backend=b
-        ),
-        "masked_conv2d_backward": convolution_backward,
-        "block_layout": layout,
-    }
-    return [Probe(operator, calls[operator]) for operator in dispatch.SUPPORT]
+def pairs(device: str, wanted: Sequence[str] = ()) -> list[Pair]:
+    """What serves `device`; of it only what `wanted` names, as `operator`, `:backend` or `operator:backend`."""
+    return [
+        pair
+        for operator in dispatch.SUPPORT
+        for backend in dispatch.BACKENDS
+        if not dispatch.refusal(operator, backend, device, torch.float32)
+        and _named(pair := Pair(operator, backend), wanted)
+    ]
 
 
-def _flat(result: Any) -> list[torch.Tensor]:
-    return [t for part in result for t in _flat(part)] if isinstance(result, (list, tuple)) else [result]
+def _named(pair: Pair, wanted: Sequence[str]) -> bool:
+    asked = [name.partition(":") for name in wanted]
+    return not wanted or any(o in ("", pair.operator) and b in ("", pair.backend) for o, _, b in asked)
 
 
-def compare(result: Any, expected: Any) -> str | None:
-    """Why `result` is not `expected` (from float64), or None."""
-    pairs = list(zip(_flat(result), _flat(expected), strict=True))
-    for index, (ours, exact) in enumerate(pairs):
-        ours = ours.detach().cpu()
-        if ours.shape != exact.shape:
-            return f"output {index} has shape {tuple(ours.shape)}, not {tuple(exact.shape)}"
-        if exact.dtype == torch.bool:
-            if not torch.equal(ours, exact):
-                return f"output {index} differs in {int((ours != exact).sum())} entries"
-            continue
-        if exact.numel() == 0:
-            continue
-        error = (ours.double() - exact).abs().max().item()
-        if not error <= _TOLERANCE * max(1.0, exact.abs().max().item()):
-            return f"output {index} is off by {error:.2e}"
-    return None
-
-
-def inputs_on(inputs: Inputs, device: str) -> Inputs:
-    """The inputs on a device, what has a dtype of its own in float32."""
-    scalars = ("budget", "beta", "scale")
-    return {
-        name: t.to(device) if t.dtype == torch.bool or name in scalars else t.to(device, torch.float32)
-        for name, t in inputs.items()
-    }
-
-
-def captured(call: Call, inputs: Inputs, name: str) -> Any:
-    """The result of replaying the call from a CUDA graph, after warming up on a side stream."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            call(inputs, name)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call(inputs, name)
+def captured(device: Device, call: Call, inputs: Inputs, name: str) -> Any:
+    """The result of replaying the call from a graph."""
+    graph = device.capture(lambda: call(inputs, name))
     graph.replay()
-    torch.cuda.synchronize()
-    return result
+    device.synchronize()
+    return graph.result
 
 
-def run(devices: list[str]) -> Iterator[tuple[str, str, str, str | None]]:
-    """(operator, device, backend, None or what is wrong) for everything that serves this machine."""
-    inputs = make_inputs()
-    for probe in probes():
-        expected = probe.call(inputs, "reference")
-        for device in devices:
-            moved = inputs_on(inputs, device)
-            for name in dispatch.BACKENDS:
-                if dispatch.refusal(probe.operator, name, device, torch.float32):
-                    continue
-                yield probe.operator, device, name, _outcome(probe.call, moved, name, expected)
-                if device == "cuda" and name != "reference":
-                    replayed = partial(captured, probe.call)
-                    yield f"{probe.operator} (graph)", device, name, _outcome(replayed, moved, name, expected)
+def run(device: str, chosen: Sequence[Pair], kind: str) -> Iterator[Outcome]:
+    """Probe each pair in this process; with kind "graph" up to the first that fails."""
+    inputs, there, calls = make_inputs(), device_of(device), {probe.operator: probe.call for probe in probes()}
+    moved = inputs_on(inputs, device)
+    for pair in chosen:
+        call, start = calls[pair.operator], time.perf_counter()
+        try:
+            expected = call(inputs, "reference")
+            if kind == "graph":
+                result = captured(there, call, moved, pair.backend)
+            else:
+                result = call(moved, pair.backend)
+            wrong = compare(result, expected)
+        except Exception as error:
+            wrong = f"{type(error).__name__}: {error}"
+        yield Outcome(pair.operator, device, pair.backend, kind, wrong, round(time.perf_counter() - start, 3))
+        if wrong and kind == "graph":
+            return
 
 
-def _outcome(call: Call, inputs: Inputs, name: str, expected: Any) -> str | None:
-    try:
-        return compare(call(inputs, name), expected)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
+def run_graphs(device: str, chosen: Sequence[Pair]) -> Iterator[Outcome]:
+    """Capture each pair; a failed capture leaves stream and random numbers unusable, so another process goes on."""
+    left = list(chosen)
+    while left:
+        command = [sys.executable, "-m", "spartan_kernels.smoke", "--device", device, "--only", "graph", "--json"]
+        found = []
+        with subprocess.Popen([*command, *map(str, left)], stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None
+            for line in child.stdout:
+                if line.startswith("{"):
+                    found.append(Outcome(**json.loads(line)))
+                    yield found[-1]
+        if len(found) < len(left) and not (found and found[-1].wrong):
+            died = left[len(found)]
+            found.append(
+                Outcome(died.operator, device, died.backend, "graph", f"its process ended: {child.returncode}", 0.0)
+            )
+            yield found[-1]
+        left = left[len(found) :]
+
+
+def _outcomes(devices: Sequence[str], wanted: Sequence[str], only: str | None) -> Iterator[Outcome]:
+    for device in devices:
+        chosen = pairs(device, wanted)
+        graphs = [pair for pair in chosen if pair.backend in _GRAPH_BACKENDS]
+        if only == "graph":
+            yield from run(device, graphs, "graph")
+            continue
+        yield from run(device, chosen, "eager")
+        if only is None and device == "cuda":
+            yield from run_graphs(device, graphs)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run all probes and print a line for each; 0 when every one is right."""
+    """Run all probes and print a line for each as it ends; 0 when every one is right."""
     parser = argparse.ArgumentParser(prog="python -m spartan_kernels.smoke", description=__doc__)
+    parser.add_argument("probes", nargs="*", help="operator, :backend or operator:backend (default: all there are)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="only this device (default: all there are)")
+    parser.add_argument("--only", choices=("eager", "graph"), help="without graphs; or graphs alone, in this process")
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each probe")
     options = parser.parse_args(arguments)
     available = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     if options.device and options.device not in available:
         print(f"device {options.device} is not here; PyTorch {torch.__version__} sees {', '.join(available)}")
         return 1
+    devices = [options.device] if options.device else available
+    for name in options.probes:
+        if not any(pairs(device, [name]) for device in devices):
+            backends = ", ".join(f":{backend}" for backend in dispatch.BACKENDS)
+            there = f"{', '.join(dispatch.SUPPORT)}; each may be followed by {backends}"
+            parser.error(f"nothing serves {name!r} here; there are {there}")
     start, failed, count = time.perf_counter(), 0, 0
-    for operator, device, name, wrong in run([options.device] if options.device else available):
+    for outcome in _outcomes(devices, options.probes, options.only):
         count += 1
-        failed += wrong is not None
-        print(f"{operator:36} {device:5} {name:10} {'ok' if wrong is None else 'WRONG: ' + wrong}")
-    print(f"{count - failed} of {count} right in {time.perf_counter() - start:.1f} s")
+        failed += outcome.wrong is not None
+        print(json.dumps(asdict(outcome)) if options.json else outcome, flush=True)
+    if not options.json:
+        print(f"{count - failed} of {count} right in {time.perf_counter() - start:.1f} s")
     return int(failed > 0)
 
 

@@ -1,7 +1,8 @@
 """The Triton kernels on CPU tensors, in Triton's interpreter: the operator tests, and problems of several programs.
 
 The interpreter is chosen before triton is imported, so the tests run in a process of their own. It rounds to bfloat16
-towards zero and costs milliseconds for each program: a few small cases of each operator stand for the rest.
+towards zero and costs milliseconds for each program: a few small cases of each operator stand for the rest. Every
+launch is watched for races, for accesses outside of their tensors and for programs that wait for one another.
 """
 
 from __future__ import annotations
@@ -35,17 +36,23 @@ SELECTIONS = {
 }
 
 
+def interpreted(*arguments: str) -> None:
+    """Run tests in a process with the interpreter."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:warnings", *arguments]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("file", sorted(SELECTIONS))
 def test_operators_in_the_interpreter(file: str) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
     selection = SELECTIONS[file]
     if not file.startswith("test_triton"):
         selection = f"triton and not float64 and not bfloat16 and not float16 and ({selection})"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:warnings"]
-    done = subprocess.run(
-        [*command, str(TESTS / file), "-k", selection],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    interpreted(str(TESTS / file), "-k", selection)
+
+
+@pytest.mark.parametrize("file", ["test_planted.py", "test_kernels.py"])
+def test_races_in_the_interpreter(file: str) -> None:
+    """Planted faults of every kind are found, and the kernels have none."""
+    interpreted(str(TESTS / "triton_races" / file))

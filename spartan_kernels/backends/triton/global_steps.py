@@ -158,7 +158,7 @@ def _start_kernel(
     constant = quota * beta <= 0.0
 
     t = beta * 0.0
-    bottom = tl.load(select_ptr + LO) * 0
+    bottom = tl.program_id(0).to(tl.int64)  # 0
     top = bottom + 0xFFFFFFFF
     warm = False
     if HAS_STATE:
@@ -291,7 +291,9 @@ def _advance_kernel(
         _soft_advance(solve_ptr, partial_ptr, n_programs, BLOCK)
     elif hard_open:
         if tl.load(select_ptr + COLLECTED) == 0:
-            tl.store(solve_ptr + READS, tl.load(solve_ptr + READS) + 1)
+            reads = tl.load(solve_ptr + READS)
+            tl.debug_barrier()
+            tl.store(solve_ptr + READS, reads + 1)
     tl.debug_barrier()
     if hard_open:
         _hard_advance(select_ptr, tally_ptr, n_programs, capacity, BINS, BLOCK)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from spartan_kernels.backends.triton.primitives import all_loaded
+
 
 @triton.jit
 def _line_of(line, grid_rows, grid_columns):
@@ -271,5 +273,6 @@ def _gate_gradient_kernel(
             inside = (r < ROWS) & (c < COLUMNS) & (row < rows_extent) & (column < columns_extent)
             raw = tl.load(raw_ptr + row * columns_extent + column, inside, other=0.0).to(tl.float32)
             total += raw * tl.load(theta_ptr + row * stride_theta + column, inside, other=0.0).to(tl.float32)
+            all_loaded(BLOCK_R * BLOCK_C)
             tl.store(raw_ptr + row * columns_extent + column, (raw * gate).to(raw_ptr.dtype.element_ty), inside)
     tl.store(grad_gate_ptr + b, tl.sum(tl.sum(total, 1), 0))

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from spartan_kernels.backends.triton.configs import CompileCase, block_tile, name_of
-from spartan_kernels.backends.triton.primitives import sign_of
+from spartan_kernels.backends.triton.primitives import all_loaded, sign_of
 
 WARPS = 8
 
@@ -169,6 +169,7 @@ def _masked_weight_correct_kernel(
             )
             weight = tl.load(weight_ptr + offsets, inside, other=0.0).to(tl.float32)
             grad = tl.load(grad_ptr + offsets, inside, other=0.0).to(tl.float32) - sign_of(weight) * pull
+            all_loaded(BLOCK_R * BLOCK_B * BLOCK_C * BLOCK_K)
             tl.store(grad_ptr + offsets, grad.to(grad_ptr.dtype.element_ty), inside)
 
 

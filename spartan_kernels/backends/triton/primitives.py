@@ -10,6 +10,19 @@ from spartan_kernels.arguments import BUDGET_ROUNDING, SMALLEST_BETA
 INFINITY = tl.constexpr(float("inf"))
 _ROUNDING = tl.constexpr(BUDGET_ROUNDING)
 _SMALLEST_BETA = tl.constexpr(SMALLEST_BETA)
+_MOST_THREADS = tl.constexpr(512)  # eight warps, of 64 threads on AMD
+
+
+@triton.jit
+def all_loaded(ENTRIES: tl.constexpr):
+    """What stands between the load and the store of a tile that is changed in place.
+
+    A tile with fewer entries than the program has threads lies in several of its warps. All of them load it and one
+    stores it: without a barrier a late warp would load what is changed already. In any other tile an entry has one
+    thread, whose store waits for its own load.
+    """
+    if ENTRIES < _MOST_THREADS:
+        tl.debug_barrier()
 
 
 @triton.jit

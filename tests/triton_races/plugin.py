@@ -1,0 +1,35 @@
+"""pytest plugin: every launch of a kernel in Triton's interpreter is watched for races and wild accesses.
+
+`pytest -p tests.triton_races.plugin` with TRITON_INTERPRET=1. What a kernel leaves unwritten is NaN, or the largest
+integer, so that a test that compares results sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.utils import deterministic
+
+from tests.triton_races.declared import DECLARED
+from tests.triton_races.recorder import recording
+
+_watch = recording(DECLARED)
+recorder = _watch.__enter__()
+torch.use_deterministic_algorithms(True, warn_only=True)
+deterministic.fill_uninitialized_memory = True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """A finding fails its test, even where the test expects an error of its own."""
+    recorder.findings.clear()
+    yield
+    assert not recorder.findings, "\n".join(finding.text for finding in recorder.findings)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Which kernels were watched, and how often each was launched."""
+    counts = ", ".join(f"{name} {count}" for name, count in sorted(recorder.launches.items()))
+    terminalreporter.write_line(f"watched launches: {counts or 'none'}")

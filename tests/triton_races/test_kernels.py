@@ -1,0 +1,155 @@
+"""Every kernel of the Triton backend, watched on the shapes where races are likely.
+
+Tiles with fewer entries than threads, several programs, lists with tensors shorter than a chunk, sums split between
+programs, and the last resort of the global solve. The operators' own tests run under the recorder too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+    pytest.skip("needs triton and TRITON_INTERPRET=1", allow_module_level=True)
+
+import spartan
+from spartan_kernels import BlockSparseWeight, ops
+from spartan_kernels.backends.triton import (
+    global_passes,
+    global_solve,
+    global_steps,
+    hard_topk,
+    launches,
+    long_rows,
+    masked_matmul_kernels,
+    masked_weight,
+    soft_topk_rows,
+)
+from spartan_kernels.backends.triton.tables import TensorList
+from spartan_kernels.testing import make_values
+from tests.triton_races.recorder import RaceError, recording
+
+MODULES = (
+    global_passes, global_steps, hard_topk, long_rows, masked_matmul_kernels, masked_weight, soft_topk_rows,
+)  # fmt: skip
+
+
+def rows(n: int, costs: bool) -> None:
+    """Soft and hard top-k by rows, with gradients."""
+    values = make_values("normal", (3, n), seed=1).requires_grad_()
+    a = (make_values("uniform", (n,), seed=2) + 0.5).requires_grad_() if costs else None
+    mask = spartan.soft_topk(values, n / 3, a, beta=2.0, backend="triton")
+    torch.autograd.grad((mask * make_values("normal", (3, n), seed=3)).sum(), [values, *([a] if costs else [])])
+    ops.hard_topk(values.detach(), n / 3, None if a is None else a.detach(), backend="triton")
+
+
+def lists(costs: bool) -> None:
+    """One budget over a list: cold and warm solves with ties, and gradients."""
+    shapes = [(3,), (50, 60), (0,), (1,), (2500,)]
+    values = [make_values("quantised", shape, seed=n) for n, shape in enumerate(shapes)]
+    a = [make_values("uniform", v.shape, seed=5) + 0.5 for v in values] if costs else None
+    total = sum(v.numel() for v in values)
+    state = ops.new_solver_state()
+    soft, hard = [torch.empty_like(v) for v in values], [torch.empty(v.shape, dtype=torch.bool) for v in values]
+    for _ in range(2):
+        ops.solve_masks_(values, total / 4, a, 3.0, soft, hard, state, absolute=True, backend="triton")
+    ops.hard_topk_global(values, total / 4, a, backend="triton")
+    leaves = [v.clone().requires_grad_() for v in values]
+    masks = spartan.soft_topk_global(leaves, total / 4, a, 3.0, backend="triton")
+    torch.autograd.grad(sum((m * m).sum() for m in masks), leaves)
+
+
+def last_resort() -> None:
+    """A solve whose masks, so it is made to believe, missed the budget when they were written."""
+    values, masks = [make_values("normal", (5000,), seed=1)], [torch.empty(5000)]
+    problem = TensorList(values, [])
+    solve = global_solve.GlobalSolve(problem, absolute=False, soft=True, hard=False)
+    for launch in solve.plan(problem.table(masks), torch.tensor(500.0), torch.tensor(3.0), None):
+        if launch.kernel is global_steps._finish_kernel:
+            solve.partial[:, 0] *= 1.5
+        launches.run([launch], values[0])
+    assert abs(float(masks[0].sum()) - 500) < 1e-3
+    assert solve.control[int(global_passes.REWRITE)] == 1
+
+
+def products(out: int, in_: int, block: tuple[int, int], tokens: int) -> None:
+    """A masked product and its gradients, with blocks chosen for them and without; and a packed one."""
+    x = make_values("normal", (tokens, in_), seed=1).requires_grad_()
+    weight = make_values("normal", (out, in_), seed=2).requires_grad_()
+    grid = ops.block_grid((out, in_), block)
+    gate = torch.where(make_values("uniform", grid, seed=3) < 0.5, torch.zeros(grid), torch.ones(grid)).requires_grad_()
+    bias = make_values("normal", (out,), seed=4)
+    for mask in (None, make_values("uniform", grid, seed=5) < 0.5):
+        y = spartan.masked_linear(
+            x, weight, gate, block, bias, "gelu", forward_mask=mask, backward_mask=mask, backend="triton"
+        )
+        torch.autograd.grad((y * y).sum(), [x, weight, gate])
+    packed = BlockSparseWeight.from_dense(
+        weight.detach() * ops.expand_blocks(gate.detach(), weight.shape, block), block
+    )
+    y = spartan.block_sparse_linear(x, packed, bias, "relu", backend="triton")
+    torch.autograd.grad((y * y).sum(), [x])
+
+
+def weights(shape: tuple[int, ...], block: int) -> None:
+    """The masked weight, its gradient, and the coupling between blocks."""
+    weight, grad = make_values("normal", shape, seed=1).requires_grad_(), make_values("normal", shape, seed=2)
+    scores = ops.block_scores(weight.detach(), block, backend="triton")
+    soft = torch.sigmoid(scores - scores.mean())
+    masked = ops.masked_weight(weight, soft, soft > 0.5, block, beta=2.0, straight_through=False, backend="triton")
+    torch.autograd.grad((masked * grad).sum(), weight)
+    ops.masked_weight_coupling(grad, weight.detach(), soft, block, beta=2.0, backend="triton")
+    ops.masked_weight_correct_(grad, weight.detach(), soft, 0.5, block, backend="triton")
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "short rows": lambda: rows(5, False),
+    "rows with costs": lambda: rows(300, True),
+    "long rows": lambda: rows(9000, False),
+    "long rows with costs": lambda: rows(5000, True),
+    "lists": lambda: lists(False),
+    "lists with costs": lambda: lists(True),
+    "the last resort": last_resort,
+    "products of small blocks": lambda: products(14, 17, (4, 4), 3),
+    "products of large blocks": lambda: products(70, 90, (32, 64), 33),
+    "products of one entry": lambda: products(3, 4, (1, 1), 1),
+    "weights by entry": lambda: weights((6, 7), 1),
+    "weights by block": lambda: weights((17, 30), 4),
+    "weights by large block": lambda: weights((100, 90), 64),
+    "kernels of a convolution": lambda: weights((8, 6, 3, 3), 2),
+}
+
+
+def kernels() -> set[str]:
+    """Names of all kernels of the backend."""
+    return {name for module in MODULES for name in vars(module) if name.startswith("_") and name.endswith("_kernel")}
+
+
+def test_every_kernel_is_launched_and_sound() -> None:
+    with recording() as recorder:
+        for name, case in CASES.items():
+            try:
+                case()
+            except RaceError as error:
+                raise AssertionError(f"{name}: {error}") from error
+    assert recorder.launches.keys() == kernels()
+
+
+@pytest.mark.parametrize(
+    ("module", "case", "kernel"),
+    [
+        (masked_matmul_kernels, "products of small blocks", "_gate_gradient_kernel"),
+        (masked_weight, "weights by block", "_masked_weight_correct_kernel"),
+    ],
+)
+def test_scaling_small_tiles_in_place_without_a_barrier_is_found(
+    monkeypatch: pytest.MonkeyPatch, module: Any, case: str, kernel: str
+) -> None:
+    monkeypatch.setattr(module, "all_loaded", lambda entries: None)
+    with recording(), pytest.raises(RaceError, match=rf"\[replicas\] {kernel}"):
+        CASES[case]()

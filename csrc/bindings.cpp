@@ -24,11 +24,11 @@ void bind_matmul(py::module_& m) {
   py::class_<cpu::BlockMatrix>(m, "BlockMatrix")
       .def(py::init([](Address data, int64_t out, int64_t in, int64_t rows, int64_t columns, int64_t stride, Address gate,
                        Address row_offsets, Address column_indices, Address column_offsets, Address row_indices,
-                       Address order, Address positions) {
+                       Address order, Address positions, int64_t stored) {
         return cpu::BlockMatrix{at(data), out, in, rows, columns, stride, at<const float>(gate),
                                 {at<const int32_t>(row_offsets), at<const int32_t>(column_indices),
                                  at<const int32_t>(column_offsets), at<const int32_t>(row_indices), at<const int32_t>(order)},
-                                at<const int32_t>(positions)};
+                                at<const int32_t>(positions), stored};
       }));
   m.def(
       "block_layout",

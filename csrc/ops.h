@@ -103,8 +103,8 @@ void block_scores(Dtype, Blocks, const void* weight, void* scores, int threads);
 int64_t blocks_workspace_bytes(Blocks);
 
 // Products with a matrix [out, in] in blocks of rows x columns, of which those of the layout take part. `data` is the whole
-// matrix (`stride` from row to row), or with `positions` the active blocks alone, in the order of the rows of blocks;
-// positions says where the blocks of a column of blocks lie. Arithmetic is float32; gates are float32, null: ones.
+// matrix (`stride` from row to row), or with `positions` the active blocks alone, `stored` of them, in the order of the rows
+// of blocks; positions says where the blocks of a column of blocks lie. Arithmetic is float32; gates are float32, null: ones.
 enum class Activation : int { none, relu, gelu, gelu_tanh, silu };
 struct Layout {
   const int32_t *row_offsets, *column_indices, *column_offsets, *row_indices, *order;
@@ -115,6 +115,7 @@ struct BlockMatrix {
   const float* gate;
   Layout layout;
   const int32_t* positions;
+  int64_t stored;
 };
 // [tokens, in or out], each token contiguous, `stride` from one to the next.
 struct Tokens {
@@ -127,6 +128,7 @@ struct Tokens {
 void block_layout(const void* gate, int gate_bytes, const uint8_t* mask, int64_t grid_rows, int64_t grid_columns,
                   int32_t* counts, int32_t* row_offsets, int32_t* column_indices, int32_t* column_offsets,
                   int32_t* row_indices, int32_t* order);
+// Asked for before each product: it throws where the index does not lie within the matrix.
 int64_t masked_matmul_workspace_bytes(const BlockMatrix&, int64_t tokens, int threads);
 // y = act(z), z = x w^T + bias, contiguous [tokens, out]; z is written to `saved` unless that is null.
 void masked_matmul(Dtype, const BlockMatrix&, Tokens x, const void* bias, Activation, void* y, void* saved, Workspace,

@@ -39,6 +39,22 @@ def require_float(name: str, tensor: Any) -> None:
         raise TypeError(f"{name} must be a floating-point tensor; got dtype {tensor.dtype}")
 
 
+def require_device(name: str, tensor: torch.Tensor, device: torch.device, of: str) -> None:
+    """Raise ValueError unless `tensor` lies on the device of the argument `of`: a pointer to elsewhere is no use."""
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, as {of}; got {tensor.device}")
+
+
+def require_index(name: str, tensor: torch.Tensor, length: int, device: torch.device) -> None:
+    """Raise ValueError unless `tensor` is a contiguous int32 vector of this length on this device."""
+    vector = tensor.dim() == 1 and tensor.shape[0] == length
+    if not vector or tensor.dtype != torch.int32 or tensor.device != device or (length > 1 and tensor.stride(0) != 1):
+        raise ValueError(
+            f"{name} must be contiguous torch.int32 of shape ({length},) on {device}; got {tensor.dtype} of shape"
+            f" {tuple(tensor.shape)} and strides {tensor.stride()} on {tensor.device}"
+        )
+
+
 def require_finite(name: str, tensor: torch.Tensor) -> None:
     """Raise ValueError when `tensor` can be inspected and holds NaN or infinity."""
     if inspectable(tensor) and not bool(torch.isfinite(tensor).all()):
@@ -96,6 +112,17 @@ def block_shape(block_size: int | tuple[int, int]) -> tuple[int, int]:
     if len(pair) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in pair):
         raise ValueError(f"block_size must be a positive int or a pair of positive ints; got {block_size!r}")
     return pair[0], pair[1]
+
+
+def clip_block(block_size: int | tuple[int, int], shape: tuple[int, ...] | torch.Size) -> tuple[int, int]:
+    """`block_size` as (rows, columns) that reach no further than a weight of this shape: its grid is the same.
+
+    Kernels and workspaces are sized by the block, so one that is larger than its matrix would cost for nothing.
+    """
+    rows, columns = block_shape(block_size)
+    if len(shape) < 2:
+        return rows, columns
+    return min(rows, max(1, shape[0])), min(columns, max(1, shape[1]))
 
 
 def block_grid(shape: tuple[int, ...] | torch.Size, block_size: int | tuple[int, int]) -> tuple[int, ...]:

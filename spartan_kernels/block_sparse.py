@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from spartan_kernels.arguments import block_grid, block_shape, require_float
-from spartan_kernels.layout import BlockLayout, longest_first, require_mask
+from spartan_kernels.arguments import block_grid, clip_block, require_device, require_float, require_index
+from spartan_kernels.layout import INDEX, BlockLayout, longest_first, require_mask
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -31,6 +31,37 @@ class BlockSparseWeight:
     values: torch.Tensor
     layout: BlockLayout
     positions: torch.Tensor
+
+    def __post_init__(self) -> None:
+        """Refuse values and positions that do not fit the index.
+
+        Raises:
+            ValueError: such a tensor, by name.
+        """
+        active, device = self.layout.column_indices.shape[0], self.layout.device
+        if tuple(self.values.shape) != (active, *self.layout.block_size):
+            raise ValueError(
+                f"values must have shape {(active, *self.layout.block_size)}, one block for each entry of the index;"
+                f" got {tuple(self.values.shape)}"
+            )
+        require_device("values", self.values, device, "the index")
+        require_index("positions", self.positions, active, device)
+
+    def require_valid(self) -> None:
+        """Look at every number of the index; the host waits for a GPU.
+
+        Raises:
+            ValueError: a buffer that is not what the blocks say, by name.
+        """
+        with torch.no_grad():
+            whole = BlockSparseWeight.from_blocks(
+                self.values, self.layout.row_offsets, self.layout.column_indices, self.shape
+            )
+        found = (*self.layout.tensors(), self.positions)
+        expected = (*whole.layout.tensors(), whole.positions)
+        for name, ours, right in zip((*INDEX, "positions"), found, expected, strict=True):
+            if not torch.equal(ours, right):
+                raise ValueError(f"{name} is not the index of the packed blocks; it was changed since it was made")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -79,13 +110,15 @@ class BlockSparseWeight:
     ) -> BlockSparseWeight:
         """The blocks of `weight` where `mask` is set, or (without one) that hold anything but zeros.
 
+        A block that is larger than the weight is stored as large as the weight.
+
         Raises:
             TypeError: an integer weight, a mask that is not bool. ValueError: shapes that do not match.
         """
         require_float("weight", weight)
         if weight.dim() != 2:
             raise ValueError(f"weight must be [out, in]; got {tuple(weight.shape)}")
-        rows, columns = block_shape(block_size)
+        rows, columns = clip_block(block_size, weight.shape)
         out, in_ = weight.shape
         tiles = functional.pad(weight, (0, -in_ % columns, 0, -out % rows))
         tiles = tiles.reshape(tiles.shape[0] // rows, rows, tiles.shape[1] // columns, columns).movedim(1, 2)

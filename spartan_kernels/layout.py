@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from spartan_kernels.arguments import block_grid, block_shape
+from spartan_kernels.arguments import block_grid, block_shape, require_index
 
 __all__ = ["BlockLayout"]
+
+# the buffers of a layout, in the order in which operators take them
+INDEX = ("row_offsets", "column_indices", "column_offsets", "row_indices", "order")
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +43,22 @@ class BlockLayout:
     row_indices: torch.Tensor
     order: torch.Tensor
     density: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse buffers of a wrong dtype, length or device, which kernels would read past.
+
+        Raises:
+            ValueError: such a buffer, by name.
+        """
+        grid = block_grid(self.shape, self.block_size)
+        active, device = self.column_indices.shape[:1].numel(), self.row_offsets.device
+        if active > grid[0] * grid[1]:
+            raise ValueError(
+                f"column_indices must have at most {grid[0] * grid[1]} entries, one for each block; got {active}"
+            )
+        lengths = (grid[0] + 1, active, grid[1] + 1, active, grid[0] + grid[1])
+        for name, tensor, length in zip(INDEX, self.tensors(), lengths, strict=True):
+            require_index(name, tensor, length, device)
 
     @staticmethod
     def from_gate(

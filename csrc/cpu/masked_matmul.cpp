@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <stdexcept>
 
@@ -461,21 +462,36 @@ class Sampled {
 
 namespace {
 
+[[noreturn]] void refuse_index() {
+  throw std::invalid_argument("layout must be the index of the weight's blocks; it was changed since it was made");
+}
+
 // Throws unless the index lies within the matrix: one that was written over would have the product read anything.
 void require_fit(const Lines& lines) {
-  const int64_t across = ceil_div(lines.other_extent, lines.other_span);
+  const BlockMatrix& w = lines.w;
+  const int64_t across = ceil_div(lines.other_extent, lines.other_span), all = lines.count * across;
+  const int64_t stored = w.positions == nullptr ? all : std::min(w.stored, all);
   bool fits = lines.offsets[0] == 0;
   for (int64_t i = 0; i < lines.count; ++i) fits &= lines.offsets[i] <= lines.offsets[i + 1];
-  fits = fits && lines.offsets[lines.count] <= lines.count * across;
-  for (int64_t e = 0; fits && e < lines.offsets[lines.count]; ++e)
-    fits = lines.indices[e] >= 0 && lines.indices[e] < across;
-  if (!fits) throw std::invalid_argument("layout must be the index of the weight's blocks; it was changed since it was made");
+  const int64_t active = lines.offsets[lines.count];
+  fits = fits && active <= stored;
+  if (!fits) refuse_index();
+  const auto within = [active](const int32_t* entries, int64_t end) {
+    bool all = true;  // a plain loop over unsigned numbers, for the compiler's vectors
+    const uint32_t limit = static_cast<uint32_t>(std::min<int64_t>(end, std::numeric_limits<int32_t>::max()));
+    for (int64_t e = 0; e < active; ++e) all &= static_cast<uint32_t>(entries[e]) < limit;
+    return all;
+  };
+  fits = within(lines.indices, across) && (lines.by_row || w.positions == nullptr || within(w.positions, stored));
+  if (!fits) refuse_index();
 }
 
 }  // namespace
 
 int64_t masked_matmul_workspace_bytes(const BlockMatrix& w, int64_t tokens, int threads) {
   const Lines rows(w, true), columns(w, false);
+  require_fit(rows);
+  require_fit(columns);
   const int64_t most = std::max(Product::workspace_bytes(rows, threads), Product::workspace_bytes(columns, threads));
   return std::max(most, few_workspace_bytes(rows, std::min(tokens, kFewTokens)));
 }
@@ -484,7 +500,6 @@ void masked_matmul(Dtype dtype, const BlockMatrix& w, Tokens x, const void* bias
                    Workspace workspace, int threads) {
   const Lines lines(w, true);
   if (x.count == 0 || w.out == 0) return;
-  require_fit(lines);
   if (x.count <= kFewTokens) return multiply_few(dtype, lines, x, bias, activation, y, saved, workspace, threads);
   Product(dtype, lines, x, bias, activation, y, saved, workspace, threads).run();
 }
@@ -492,18 +507,17 @@ void masked_matmul(Dtype dtype, const BlockMatrix& w, Tokens x, const void* bias
 void masked_matmul_input_gradient(Dtype dtype, const BlockMatrix& w, Tokens dz, void* dx, Workspace workspace, int threads) {
   const Lines lines(w, false);
   if (dz.count == 0 || w.in == 0) return;
-  require_fit(lines);
   Product(dtype, lines, dz, nullptr, Activation::none, dx, nullptr, workspace, threads).run();
 }
 
 int64_t sampled_matmul_workspace_bytes(const BlockMatrix& w, int64_t tokens, int64_t x_stride) {
+  if (w.layout.row_offsets != nullptr && w.out != 0 && w.in != 0) require_fit(Lines(w, true));
   return Sampled::workspace_bytes(w, tokens, x_stride);
 }
 
 void sampled_matmul(Dtype dtype, const BlockMatrix& w, Tokens dz, Tokens x, float* raw, float* grad_gate, Workspace workspace,
                     int threads) {
   if (w.out == 0 || w.in == 0) return;
-  if (w.layout.row_offsets != nullptr) require_fit(Lines(w, true));
   Sampled(dtype, w, dz, x, raw, grad_gate, workspace, threads).run();
 }
 

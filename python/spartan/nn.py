@@ -155,6 +155,17 @@ class BlockSparseLinear(nn.Module):
             for name, part in zip(self.packed_names, parts, strict=True):
                 getattr(self, name).copy_(part)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Load, and refuse an index that is not one: products would read past their tensors by it."""
+        *_, error_msgs = rest
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if any(tensor.is_meta for tensor in self.state_dict().values()):
+            return
+        try:
+            self.packed.require_valid()
+        except ValueError as error:
+            error_msgs.append(f"{prefix or 'the packed layer'}: {error}")
+
     @property
     def packed(self) -> BlockSparseWeight:
         """The weight, whose values are the parameter itself."""

@@ -65,9 +65,9 @@ class _Matrix:
         self.positions = None if positions is None else positions.contiguous()
         stride = 0 if positions is not None else self.data.stride(0)
         offsets = [part.data_ptr() for part in self.layout] if layout else [0] * 5
-        packed = 0 if self.positions is None else self.positions.data_ptr()
+        packed = (0, 0) if self.positions is None else (self.positions.data_ptr(), self.data.shape[0])
         self.handle = native_cuda._native.cpu.BlockMatrix(
-            self.data.data_ptr(), *shape, *block, stride, native.pointer(self.gate), *offsets, packed
+            self.data.data_ptr(), *shape, *block, stride, native.pointer(self.gate), *offsets, *packed
         )
         self.dtype = native_cuda.DTYPES[data.dtype]
         self.multiplied = _TF32 if data.dtype == torch.float32 and precision.tf32() else self.dtype

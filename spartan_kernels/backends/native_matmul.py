@@ -67,6 +67,7 @@ class _Matrix:
             *offsets,
             0,
             native.pointer(positions),
+            0 if positions is None else self.data.shape[0],
         )
         self.dtype = native.DTYPES[data.dtype]
         self.out, self.in_ = shape

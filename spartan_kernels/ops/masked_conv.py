@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from spartan_kernels import dispatch
-from spartan_kernels.arguments import block_grid, block_shape, memory_format, require_float
+from spartan_kernels.arguments import block_grid, block_shape, clip_block, memory_format, require_device, require_float
 from spartan_kernels.break_even import dense_convolution_wins
 from spartan_kernels.ops._define import define
 from spartan_kernels.ops.masked_matmul import in_autocast, require_bias
@@ -194,6 +194,8 @@ def masked_conv2d(
     for name, grid in (("gate", gate), ("forward_mask", forward_mask), ("backward_mask", backward_mask)):
         if grid is not None:
             _require_grid(name, grid, weight, (rows, columns))
+            require_device(name, grid, weight.device, "weight")
+    rows, columns = clip_block((rows, columns), weight.shape)
     batch = x if x.dim() == 4 else x[None]
     masks = forward_mask, backward_mask
     operands = batch, weight, gate, *masks, bias, *map(list, geometry), groups, rows, columns

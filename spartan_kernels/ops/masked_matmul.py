@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from spartan_kernels import dispatch
-from spartan_kernels.arguments import block_grid, block_shape, require_float
+from spartan_kernels.arguments import block_grid, block_shape, clip_block, require_float
 from spartan_kernels.break_even import dense_wins
 from spartan_kernels.layout import BlockLayout, require_mask
 from spartan_kernels.ops._define import define
@@ -196,6 +196,7 @@ def masked_linear(
     save = activation in SAVES_INPUT and records(x, weight, gate, bias)
     density = -1.0 if layout.density is None else layout.density
     slope = None if slope is None else slope.detach()
+    rows, columns = clip_block((rows, columns), shape)
     operands = x, weight, gate, layout.tensors(), backward, bias, activation or "", rows, columns, save, density, slope
     result: torch.Tensor = masked_linear_forward(*operands, backend or "")[0]
     return result
@@ -246,6 +247,7 @@ def sampled_matmul(
             raise ValueError(f"mask must be on {a.device}, as a; got {mask.device}")
         layout = BlockLayout.from_gate(mask, shape, (rows, columns), backend=backend)
     require_layout(layout, shape, (rows, columns), a.device)
+    rows, columns = clip_block((rows, columns), shape)
     product: torch.Tensor = sampled_matmul_forward(a, b, layout.tensors(), rows, columns, backend or "")
     return product
 

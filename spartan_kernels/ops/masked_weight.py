@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from spartan_kernels.arguments import block_grid, block_shape, require_float, scalar
+from spartan_kernels.arguments import block_grid, block_shape, clip_block, require_device, require_float, scalar
 from spartan_kernels.ops._define import define
 
 
@@ -112,7 +112,7 @@ def block_scores(
     """
     require_float("weight", weight)
     block_grid(weight.shape, block_size)
-    return _scores(weight.detach(), *block_shape(block_size), backend or "")
+    return _scores(weight.detach(), *clip_block(block_size, weight.shape), backend or "")
 
 
 def masked_weight(
@@ -229,17 +229,19 @@ def masked_weight_arguments(
     if soft is not None:
         require_float("soft", soft)
         _require_grid("soft", soft, weight.shape, (rows, columns))
+        require_device("soft", soft, weight.device, "weight")
         soft = soft.to(weight.dtype)
     if hard is not None:
         if hard.dtype != torch.bool:
             raise TypeError(f"hard must be a bool tensor; got dtype {hard.dtype}")
         _require_grid("hard", hard, weight.shape, (rows, columns))
+        require_device("hard", hard, weight.device, "weight")
     if isinstance(costs, torch.Tensor) and costs.dim():
         _require_grid("costs", costs, weight.shape, (rows, columns))
         costs = costs.to(device=weight.device, dtype=weight.dtype)
     else:
         costs = scalar("costs", costs, weight.device)
-    return soft, hard, scalar("beta", beta, weight.device), costs, rows, columns
+    return soft, hard, scalar("beta", beta, weight.device), costs, *clip_block((rows, columns), weight.shape)
 
 
 def _require_grid(
@@ -258,3 +260,4 @@ def _require_grad(grad: torch.Tensor, weight: torch.Tensor) -> None:
         raise ValueError(
             f"grad must be {weight.dtype} of shape {tuple(weight.shape)}; got {grad.dtype} of {tuple(grad.shape)}"
         )
+    require_device("grad", grad, weight.device, "weight")

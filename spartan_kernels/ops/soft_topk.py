@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spartan_kernels.arguments import block_grid, block_shape, scalar
+from spartan_kernels.arguments import block_grid, block_shape, clip_block, require_device, scalar
 from spartan_kernels.groups import group_name
 from spartan_kernels.ops._define import define
 from spartan_kernels.ops._problem import as_in_autocast, global_problem, row_problem
@@ -221,11 +221,14 @@ def solve_masks_(
     tensors, cost_list = global_problem(parts.values, parts.costs, shapes)
     soft_parts, hard_parts = parts.targets("soft", soft), parts.targets("hard", hard)
     grids = shapes or [tensor.shape for tensor in tensors]
-    _require_masks("soft", soft_parts, grids, tensors[0].dtype)
-    _require_masks("hard", hard_parts, grids, torch.bool)
+    device = tensors[0].device
+    _require_masks("soft", soft_parts, grids, tensors[0].dtype, device)
+    _require_masks("hard", hard_parts, grids, torch.bool, device)
     if state.shape != (SOLVER_STATE_SIZE,) or state.dtype != torch.float64:
         raise ValueError(f"state must come from new_solver_state; got {state.dtype} of shape {tuple(state.shape)}")
-    device = tensors[0].device
+    require_device("state", state, device, "values")
+    if sides is not None:
+        sides = [clip_block(pair, tensor.shape) for pair, tensor in zip(sides, tensors, strict=True)]
     name = group_name(parts.group)
     _solve_masks(
         tensors,
@@ -250,7 +253,9 @@ def _grids(values: Sequence[torch.Tensor], sides: list[tuple[int, int]]) -> list
     return [torch.Size(block_grid(value.shape, pair)) for value, pair in zip(values, sides, strict=True)]
 
 
-def _require_masks(name: str, masks: Sequence[torch.Tensor], shapes: list[torch.Size], dtype: torch.dtype) -> None:
+def _require_masks(
+    name: str, masks: Sequence[torch.Tensor], shapes: list[torch.Size], dtype: torch.dtype, device: torch.device
+) -> None:
     if len(masks) != len(shapes):
         raise ValueError(f"{name} must hold one mask for each of the {len(shapes)} values; got {len(masks)}")
     for index, (mask, shape) in enumerate(zip(masks, shapes, strict=True)):
@@ -259,3 +264,4 @@ def _require_masks(name: str, masks: Sequence[torch.Tensor], shapes: list[torch.
                 f"{name}[{index}] must be contiguous {dtype} of shape {tuple(shape)};"
                 f" got {mask.dtype} of shape {tuple(mask.shape)}"
             )
+        require_device(f"{name}[{index}]", mask, device, "values")

@@ -12,12 +12,13 @@ import json
 import math
 import os
 import platform
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
 
@@ -150,12 +151,8 @@ def cache_file() -> Path:
 
 
 def load() -> dict[str, Surface]:
-    """The surfaces of the user's cache by kind of device; none where there is no file.
-
-    Raises:
-        ValueError: a file that is not such a cache.
-    """
-    return read_json(cache_file(), "a break-even cache", lambda entry: Crossing(**entry))
+    """The surfaces of the user's cache by kind of device; none where there is no file, or one that is damaged."""
+    return read_json(cache_file(), "a break-even cache", lambda entry: checked(Crossing, entry))
 
 
 def store(kind: str, surface: Surface) -> Path:
@@ -170,17 +167,42 @@ def store(kind: str, surface: Surface) -> Path:
 def read_json(path: Path, what: str, parse: Callable[[Any], Entry]) -> dict[str, tuple[Entry, ...]]:
     """The entries of a file of the user's cache by kind of device; none where there is no file.
 
-    Raises:
-        ValueError: a file that is not `what`.
+    A file that is not `what` is left unused with one warning that names it: it makes products faster, not possible.
     """
     try:
-        text = path.read_text()
-    except OSError:
-        return {}
-    try:
+        if not path.is_file():
+            if path.exists():
+                raise ValueError("not a regular file")
+            return {}
+        text = path.read_text(encoding="utf-8")
         return {kind: tuple(parse(entry) for entry in entries) for kind, entries in json.loads(text).items()}
-    except (TypeError, AttributeError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not {what} ({error}); delete it or run spartan.tune()") from error
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError, OverflowError) as error:
+        _warn_once(f"{path} is not {what} ({error}) and is not used; delete it or run spartan.tune()")
+        return {}
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def checked(kind: type[Entry], entry: Any) -> Entry:
+    """The dataclass that a dictionary describes.
+
+    Raises:
+        TypeError, ValueError: names or types that are not its fields', numbers that are negative or not finite.
+    """
+    made = kind(**entry)
+    hints = get_type_hints(kind)
+    for field in fields(made):  # type: ignore[arg-type]
+        value, hint = getattr(made, field.name), hints[field.name]
+        allowed = get_args(hint) or (hint,)
+        allowed += (int,) if float in allowed else ()
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            raise TypeError(f"{field.name} is {value!r}")
+        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+            raise ValueError(f"{field.name} is {value!r}")
+    return made
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from spartan_kernels.break_even import FEW_TOKENS, cache_file, device_kind, read_json, write_json
+from spartan_kernels.break_even import FEW_TOKENS, cache_file, checked, device_kind, read_json, write_json
 
 __all__ = ["Tile", "TunedTile", "candidates", "default_tile", "store_tiles", "tile_for", "tiles_file", "using"]
 
@@ -136,16 +136,12 @@ def tiles_file() -> Path:
 
 
 def load_tiles() -> dict[str, tuple[TunedTile, ...]]:
-    """The tiles of the user's cache by kind of device; none where there is no file.
-
-    Raises:
-        ValueError: a file that is not such a cache.
-    """
+    """The tiles of the user's cache by kind of device; none where there is no file, or one that is damaged."""
     return read_json(tiles_file(), "a cache of tiles", _parsed)
 
 
 def _parsed(entry: dict[str, object]) -> TunedTile:
-    return TunedTile(**{**entry, "tile": Tile(**entry["tile"])})  # type: ignore[arg-type]
+    return checked(TunedTile, {**entry, "tile": checked(Tile, entry["tile"])})
 
 
 def store_tiles(kind_of_device: str, tiles: tuple[TunedTile, ...]) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -71,12 +73,51 @@ def test_all_blocks_take_the_place_of_the_dense_product_where_that_is_surely_fas
     assert asked() is None and not dense_wins(1.0, CPU, torch.float32, (16, 16), 2048)
 
 
-def test_a_broken_cache_is_named(own_cache: Path) -> None:
+_ENTRY = {"dtype": "float32", "rows": 16, "columns": 16, "few": False, "density": 0.5, "whole": 0.9}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{",
+        b"[]",
+        b"\xff\xfe\x00",
+        b"[" * 100_000,
+        json.dumps({KIND: [{"dtype": "float32"}]}).encode(),
+        *(json.dumps({KIND: [_ENTRY | wrong]}).encode() for wrong in (
+            {"rows": "16"}, {"density": -1.0}, {"density": float("nan")}, {"columns": True}, {"few": 3},
+            {"dtype": None},
+        )),
+    ],
+    ids=range(11),
+)  # fmt: skip
+def test_a_damaged_cache_is_named_once_and_products_go_on_without_it(own_cache: Path, content: bytes) -> None:
     own_cache.parent.mkdir()
-    for text in ("{", "[]", json.dumps({KIND: [{"dtype": "float32"}]})):
-        own_cache.write_text(text)
-        with pytest.raises(ValueError, match=rf"{own_cache}.*spartan\.tune"):
-            load()
+    own_cache.write_bytes(content)
+    break_even._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match=rf"{own_cache}.*spartan\.tune"):
+        assert load() == {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        break_even._forget()
+        y = spartan.masked_linear(torch.randn(3, 32), torch.randn(32, 32), torch.ones(2, 2), 16)
+    assert torch.isfinite(y).all()
+
+
+def test_a_whole_cache_is_read_without_a_warning(own_cache: Path) -> None:
+    own_cache.parent.mkdir()
+    own_cache.write_text(json.dumps({KIND: [_ENTRY, _ENTRY | {"density": None, "whole": 1}]}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [entry.density for entry in load()[KIND]] == [0.5, None]
+
+
+def test_a_cache_that_is_no_file_is_not_opened(own_cache: Path) -> None:
+    own_cache.parent.mkdir()
+    os.mkfifo(own_cache)
+    break_even._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="not a regular file"):
+        assert load() == {}
 
 
 def test_auto_multiplies_densely_above_the_break_even(monkeypatch: pytest.MonkeyPatch) -> None:

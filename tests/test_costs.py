@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from typing import Any
 
 import pytest
@@ -314,7 +316,25 @@ def test_latency_tables_that_cannot_be_are_refused(tmp_path: Any) -> None:
         LatencyTable([LatencyEntry("a", (8, 8), (4, 4), ((2, 8),), 0.0)])
     path = tmp_path / "latency.json"
     old = '{"format": "spartan-latency", "version": 1, "entries": []}'
-    for text in ("", "{}", old, '{"format": "other", "version": 1, "entries": []}', '{"format": "spartan-latency"'):
-        path.write_text(text)
+    entry = {"name": "a", "shape": [8, 8], "block_size": [4, 4], "inputs": [[2, 8]], "seconds": 1e-6}
+    table = {"format": "spartan-latency", "version": 2, "entries": [entry]}
+    path.write_text(json.dumps(table))
+    assert LatencyTable.load(path).entries[0].shape == (8, 8)
+    wrong = (
+        {"shape": [-1, 4]},
+        {"shape": []},
+        {"inputs": [["2", 8]]},
+        {"name": 3},
+        {"seconds": "nan"},
+        {"shape": 1e999},
+    )
+    nonsense = [json.dumps(table | {"entries": [entry | change]}) for change in wrong]
+    nonsense += ["", "{}", old, '{"format": "other", "version": 1, "entries": []}', '{"format": "spartan-latency"']
+    for text in (*nonsense, "[" * 100_000, json.dumps(table).replace("1e-06", "1" + "0" * 400), b"\xff\xfe"):
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(ValueError, match=r"latency.json is no latency table"):
             LatencyTable.load(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"latency.json is no latency table: .* not a regular file"):
+        LatencyTable.load(path)

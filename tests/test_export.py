@@ -21,6 +21,7 @@ from spartan.export import (
     save_pretrained,
     sparsity_of,
 )
+from spartan.inspection import inspect_file
 from spartan.methods import StaticRandom
 from spartan.packing import Packed, pack, unpack
 from spartan.sparsifier import Sparsifier
@@ -229,3 +230,16 @@ def test_a_dtype_that_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     model.weight = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
     with pytest.raises(ValueError, match=r"tensor 'weight' has dtype torch.complex64"):
         save_pretrained(model, tmp_path)
+
+
+def test_a_model_folder_with_a_named_pipe_is_refused(tmp_path: Path) -> None:
+    model = nn.Linear(8, 8)
+    for pipe in (MODEL_FILE, CONFIG_FILE):
+        folder = tmp_path / pipe.split(".")[0]
+        save_pretrained(model, folder)
+        (folder / pipe).unlink()
+        os.mkfifo(folder / pipe)
+        with pytest.raises(ValueError, match="is not a regular file"):
+            load_pretrained(nn.Linear(8, 8), folder)
+    with pytest.raises(ValueError, match="is not a regular file"):
+        inspect_file(tmp_path / MODEL_FILE.split(".")[0])

@@ -7,7 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing", "temporary_beside", "to_disk"]
+__all__ = ["replacing", "require_regular", "temporary_beside", "to_disk"]
+
+
+def require_regular(path: Path) -> None:
+    """Refuse what is there under the name of a file and is none: opening a named pipe would wait for ever.
+
+    Raises:
+        ValueError: not a regular file.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a regular file")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from spartan.export import CONFIG_FILE, MODEL_FILE, SavedTensor, describe_pretrained
+from spartan.files import require_regular
 from spartan.packing import pack
 from spartan.saved_model import dtype_name
 from spartan.tables import text_table
@@ -91,6 +92,7 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
 def _plain(path: Path, parameters: set[str] | None) -> list[SavedTensor]:
     """The tensors of a safetensors file as they lie there; all are parameters where nothing says which are."""
     tensors = []
+    require_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():

@@ -19,6 +19,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from spartan.conv import masked_conv2d
 from spartan.costs import CostModel, PricedWeight, one_forward
 from spartan.distributed import own_class
+from spartan.files import require_regular
 from spartan.matmul import masked_linear
 from spartan.selection import Candidate, Use, find_weights
 from spartan.tuning import Timer, median_seconds
@@ -73,6 +74,11 @@ class LatencyTable(CostModel):
             other = self._entries.setdefault((entry.name, entry.block_size), entry)
             if other is not entry:
                 raise ValueError(f"entries must hold one for each weight and block size; got {other} and {entry}")
+            sizes = (*entry.shape, *entry.block_size, *(side for one in entry.inputs for side in one))
+            if not all(type(side) is int and side >= 0 for side in sizes) or not entry.shape:
+                raise ValueError(f"entries must hold shapes of whole numbers from 0 on; got {entry}")
+            if not isinstance(entry.name, str):
+                raise ValueError(f"entries must hold the names of weights; got {entry}")
             if not 0 < entry.seconds < float("inf"):
                 raise ValueError(f"entries must hold positive seconds; got {entry}")
 
@@ -136,13 +142,14 @@ class LatencyTable(CostModel):
             ValueError: a file that cannot be read or is none of these.
         """
         try:
-            document = json.loads(Path(path).read_text())
+            require_regular(Path(path))
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
             if document["format"] != _FORMAT or document["version"] != _VERSION:
                 raise ValueError(
                     f"its format is {document['format']!r}, version {document['version']!r}; measure again"
                 )
             return LatencyTable([_entry(**entry) for entry in document["entries"]])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
             raise ValueError(f"{path} is no latency table: {type(error).__name__}: {error}") from error
 
     def block_costs(self, model: nn.Module, weights: Sequence[PricedWeight]) -> list[float | torch.Tensor]:

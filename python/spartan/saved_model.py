@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from spartan.files import temporary_beside, to_disk
+from spartan.files import require_regular, temporary_beside, to_disk
 from spartan.packing import ENCODINGS, Packed, expected_parts
 
 __all__ = ["CONFIG_FILE", "DTYPES", "MODEL_FILE", "Entry", "dtype_name", "read_config", "read_parts", "write_files"]
@@ -164,6 +164,7 @@ def read_config(folder: Path) -> tuple[dict[str, Entry], Path]:
         ValueError: files that are missing, damaged, of another format or that do not belong together, by name.
     """
     path = folder / CONFIG_FILE
+    require_regular(path)
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -243,6 +244,7 @@ def _digest(tensors: dict[str, Any]) -> str:
 
 
 def _sha256(path: Path) -> str:
+    require_regular(path)
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -260,6 +262,7 @@ def _waiting(folder: Path, sha256: Any) -> Path:
 def _settle(folder: Path) -> None:
     """Finish a save that was interrupted after it took effect, and remove what older ones left behind."""
     with suppress(OSError, ValueError, TypeError, KeyError):
+        require_regular(folder / CONFIG_FILE)
         os.replace(_waiting(folder, json.loads((folder / CONFIG_FILE).read_text())["sha256"]), folder / MODEL_FILE)
     for file in (*folder.glob(f".{MODEL_FILE}.*"), *folder.glob(f".{CONFIG_FILE}.*")):
         with suppress(FileNotFoundError):

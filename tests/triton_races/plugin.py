@@ -7,18 +7,16 @@ integer, so that a test that compares results sees it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
-import torch
-from torch.utils import deterministic
 
 from tests.triton_races.declared import DECLARED
-from tests.triton_races.recorder import recording
+from tests.triton_races.recorder import poisoned, recording
 
-_watch = recording(DECLARED)
-recorder = _watch.__enter__()
-torch.use_deterministic_algorithms(True, warn_only=True)
-deterministic.fill_uninitialized_memory = True
+_always = ExitStack()
+_always.enter_context(poisoned())
+recorder = _always.enter_context(recording(DECLARED))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 import triton
+from torch.utils import deterministic
 from triton.runtime import interpreter
 
 from tests.triton_races.accesses import Access, Finding, Kind, Line, runs_of
 from tests.triton_races.launch import NOWHERE, Launch
 
-THREADS_PER_WARP = 32
+THREADS_PER_WARP = 64  # on AMD, and 32 on NVIDIA: what is sound for more threads is for fewer
 _OF_TRITON = os.path.dirname(triton.__file__) + os.sep
 _REGION = "region"  # the attribute of a handle that holds the region of its pointers, or one for each entry
 # what moves pointers without changing what they point into
@@ -209,6 +210,19 @@ def _names_of(arguments: dict[str, Any]) -> dict[tuple[int, int], str]:
             bounds = extent(tensor)
             names[bounds] = f"{names[bounds]} or {name}" if bounds in names else name
     return names
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """New memory holds NaN, or the largest integers: what a kernel leaves unwritten is seen in its result."""
+    before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        deterministic.fill_uninitialized_memory = before[1]
 
 
 @contextmanager

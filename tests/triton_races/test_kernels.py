@@ -6,8 +6,10 @@ programs, and the last resort of the global solve. The operators' own tests run 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -19,24 +21,18 @@ if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton
 
 import spartan
 from spartan_kernels import BlockSparseWeight, ops
+from spartan_kernels.backends import triton as backend
 from spartan_kernels.backends.triton import (
     global_passes,
     global_solve,
     global_steps,
-    hard_topk,
     launches,
-    long_rows,
     masked_matmul_kernels,
     masked_weight,
-    soft_topk_rows,
 )
 from spartan_kernels.backends.triton.tables import TensorList
 from spartan_kernels.testing import make_values
 from tests.triton_races.recorder import RaceError, recording
-
-MODULES = (
-    global_passes, global_steps, hard_topk, long_rows, masked_matmul_kernels, masked_weight, soft_topk_rows,
-)  # fmt: skip
 
 
 def rows(n: int, costs: bool) -> None:
@@ -127,7 +123,8 @@ CASES: dict[str, Callable[[], None]] = {
 
 def kernels() -> set[str]:
     """Names of all kernels of the backend."""
-    return {name for module in MODULES for name in vars(module) if name.startswith("_") and name.endswith("_kernel")}
+    modules = [importlib.import_module(m.name) for m in pkgutil.iter_modules(backend.__path__, f"{backend.__name__}.")]
+    return {name for module in modules for name in vars(module) if name.startswith("_") and name.endswith("_kernel")}
 
 
 def test_every_kernel_is_launched_and_sound() -> None:

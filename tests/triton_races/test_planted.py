@@ -18,7 +18,7 @@ if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton
 import triton
 import triton.language as tl
 
-from tests.triton_races.recorder import RaceError, recording
+from tests.triton_races.recorder import RaceError, poisoned, recording
 
 
 @triton.jit
@@ -210,11 +210,11 @@ def test_a_program_that_stores_where_another_lane_loads(barrier: bool) -> None:
 
 
 @pytest.mark.parametrize("barrier", [True, False])
-@pytest.mark.parametrize(("entries", "warps"), [(128, 4), (64, 4), (64, 2), (1, 1)])
+@pytest.mark.parametrize(("entries", "warps"), [(256, 4), (128, 4), (128, 2), (1, 1)])
 def test_replicated_lanes_that_scale_in_place(entries: int, warps: int, barrier: bool) -> None:
     """Fewer entries than threads: a thread may load what the one that stores has scaled already."""
     kinds = kinds_of(_scale_kernel, 1, zeros(entries), zeros(1), BLOCK=entries, BARRIER=barrier, num_warps=warps)
-    assert kinds == ({"replicas"} if entries < 32 * warps and not barrier else set())
+    assert kinds == ({"replicas"} if entries < 64 * warps and not barrier else set())
 
 
 @pytest.mark.parametrize("barrier", [True, False])
@@ -285,6 +285,15 @@ def test_an_address_of_no_tensor() -> None:
     table = torch.tensor([freed.data_ptr(), freed.data_ptr()])
     del freed
     assert kinds_of(_fill_table_kernel, 1, table, ROWS=2, EXTRA=0, BLOCK=64) == {"outside"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32], ids=str)
+@pytest.mark.parametrize("left", [0, 3])
+def test_entries_of_an_output_that_nobody_writes(left: int, dtype: torch.dtype) -> None:
+    with poisoned():
+        y = torch.empty(128, dtype=dtype)
+    assert kinds_of(_copy_kernel, 1, zeros(128, dtype), y, 128 - left, FIRST=0, MASK=True, BLOCK=128) == set()
+    assert int((y != 0).sum()) == left
 
 
 def test_a_program_that_waits_for_a_later_one() -> None:

@@ -163,9 +163,9 @@ def _survey_kernel(
 
     The entries in the range are kept by program: unless they were too many, the ranges inside it need no further read.
     """
-    program = tl.program_id(0).to(tl.int64)
-    keys_ptr += program * capacity
-    prices_ptr += program * capacity
+    program = tl.program_id(0)
+    keys_ptr += program.to(tl.int64) * capacity
+    prices_ptr += program.to(tl.int64) * capacity
     soft_open = SOFT and tl.load(solve_ptr + SOFT_DONE) == 0.0
     hard_open = HARD and tl.load(select_ptr + HARD_DONE) == 0
     collected = HARD and tl.load(select_ptr + COLLECTED) != 0
@@ -173,16 +173,21 @@ def _survey_kernel(
     centre, slope, shift = moment_logit(
         tl.load(solve_ptr + T), beta, sign, tl.load(solve_ptr + LOWEST), tl.load(solve_ptr + HIGHEST)
     )
-    lo, bits = tl.load(select_ptr + LO), tl.load(select_ptr + SHIFT)
+    lo, bits = tl.load(select_ptr + LO), tl.load(select_ptr + SHIFT).to(tl.uint32)
     first, last = lo.to(tl.uint32), tl.load(select_ptr + LAST).to(tl.uint32)
+    if HARD:
+        if hard_open and collected:  # before the walk, which then keeps fewer numbers in registers
+            kept = tl.load(tally_ptr + program).to(tl.int32)
+            _count_candidates(select_ptr, keys_ptr, prices_ptr, kept, scale, first, last, bits, HAS_COSTS, CHUNK)
+    selecting = hard_open and not collected
     from_here, up_to = limits_of_keys(first, last)
     mass = tl.zeros((LANES,), tl.float64)
     weight, bend = mass, mass
     lowest = tl.full((LANES,), float("inf"), tl.float32)
     highest = -lowest
-    above = tl.zeros((LANES,), tl.int64)
+    above = tl.zeros((LANES,), tl.int64 if HAS_COSTS else tl.int32)  # counts by thread
     found = lo.to(tl.int32) * 0
-    if soft_open or (hard_open and not collected):
+    if soft_open or selecting:
         begin, end = own_chunks(n_chunks)
         row = locate(table_ptr, n_tensors, begin, FIRST_CHUNK)
         for chunk in range(begin, end):
@@ -197,15 +202,17 @@ def _survey_kernel(
                     lowest = tl.minimum(lowest, lane_min(tl.where(live, u, INFINITY), LANES, VECTOR))
                     highest = tl.maximum(highest, lane_max(tl.where(live, u, -INFINITY), LANES, VECTOR))
             if HARD:
-                if hard_open and not collected:
+                if selecting:
                     cost = fixed_point(a, live, scale, HAS_COSTS)
-                    above += lane_sum(tl.where(u > up_to, cost, 0), LANES, VECTOR, tl.int64)
+                    above += lane_sum(tl.where(u > up_to, cost, 0), LANES, VECTOR, above.dtype)
                     inside = live & (u >= from_here) & (u <= up_to)
                     more = tl.sum(inside.to(tl.int32), 0)
                     if more > 0:
                         key = ordered_key(u)
-                        bins = ((key - first) >> bits.to(tl.uint32)).to(tl.int32)
-                        tl.atomic_add(select_ptr + HISTOGRAM + bins, cost.to(tl.int64), inside, sem="relaxed")
+                        bins = ((key - first) >> bits).to(tl.int32)
+                        # a constant takes no registers
+                        more_cost = cost.to(tl.int64) if HAS_COSTS else tl.full((CHUNK,), 1, tl.int64)
+                        tl.atomic_add(select_ptr + HISTOGRAM + bins, more_cost, inside, sem="relaxed")
                         if found < capacity:
                             at = found + tl.cumsum(inside.to(tl.int32), 0) - 1
                             keep = inside & (at < capacity)
@@ -221,14 +228,9 @@ def _survey_kernel(
         tl.store(own + 3, tl.min(lowest, 0).to(tl.float64))
         tl.store(own + 4, tl.max(highest, 0).to(tl.float64))
     if HARD:
-        if hard_open and collected:
-            kept = tl.load(tally_ptr + program).to(tl.int32)
-            _count_candidates(
-                select_ptr, keys_ptr, prices_ptr, kept, scale, first, last, bits.to(tl.uint32), HAS_COSTS, CHUNK
-            )
-        if hard_open and not collected:
+        if selecting:
             tl.store(tally_ptr + program, found.to(tl.int64))
-            tl.atomic_add(select_ptr + ABOVE, tl.sum(above, 0), sem="relaxed")
+            tl.atomic_add(select_ptr + ABOVE, tl.sum(above.to(tl.int64), 0), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -209,6 +209,7 @@ def _long_hard_topk_forward_kernel(
             costs += tl.load(costs_ptr + at * stride_cn, at < n, other=0.0).to(tl.float64)
         total = tl.sum(costs, 0)
     budget = clamped_budget(budget, total)
+    budget = tl.where(budget >= total, INFINITY, budget)  # then nothing is over it, and the cut is the smallest key
     digits = tl.arange(0, 4)
     cut = tl.zeros((4,), tl.int64)
     shift = 30
@@ -232,9 +233,7 @@ def _long_hard_topk_forward_kernel(
         u, a, live = _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
         spent += tl.where(live & (ordered_key(u) > cut_key), a, 0.0).to(tl.float64)
     room = budget - tl.sum(spent, 0)
-    # with nothing left out, the cut is below all
-    cut_key = tl.where(budget >= total, 0, cut_key)
-    before = budget * 0.0
+    before = cut_key.to(tl.float64) * 0.0
     for start in range(0, n, TILE):
         u, a, live = _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
         key = ordered_key(u)

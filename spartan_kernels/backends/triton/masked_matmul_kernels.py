@@ -106,6 +106,29 @@ def _dot(a, b, sums, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _blocks_of_step(
+    indices_ptr, gate_ptr, positions_ptr, entry, end, stride_gate,
+    HAS_GATE: tl.constexpr, HAS_POSITIONS: tl.constexpr, OTHER: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Index, gate and position of the block of each column of a step that holds whole blocks.
+
+    Each is loaded once for a block: given a column each, compilers before 3.9 load them once for a column.
+    """
+    block = tl.arange(0, BLOCK_K) // OTHER
+    index, position = tl.zeros((BLOCK_K,), tl.int32), tl.zeros((BLOCK_K,), tl.int32)
+    gate = tl.zeros((BLOCK_K,), tl.float32)
+    for j in tl.static_range(BLOCK_K // OTHER):
+        inside = entry + j < end
+        at = tl.load(indices_ptr + entry + j, inside, other=0)
+        index = tl.where(block == j, at, index)
+        if HAS_GATE:
+            gate = tl.where(block == j, tl.load(gate_ptr + at.to(tl.int64) * stride_gate, inside, other=0.0), gate)
+        if HAS_POSITIONS:
+            position = tl.where(block == j, tl.load(positions_ptr + entry + j, inside, other=0), position)
+    return index.to(tl.int64), gate, position.to(tl.int64)
+
+
+@triton.jit
 def _product_kernel(
     x_ptr, w_ptr, gate_ptr, bias_ptr, y_ptr, saved_ptr, order_ptr, offsets_ptr, indices_ptr, positions_ptr,
     tokens, lines, group, extent, other_extent, stride_x, stride_wn, stride_wk, stride_gate_line, stride_gate_other,
@@ -121,6 +144,7 @@ def _product_kernel(
     """
     tile, part = tl.program_id(0), tl.program_id(1)
     pieces: tl.constexpr = (SPAN + BLOCK_N - 1) // BLOCK_N
+    WHOLE: tl.constexpr = OTHER >= 8 and BLOCK_K % OTHER == 0  # a step holds whole blocks, and not too many
     first_tile = tile // (group * lines * pieces) * group
     tile = tile % (group * lines * pieces)
     tiles = tl.minimum(tl.cdiv(tokens, BLOCK_M) - first_tile, group)
@@ -148,11 +172,18 @@ def _product_kernel(
         else:
             entry = first + k // OTHER
             within = k % OTHER
-            index = tl.load(indices_ptr + entry, k < depth, other=0).to(tl.int64)
+            if WHOLE:
+                index, gate, position = _blocks_of_step(
+                    indices_ptr, gate_ptr + line.to(tl.int64) * stride_gate_line, positions_ptr,
+                    first + step * (BLOCK_K // OTHER), first + depth // OTHER, stride_gate_other,
+                    HAS_GATE, HAS_POSITIONS, OTHER, BLOCK_K,
+                )  # fmt: skip
+            else:
+                index = tl.load(indices_ptr + entry, k < depth, other=0).to(tl.int64)
             other = index * OTHER + within
-            inside_k = (k < depth) & (other < other_extent)
-            if OTHER >= 8 and OTHER & (OTHER - 1) == 0:
+            if WHOLE:
                 other = tl.max_contiguous(tl.multiple_of(other, OTHER), OTHER)
+            inside_k = (k < depth) & (other < other_extent)
         if TMA:  # x_ptr describes x; zeros come past its edges
             x = x_ptr.load([first_token, (index * OTHER + start).to(tl.int32)])
         else:
@@ -164,6 +195,8 @@ def _product_kernel(
             if HAS_POSITIONS:
                 if OTHER % BLOCK_K == 0:
                     block = tl.load(positions_ptr + entry).to(tl.int64)
+                elif WHOLE:
+                    block = position
                 else:
                     block = tl.load(positions_ptr + entry, k < depth, other=0).to(tl.int64)
             row = block * (SPAN * OTHER) + within * stride_wk
@@ -175,6 +208,8 @@ def _product_kernel(
             gate_at = line.to(tl.int64) * stride_gate_line + index * stride_gate_other
             if OTHER % BLOCK_K == 0:
                 w = (w.to(tl.float32) * tl.load(gate_ptr + gate_at)).to(w.dtype)
+            elif WHOLE:
+                w = (w.to(tl.float32) * gate[:, None]).to(w.dtype)
             else:
                 gate = tl.load(gate_ptr + gate_at, k < depth, other=0.0)
                 w = (w.to(tl.float32) * gate[:, None]).to(w.dtype)

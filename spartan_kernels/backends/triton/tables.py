@@ -41,9 +41,10 @@ def locate(table_ptr, n_tensors, wanted, COLUMN: tl.constexpr):
 
 @triton.jit
 def own_chunks(n_chunks):
-    """First and past-the-end chunk of this program."""
+    """First and past-the-end chunk of this program, in 32 bits: 2^31 chunks are more than any memory holds."""
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    return program * n_chunks // programs, (program + 1) * n_chunks // programs
+    begin, end = program * n_chunks // programs, (program + 1) * n_chunks // programs
+    return begin.to(tl.int32), end.to(tl.int32)
 
 
 @triton.jit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import pkgutil
 
 import pytest
 
@@ -26,6 +27,16 @@ def first_cases() -> list[tuple[str, int]]:
         for index, case in enumerate(cases):
             chosen.setdefault(case.kernel.fn.__name__, (module, index))
     return list(chosen.values())
+
+
+def test_every_kernel_has_a_case() -> None:
+    backend = importlib.import_module("spartan_kernels.backends.triton")
+    modules = [importlib.import_module(m.name) for m in pkgutil.iter_modules(backend.__path__, f"{backend.__name__}.")]
+    kernels = {name for module in modules for name in vars(module) if name.startswith("_") and name.endswith("_kernel")}
+    chosen = [
+        importlib.import_module(f"spartan_kernels.backends.triton.{m}").COMPILE_CASES[i] for m, i in first_cases()
+    ]
+    assert {case.kernel.fn.__name__ for case in chosen} == kernels
 
 
 @pytest.mark.parametrize(("module", "index"), first_cases())

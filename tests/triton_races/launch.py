@@ -133,7 +133,8 @@ class Launch:
         raise IndexError(text)
 
     def _count_asking(self, access: Access) -> None:
-        asked = (access.line, int(access.starts[0])) if access.kind != "store" and access.starts.size == 1 else None
+        word = access.kind != "store" and access.pointers.size == access.starts.size == 1
+        asked = (access.line, int(access.starts[0])) if word else None
         self._times = self._times + 1 if asked is not None and asked == self._asked else 0
         self._asked = asked
         if self._times >= _SPINS:

@@ -170,7 +170,7 @@ class Recorder:
         """Note what is about to be touched; raises where that is outside of the pointers' tensor."""
         if self.launch is None:
             return None
-        live = np.asarray(getattr(mask, "data", mask), bool)
+        live = np.asarray(mask.data if isinstance(mask, interpreter.TensorHandle) else mask, bool)
         every = bool(live.all())
         regions = pointers.attr.get(_REGION, NOWHERE)
         if np.ndim(regions) > 0:

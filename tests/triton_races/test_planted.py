@@ -130,6 +130,12 @@ def _choose_kernel(x_ptr, y_ptr, out_ptr, EXTRA: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
+def _described_kernel(x_desc, y_desc, APART: tl.constexpr):
+    row = tl.program_id(0) * 16 if APART else 0
+    y_desc.store([row, 0], x_desc.load([tl.program_id(0) * 16, 0]))
+
+
+@triton.jit
 def _spin_kernel(flag_ptr, BLOCK: tl.constexpr):
     if tl.program_id(0) == 0:
         while tl.load(flag_ptr, volatile=True) == 0:
@@ -277,6 +283,14 @@ def test_pointers_chosen_from_two_tensors(extra: int) -> None:
     memory = zeros(64)
     kinds = kinds_of(_choose_kernel, 1, memory[:8], memory[16:24], zeros(8), EXTRA=extra, BLOCK=8)
     assert kinds == ({"outside"} if extra else set())
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_stores_through_a_descriptor(apart: bool) -> None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    x, y = (TensorDescriptor.from_tensor(torch.zeros(32, 16), [16, 16]) for _ in range(2))
+    assert kinds_of(_described_kernel, 2, x, y, APART=apart) == (set() if apart else {"programs"})
 
 
 def test_an_address_of_no_tensor() -> None:

@@ -215,8 +215,7 @@ def _weight_gradient(
     if raw.numel():
         with torch.cuda.device_of(x):
             kernels._gate_gradient_kernel[(gate.numel(),)](
-                raw, theta, scale, grad_gate, *shape, gate.shape[1], theta.stride(0), ROWS=block[0], COLUMNS=block[1],
-                BLOCK_R=min(32, power_of_two(block[0])), BLOCK_C=min(64, power_of_two(block[1])), num_warps=4,
+                raw, theta, scale, grad_gate, *shape, gate.shape[1], theta.stride(0), **_gate_tile(*block)
             )  # fmt: skip
     if layout:  # the active blocks of a dense result
         active = torch.zeros(gate.numel() + 1, dtype=torch.bool, device=x.device)
@@ -228,6 +227,11 @@ def _weight_gradient(
         wide = keep.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[: shape[0], : shape[1]]
         raw = torch.where(wide, raw, 0.0)
     return raw, grad_gate
+
+
+def _gate_tile(rows: int, columns: int) -> dict[str, int]:
+    block_r, block_c = min(32, power_of_two(rows)), min(64, power_of_two(columns))
+    return {"ROWS": rows, "COLUMNS": columns, "BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": 4}
 
 
 def sampled_matmul_forward(
@@ -289,6 +293,8 @@ _MULTIPLES = (
 _ARCHITECTURES = {80: ("sm_80", "gfx942"), 90: ("sm_90",), 100: ("sm_100",)}
 _TYPES = {
     "gate": "*fp32", "grad_gate": "*fp32", "order": "*i32", "offsets": "*i32", "indices": "*i32", "positions": "*i32",
+    "mask": "*u8", "counts": "*i32", "row_offsets": "*i32", "column_indices": "*i32", "column_offsets": "*i32",
+    "row_indices": "*i32", "parts": "*fp32",
 }  # fmt: skip
 
 
@@ -308,8 +314,22 @@ def _compile_cases() -> list[CompileCase]:
             sampled = {"ROWS": side, "COLUMNS": side, "GATE_GRAD": True, "stride_dz_row": 1}
             sampled |= sampled_tile(side, side, kind != "float32", dtype.itemsize)
             cases.append(_case(kernels._sampled_kernel, dtype, flags | sampled, f"block {side}, {kind}"))
+    cases += _small_cases()
     copied = replace(default_tile(90, 8192, 128, "bfloat16"), TMA=True)
     cases.append(_product_case(torch.bfloat16, flags, 128, copied, "block 128, TMA", ("sm_90", "sm_100")))
+    return cases
+
+
+def _small_cases() -> list[CompileCase]:
+    """Layout, joined sums, and the gradient of all gates."""
+    layout = {"HAS_MASK": True, "BLOCK": _LAYOUT_BLOCK, "num_warps": 4}
+    join = {"HAS_BIAS": True, "ACTIVATION": "gelu", "SAVE": True, "SPLIT": 4, "BLOCK": _JOIN_BLOCK}
+    cases = [_case(k, torch.float32, layout, "") for k in (kernels._layout_count_kernel, kernels._layout_fill_kernel)]
+    for dtype in (torch.float32, torch.bfloat16):
+        cases.append(_case(kernels._join_kernel, dtype, join, name_of(dtype)))
+        for side in (1, 4, 32, 128):
+            label = f"block {side}, {name_of(dtype)}"
+            cases.append(_case(kernels._gate_gradient_kernel, dtype, _gate_tile(side, side), label))
     return cases
 
 
@@ -326,13 +346,13 @@ def _product_case(
 def _case(
     kernel: Any, dtype: torch.dtype, options: dict[str, Any], label: str, targets: tuple[str, ...] = ()
 ) -> CompileCase:
-    warps, stages = options["num_warps"], options["num_stages"]
+    warps, stages = options.get("num_warps", 4), options.get("num_stages", 3)
     constants = {name: value for name, value in options.items() if name in kernel.arg_names}
     names = [name for name in kernel.arg_names if name not in constants]
     signature = {n: _TYPES.get(n[:-4], f"*{name_of(dtype)}") if n.endswith("_ptr") else "i32" for n in names}
     if options.get("TMA"):
         signature["x_ptr"] = f"tensordesc<{name_of(dtype)}[{options['BLOCK_M']}, {options['BLOCK_K']}]>"
-    cores = dtype != torch.float32 or options["PRECISION"] == "tf32"
+    cores = "PRECISION" in options and (dtype != torch.float32 or options["PRECISION"] == "tf32")
     return CompileCase(kernel, signature, constants, warps, label, stages, cores, _MULTIPLES, targets=targets)
 
 

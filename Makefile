@@ -41,8 +41,8 @@ figures: $(INSTALLED) ## draw the figures from the committed results
 gpu-compile: $(INSTALLED) ## without a GPU: compile every kernel for every architecture; fails on spills
 	$(BIN)/python -m bench.gpu_compile $(ARGS)
 
-gpu: ## with a GPU: build, test, sanitize and measure with PYTHON as it is (no network; results in OUT)
-	$(PYTHON) -m bench.gpu
+gpu: ## with a GPU: check, measure, test, sanitize, profile in 9 minutes; PYTHON as it is, results in OUT (REHEARSE=1: on the CPU)
+	$(if $(REHEARSE),SPARTAN_REHEARSE=1) $(PYTHON) -m bench.gpu
 
 clean: ## remove the environment, builds and caches (results of the demo stay)
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

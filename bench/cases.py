@@ -14,7 +14,7 @@ from torch import Tensor
 
 import spartan.functional as F
 from bench import cases_conv, cases_global, cases_matmul, training
-from bench.case import CASES, Settings, Work, case, select
+from bench.case import CASES, Peer, Settings, Work, case, select
 from bench.checks import check_budget_mask, check_close
 from bench.inputs import normal, rotating
 from bench.peers import eager
@@ -38,7 +38,11 @@ __all__ = ["CASES", "cases_conv", "cases_global", "cases_matmul", "select", "tra
 
 
 def _soft_rows(s: Settings, rows: int, n: int, k: float, beta: float) -> Work:
-    rows = max(1, rows // 8) if s.quick else rows
+    return soft_rows(s, max(1, rows // 8) if s.quick else rows, n, k, beta)
+
+
+def soft_rows(s: Settings, rows: int, n: int, k: float, beta: float, peers: Sequence[str] | None = None) -> Work:
+    """A budget k for each of the rows; `peers` names those wanted, all of them by default."""
     nbytes = 2 * rows * n * s.dtype.itemsize
     operands = rotating(s, nbytes // 2, lambda i: (normal((rows, n), s, i),))
 
@@ -49,18 +53,20 @@ def _soft_rows(s: Settings, rows: int, n: int, k: float, beta: float) -> Work:
         check_close(m, exact, plain_soft_topk(v, k, None, beta), soft_topk_tolerance(exact, v, k, None, beta))
         check_budget_mask(mask, k, dim=-1)
 
+    others: dict[str, Peer | str] = {
+        "copy": lambda v: v.clone(),
+        "torch.topk (hard)": lambda v: v.topk(int(k), -1),
+        "torch.sort (hard)": lambda v: v.sort(-1, descending=True),
+        "torch.kthvalue (hard)": lambda v: eager.kthvalue_mask(v, int(k)),
+    }
+    if peers is None:
+        others |= relaxations.peers(operands[0][0], k, beta)
     return Work(
         ours=lambda v: ops.soft_topk(v, k, beta=beta, backend=s.backend),
         operands=operands,
         check=check,
         bytes=nbytes,
-        peers={
-            "copy": lambda v: v.clone(),
-            "torch.topk (hard)": lambda v: v.topk(int(k), -1),
-            "torch.sort (hard)": lambda v: v.sort(-1, descending=True),
-            "torch.kthvalue (hard)": lambda v: eager.kthvalue_mask(v, int(k)),
-            **relaxations.peers(operands[0][0], k, beta),
-        },
+        peers={name: peer for name, peer in others.items() if peers is None or name in peers},
         seconds=_SECONDS,
     )
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import spartan.functional as F
-from bench.case import Settings, Work, case
+from bench.case import Peer, Settings, Work, case
 from bench.checks import check_budget_mask, check_close, check_hard_mask
 from bench.inputs import normal
 from bench.peers import eager
@@ -44,12 +44,12 @@ def _copy(*sources: Tensor) -> Callable[..., None]:
 class _TrainingStep:
     """Weights of a network, their masks and the solver's state, as a training step holds them."""
 
-    def __init__(self, s: Settings) -> None:
-        shapes = [(512, 512)] * 4 if s.quick else resnet50_shapes()
+    def __init__(self, s: Settings, shapes: Sequence[tuple[int, ...]]) -> None:
         self.weights = [normal(shape, s, i, (2 / math.prod(shape[1:])) ** 0.5) for i, shape in enumerate(shapes)]
         self.noise = [1e-3 * normal(w.shape, s, 500 + i, float(w.std())) for i, w in enumerate(self.weights)]
         self.n = sum(w.numel() for w in self.weights)
-        self.budget, self.beta, self.steps = 0.1 * self.n, 20.0, 0
+        # on the device, so that a graph of the solve follows the schedule
+        self.budget, self.beta = (torch.tensor(v, dtype=torch.float64, device=s.device) for v in (0.1 * self.n, 20.0))
         self.soft = [torch.empty_like(w) for w in self.weights]
         self.hard = [torch.empty_like(w, dtype=torch.bool) for w in self.weights]
         self.state = ops.new_solver_state(s.device)
@@ -57,10 +57,9 @@ class _TrainingStep:
 
     def drift(self) -> None:
         """One optimizer step's worth of change, and the schedule's."""
-        for w, e in zip(self.weights, self.noise, strict=True):
-            w.add_(e)
-        self.beta *= 1.001
-        self.budget *= 0.9995
+        torch._foreach_add_(self.weights, self.noise)
+        self.beta.mul_(1.001)
+        self.budget.mul_(0.9995)
 
     def solve(self, state: Tensor) -> None:
         ops.solve_masks_(
@@ -78,26 +77,34 @@ class _TrainingStep:
     def check(self) -> None:
         soft, hard = (torch.cat([m.flatten() for m in masks]) for masks in (self.soft, self.hard))
         row = torch.cat([w.flatten() for w in self.weights]).abs()
-        check_budget_mask(soft, self.budget, values=row, beta=self.beta)
-        check_hard_mask(hard, row, self.budget)
+        check_budget_mask(soft, float(self.budget), values=row, beta=float(self.beta))
+        check_hard_mask(hard, row, float(self.budget))
 
 
-def _global_solve(s: Settings, ours: Callable[[_TrainingStep], None], warm: bool) -> Work:
-    step = _TrainingStep(s)
+def _network(quick: bool) -> list[tuple[int, ...]]:
+    return [(512, 512)] * 4 if quick else resnet50_shapes()
+
+
+def training_step_masks(
+    s: Settings, shapes: Sequence[tuple[int, ...]], warm: bool, peers: Sequence[str] = ("copy", "sort + Sinkhorn")
+) -> Work:
+    """Both masks of weights of these shapes: from nothing, or (`warm`) from the last step's solution."""
+    step = _TrainingStep(s, shapes)
     if warm:
         for _ in range(2):  # the start extrapolates from two thresholds
             step.solve(step.state)
             step.drift()
+    others: dict[str, Peer | str] = {
+        "copy": _copy(*step.weights),
+        "sort + Sinkhorn": lambda: sort_and_sinkhorn(step.weights, float(step.budget), float(step.beta)),
+    }
     return Work(
-        ours=lambda: ours(step),
+        ours=lambda: step.solve(step.state if warm else ops.new_solver_state(s.device)),
         operands=[()],
         prepare=step.drift,
         check=lambda _: step.check(),
         bytes=2 * step.n * s.dtype.itemsize + step.n,
-        peers={
-            "copy": _copy(*step.weights),
-            "sort + Sinkhorn": lambda: sort_and_sinkhorn(step.weights, step.budget, step.beta),
-        },
+        peers={name: others[name] for name in peers},
         notes={"weights": float(step.n)},
     )
 
@@ -105,13 +112,13 @@ def _global_solve(s: Settings, ours: Callable[[_TrainingStep], None], warm: bool
 @case("soft_topk_global", "resnet50-cold")
 def global_cold(s: Settings) -> Work:
     """Both masks of 25.5 million weights from nothing."""
-    return _global_solve(s, lambda step: step.solve(ops.new_solver_state(s.device)), warm=False)
+    return training_step_masks(s, _network(s.quick), warm=False)
 
 
 @case("soft_topk_global", "resnet50-warm")
 def global_warm(s: Settings) -> Work:
     """Both masks of 25.5 million weights, one training step after the last solve."""
-    return _global_solve(s, lambda step: step.solve(step.state), warm=True)
+    return training_step_masks(s, _network(s.quick), warm=True)
 
 
 @case("soft_topk_global", "one-tensor-cold")

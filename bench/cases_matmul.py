@@ -52,7 +52,7 @@ def _few(rows: int) -> slice:
     return slice(None, None, max(1, rows // _FEW))
 
 
-def _check_product(got: Tensor, left: Tensor, right: Tensor, exact_right: Tensor, name: str) -> None:
+def check_product(got: Tensor, left: Tensor, right: Tensor, exact_right: Tensor, name: str) -> None:
     """Compare rows of left @ right with float64, where `right` is `exact_right` rounded."""
     rows = _few(got.shape[0])
     exact = left[rows].double() @ exact_right
@@ -61,7 +61,7 @@ def _check_product(got: Tensor, left: Tensor, right: Tensor, exact_right: Tensor
     check_close(got[rows], exact, left[rows] @ right, floor, name=name)
 
 
-class _Problem:
+class Problem:
     """A layer's weight and gate, and what a pass through it takes."""
 
     def __init__(
@@ -116,19 +116,19 @@ class _Problem:
         check_close(dw[few], exact, (grad.mT[few] @ inputs) * gate, floor, name="gradient of the weight")
 
 
-def _forward(p: _Problem, only: tuple[str, ...] | None = None) -> Work:
+def _forward(p: Problem, only: tuple[str, ...] | None = None) -> Work:
     # one token rotates the weight through the cache, many rotate the tokens
     operands = rotating(p.s, p.x_bytes + p.y_bytes, lambda i: (p.x(i),)) if p.rows > 1 else [(p.x(0),)]
     return p.work(
         passes=1,
         ours=lambda x: ops.masked_linear(x, p.weight, p.gate, p.block, backend=p.s.backend),
         operands=operands,
-        check=lambda y, x: _check_product(y, x, p.masked.mT, p.exact.mT, "y"),
+        check=lambda y, x: check_product(y, x, p.masked.mT, p.exact.mT, "y"),
         peers=matmul.peers(p.masked, p.block, operands[0], only),
     )
 
 
-def _forward_backward(p: _Problem, only: tuple[str, ...] | None = None) -> Work:
+def _forward_backward(p: Problem, only: tuple[str, ...] | None = None) -> Work:
     leaf = p.weight.clone().requires_grad_()
 
     def ours(x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
@@ -137,7 +137,7 @@ def _forward_backward(p: _Problem, only: tuple[str, ...] | None = None) -> Work:
 
     def check(gradients: tuple[Tensor, Tensor], x: Tensor, grad: Tensor) -> None:
         dx, dw = gradients
-        _check_product(dx, grad, p.masked, p.exact, "gradient of x")
+        check_product(dx, grad, p.masked, p.exact, "gradient of x")
         p.check_weight_gradient(dw, x, grad)
 
     operands = rotating(p.s, p.x_bytes + p.y_bytes, lambda i: (p.x(i).requires_grad_(), p.grad(i)))
@@ -146,7 +146,7 @@ def _forward_backward(p: _Problem, only: tuple[str, ...] | None = None) -> Work:
     )
 
 
-def _input_gradient(p: _Problem) -> Work:
+def _input_gradient(p: Problem) -> Work:
     def ours(x: Tensor, y: Tensor, grad: Tensor) -> Tensor:
         return torch.autograd.grad(y, x, grad, retain_graph=True)[0]
 
@@ -158,12 +158,12 @@ def _input_gradient(p: _Problem) -> Work:
         passes=1,
         ours=ours,
         operands=rotating(p.s, p.x_bytes + p.y_bytes, build),
-        check=lambda dx, x, y, grad: _check_product(dx, grad, p.masked, p.exact, "gradient of x"),
+        check=lambda dx, x, y, grad: check_product(dx, grad, p.masked, p.exact, "gradient of x"),
         peers={"dense": lambda x, y, grad: grad @ p.masked},
     )
 
 
-def _weight_gradient(p: _Problem) -> Work:
+def _weight_gradient(p: Problem) -> Work:
     leaf = p.weight.clone().requires_grad_()
 
     def ours(x: Tensor, y: Tensor, grad: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ def _register(
     name = f"{kind}{where}-block-{side}-sparsity-{sparsity:.0%}".rstrip("%")
 
     def builder(s: Settings) -> Work:
-        return build(_Problem(s, block, sparsity, shape, tokens), **more)
+        return build(Problem(s, block, sparsity, shape, tokens), **more)
 
     what, blocks = kind.replace("-", " ").capitalize(), f"{block[0]} x {block[1]} blocks"
     builder.__doc__ = f"{what}, {sparsity:.0%} of the {blocks} of a {shape[1]} x {shape[0]} weight zero."

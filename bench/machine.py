@@ -52,7 +52,10 @@ def cache_bytes(device: str) -> int:
 
 
 def _git(*arguments: str) -> str:
-    result = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+    except OSError:  # no git here
+        return ""
     return result.stdout.strip() if result.returncode == 0 else ""
 
 

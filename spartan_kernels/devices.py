@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Protocol
@@ -46,6 +46,9 @@ class Device(Protocol):
 
     def capture(self, call: Callable[[], Any]) -> Graph:
         """Warm up and capture `call`. After one that fails the process is of no further use to its device."""
+
+    def profiled(self) -> AbstractContextManager[None]:
+        """A block that a profiler looks at, if it was told not to look from the start."""
 
     def free_bytes(self) -> int:
         """Memory that is free."""
@@ -89,6 +92,15 @@ class Cuda:
             result = call()
         return Graph(result, graph.replay)
 
+    @contextmanager
+    def profiled(self) -> Iterator[None]:
+        """Between the calls that ncu --profile-from-start off waits for."""
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+        yield
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+
     def free_bytes(self) -> int:
         """Free memory of the device."""
         return torch.cuda.mem_get_info()[0]
@@ -129,6 +141,11 @@ class StandIn:
                     target.copy_(source)
 
         return Graph(result, replay)
+
+    @contextmanager
+    def profiled(self) -> Iterator[None]:
+        """No profiler looks."""
+        yield
 
     def free_bytes(self) -> int:
         """So little that nobody tries sizes that only a GPU can hold."""

@@ -1,4 +1,4 @@
-"""The command line: `spartan info | demo | train | inspect`."""
+"""The command line: `spartan info | bench | demo | train | inspect`."""
 
 from __future__ import annotations
 
@@ -33,6 +33,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands")
     info = commands.add_parser("info", help="what is installed, and which backend serves which operator here")
     info.set_defaults(run=lambda options: _info())
+    bench = commands.add_parser("bench", help="check the operators on this machine and time them beside PyTorch's")
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    bench.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    bench.add_argument("--backend", help="time this backend instead of the automatic choice")
+    bench.add_argument("--quick", action="store_true", help="small operands, a few seconds")
+    bench.set_defaults(run=_bench)
     demo = commands.add_parser("demo", help="train two models on Fashion-MNIST, dense and sparse, and compare them")
     demo.add_argument("--quick", action="store_true", help="under a minute: fewer epochs, 6,000 training images")
     demo.add_argument(
@@ -69,6 +75,24 @@ def _version(parser: argparse.ArgumentParser, options: argparse.Namespace) -> in
         return 0
     parser.print_help()
     return 2
+
+
+def _bench(options: argparse.Namespace) -> int:
+    import torch
+
+    from spartan.benchmark import DTYPES, Measured, measure, table
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device cuda: PyTorch {torch.__version__} sees no CUDA device")
+    found: list[Measured] = []
+    for one in measure(device, DTYPES[options.dtype], options.backend, options.quick):
+        print(f"{one.name}: {one.wrong or 'checked and timed'}", file=sys.stderr, flush=True)
+        found.append(one)
+    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    title = f"{where}, {options.dtype}, backend {options.backend or 'auto'}, PyTorch {torch.__version__}"
+    print(text_table(title, *table(found)))
+    return int(any(one.wrong for one in found))
 
 
 def _demo(options: argparse.Namespace) -> int:

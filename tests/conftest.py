@@ -43,6 +43,8 @@ def targets(*operators: str) -> list[Target]:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "operators(*names): run over every backend and device that serves them")
+    if not info()["native"]["available"]:  # what "auto" says once is then said of every call
+        config.addinivalue_line("filterwarnings", "ignore:spartan. the native backend .*:RuntimeWarning")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

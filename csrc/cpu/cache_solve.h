@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <stdexcept>
 
 #include "soft_topk_passes.h"
 #include "threshold_search.h"
@@ -16,6 +17,12 @@ template <class T>
 constexpr double kLastStep = sizeof(T) == 4 ? 4e-3 : 1e-5;
 constexpr int kMaxTrials = 200;
 
+// A mask that keeps something else than the budget is refused: no search can end it where float64 ends.
+inline void require_met(double mass, double quota) {
+  if (!(std::fabs(mass - quota) <= 1e-4 * quota))
+    throw std::invalid_argument("values must not span so many magnitudes: the budget cannot be met at this beta");
+}
+
 template <class T>
 Logit<T> saved_logit(const double* threshold, double beta) {
   return {static_cast<T>(beta), static_cast<T>(threshold[0]), static_cast<T>(threshold[1]), T(1)};
@@ -25,7 +32,7 @@ template <class T>
 void save(const ThresholdSearch& search, double* threshold) {
   const Logit<T> p = search.logit<T>();
   threshold[0] = static_cast<double>(p.centre);
-  threshold[1] = search.constant() ? search.constant_shift() : search.beta * (threshold[0] - search.t);
+  threshold[1] = search.shift_from(threshold[0]);
 }
 
 // A start for entries of this mean and spread, as if they were logistic; the bracket corrects what is not.

@@ -98,7 +98,7 @@ class GlobalSolve {
       if (want_cut_) find_cut();
       return;
     }
-    if (!std::isfinite(search_.t)) search_.t = 0;
+    if (!search_.t.finite()) search_.t = 0;
     for (int trial = 0; trial < kMaxTrials; ++trial) {
       const Logit<T> logit = search_.logit<T>();
       Moments m;
@@ -121,10 +121,7 @@ class GlobalSolve {
     const Step step = search_.advance(m, tolerance);
     if (step != Step::needs_bracket) return step;
     const Extent all = problem_.extent();
-    const double low = search_.low, high = search_.high;
-    search_.bracket(all.low, all.high);
-    search_.low = std::fmax(search_.low, low);
-    search_.high = std::fmin(search_.high, high);
+    search_.tighten(all.low, all.high);
     return search_.bisect();
   }
 
@@ -152,13 +149,13 @@ class GlobalSolve {
     int trial = 0;
     while (trial < kMaxTrials && advance(problem_.moments(search_.logit<T>()), kTolerance<T> / 4) != Step::done) ++trial;
     if (trial == kMaxTrials) search_.settle();
-    problem_.write(search_.logit<T>(), cut);
+    require_met(problem_.write(search_.logit<T>(), cut), search_.quota);
   }
 
   void remember() {
     const double expected = expected_hard();
     const double hard = std::isfinite(static_cast<double>(cut_.ratio)) ? static_cast<double>(cut_.ratio) : state_->hard;
-    const double soft = search_.constant() ? hard : search_.t;
+    const double soft = search_.constant() ? hard : search_.t.at;
     const double first_width = (static_cast<double>(window_.high) - static_cast<double>(window_.low)) / 2;
     const double floor = std::fabs(hard) * 1e-5;
     // as wide as the last surprise asks for, narrowing slowly when there is none

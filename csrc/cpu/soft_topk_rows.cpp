@@ -187,7 +187,7 @@ class RowSolver {
     };
     while (trial < kMaxTrials && more()) ++trial;
     if (trial == kMaxTrials) search->settle();
-    passes_.write(entries, search->logit<T>(), T(0), out, nullptr, past_cache);
+    require_met(passes_.write(entries, search->logit<T>(), T(0), out, nullptr, past_cache), search->quota);
   }
 
   void soft_backward_row(int64_t row, const S* grad, double beta, const RowGradient& out, S* grad_values,

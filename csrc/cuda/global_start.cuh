@@ -92,7 +92,7 @@ __device__ inline Start start_cold(const Plan& plan, const ThresholdSearch& sear
   if (!search.constant()) {
     ThresholdSearch estimate(share * sums[0], sums[0], search.beta);
     search_row<kSampleThreads>(sample, static_cast<int64_t>(count), sums, kSampleStep, &estimate);
-    start.t = estimate.t;
+    start.t = estimate.t.at;
     start.low = -sums[4], start.high = sums[5];
   }
   if (!hard) return start;

@@ -67,10 +67,7 @@ __device__ __noinline__ void learn(const double (&sums)[5], const Moments& momen
     solve->cut.stage = Stage::closed;
     solve->searching = false;
   } else if (solve->searching) {
-    const double edge = search.sign * search.target / search.beta;
-    search.low = fmax(search.low, lowest - edge);
-    search.high = fmin(search.high, highest - edge);
-    search.centre_from(lowest, highest);
+    search.tighten(lowest, highest);
     solve->searching = !solve->trials.take(moments, enough, &search);
   }
   solve->pending = solve->searching || solve->cut.stage == Stage::range;
@@ -227,7 +224,7 @@ __device__ __noinline__ void remember(const Request& request, const Solve& solve
   soft[1] = soft[0];
   hard[1] = hard[0];
   if (found) hard[0] = cut;
-  soft[0] = solve.search.constant() ? hard[0] : solve.search.t;
+  soft[0] = solve.search.constant() ? hard[0] : solve.search.t.at;
   // as wide as the last surprise asks for, narrowing slowly when there is none
   const double size = fabs(hard[0]), first = solve.window < INFINITY ? solve.window : 0.01 * size;
   const double width = solves >= 1.0 ? fmax(4.0 * fabs(hard[0] - guess), 0.7 * state[kStateWidth]) : first;

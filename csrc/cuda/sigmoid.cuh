@@ -61,7 +61,8 @@ struct MomentSums {
 
 // The best trial so far, and whether another one is worth it: near the root rounding can send a search astray.
 struct Trials {
-  double t = 0.0, error = INFINITY;
+  cpu::Threshold t;
+  double error = INFINITY;
   int count = 0, last = 0;
 
   // Takes the moments at search->t and moves it. True when the search is over: at the first residual below `enough`, or,
@@ -134,7 +135,7 @@ __device__ inline void start_from(double n, double ratio, double square, double 
 __device__ inline void save_threshold(const ThresholdSearch& search, double* threshold) {
   const Logit<float> p = search.logit<float>();
   threshold[0] = static_cast<double>(p.centre);
-  threshold[1] = search.constant() ? search.constant_shift() : search.beta * (threshold[0] - search.t);
+  threshold[1] = search.shift_from(threshold[0]);
 }
 
 }  // namespace spartan::cuda

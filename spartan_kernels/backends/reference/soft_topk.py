@@ -3,10 +3,13 @@
     m_i = sigmoid(beta (u_i - c) + d),   u = v / a,   sum_i a_i m_i = k
 
 The unknown is the threshold t = c - d / beta. The centre c is t rounded to the values' dtype, so u - c loses nothing
-near the threshold however large beta is; d carries the rest.
+near the threshold however large beta is; d carries the rest. The search keeps t in two parts for the same reason: by
+entries of 1e13 one float64 has no digits left for the fraction of 1 / beta that decides how much of them is kept.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 
@@ -17,15 +20,67 @@ from spartan_kernels.backends.reference.survey import Survey, ratio, survey
 from spartan_kernels.blocks import score_list
 from spartan_kernels.groups import gather, summed
 
-MAX_STEPS = 200
+MAX_STEPS = 300
+_FINEST_LOGIT = 1e-16
+_WIDE = 2.0**30  # a bracket so many times wider than 1 / beta is halved in the exponent
+
+
+class _Threshold(NamedTuple):
+    """t = at + rest of each row, float64."""
+
+    at: torch.Tensor
+    rest: torch.Tensor
+
+    def plus(self, step: torch.Tensor) -> _Threshold:
+        step = self.rest + step
+        at = self.at + step
+        gone = at - self.at
+        return _Threshold(at, (self.at - (at - gone)) + (step - gone))
+
+    def minus(self, other: _Threshold) -> torch.Tensor:
+        return (self.at - other.at) + (self.rest - other.rest)
+
+
+def _at(value: torch.Tensor) -> _Threshold:
+    return _Threshold(value, torch.zeros_like(value))
+
+
+def _where(condition: torch.Tensor, one: _Threshold, other: _Threshold) -> _Threshold:
+    return _Threshold(*(torch.where(condition, a, b) for a, b in zip(one, other, strict=True)))
+
+
+def _order(value: torch.Tensor) -> torch.Tensor:
+    """int64 in the order of the float64 numbers; its own inverse but for the type."""
+    bits = value.contiguous().view(torch.int64)
+    return torch.where(bits < 0, bits ^ torch.iinfo(torch.int64).max, bits)
+
+
+def _middle(low: _Threshold, high: _Threshold, beta: torch.Tensor, turn: int) -> _Threshold:
+    """Half way. Where the bracket spans many magnitudes (-1e38 among entries of 1), by turns in the exponent.
+
+    These are: half way through the doubles, and half way in the exponent of the distance to either end.
+    """
+    width = high.minus(low)
+    wide = width > _WIDE / beta
+    half = low.plus(torch.where(torch.isfinite(width), width / 2, 0.0))
+    if not bool(wide.any()):
+        return half
+    if turn % 3:
+        near = (width / 2).sqrt() * (1 / beta).sqrt()
+        return _where(wide, low.plus(near) if turn % 3 == 1 else high.plus(-near), half)
+    wide = wide & (width > _WIDE * torch.minimum(low.at.abs(), high.at.abs()))
+    a, b = _order(low.at), _order(high.at)
+    halved = (a >> 1) + (b >> 1) + (a & b & 1)
+    doubles = torch.where(halved < 0, halved ^ torch.iinfo(torch.int64).max, halved).view(torch.float64)
+    return _where(wide, _at(doubles), half)
 
 
 def _position(
-    u: torch.Tensor, threshold: torch.Tensor, beta: torch.Tensor, bounds: tuple[torch.Tensor, torch.Tensor]
+    u: torch.Tensor, threshold: _Threshold, beta: torch.Tensor, bounds: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Centre c and shift d of threshold t: c the nearest representable value inside the data's range."""
-    centre = torch.minimum(torch.maximum(threshold, bounds[0]), bounds[1]).to(u.dtype).to(torch.float64)
-    shift = beta * (centre - threshold)
+    centre = torch.minimum(torch.maximum(threshold.at, bounds[0]), bounds[1]).to(u.dtype).to(torch.float64)
+    shift = beta * ((centre - threshold.at) - threshold.rest)
     return centre, shift
 
 
@@ -45,13 +100,13 @@ def solve(
         return torch.stack([centre, target], -1)
     beta = beta.to(torch.float64)
     # At these thresholds every logit is on one side of the target's, whatever the values: a rigorous bracket.
-    low, high = bounds[0] - target / beta, bounds[1] - target / beta
+    low, high = (_at(bound).plus(-target / beta) for bound in bounds)
     interior = torch.isfinite(target)
-    t = torch.where(interior, _start(u, hard, known, group), 0.0)
+    t = _at(torch.where(interior, _start(u, hard, known, group), 0.0))
     done = ~interior
     tolerance = 1e-14 if u.dtype == torch.float64 else 1e-8
-    previous = torch.full_like(t, torch.inf)
-    for _ in range(MAX_STEPS):
+    previous = torch.full_like(t.at, torch.inf)
+    for turn in range(MAX_STEPS):
         x = _logits(u, *_position(u, t, beta, bounds), beta)
         kept, dropped = torch.sigmoid(x), torch.sigmoid(-x)
         weights = a.to(torch.float64)
@@ -64,13 +119,14 @@ def solve(
             ]
         )
         step, residual = _halley(summed(sums, group), target, beta)
-        low, high = torch.where(residual > 0, t, low), torch.where(residual < 0, t, high)
-        middle = low + (high - low) / 2
+        low, high = _where(residual > 0, t, low), _where(residual < 0, t, high)
+        middle, ahead = _middle(low, high, beta, turn), t.plus(step)
         # on a plateau with a distant edge Halley's steps are about 2 / beta each, whatever is left to go
-        trusted = (t + step > low) & (t + step < high) & (residual.abs() <= previous / 2)
-        proposal, previous = torch.where(trusted, t + step, middle), residual.abs()
-        done = done | (residual.abs() <= tolerance) | (middle == low) | (middle == high)
-        t = torch.where(done, t, proposal)
+        trusted = (ahead.minus(low) > 0) & (high.minus(ahead) > 0) & (residual.abs() <= previous / 2)
+        previous = residual.abs()
+        resolved = ((middle.at == low.at) | (middle.at == high.at)) & (beta * high.minus(low) <= _FINEST_LOGIT)
+        done = done | (previous <= tolerance) | resolved
+        t = _where(done, t, _where(trusted, ahead, middle))
         if bool(done.all()):
             break
     centre, shift = _position(u, t, beta, bounds)

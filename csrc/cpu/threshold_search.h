@@ -145,10 +145,12 @@ struct ThresholdSearch {
   // doubles, and half way in the exponent of the distance to either end.
   SPARTAN_HD Threshold middle() const {
     const double width = high.minus(low);
-    if (width <= kWide / beta) return low.plus(width / 2);
-    if (halvings % 3 != 0) {
+    return width <= kWide / beta ? low.plus(width / 2) : wide_middle(low, high, width, beta, halvings % 3);
+  }
+  SPARTAN_HD_CALLED static Threshold wide_middle(Threshold low, Threshold high, double width, double beta, int turn) {
+    if (turn != 0) {
       const double near = std::sqrt(width / 2) * std::sqrt(1 / beta);
-      return halvings % 3 == 1 ? low.plus(near) : high.plus(-near);
+      return turn == 1 ? low.plus(near) : high.plus(-near);
     }
     if (width <= kWide * std::fmin(std::fabs(low.at), std::fabs(high.at))) return low.plus(width / 2);
     const uint64_t first = order_of(low.at), last = order_of(high.at);

@@ -83,14 +83,14 @@ struct Start {
 };
 
 template <class T>
-__device__ inline Start start_cold(const Plan& plan, const ThresholdSearch& search, double budget, double total, bool hard) {
+__device__ inline Start start_cold(const Plan& plan, bool soft, double beta, double budget, double total, bool hard) {
   const Sample<T> sample(plan);
   double sums[6];
   extent_of<kSampleThreads>(sample, sums);
   const double share = budget / total, count = static_cast<double>(plan.length < kSample ? plan.length : kSample);
   Start start;
-  if (!search.constant()) {
-    ThresholdSearch estimate(share * sums[0], sums[0], search.beta);
+  if (soft) {
+    ThresholdSearch estimate(share * sums[0], sums[0], beta);
     search_row<kSampleThreads>(sample, static_cast<int64_t>(count), sums, kSampleStep, &estimate);
     start.t = estimate.t.at;
     start.low = -sums[4], start.high = sums[5];
@@ -118,20 +118,22 @@ __global__ void __launch_bounds__(kSampleThreads, 1) start_kernel(Plan plan, Req
   const double total = request.priced ? solve->total : static_cast<double>(plan.length);
   const double cheapest = request.priced ? solve->cheapest : 1.0, dearest = request.priced ? solve->dearest : 1.0;
   const double beta = *request.beta, budget = usable_budget(*request.budget, total, beta, solve->poison);
-  ThresholdSearch search(budget, total, beta);
-  Selection cut(budget, total, cheapest, dearest);
-  if (!request.hard) cut.stage = Stage::closed;
-  const bool searching = request.soft && !search.constant(), counting = cut.stage == Stage::range;
+  bool searching, counting;
+  {  // written now, moved later: the sample's search needs the registers
+    const ThresholdSearch search(budget, total, beta);
+    Selection cut(budget, total, cheapest, dearest);
+    if (!request.hard) cut.stage = Stage::closed;
+    searching = request.soft && !search.constant(), counting = cut.stage == Stage::range;
+    if (threadIdx.x == 0) solve->search = search, solve->cut = cut;
+  }
   Start start;
   if (request.state != nullptr && request.state[kStateSolves] >= 1.0) start = start_warm(request.state);
-  else if (searching || counting) start = start_cold<T>(plan, search, budget, total, counting);
+  else if (searching || counting) start = start_cold<T>(plan, searching, beta, budget, total, counting);
   if (threadIdx.x != 0) return;
-  search.t = fabs(start.t) < INFINITY ? start.t : 0.0;
-  search.centre_from(start.low, start.high);
-  cut.look_within(start.first, start.last);
-  solve->search = search;
+  solve->search.t = fabs(start.t) < INFINITY ? start.t : 0.0;
+  solve->search.centre_from(start.low, start.high);
+  solve->cut.look_within(start.first, start.last);
   solve->trials = Trials{};
-  solve->cut = cut;
   solve->window = start.window;
   solve->searching = searching;
   solve->pending = searching || counting;

@@ -249,7 +249,7 @@ __device__ __noinline__ void finish(const Plan& plan, const Request& request, co
   const ThresholdSearch& search = solve->search;
   solve->again = request.soft && !search.constant() && fabs(mass - search.quota) > kWritten * search.quota;
   if (!solve->again) return remember(request, *solve);
-  solve->search.residual = INFINITY;
+  solve->search.residual = solve->search.best_miss = INFINITY;
   solve->trials = Trials{};
   solve->searching = solve->pending = true;
 }

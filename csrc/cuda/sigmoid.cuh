@@ -59,22 +59,18 @@ struct MomentSums {
   }
 };
 
-// The best trial so far, and whether another one is worth it: near the root rounding can send a search astray.
+// Whether another trial is worth it: near the root rounding can send a search astray, and the best so far is the answer.
 struct Trials {
-  cpu::Threshold t;
-  double error = INFINITY;
   int count = 0, last = 0;
 
   // Takes the moments at search->t and moves it. True when the search is over: at the first residual below `enough`, or,
   // where that is 0, at the best of the last trials.
   __device__ bool take(const Moments& moments, double enough, ThresholdSearch* search) {
-    const double missed = fabs(moments.mass - search->quota);
-    if (missed < error) error = missed, t = search->t;
     const bool done = search->advance(moments, kTolerance) != ThresholdSearch::Step::moved;
     last += search->residual < kNearlyDone;
     if (enough > 0.0 && (done || search->residual < enough)) return true;
     if (!done && ++count < kMaxTrials && last <= kLastTrials) return false;
-    if (error < INFINITY) search->t = t;
+    search->settle();
     return true;
   }
 };

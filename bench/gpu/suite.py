@@ -23,7 +23,7 @@ def command(arguments: list[str]) -> list[str]:
     emulated = ["-p", "tests.cuda_emulator.plugin"] if "SPARTAN_EMULATED" in os.environ else []
     workers = "2" if records.rehearsing() else str(os.cpu_count() or 2)
     plugins = ["-p", "no:cacheprovider", "-p", "bench.gpu.pytest_plugin", *emulated]
-    return [sys.executable, "-m", "pytest", "-q", "--tb=no", "-n", workers, *plugins, *arguments]
+    return [sys.executable, "-m", "pytest", "-q", "--tb=short", "-n", workers, *plugins, *arguments]
 
 
 def main() -> int:

@@ -49,7 +49,7 @@ def test_operators_in_the_interpreter(file: str) -> None:
     selection = SELECTIONS[file]
     if not file.startswith("test_triton"):
         selection = f"triton and not float64 and not bfloat16 and not float16 and ({selection})"
-    interpreted(str(TESTS / file), "-k", selection)
+    interpreted("-p", "tests.triton_races.plugin", str(TESTS / file), "-k", selection)
 
 
 @pytest.mark.parametrize("file", ["test_planted.py", "test_kernels.py"])

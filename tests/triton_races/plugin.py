@@ -31,3 +31,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Which kernels were watched, and how often each was launched."""
     counts = ", ".join(f"{name} {count}" for name, count in sorted(recorder.launches.items()))
     terminalreporter.write_line(f"watched launches: {counts or 'none'}")
+
+
+def pytest_unconfigure() -> None:
+    """The interpreter and PyTorch are as they were."""
+    _always.close()

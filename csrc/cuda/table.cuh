@@ -192,10 +192,10 @@ __device__ inline bool grid_reduce(double (&x)[N], Op op, double* partials, unsi
     for (int n = 0; n < N; ++n) partials[blockIdx.x * kPartials + n] = x[n];
     __threadfence();
     last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+    __threadfence();  // by the thread that took the ticket: the barrier then passes on to all what the others wrote
   }
   __syncthreads();
   if (!last) return false;
-  __threadfence();
   for (int n = 0; n < N; ++n) x[n] = op.identity(n);
   for (unsigned b = threadIdx.x; b < gridDim.x; b += kThreads) {
     for (int n = 0; n < N; ++n) x[n] = op(x[n], __ldcg(partials + b * kPartials + n), n);

@@ -1,10 +1,22 @@
 // A stand-in for the CUDA runtime that runs the kernels of csrc/cuda on the CPU, for tests on machines without a GPU.
-// Each thread of a block is a fiber; blocks run one after another. It finds wrong results and threads that miss
-// a barrier; it cannot find races.
+//
+// Modelled:
+// - Threads of a block are fibers, which change at barriers, in an order drawn anew between any two of them. Blocks run one
+//   after another in an order drawn for each launch; blocks of a cooperative launch, two of them, take turns. The orders
+//   follow from SPARTAN_EMULATOR_SEED (1 if it is not set).
+// - Every access of shared and global memory is held against those of the other threads (races.h): a launch fails where two
+//   that may happen at once touch the same bytes and one of them writes, or where shared memory is read that was not written.
+//   ldmatrix reads for the lane that gives the address.
+//   __syncthreads, __syncwarp, a grid's sync and fences with atomics order accesses; shuffles, votes, ldmatrix and mma wait
+//   for the warp but order nothing, as CUDA has it.
+// - A launch fails where threads wait for a barrier that others never reach. Dynamic shared memory begins as NaN.
+// - Shuffles, votes, ldmatrix, mma of 16-bit numbers and of TF32 (mma_emulated.h). What cp.async copies arrives when its thread
+//   waits for its group, not sooner; until then its place holds NaN, and touching it is a race.
+//
+// Not modelled: the weak order of memory beyond such races (values are always those of the last write), caches, volatile,
+// spinning on memory (a thread runs to its next barrier), divergence in a warp beyond masks, bank conflicts, mma's own order of
+// summation, several streams, and time.
 #pragma once
-
-#include <setjmp.h>
-#include <ucontext.h>
 
 #include <cmath>
 #include <cstdint>
@@ -12,45 +24,38 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <mutex>
 #include <type_traits>
 #include <vector>
 
 #define __global__
 #define __device__
 #define __host__
-#define __shared__ static
+#define __shared__ static thread_local  // blocks that take turns have a thread of the system each
 #define __launch_bounds__(...)
 #define __noinline__
+#define SPARTAN_INLINE [[gnu::always_inline]] inline  // so that a race is reported at the line of the kernel
 
 struct uint3 {
   unsigned x, y, z;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
 };
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
-inline uint3 threadIdx, blockIdx;
-inline dim3 blockDim, gridDim;
+// Constant for the fiber that reads them; the emulator gives each its own.
+extern const uint3 threadIdx __asm__("emulator_thread_index"), blockIdx __asm__("emulator_block_index");
+extern const dim3 blockDim __asm__("emulator_block_dim"), gridDim __asm__("emulator_grid_dim");
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess };
+enum cudaError_t { cudaSuccess, cudaErrorLaunchFailure };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-inline const char* cudaGetErrorString(cudaError_t) { return "error"; }
-inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-constexpr int kEmulatedSharedBytes = 64 << 10;
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-  return *value = which == cudaDevAttrMultiProcessorCount ? 2 : kEmulatedSharedBytes, cudaSuccess;
-}
-template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
-  return cudaSuccess;
-}
-inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-  return std::memset(to, value, bytes), cudaSuccess;
-}
 enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -65,143 +70,85 @@ struct cudaLaunchConfig_t {
   cudaLaunchAttribute* attrs = nullptr;
   unsigned numAttrs = 0;
 };
+
+namespace emulator {
+
+// Runs a grid; cudaErrorLaunchFailure where the launch is at fault.
+cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& body);
+const char* last_failure();
+
+float* dynamic_shared();
+uint64_t block_number();                                          // that no two blocks share
+void wait_for_block();
+void wait_for_warp(unsigned mask);                                // orders nothing
+void synchronise_warp(unsigned mask);                             // and this orders memory
+void wait_for_grid();
+uint64_t exchange(unsigned mask, uint64_t value, unsigned lane);  // what that lane passes
+void fence();
+
+// Accesses that this code makes are not the kernel's.
+void unwatch();
+void watch();
+struct Unwatched {
+  Unwatched() { unwatch(); }
+  ~Unwatched() { watch(); }
+  Unwatched(const Unwatched&) = delete;
+  Unwatched& operator=(const Unwatched&) = delete;
+};
+// These are.
+void note_read(const void* from, size_t bytes);
+void note_atomic(void* to, size_t bytes);
+void note_copy(void* to, size_t bytes);     // one that is under way from now on ...
+void note_arrival(void* to, size_t bytes);  // ... until now
+
+void count_bytes(size_t read, size_t written);
+
+}  // namespace emulator
+
+inline const char* cudaGetErrorString(cudaError_t) { return emulator::last_failure(); }
+inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+constexpr int kEmulatedSharedBytes = 64 << 10;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  return *value = which == cudaDevAttrMultiProcessorCount ? 2 : kEmulatedSharedBytes, cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  return std::memset(to, value, bytes), cudaSuccess;
+}
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
   return *blocks = 1, cudaSuccess;
 }
-
-namespace emulator {
-
-constexpr size_t kStack = 128 << 10;
-constexpr size_t kSharedMemory = 99 << 10;  // what a thread block may have on the smallest device
-
-struct Barrier {
-  unsigned arrived = 0, generation = 0;
-};
-
-struct Fiber {
-  ucontext_t start;
-  jmp_buf at;
-  bool begun = false, done = false;
-};
-
-inline jmp_buf scheduler;
-inline std::vector<Fiber> fibers;
-inline std::vector<char> stacks;
-inline unsigned current, progress;
-inline std::function<void()> body;
-inline Barrier block_barrier, warp_barriers[32][32];
-inline uint64_t exchange[32][32];
-alignas(128) inline float shared_memory[kSharedMemory / sizeof(float)];
-inline uint64_t blocks_run;
-
-inline void enter() {
-  body();
-  fibers[current].done = true;
-  ++progress;
-  _longjmp(scheduler, 1);
-}
-
-inline void yield() {
-  if (_setjmp(fibers[current].at) == 0) _longjmp(scheduler, 1);
-  threadIdx = {current, 0, 0};
-}
-
-inline void wait(Barrier* barrier, unsigned count) {
-  const unsigned generation = barrier->generation;
-  if (++barrier->arrived == count) {
-    barrier->arrived = 0;
-    ++barrier->generation;
-    ++progress;
-    return;
-  }
-  while (barrier->generation == generation) yield();
-}
-
-inline void resume(unsigned thread) {
-  current = thread;
-  threadIdx = {thread, 0, 0};
-  Fiber& fiber = fibers[thread];
-  if (_setjmp(scheduler) != 0) return;
-  if (fiber.begun) _longjmp(fiber.at, 1);
-  fiber.begun = true;
-  setcontext(&fiber.start);
-}
-
-inline void run_block() {
-  const unsigned n = blockDim.x;
-  fibers.assign(n, Fiber{});
-  stacks.resize(n * kStack);
-  block_barrier = {};
-  ++blocks_run;
-  std::memset(shared_memory, 0xff, sizeof shared_memory);  // NaN
-  for (auto& warp : warp_barriers)
-    for (Barrier& barrier : warp) barrier = {};
-  for (unsigned i = 0; i < n; ++i) {
-    getcontext(&fibers[i].start);
-    fibers[i].start.uc_stack.ss_sp = stacks.data() + i * kStack;
-    fibers[i].start.uc_stack.ss_size = kStack;
-    makecontext(&fibers[i].start, enter, 0);
-  }
-  for (unsigned left = n; left > 0;) {
-    const unsigned before = progress;
-    left = 0;
-    for (unsigned i = 0; i < n; ++i) {
-      if (!fibers[i].done) resume(i);
-      left += !fibers[i].done;
-    }
-    if (progress == before) {
-      std::fprintf(stderr, "CUDA emulator: %u of %u threads wait for a barrier that the others never reach\n", left, n);
-      std::abort();
-    }
-  }
-}
-
-}  // namespace emulator
-
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
-  static std::mutex one_launch;
-  const std::lock_guard<std::mutex> lock(one_launch);
-  if (config->dynamicSmemBytes > emulator::kSharedMemory) {
-    std::fprintf(stderr, "CUDA emulator: %zu bytes of shared memory\n", config->dynamicSmemBytes);
-    std::abort();
-  }
-  gridDim = config->numAttrs > 0 ? dim3(1) : config->gridDim;  // blocks that wait for each other: one, as they run in turn
-  blockDim = config->blockDim;
-  emulator::body = [=] { kernel(arguments...); };
-  for (unsigned y = 0; y < gridDim.y; ++y)
-    for (unsigned x = 0; x < gridDim.x; ++x) {
-      blockIdx = {x, y, 0};
-      emulator::run_block();
-    }
-  return cudaSuccess;
+  return emulator::run(*config, reinterpret_cast<const void*>(kernel), [=] { kernel(arguments...); });
 }
 
-inline float* dynamic_shared() { return emulator::shared_memory; }
-inline void __syncthreads() { emulator::wait(&emulator::block_barrier, blockDim.x); }
-inline void __threadfence() {}
+inline float* dynamic_shared() { return emulator::dynamic_shared(); }
+inline void __syncthreads() { emulator::wait_for_block(); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) { emulator::synchronise_warp(mask); }
+inline void __threadfence() { emulator::fence(); }
 
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int other) {
   static_assert(sizeof(T) <= 8);
-  const unsigned thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const unsigned threads = static_cast<unsigned>(__builtin_popcount(mask));
-  emulator::Barrier* barrier = &emulator::warp_barriers[warp][__builtin_ctz(mask)];
-  std::memcpy(&emulator::exchange[warp][lane], &value, sizeof value);
-  emulator::wait(barrier, threads);
-  T result;
-  std::memcpy(&result, &emulator::exchange[warp][lane ^ static_cast<unsigned>(other)], sizeof result);
-  emulator::wait(barrier, threads);
-  return result;
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  bits = emulator::exchange(mask, bits, threadIdx.x % 32 ^ static_cast<unsigned>(other));
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
 }
-
 inline unsigned __ballot_sync(unsigned mask, bool value) {
   unsigned found = static_cast<unsigned>(value) << (threadIdx.x % 32);
   for (int other = 1; other < 32; other *= 2) found |= __shfl_xor_sync(mask, found, other);
   return found;
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 template <class T>
 T min(T a, T b) {
   return b < a ? b : a;
@@ -212,30 +159,22 @@ T max(T a, T b) {
 }
 
 template <class T, class V>
-T atomicAdd(T* to, V value) {
+SPARTAN_INLINE T atomicAdd(T* to, V value) {
+  emulator::note_atomic(to, sizeof(T));
+  const emulator::Unwatched unwatched;
   const T old = *to;
   *to = static_cast<T>(old + static_cast<T>(value));
   return old;
 }
-struct uint2 {
-  unsigned x, y;
-};
-struct uint4 {
-  unsigned x, y, z, w;
-};
 
 // What moves past L1 in words of several entries is counted, for the tests of how much memory a kernel moves.
-extern "C" {
-[[gnu::visibility("default"), gnu::used]] inline uint64_t emulator_bytes_read = 0, emulator_bytes_written = 0;
-}
 template <class T>
-T __ldcg(const T* from) {
-  if constexpr (std::is_class_v<T>) emulator_bytes_read += sizeof(T);
+SPARTAN_INLINE T __ldcg(const T* from) {
+  if constexpr (std::is_class_v<T>) emulator::count_bytes(sizeof(T), 0);
   return *from;
 }
 template <class T>
-void __stcg(T* to, T value) {
-  emulator_bytes_written += sizeof(T);
+SPARTAN_INLINE void __stcg(T* to, T value) {
+  emulator::count_bytes(0, sizeof(T));
   *to = value;
 }
-inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }

@@ -22,21 +22,24 @@ inline std::vector<Copies> copies(1024);
 
 inline Copies& mine() {
   Copies& own = copies[threadIdx.x];
-  if (own.block != emulator::blocks_run) own = {emulator::blocks_run, {}, {}};
+  if (own.block != emulator::block_number()) own = {emulator::block_number(), {}, {}};
   return own;
 }
 
-inline void start(void* to, const void* from, int bytes, int size) {
+SPARTAN_INLINE void start(void* to, const void* from, int bytes, int size) {
   const auto misaligned = [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(size) != 0; };
   if (misaligned(to) || misaligned(from) || bytes < 0 || bytes > size) {
     std::fprintf(stderr, "CUDA emulator: a copy of %d of %d bytes from %p to %p\n", bytes, size, from, to);
     std::abort();
   }
+  emulator::note_read(from, static_cast<size_t>(bytes));
+  emulator::note_copy(to, static_cast<size_t>(size));
+  const emulator::Unwatched unwatched;
   std::memset(to, 0xff, static_cast<size_t>(size));
   mine().open.push_back({static_cast<char*>(to), static_cast<const char*>(from), bytes, size});
 }
 
-inline emulator::Barrier* warp_barrier() { return &emulator::warp_barriers[threadIdx.x / 32][0]; }
+inline void wait_for_warp() { emulator::wait_for_warp(0xffffffffu); }
 
 // Registers or addresses of the threads of each warp while it exchanges them.
 struct Lane {
@@ -55,32 +58,41 @@ float number(const Lane& lane, int word, int half) {
 
 }  // namespace emulated
 
-inline void copy16_async(void* to, const void* from, int bytes) { emulated::start(to, from, bytes, 16); }
-inline void copy4_async(void* to, const void* from, int bytes) { emulated::start(to, from, bytes, 4); }
+SPARTAN_INLINE void copy16_async(void* to, const void* from, int bytes) { emulated::start(to, from, bytes, 16); }
+SPARTAN_INLINE void copy4_async(void* to, const void* from, int bytes) { emulated::start(to, from, bytes, 4); }
 
 inline void close_copies() {
+  const emulator::Unwatched unwatched;
   emulated::Copies& own = emulated::mine();
   own.groups.push_back(std::move(own.open));
   own.open.clear();
 }
 
 template <int pending>
-void wait_for_copies() {
+SPARTAN_INLINE void wait_for_copies() {
+  emulator::unwatch();
   emulated::Copies& own = emulated::mine();
   while (own.groups.size() > pending) {
     for (const emulated::Copy& copy : own.groups.front()) {
       std::memset(copy.to, 0, static_cast<size_t>(copy.size));
       std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+      emulator::watch();
+      emulator::note_read(copy.from, static_cast<size_t>(copy.bytes));
+      emulator::note_arrival(copy.to, static_cast<size_t>(copy.size));
+      emulator::unwatch();
     }
     own.groups.pop_front();
   }
+  emulator::watch();
 }
 
 template <bool kTransposed>
-void load_matrices(unsigned (&to)[4], const void* row) {
+SPARTAN_INLINE void load_matrices(unsigned (&to)[4], const void* row) {
+  emulator::note_read(row, 16);
+  const emulator::Unwatched unwatched;
   const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   emulated::lanes[warp][lane].row = static_cast<const uint16_t*>(row);
-  emulator::wait(emulated::warp_barrier(), 32);
+  emulated::wait_for_warp();
   for (unsigned i = 0; i < 4; ++i) {
     unsigned pair[2];
     for (unsigned half = 0; half < 2; ++half) {
@@ -90,14 +102,15 @@ void load_matrices(unsigned (&to)[4], const void* row) {
     }
     to[i] = pair[0] | pair[1] << 16;
   }
-  emulator::wait(emulated::warp_barrier(), 32);
+  emulated::wait_for_warp();
 }
 
 template <class T>
 void multiply_16x8x16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  const emulator::Unwatched unwatched;
   const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   emulated::lanes[warp][lane] = {{a[0], a[1], a[2], a[3], b0, b1}, nullptr};
-  emulator::wait(emulated::warp_barrier(), 32);
+  emulated::wait_for_warp();
   for (unsigned i = 0; i < 4; ++i) {
     const unsigned upper = i / 2, column = 2 * (lane % 4) + i % 2;  // rows lane / 4 and 8 below it
     for (unsigned k = 0; k < 16; ++k) {
@@ -109,7 +122,7 @@ void multiply_16x8x16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsign
       c[i] += left * right;
     }
   }
-  emulator::wait(emulated::warp_barrier(), 32);
+  emulated::wait_for_warp();
 }
 
 inline unsigned rounded_to_tf32(unsigned bits) {
@@ -118,9 +131,10 @@ inline unsigned rounded_to_tf32(unsigned bits) {
 }
 
 inline void multiply_16x8x8(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  const emulator::Unwatched unwatched;
   const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   emulated::lanes[warp][lane] = {{a[0], a[1], a[2], a[3], b0, b1}, nullptr};
-  emulator::wait(emulated::warp_barrier(), 32);
+  emulated::wait_for_warp();
   const auto number = [&](unsigned of, unsigned word) {
     const unsigned bits = emulated::lanes[warp][of].words[word] & 0xffffe000u;  // what follows is not read
     float value;
@@ -132,7 +146,7 @@ inline void multiply_16x8x8(float (&c)[4], const unsigned (&a)[4], unsigned b0, 
     for (unsigned k = 0; k < 8; ++k)
       c[i] += number(lane / 4 * 4 + k % 4, k / 4 * 2 + lower) * number(column * 4 + k % 4, 4 + k / 4);
   }
-  emulator::wait(emulated::warp_barrier(), 32);
+  emulated::wait_for_warp();
 }
 
 }  // namespace spartan::cuda

@@ -15,9 +15,19 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
+import triton.language as tl
+
 from bench import gpu_plan
 from spartan_kernels import ops
-from spartan_kernels.backends.triton import global_passes, global_solve, launches, masked_matmul, soft_topk_rows, tables
+from spartan_kernels.backends.triton import (
+    global_passes,
+    global_solve,
+    global_steps,
+    launches,
+    masked_matmul,
+    soft_topk_rows,
+    tables,
+)
 from spartan_kernels.backends.triton.global_solve import GlobalSolve
 from spartan_kernels.backends.triton.product_plan import ProductPlan
 from spartan_kernels.backends.triton.tables import TensorList
@@ -110,6 +120,19 @@ def test_reads_of_a_training_run(capacity: int | None, monkeypatch: pytest.Monke
     if capacity is None:
         assert reads[0] <= 2
         assert reads[2:] == [1, 1, 1]
+
+
+@interpreted
+@pytest.mark.parametrize("tolerance", [None, 1e-9])
+def test_counts_of_the_last_solve(tolerance: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum that misses the budget, as bias between two ways of adding would make it, shows as a second write."""
+    if tolerance:
+        monkeypatch.setattr(global_steps, "TOLERANCE", tl.constexpr(tolerance))
+    (mask,) = ops.soft_topk_global([make_values("normal", (3000,))], 300.0, beta=5.0, backend="triton")
+    counts = global_solve.last_solve()
+    assert counts is not None and 1 <= counts.passes <= 4
+    assert (counts.rewrites, counts.trials > 0) == (int(tolerance is not None), tolerance is not None)
+    assert abs(float(mask.double().sum()) - 300) <= 1e-6 * 300
 
 
 @pytest.mark.parametrize("rows", [8, 16, 32, 64, 128, 256])

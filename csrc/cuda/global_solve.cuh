@@ -8,6 +8,11 @@
 
 namespace spartan::cuda {
 
+// How much a solve had to do, as spartan_kernels/counts.py has it; read by the host after it, where it wants to know.
+struct Counts {
+  int passes, rewrites, trials;  // passes: over the entries, all of them
+};
+
 struct Solve {
   ThresholdSearch search;
   Trials trials;
@@ -15,7 +20,7 @@ struct Solve {
   double total, cheapest, dearest, poison;  // of the costs
   double window;                            // half the width of the range looked at first
   bool searching, pending, again;
-  int passes, rounds;                       // over the entries; of counting
+  int rounds;                               // of counting
   unsigned candidates;
   unsigned ticket;
 };
@@ -30,6 +35,7 @@ struct Request {
 };
 
 struct Workspace {
+  Counts* counts;  // first of all: the host looks there
   Solve* solve;
   Units* histograms;  // kRounds of them
   double* partials;
@@ -45,6 +51,7 @@ struct Workspace {
       next += (bytes + 255) / 256 * 256;
       return at;
     };
+    counts = reinterpret_cast<Counts*>(take(sizeof(Counts)));
     solve = reinterpret_cast<Solve*>(take(sizeof(Solve)));
     histograms = reinterpret_cast<Units*>(take(int64_t(kRounds) * (kBins + 1) * 8));
     cleared = next - static_cast<char*>(memory);
@@ -89,7 +96,7 @@ class Launches {
 inline Plan prepare(const Table& table, Plan plan, const Workspace& w, Stream stream) {
   plan.parts = w.parts;
   check(cudaSetDevice(stream.device));
-  check(cudaMemsetAsync(w.solve, 0, static_cast<size_t>(w.cleared), static_cast<cudaStream_t>(stream.handle)));
+  check(cudaMemsetAsync(w.counts, 0, static_cast<size_t>(w.cleared), static_cast<cudaStream_t>(stream.handle)));
   send_table(table, plan, stream);
   return plan;
 }

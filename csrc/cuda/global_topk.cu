@@ -56,10 +56,12 @@ __global__ void __launch_bounds__(kThreads, 1) costs_kernel(Plan plan, Workspace
 // ---- Survey.
 
 // After a pass, by one thread: the data's range is known, the search moves, and what is not finite ends it all.
-__device__ __noinline__ void learn(const double (&sums)[5], const Moments& moments, double enough, Solve* solve) {
+__device__ __noinline__ void learn(const double (&sums)[5], const Moments& moments, double enough, Solve* solve,
+                                  Counts* counts) {
   ThresholdSearch& search = solve->search;
   const double lowest = -sums[3], highest = sums[4];
-  solve->passes += 1;
+  counts->passes += 1;
+  counts->trials += solve->again;
   if (sums[0] != sums[0]) {
     search = ThresholdSearch(NAN, search.total, search.beta);
     solve->cut.nothing = true;
@@ -84,7 +86,7 @@ __device__ void one_pass(const Plan& plan, const Workspace& w, double enough, Bi
   float low = INFINITY, high = -INFINITY;
   histogram.clear(bins);
   walk<T>(
-      plan, solve->passes,
+      plan, w.counts->passes,
       [&](const Entries<T>&, const Lanes<T>& x) {
 #pragma unroll
         for (int j = 0; j < Lanes<T>::kCount; ++j) {
@@ -106,7 +108,7 @@ __device__ void one_pass(const Plan& plan, const Workspace& w, double enough, Bi
   if (threadIdx.x != 0) return;
   solve->rounds += histogram.wanted;
   for (int n = 0; n < 3; ++n) moments.total[n] = sums[n];
-  learn(sums, moments.moments(), alone(plan) || solve->again ? 0.0 : enough, solve);
+  learn(sums, moments.moments(), alone(plan) || solve->again ? 0.0 : enough, solve, w.counts);
 }
 
 template <class T>
@@ -249,6 +251,7 @@ __device__ __noinline__ void finish(const Plan& plan, const Request& request, co
   const ThresholdSearch& search = solve->search;
   solve->again = request.soft && !search.constant() && fabs(mass - search.quota) > kWritten * search.quota;
   if (!solve->again) return remember(request, *solve);
+  w.counts->rewrites = 1;
   solve->search.residual = solve->search.best_miss = INFINITY;
   solve->trials = Trials{};
   solve->searching = solve->pending = true;
@@ -265,7 +268,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) write_kernel(Plan plan
   float some = 0.0f;
   double mass[1] = {0.0};
   walk<T>(
-      plan, solve->passes,
+      plan, w.counts->passes,
       [&](const Entries<T>& list, const Lanes<T>& x) {
         constexpr int kCount = Lanes<T>::kCount;
         if (request.soft) {
@@ -304,7 +307,7 @@ __global__ void __launch_bounds__(kThreads, 2) again_kernel(Plan plan, Request r
   settle<T>(plan, w, &bins, grid);
   const Logit<float> p = w.solve->search.logit<float>();
   walk<T>(
-      plan, w.solve->passes,
+      plan, w.counts->passes,
       [&](const Entries<T>& list, const Lanes<T>& x) {
         Pack<T, Lanes<T>::kCount> soft;
 #pragma unroll

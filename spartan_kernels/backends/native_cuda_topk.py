@@ -10,6 +10,7 @@ from spartan_kernels.arguments import clamp_budget, inspectable, require_beta, r
 from spartan_kernels.backends import native, native_cuda
 from spartan_kernels.backends.native_cuda_weight import block_scores
 from spartan_kernels.blocks import score_list
+from spartan_kernels.counts import SolveCounts
 from spartan_kernels.groups import refuse_group
 
 _native: Any = native_cuda._native
@@ -210,7 +211,9 @@ def _launch_list(
     problem = _List(values, costs)
     if problem.length == 0:
         return
+    global _last
     _table, workspace, first = problem.arguments(*masks)
+    _last = workspace
     native_cuda.call(
         _native.cuda.topk_global,
         values[0],
@@ -222,6 +225,21 @@ def _launch_list(
         native.pointer(threshold),
         workspace.data_ptr(),
     )
+
+
+_last: torch.Tensor | None = None
+
+
+def last_solve() -> SolveCounts | None:
+    """What the last solve over a list in this process had to do; None before the first.
+
+    For benchmarks: it waits for the device. After a replay of a CUDA graph it tells of that replay, if no other solve
+    was called since the graph was captured.
+    """
+    if _last is None:
+        return None
+    passes, rewrites, trials = _last[:12].view(torch.int32).tolist()  # Counts of csrc/cuda/global_solve.cuh
+    return SolveCounts(passes - trials, rewrites, trials)
 
 
 def soft_topk_global_forward(

@@ -126,6 +126,17 @@ def test_the_hard_threshold_is_exact_however_wrong_the_state() -> None:
         assert abs(float(soft.double().sum()) / (0.07 * N) - 1) <= 1e-6
 
 
+def test_counts_of_the_last_solve() -> None:
+    """Cold at most two surveys, then one each; the masks are written once."""
+    values, state, counts = torch.randn(N), new_solver_state("cpu"), []
+    for _ in range(3):
+        solve(values, 0.1 * N, state)
+        counts.append(native_cuda_topk.last_solve())
+    passes, rewrites, trials = zip(*counts, strict=True)
+    assert passes[0] <= 2 and passes[1:] == (1, 1)
+    assert rewrites == trials == (0, 0, 0)
+
+
 def test_the_same_bits_twice() -> None:
     values, costs = torch.randn(N), torch.rand(N) + 0.1
     runs = []

@@ -41,6 +41,7 @@ from spartan_kernels.backends.triton.launches import Launch, When
 from spartan_kernels.backends.triton.masked_weight import block_scores
 from spartan_kernels.backends.triton.tables import Table, TensorList
 from spartan_kernels.blocks import score_list
+from spartan_kernels.counts import SolveCounts
 from spartan_kernels.groups import refuse_group
 
 ROUNDS = 4  # exact for any hard cut: a range that misses costs one round, all 32 bits of the key three
@@ -120,8 +121,26 @@ class GlobalSolve:
         self, table: Table, budget: torch.Tensor, beta: torch.Tensor, state: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Launch everything; returns (c, d)."""
+        global _last
         launches.run(self.plan(table, budget, beta, state), table.words)
+        _last = self.control
         return self.threshold
+
+
+_last: torch.Tensor | None = None
+
+
+def last_solve() -> SolveCounts | None:
+    """What the last solve over a list in this process had to do; None before the first.
+
+    For benchmarks: it waits for the device. After a replay of a CUDA graph it tells of that replay, if no other solve
+    was called since the graph was captured.
+    """
+    if _last is None:
+        return None
+    control = _last.tolist()
+    reads, trials = int(control[int(passes.READS)]), int(control[int(passes.REWRITE)])
+    return SolveCounts(reads - (trials + 1 if trials else 0), int(trials > 0), trials)
 
 
 def _walk(problem: TensorList) -> dict[str, Any]:

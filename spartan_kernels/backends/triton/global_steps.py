@@ -347,6 +347,7 @@ def _finish_kernel(
     if trial > 0:
         tl.store(solve_ptr + T, best)
         tl.store(solve_ptr + READS, reads + 1 + trial)
+        tl.store(solve_ptr + REWRITE, quota * 0.0 + trial)
 
 
 @triton.jit

@@ -20,11 +20,19 @@ _TOTAL_STEPS = 10_000
 _BATCH = 64
 
 
-def _spartan(block: int) -> Callable[[], Any]:
-    return lambda: spartan.Spartan(sparsity=0.9, block_size=block, distribution="uniform")
+Method = Callable[[bool], Any] | None
 
 
-METHODS: dict[str, Callable[[], Any] | None] = {
+def _spartan(block: int) -> Callable[[bool], Any]:
+    """In blocks of `block`; of the small model an eighth, or it would have one block for each weight."""
+
+    def method(quick: bool) -> Any:
+        return spartan.Spartan(sparsity=0.9, block_size=max(1, block // 8) if quick else block, distribution="uniform")
+
+    return method
+
+
+METHODS: dict[str, Method] = {
     "dense": None,
     "block 32": _spartan(32),
     "block 128": _spartan(128),
@@ -40,13 +48,13 @@ def _model(quick: bool) -> tuple[nn.Module, int]:
 
 
 class _Trainer:
-    def __init__(self, s: Settings, method: Callable[[], Any] | None) -> None:
+    def __init__(self, s: Settings, method: Method) -> None:
         torch.manual_seed(0)
         self.device, self.backend = device_of(s.device), s.backend or "auto"
         self.model, side = _model(s.quick)
         self.model.to(s.device)
         self.weights = sum(p.numel() for p in self.model.parameters())
-        self.sparsifier = None if method is None else spartan.Sparsifier(self.model, method(), _TOTAL_STEPS)
+        self.sparsifier = None if method is None else spartan.Sparsifier(self.model, method(s.quick), _TOTAL_STEPS)
         on_gpu = s.device != "cpu"
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True, capturable=on_gpu)
         batch = 2 if s.quick else _BATCH
@@ -94,7 +102,7 @@ class _Trainer:
             raise AssertionError(f"the loss is {float(loss)}")
 
 
-def step(s: Settings, method: Callable[[], Any] | None) -> Work:
+def step(s: Settings, method: Method) -> Work:
     """One step; its graph holds the schedule of the step that was captured, which does not change its time."""
     trainer = _Trainer(s, method)
     for _ in range(2):  # the optimizer makes its state

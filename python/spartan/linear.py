@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from spartan.functional import masked_weight
-from spartan_kernels import BlockLayout, block_grid
+from spartan_kernels import BlockLayout, block_grid, dispatch
 from spartan_kernels.break_even import whole_block
 from spartan_kernels.ops.masked_matmul import masked_linear_backward, masked_linear_forward
 from spartan_kernels.ops.masked_weight import masked_weight_arguments, masked_weight_backward_, masked_weight_forward
@@ -56,9 +56,13 @@ def linear_with_masked_weight(
 
 
 def _in_place(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether these are plain tensors on the CPU, of one dtype, that nothing traces or transforms."""
+    """Whether these are plain tensors on the CPU, of one dtype, that nothing traces or transforms.
+
+    Of the backends only those for the CPU write a gradient into the memory of another tensor.
+    """
     return (
         not torch.compiler.is_compiling()
+        and dispatch.requested(None) in ("auto", "native", "reference")
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype
         and type(x) in _PLAIN

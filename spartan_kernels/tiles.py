@@ -59,6 +59,7 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+@cache
 def default_tile(architecture: int, tokens: int, span: int, kind: str) -> Tile:
     """The tile of a product on a GPU of compute capability `architecture` / 10 (0: of another maker).
 

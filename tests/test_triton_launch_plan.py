@@ -20,17 +20,17 @@ import triton.language as tl
 from bench import gpu_plan
 from spartan_kernels import ops
 from spartan_kernels.backends.triton import (
-    global_passes,
     global_solve,
     global_steps,
     launches,
     masked_matmul,
+    product_launches,
     soft_topk_rows,
-    tables,
+    tensor_list,
 )
-from spartan_kernels.backends.triton.global_solve import GlobalSolve
+from spartan_kernels.backends.triton.global_solve import GlobalGradient, GlobalSolve
 from spartan_kernels.backends.triton.product_plan import ProductPlan
-from spartan_kernels.backends.triton.tables import TensorList
+from spartan_kernels.backends.triton.tensor_list import TensorList, list_shape
 from spartan_kernels.testing import make_values, oracle_hard_topk
 from spartan_kernels.tiles import default_tile
 
@@ -41,7 +41,8 @@ SCALAR = torch.ones((), dtype=torch.float64)
 def plan_of(values: list[torch.Tensor], costs: list[torch.Tensor], soft: bool, hard: bool) -> list[launches.Launch]:
     problem = TensorList(values, costs)
     table = problem.table(values, values)
-    return GlobalSolve(problem, True, soft, hard).plan(table, SCALAR, SCALAR, ops.new_solver_state())
+    solve = GlobalSolve(problem.shape, True, soft, hard)
+    return solve.plan(table, SCALAR, SCALAR, ops.new_solver_state(), torch.ones(2).double(), solve.workspace())
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)], ids=["float32", "bfloat16"])
@@ -72,7 +73,8 @@ def test_bytes_of_gradients(dtype: torch.dtype, size: int) -> None:
     values = [torch.empty(300, 7, dtype=dtype)]
     problem = TensorList(values, [])
     table = problem.table(values, values)
-    plan = global_solve.gradient_plan(problem, table, torch.ones(2).double(), SCALAR, torch.ones(2).double(), False)
+    two = torch.ones(2).double()
+    plan = GlobalGradient(problem.shape, False, table.aligned).plan(table, two, SCALAR, two, two)
     assert launches.bytes_moved(plan, "always", "cold", "rare") == 5 * size * 2100
 
 
@@ -92,10 +94,14 @@ def test_bytes_of_rows(dtype: torch.dtype, size: int) -> None:
 @pytest.mark.parametrize("costs", [False, True])
 def test_memory_besides_the_masks(programs: int, costs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Below 4 MiB for any number of values, on a large GPU too."""
-    monkeypatch.setattr(tables, "program_count", lambda device, chunks: programs)
+    list_shape.cache_clear()
+    monkeypatch.setattr(tensor_list, "program_count", lambda device, chunks: programs)
     values = [torch.empty(25_600_000)]
     problem = TensorList(values, [torch.ones(())] if costs else [])
-    assert GlobalSolve(problem, True, True, True).workspace_bytes + problem.table().words.nbytes < 4 << 20
+    solve = GlobalSolve(problem.shape, True, True, True)
+    assert solve.workspace_bytes + problem.table().words.nbytes < 4 << 20
+    assert sum(part.nbytes for part in set(solve.workspace())) <= solve.workspace_bytes
+    list_shape.cache_clear()
 
 
 @interpreted
@@ -111,10 +117,12 @@ def test_reads_of_a_training_run(capacity: int | None, monkeypatch: pytest.Monke
         k, beta = 4000.0 - 20 * step, 5.0 + 0.1 * step
         soft, hard = [torch.full_like(values[0], torch.nan)], [torch.ones(40_001, dtype=torch.bool)]
         problem = TensorList(values, [])
-        solve = GlobalSolve(problem, True, True, True)
-        table = problem.table(soft, [h.view(torch.uint8) for h in hard])
+        solve = GlobalSolve(problem.shape, True, True, True)
+        table = problem.table(soft, hard)
         solve.run(table, k * SCALAR, beta * SCALAR, state)
-        reads.append(int(solve.control[int(global_passes.READS)]))
+        counts = global_solve.last_solve()
+        assert counts is not None
+        reads.append(counts.passes + counts.rewrites + counts.trials)
         assert abs(float(soft[0].double().sum()) - k) <= 1e-6 * k
         assert torch.equal(hard[0], oracle_hard_topk(values[0].abs(), k))
     if capacity is None:
@@ -181,8 +189,8 @@ def test_a_product_asks_for_what_its_tile_says(monkeypatch: pytest.MonkeyPatch) 
         def __getitem__(self, grid: tuple[int, ...]) -> object:
             return lambda *args, **options: launched.append((grid, options))
 
-    monkeypatch.setattr(masked_matmul.kernels, "_product_kernel", Recorder())
-    monkeypatch.setattr(masked_matmul.kernels, "_join_kernel", Recorder())
+    monkeypatch.setattr(product_launches.kernels, "_product_kernel", Recorder())
+    monkeypatch.setattr(product_launches.kernels, "_join_kernel", Recorder())
     gate = torch.ones(6, 4)
     sizes = (7, 24, 5, 24, 10)
     layout = [torch.zeros(n, dtype=torch.int32) for n in sizes]

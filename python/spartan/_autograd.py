@@ -8,13 +8,15 @@ levels calls the kernel below for itself, and the kernel hands the call on to th
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
 from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
+
+from spartan_kernels.ops._define import OPERATORS
 
 __all__ = ["differentiable", "differentiable_once"]
 
@@ -31,12 +33,9 @@ class _Gradient(_SingleLevelFunction):
     """One call of an operator in the graph. Lists of tensors travel flat: autograd sees tensors only as arguments."""
 
     @staticmethod
-    def forward(ctx: Any, rule: _Rule, keyset: Any, lengths: Any, output_lengths: list[Any], *flat: Any) -> Any:
+    def forward(ctx: Any, rule: _Rule, call: Any, lengths: Any, output_lengths: list[Any], *flat: Any) -> Any:
         operands = _nested(flat, lengths)
-        # Both modes are off inside a function's forward; functorch levels below this one must still record.
-        below = torch._C._are_functorch_transforms_active()
-        with torch.set_grad_enabled(below), forward_ad._set_fwd_grad_enabled(below):
-            output = _below(rule.operator, keyset, operands)
+        output = call(operands)
         ctx.rule, ctx.lengths, ctx.output_lengths = rule, lengths, output_lengths
         ctx.needs = _nested(ctx.needs_input_grad[4:], lengths)
         rule.setup(ctx, operands, output)
@@ -53,11 +52,13 @@ class _Gradient(_SingleLevelFunction):
     def backward(ctx: Any, *flat_grads: Any) -> Any:
         grads = _nested(flat_grads, ctx.output_lengths) if ctx.output_lengths else flat_grads
         result = ctx.rule.backward(ctx, *grads)
-        spread = [
-            [None] * length if grad is None and length is not None else grad
-            for grad, length in zip(result, ctx.lengths, strict=True)
-        ]
-        return None, None, None, None, *_flat(spread)
+        spread: list[Any] = [None] * 4
+        for grad, length in zip(result, ctx.lengths, strict=True):
+            if length is None:
+                spread.append(None if isinstance(grad, (list, tuple)) else grad)
+            else:
+                spread += [None] * length if grad is None else grad
+        return tuple(spread)
 
 
 def differentiable(name: str, setup: Callable[[Any, Any, Any], None], backward: Callable[..., Any]) -> None:
@@ -66,22 +67,37 @@ def differentiable(name: str, setup: Callable[[Any, Any, Any], None], backward: 
     `setup(ctx, operands, output)` saves what it needs; `ctx.needs` says, in both, which operands need a
     gradient, nested as they are.
     """
-    operator = getattr(torch.ops.spartan, name).default
-    rule = _Rule(operator, setup, backward)
-    returns_list = len(operator._schema.returns) == 1 and str(operator._schema.returns[0].type) == "List[Tensor]"
+    operator = OPERATORS[name]
+    overload = operator.overload
+    rule = _Rule(overload, setup, backward)
+    returns_list = len(overload._schema.returns) == 1 and str(overload._schema.returns[0].type) == "List[Tensor]"
 
-    def kernel(keyset: Any, *operands: Any) -> Any:
-        if not _recorded(operands):
-            return _below(operator, keyset, operands)
+    def apply(call: Any, lengths: Any, flat: Any) -> Any:
         output_lengths: list[Any] = []
-        with enable_single_level_autograd_function():
-            output = _Gradient.apply(rule, keyset, _lengths(operands), output_lengths, *_flat(operands))  # type: ignore[attr-defined]
+        output = _Gradient.apply(rule, call, lengths, output_lengths, *flat)  # type: ignore[attr-defined]
         if isinstance(output, torch.Tensor):
             return output
         nested = _nested(output, output_lengths)
         return list(nested) if returns_list else nested
 
+    def kernel(keyset: Any, *operands: Any) -> Any:
+        if not _recorded(operands):
+            return _below(overload, keyset, operands)
+
+        def call(operands: Any) -> Any:
+            # Both modes are off inside a function's forward; functorch levels below this one must still record.
+            below = torch._C._are_functorch_transforms_active()
+            with torch.set_grad_enabled(below), forward_ad._set_fwd_grad_enabled(below):
+                return _below(overload, keyset, operands)
+
+        with enable_single_level_autograd_function():
+            return apply(call, _lengths(operands), _flat(operands))
+
+    def record(*operands: Any) -> Any:
+        return apply(lambda operands: operator.serve(*operands), _lengths(operands), _flat(operands))
+
     _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+    operator.record = record
 
 
 def differentiable_once(name: str, of: str) -> None:
@@ -109,13 +125,13 @@ def _below(operator: Any, keyset: Any, operands: Any) -> Any:
 
 
 def _lengths(nested: Any) -> tuple[int | None, ...]:
-    return tuple(len(x) if isinstance(x, (list, tuple)) else None for x in nested)
+    return tuple([len(x) if isinstance(x, (list, tuple)) else None for x in nested])
 
 
 def _flat(nested: Any) -> list[Any]:
-    return list(chain.from_iterable(x if isinstance(x, (list, tuple)) else (x,) for x in nested))
+    return list(chain.from_iterable([x if isinstance(x, (list, tuple)) else (x,) for x in nested]))
 
 
 def _nested(flat: Any, lengths: Any) -> tuple[Any, ...]:
     entries = iter(flat)
-    return tuple(next(entries) if n is None else [next(entries) for _ in range(n)] for n in lengths)
+    return tuple([next(entries) if n is None else list(islice(entries, n)) for n in lengths])

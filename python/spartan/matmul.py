@@ -43,7 +43,7 @@ def _backward_linear(ctx: Any, grad: torch.Tensor | None, grad_z: None) -> Any:
         return (None,) * 13
     x, weight, gate, slope, kept, *index = ctx.saved_tensors
     x = grad if x is None else x  # not read where only the gradient of x is needed
-    kept = grad.new_empty(0) if kept is None else kept
+    kept = grad if kept is None else kept  # nor is this, without an activation
     *rest, backend = ctx.rest
     layout, backward_layout = index[: ctx.buffers], index[ctx.buffers :]
     grads = masked_linear_backward(grad, x, weight, gate, layout, backward_layout, kept, *rest, slope, backend)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def global_problem(
     if not tensors:
         raise ValueError("values must hold at least one tensor; got none")
     dtype, device = getattr(tensors[0], "dtype", None), getattr(tensors[0], "device", None)
-    for index, tensor in enumerate(tensors):
+    for index, tensor in enumerate([] if _alike(tensors) else tensors):
         if index == 0 or not isinstance(tensor, torch.Tensor) or tensor.dtype is not dtype:  # lists may be long
             require_float(f"values[{index}]", tensor)
         if tensor.dtype is not dtype or tensor.device != device:
@@ -57,6 +58,21 @@ def global_problem(
     return tensors, [
         _tensor_cost(i, c, v, shape) for i, (c, v, shape) in enumerate(zip(costs, tensors, wanted, strict=True))
     ]
+
+
+def _alike(tensors: list[Any]) -> bool:
+    """Whether these are plain floating-point tensors of one dtype and device, asked of a whole list at once."""
+    if torch.compiler.is_compiling() or not {torch.Tensor, torch.nn.Parameter}.issuperset(map(type, tensors)):
+        return False
+    return tensors[0].is_floating_point() and len({*map(attrgetter("dtype", "device"), tensors)}) == 1
+
+
+def list_in_autocast(values: Sequence[Any]) -> list[Any]:
+    """`as_in_autocast` of each."""
+    first = values[0] if values else None
+    if isinstance(first, torch.Tensor) and not torch.is_autocast_enabled(first.device.type):
+        return list(values)
+    return [as_in_autocast(v) for v in values]
 
 
 def as_in_autocast(values: Any) -> Any:

@@ -79,14 +79,20 @@ def _serve_backward(grad: Any, x: Any, weight: Any, gate: Any, layout: Any, *res
 
 def _serving(name: str, x: Any, layout: Any, block: Any, density: float, backend: str) -> Any:
     """The backend's function; in "auto" the dense product where so many blocks are active that it is faster."""
-    if dispatch.requested(backend) == "auto":
-        blocks = layout[1].shape[0]
-        if x.device.type == "cpu" and blocks:
-            density = int(layout[0][-1]) / blocks
+    requested = dispatch.requested(backend)
+    if requested == "auto":
+        density = _counted(layout) if density < 0 else density
         tokens = x.shape[:-1].numel()
         if density >= 0 and dense_wins(density, x.device, x.dtype, (block[0], block[1]), tokens):
             return dispatch.implementation(name, "reference")
-    return dispatch.resolve(name, x, backend)
+    return dispatch.resolve(name, x, requested)
+
+
+def _counted(layout: Any) -> float:
+    """Active blocks / blocks where reading it waits for nothing; else -1, for unknown."""
+    if not layout[0].is_cpu or not layout[1].shape[0]:
+        return -1.0
+    return int(layout[0][-1]) / layout[1].shape[0]
 
 
 block_layout = define(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from spartan_kernels.arguments import block_grid, block_shape, clip_block, require_device, scalar
 from spartan_kernels.groups import group_name
 from spartan_kernels.ops._define import define
-from spartan_kernels.ops._problem import as_in_autocast, global_problem, row_problem
+from spartan_kernels.ops._problem import as_in_autocast, global_problem, list_in_autocast, row_problem
 from spartan_kernels.ops._shards import shards
 from spartan_kernels.ops._vmap import fold_rows
 
@@ -152,7 +153,7 @@ def soft_topk_global(
     Source: Tai, Tian, Lim, "Spartan", NeurIPS 2022, section 3.
     """
     parts = shards(values, costs, group)
-    tensors, cost_list = global_problem([as_in_autocast(v) for v in parts.values], parts.costs)
+    tensors, cost_list = global_problem(list_in_autocast(parts.values), parts.costs)
     name = group_name(parts.group)
     masks, _ = soft_topk_global_forward(
         tensors,
@@ -258,6 +259,12 @@ def _require_masks(
 ) -> None:
     if len(masks) != len(shapes):
         raise ValueError(f"{name} must hold one mask for each of the {len(shapes)} values; got {len(masks)}")
+    if not torch.compiler.is_compiling() and (
+        {*map(attrgetter("dtype"), masks)} == {dtype}
+        and [*map(attrgetter("shape"), masks)] == shapes
+        and all(map(torch.Tensor.is_contiguous, masks))
+    ):
+        return  # lists may be long
     for index, (mask, shape) in enumerate(zip(masks, shapes, strict=True)):
         if mask.dtype is not dtype or mask.shape != shape or not mask.is_contiguous():
             raise ValueError(

@@ -26,11 +26,10 @@ from spartan_kernels.backends.triton import (
     global_passes,
     global_solve,
     global_steps,
-    launches,
     masked_matmul_kernels,
     masked_weight,
 )
-from spartan_kernels.backends.triton.tables import TensorList
+from spartan_kernels.backends.triton.tensor_list import TensorList
 from spartan_kernels.testing import make_values
 from tests.triton_races.recorder import RaceError, recording
 
@@ -64,13 +63,14 @@ def last_resort() -> None:
     """A solve whose masks, so it is made to believe, missed the budget when they were written."""
     values, masks = [make_values("normal", (5000,), seed=1)], [torch.empty(5000)]
     problem = TensorList(values, [])
-    solve = global_solve.GlobalSolve(problem, absolute=False, soft=True, hard=False)
-    for launch in solve.plan(problem.table(masks), torch.tensor(500.0), torch.tensor(3.0), None):
+    solve = global_solve.GlobalSolve(problem.shape, absolute=False, soft=True, hard=False)
+    memory, threshold = solve.workspace(), torch.empty(2).double()
+    for launch in solve.plan(problem.table(masks), torch.tensor(500.0), torch.tensor(3.0), None, threshold, memory):
         if launch.kernel is global_steps._finish_kernel:
-            solve.partial[:, 0] *= 1.5
-        launches.run([launch], values[0])
+            memory.partial[:, 0] *= 1.5
+        launch()
     assert abs(float(masks[0].sum()) - 500) < 1e-3
-    assert solve.control[int(global_passes.REWRITE)] == 1
+    assert memory.control[int(global_passes.REWRITE)] == 1
 
 
 def products(out: int, in_: int, block: tuple[int, int], tokens: int) -> None:

@@ -14,7 +14,10 @@ from the range decide the hard threshold. From a sample the soft threshold needs
 
 from __future__ import annotations
 
-from typing import Any
+from collections import defaultdict
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -37,9 +40,9 @@ from spartan_kernels.backends.triton.configs import (
     register_limit,
     vector_length,
 )
-from spartan_kernels.backends.triton.launches import Launch, When
+from spartan_kernels.backends.triton.launches import Launch, Recording, When
 from spartan_kernels.backends.triton.masked_weight import block_scores
-from spartan_kernels.backends.triton.tables import Table, TensorList
+from spartan_kernels.backends.triton.tensor_list import ListShape, Table, TensorList, contiguous
 from spartan_kernels.blocks import score_list
 from spartan_kernels.counts import SolveCounts
 from spartan_kernels.groups import refuse_group
@@ -51,40 +54,79 @@ _SURVEYS: tuple[When, ...] = ("always", "cold", "rare", "rare")
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-class GlobalSolve:
-    """The launches of one solve, and the memory that its kernels share: all of it made before the first launch."""
+class Workspace(NamedTuple):
+    """What the kernels of a solve share besides the table: views of two allocations."""
 
-    def __init__(self, problem: TensorList, absolute: bool, soft: bool, hard: bool) -> None:
-        self.problem, self.soft, self.hard = problem, soft, hard
-        device, programs = problem.device, problem.programs
-        costs = bool(problem.costs)
+    control: torch.Tensor
+    select: torch.Tensor
+    partial: torch.Tensor
+    tally: torch.Tensor
+    keys: torch.Tensor
+    prices: torch.Tensor
+
+
+class GlobalSolve:
+    """The launches of a solve over a list of this shape, with the memory that its kernels share.
+
+    Made once for a shape (`global_solve`) and launched with what is new each time: where the tensors lie.
+    """
+
+    def __init__(self, shape: ListShape, absolute: bool, soft: bool, hard: bool) -> None:
+        self.shape, self.soft, self.hard = shape, soft, hard
+        programs, costs = shape.programs, bool(shape.array_costs)
         control = int(passes.CONTROL)
-        words = torch.zeros(control + 16 + (_BINS if hard else 0), dtype=torch.int64, device=device)
-        self.control, self.select = words[:control].view(torch.float64), words[control:]
-        self.partial = torch.empty((programs, 5), dtype=torch.float64, device=device)
-        self.tally = torch.empty((2, programs), dtype=torch.int64, device=device)
+        self.zeroed = control + 16 + (_BINS if hard else 0)
         self.capacity = candidate_capacity(programs, costs) if hard else 1
-        self.keys = torch.empty((programs if hard else 1, self.capacity), dtype=torch.int32, device=device)
-        self.prices = torch.empty_like(self.keys, dtype=torch.float32) if costs else self.keys
-        self.threshold = torch.empty(2, dtype=torch.float64, device=device)
-        self.kind = {"DTYPE": TYPES[problem.dtype], "HAS_COSTS": costs, "ABSOLUTE": absolute}
+        kept = self.capacity * (programs if hard else 1)
+        # in 64-bit words: partial, tally, keys, prices
+        sizes = (5 * programs, 2 * programs, -(-kept // 2), -(-kept // 2) * costs)
+        begins = [0, *accumulate(size + size % 2 for size in sizes)]
+        self.words, self.begins = begins[-1], begins[:-1]
+        self.offsets = ((0, 8 * control), tuple(8 * begin for begin in self.begins[: 3 + costs]))
+        self.kind = {"DTYPE": TYPES[shape.dtype], "HAS_COSTS": costs, "ABSOLUTE": absolute}
+        self.recordings: dict[tuple[bool, bool], Recording] = defaultdict(Recording)
 
     @property
     def workspace_bytes(self) -> int:
         """Memory that the solve takes besides its masks."""
-        parts = (self.control, self.select, self.partial, self.tally, self.keys, self.threshold)
-        return sum(part.nbytes for part in parts) + (self.prices.nbytes if self.problem.costs else 0)
+        return 8 * (self.zeroed + self.words)
 
-    def plan(self, table: Table, budget: torch.Tensor, beta: torch.Tensor, state: torch.Tensor | None) -> list[Launch]:
-        """Everything there is to launch."""
-        p, sides = self.problem, {"SOFT": self.soft, "HARD": self.hard}
-        control, select, partial, tally = self.control, self.select, self.partial, self.tally
+    def workspace(self) -> Workspace:
+        """Memory for one solve."""
+        return self._parts(*self._allocated())
+
+    def _allocated(self) -> tuple[torch.Tensor, torch.Tensor]:
+        device = self.shape.device
+        zeros = torch.zeros(self.zeroed, dtype=torch.int64, device=device)
+        return zeros, torch.empty(self.words, dtype=torch.int64, device=device)
+
+    def _parts(self, zeros: torch.Tensor, rest: torch.Tensor) -> Workspace:
+        control, programs = int(passes.CONTROL), self.shape.programs
+        parts = [rest[begin:end] for begin, end in pairwise([*self.begins, self.words])]
+        partial = parts[0].view(torch.float64)[: 5 * programs].view(programs, 5)
+        tally = parts[1][: 2 * programs].view(2, programs)
+        keys = parts[2].view(torch.int32).view(-1)[: self.capacity * (programs if self.hard else 1)]
+        prices = parts[3].view(torch.float32)[: keys.numel()] if self.shape.array_costs else keys
+        return Workspace(zeros[:control].view(torch.float64), zeros[control:], partial, tally, keys, prices)
+
+    def plan(
+        self,
+        table: Table,
+        budget: torch.Tensor,
+        beta: torch.Tensor,
+        state: torch.Tensor | None,
+        threshold: torch.Tensor,
+        memory_of_kernels: Workspace,
+    ) -> list[Launch]:
+        """Everything there is to launch; (c, d) goes to `threshold`."""
+        p, sides = self.shape, {"SOFT": self.soft, "HARD": self.hard}
+        control, select, partial, tally, keys, prices = memory_of_kernels
         words, sizes, aligned = table.words, (table.tensors, table.chunks), {"ALIGNED": table.aligned}
         kind = self.kind | aligned
         walk = _walk(p)
         block = {"BLOCK": program_block(p.device)}
         one = block | {"num_warps": _STEP_WARPS}
-        kept = (tally, self.keys, self.prices)
+        kept = (tally, keys, prices)
         memory = control if state is None else state
         start = (words, budget, beta, memory, control, select, partial, table.tensors, p.length, p.programs)
         survey = (words, control, select, partial, *kept, *sizes, self.capacity)
@@ -92,10 +134,9 @@ class GlobalSolve:
         write = (words, control, select, tally, partial, *sizes)
         written = self.soft * p.length * p.dtype.itemsize
         plan = []
-        if p.costs:
+        if p.array_costs:
             total = {"DTYPE": kind["DTYPE"]} | aligned | walk
-            array_costs = sum(c.nbytes for c in p.costs if c.dim())
-            plan.append(Launch(passes._total_cost_kernel, p.programs, (words, partial, *sizes), total, array_costs))
+            plan.append(Launch(passes._total_cost_kernel, p.programs, (words, partial, *sizes), total, p.cost_bytes))
         options = self.kind | sides | block | {"SAMPLE": SAMPLE, "num_warps": SAMPLE_WARPS}
         plan.append(Launch(steps._start_kernel, 1, start, options | {"HAS_STATE": state is not None}))
         for when in _SURVEYS:
@@ -114,7 +155,7 @@ class GlobalSolve:
             again = options | {"AGAIN": True}
             plan.append(Launch(passes._write_kernel, p.programs, write, again, p.bytes, written, "rare"))
         options = {"HAS_STATE": state is not None, "num_warps": 1}
-        plan.append(Launch(steps._remember_kernel, 1, (memory, self.threshold, control, select), options))
+        plan.append(Launch(steps._remember_kernel, 1, (memory, threshold, control, select), options))
         return plan
 
     def run(
@@ -122,11 +163,25 @@ class GlobalSolve:
     ) -> torch.Tensor:
         """Launch everything; returns (c, d)."""
         global _last
-        launches.run(self.plan(table, budget, beta, state), table.words)
-        _last = self.control
-        return self.threshold
+        shape = self.shape
+        zeros, rest = self._allocated()
+        _last = zeros
+        threshold = torch.empty(2, dtype=torch.float64, device=shape.device)
+        pointers = [table.words, budget, beta, threshold, *(() if state is None else (state,))]
+        addresses = [pointer.data_ptr() for pointer in pointers]
+        recording = self.recordings[state is not None, table.aligned]
+        for base, offsets in zip((zeros.data_ptr(), rest.data_ptr()), self.offsets, strict=True):
+            addresses += [base + offset for offset in offsets]
+        if recording.knows(addresses):
+            recording.replay(addresses, shape.device)
+            return threshold
+        workspace = self._parts(zeros, rest)
+        plan = self.plan(table, budget, beta, state, threshold, workspace)
+        recording.record(plan, pointers + list(workspace[: 5 + bool(shape.array_costs)]))
+        return threshold
 
 
+global_solve = lru_cache(maxsize=256)(GlobalSolve)
 _last: torch.Tensor | None = None
 
 
@@ -138,14 +193,14 @@ def last_solve() -> SolveCounts | None:
     """
     if _last is None:
         return None
-    control = _last.tolist()
+    control = _last[: int(passes.CONTROL)].view(torch.float64).tolist()
     reads, trials = int(control[int(passes.READS)]), int(control[int(passes.REWRITE)])
     return SolveCounts(reads - (trials + 1 if trials else 0), int(trials > 0), trials)
 
 
-def _walk(problem: TensorList) -> dict[str, Any]:
-    vector = vector_length(problem.dtype)
-    return {"CHUNK": problem.chunk, "LANES": LANES, "VECTOR": vector, "num_warps": chunk_warps()} | register_limit()
+def _walk(shape: ListShape) -> dict[str, Any]:
+    vector = vector_length(shape.dtype)
+    return {"CHUNK": CHUNK, "LANES": LANES, "VECTOR": vector, "num_warps": chunk_warps()} | register_limit()
 
 
 def _check(
@@ -167,10 +222,6 @@ def _empty(values: list[torch.Tensor], dtype: torch.dtype | None = None) -> list
     return [torch.empty(v.shape, dtype=dtype or v.dtype, device=v.device) for v in values]
 
 
-def _bytes(masks: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [m.view(torch.uint8) for m in masks]
-
-
 def soft_topk_global_forward(
     values: list[torch.Tensor], budget: torch.Tensor, costs: list[torch.Tensor], beta: torch.Tensor, group: str
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -179,9 +230,9 @@ def soft_topk_global_forward(
     _check(values, budget, costs, beta)
     masks = _empty(values)
     problem = TensorList(values, costs)
-    if problem.length == 0:
+    if problem.shape.length == 0:
         return masks, budget.new_zeros(2)
-    solve = GlobalSolve(problem, absolute=False, soft=True, hard=False)
+    solve = global_solve(problem.shape, False, True, False)
     return masks, solve.run(problem.table(masks), budget, beta)
 
 
@@ -202,9 +253,9 @@ def solve_masks_(
     refuse_group(group, "triton")
     _check(values, budget, costs, beta)
     problem = TensorList(values, costs)
-    if problem.length:
-        solve = GlobalSolve(problem, absolute, soft=True, hard=True)
-        solve.run(problem.table(soft, _bytes(hard)), budget, beta, state)
+    if problem.shape.length:
+        solve = global_solve(problem.shape, absolute, True, True)
+        solve.run(problem.table(soft, hard), budget, beta, state)
 
 
 def hard_topk_global_forward(
@@ -215,9 +266,9 @@ def hard_topk_global_forward(
     _check(values, budget, costs, None)
     masks = _empty(values, torch.bool)
     problem = TensorList(values, costs)
-    if problem.length:
-        solve = GlobalSolve(problem, absolute, soft=False, hard=True)
-        solve.run(problem.table(_bytes(masks), _bytes(masks)), budget, torch.ones_like(budget))
+    if problem.shape.length:
+        solve = global_solve(problem.shape, absolute, False, True)
+        solve.run(problem.table(masks, masks), budget, torch.ones_like(budget))
     return masks
 
 
@@ -232,38 +283,52 @@ def soft_topk_global_backward(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """Gradients for values, costs (elementwise), budget and beta of a list that shares one budget."""
     refuse_group(group, "triton")
-    p = TensorList(values, costs)
-    upstream = [g.contiguous() for g in grads]
+    problem = TensorList(values, costs)
     grad_values, grad_costs = _empty(values), _empty(values) if cost_grad else []
-    scalars = torch.zeros(2, dtype=torch.float64, device=p.device)
-    if p.length:
-        table = p.table(upstream, grad_values, *([grad_costs] if cost_grad else []))
-        launches.run(gradient_plan(p, table, threshold.contiguous(), beta, scalars, cost_grad), table.words)
+    scalars = torch.zeros(2, dtype=torch.float64, device=problem.shape.device)
+    if problem.shape.length:
+        table = problem.table(contiguous(grads), grad_values, *([grad_costs] if cost_grad else []))
+        gradient = global_gradient(problem.shape, cost_grad, table.aligned)
+        gradient.run(table, threshold.contiguous(), beta, scalars)
     return grad_values, grad_costs, scalars[0], scalars[1]
 
 
-def gradient_plan(
-    p: TensorList, table: Table, threshold: torch.Tensor, beta: torch.Tensor, scalars: torch.Tensor, cost_grad: bool
-) -> list[Launch]:
-    """The launches of a backward pass: sums, the two numbers they give, gradients."""
-    partial = torch.empty((p.programs, 4), dtype=torch.float64, device=p.device)
-    kind = {"DTYPE": TYPES[p.dtype], "HAS_COSTS": bool(p.costs), "ALIGNED": table.aligned}
-    walk = _walk(p)
-    entries, sizes = p.length * p.dtype.itemsize, (table.tensors, table.chunks)
-    sums = (table.words, threshold, beta, partial, *sizes)
-    gradients = (table.words, threshold, beta, scalars, *sizes)
-    write = kind | {"COST_GRAD": cost_grad, "CHUNK": p.chunk, "num_warps": chunk_warps()} | register_limit()
-    reads = p.bytes + entries
-    return [
-        Launch(passes._gradient_sums_kernel, p.programs, sums, kind | walk, reads),
-        Launch(
-            passes._gradient_totals_kernel,
-            1,
-            (partial, scalars, p.programs),
-            {"BLOCK": program_block(p.device), "num_warps": _STEP_WARPS},
-        ),
-        Launch(passes._gradient_write_kernel, p.programs, gradients, write, reads, entries * (1 + cost_grad)),
-    ]
+class GlobalGradient:
+    """The launches of a backward pass over a list of this shape: sums, the two numbers they give, gradients."""
+
+    def __init__(self, shape: ListShape, cost_grad: bool, aligned: bool) -> None:
+        self.shape, self.cost_grad, self.aligned = shape, cost_grad, aligned
+        self.recording = Recording()
+
+    def plan(
+        self, table: Table, threshold: torch.Tensor, beta: torch.Tensor, scalars: torch.Tensor, partial: torch.Tensor
+    ) -> list[Launch]:
+        """Everything there is to launch; the gradients of budget and beta go to `scalars`."""
+        p = self.shape
+        kind = {"DTYPE": TYPES[p.dtype], "HAS_COSTS": bool(p.array_costs), "ALIGNED": self.aligned}
+        walk = _walk(p)
+        entries, sizes = p.length * p.dtype.itemsize, (table.tensors, table.chunks)
+        sums = (table.words, threshold, beta, partial, *sizes)
+        gradients = (table.words, threshold, beta, scalars, *sizes)
+        write = kind | {"COST_GRAD": self.cost_grad, "CHUNK": CHUNK, "num_warps": chunk_warps()} | register_limit()
+        reads = p.bytes + entries
+        totals = {"BLOCK": program_block(p.device), "num_warps": _STEP_WARPS}
+        return [
+            Launch(passes._gradient_sums_kernel, p.programs, sums, kind | walk, reads),
+            Launch(passes._gradient_totals_kernel, 1, (partial, scalars, p.programs), totals),
+            Launch(
+                passes._gradient_write_kernel, p.programs, gradients, write, reads, entries * (1 + self.cost_grad)
+            ),
+        ]  # fmt: skip
+
+    def run(self, table: Table, threshold: torch.Tensor, beta: torch.Tensor, scalars: torch.Tensor) -> None:
+        """Launch everything."""
+        partial = torch.empty((self.shape.programs, 4), dtype=torch.float64, device=self.shape.device)
+        pointers = [table.words, threshold, beta, scalars, partial]
+        launches.run(self.recording, pointers, lambda: self.plan(table, threshold, beta, scalars, partial))
+
+
+global_gradient = lru_cache(maxsize=256)(GlobalGradient)
 
 
 def _compile_cases() -> list[CompileCase]:

@@ -8,15 +8,17 @@ from typing import Any
 import torch
 import triton
 
+from spartan_kernels.backends.triton import launches
 from spartan_kernels.backends.triton import masked_matmul_kernels as kernels
 from spartan_kernels.backends.triton.configs import CompileCase, name_of, power_of_two
-from spartan_kernels.backends.triton.product_plan import ProductPlan, kind_of, precision_of, product_plan, sampled_tile
-from spartan_kernels.tiles import Tile, default_tile
+from spartan_kernels.backends.triton.launches import Launch, start
+from spartan_kernels.backends.triton.product_launches import JOIN_BLOCK, pointer_or, product_launches
+from spartan_kernels.backends.triton.product_plan import kind_of, precision_of, sampled_tile
+from spartan_kernels.tiles import Tile, default_tile, tile_for
 
 _aten = torch.ops.aten
 _WIDEST = 128  # of a block that one program sums
 _LAYOUT_BLOCK = 256
-_JOIN_BLOCK = 1024
 
 
 def block_layout(gate: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -28,24 +30,13 @@ def block_layout(gate: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.T
         torch.zeros(n, dtype=torch.int32, device=gate.device)
         for n in (lines, lines, grid_rows + 1, grid_columns + 1, gate.numel(), gate.numel())
     )
-    grid = (lines,)
     given = gate if mask is None else mask.contiguous().view(torch.uint8)
     rest: Any = {"HAS_MASK": mask is not None, "BLOCK": _LAYOUT_BLOCK, "num_warps": 4}
     if lines:
-        kernels._layout_count_kernel[grid](gate, given, counts, grid_rows, grid_columns, **rest)
-        kernels._layout_fill_kernel[grid](
-            gate,
-            given,
-            counts,
-            row_offsets,
-            column_indices,
-            column_offsets,
-            row_indices,
-            order,
-            grid_rows,
-            grid_columns,
-            **rest,
-        )
+        sizes = grid_rows, grid_columns
+        start(Launch(kernels._layout_count_kernel, lines, (gate, given, counts, *sizes), rest))
+        parts = counts, row_offsets, column_indices, column_offsets, row_indices, order
+        start(Launch(kernels._layout_fill_kernel, lines, (gate, given, *parts, *sizes), rest))
     return row_offsets, column_indices, column_offsets, row_indices, order
 
 
@@ -63,82 +54,74 @@ class _Operand:
     ) -> None:
         self.data = data if positions is None and data.stride(-1) == 1 else data.contiguous()
         self.shape, self.block, self.layout, self.positions = shape, block, layout, positions
-        self.gate = None if gate is None else gate.to(torch.float32).contiguous()
+        self.gate = None if gate is None else dense_float(gate)
 
     def product(
         self, x: torch.Tensor, forward: bool, bias: torch.Tensor | None = None, activation: str = "", save: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """act(x w^T + b) by rows of blocks, or x w by columns of blocks, and the sums before the activation."""
-        flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-        flat = flat if flat.stride(-1) == 1 else flat.contiguous()
-        extent, other_extent = self.shape if forward else self.shape[::-1]
-        span, other = self.block if forward else self.block[::-1]
-        y = x.new_empty((*x.shape[:-1], extent))
-        saved = torch.empty_like(y) if save else x.new_empty(0)
+        flat = _tokens(x)
+        extent = self.shape[0] if forward else self.shape[1]
+        device, dtype, packed = x.device, x.dtype, self.positions is not None
+        y = torch.empty((*x.shape[:-1], extent), dtype=dtype, device=device)
+        saved = torch.empty_like(y) if save else torch.empty(0, dtype=dtype, device=device)
         if y.numel() == 0:
             return y, saved
         offsets, indices = self.layout[:2] if forward else self.layout[2:4]
         order = self.layout[4] if forward else self.layout[4][self.layout[0].shape[0] - 1 :]
-        row = self.block[1] if self.positions is not None else self.data.stride(0)
-        grid_columns = triton.cdiv(self.shape[1], self.block[1])
-        strides = (row, 1, grid_columns, 1) if forward else (1, row, 1, grid_columns)
+        tokens, stride = flat.shape[0], flat.stride(0)
+        span, other = self.block if forward else self.block[::-1]
         precision = precision_of(x)
-        plan = product_plan(flat, extent, other_extent, span, other, precision)
-        split, tokens = plan.split, _descriptor(flat, plan)
-        out = y if split == 1 else x.new_empty((split, y.numel()), dtype=torch.float32)
-        flags: Any = {"HAS_BIAS": bias is not None, "ACTIVATION": activation, "SAVE": save, "SPLIT": split}
-        with torch.cuda.device_of(x):
-            kernels._product_kernel[(plan.tiles, split)](
-                tokens, self.data, _or(self.gate, flat), _or(bias, flat), out, saved if save else out, order, offsets,
-                indices, _or(self.positions, indices), plan.tokens, plan.lines, plan.group, extent, other_extent,
-                flat.stride(0), *strides,
-                SPAN=span, OTHER=other, PACKED=self.positions is not None,
-                HAS_POSITIONS=self.positions is not None and not forward, HAS_GATE=self.gate is not None,
-                PRECISION=precision, **flags, **plan.tile.options() | {"TMA": tokens is not flat},
-            )  # fmt: skip
-            if split > 1:
-                kernels._join_kernel[(triton.cdiv(y.numel(), _JOIN_BLOCK),)](
-                    out, _or(bias, flat), y, saved if save else y, y.numel(), extent, **flags, BLOCK=_JOIN_BLOCK
-                )
+        tile = tile_for(device, tokens, span, other, kind_of(dtype, precision))
+        row = self.block[1] if packed else self.data.stride(0)
+        product = product_launches(
+            device, dtype, tokens, stride, self.shape, self.block, row, forward, packed,
+            self.gate is not None, bias is not None, activation, save, precision, tile,
+        )  # fmt: skip
+        out = y if product.split == 1 else torch.empty((product.split, y.numel()), dtype=torch.float32, device=device)
+        index = order, offsets, indices
+        pointers = [flat, self.data, out, *index]
+        pointers += [p for p in (self.gate, bias, self.positions) if p is not None]
+        pointers += [saved] * save + [y] * (out is not y)
+        operands = flat, self.data, self.gate, bias, out, y, saved, index, self.positions
+        launches.run(product.recording, pointers, lambda: product.launches(*operands))
         return y, saved
 
     def sampled(
         self, dz: torch.Tensor, x: torch.Tensor, out: torch.Tensor, grad_gate: torch.Tensor | None
     ) -> torch.Tensor:
         """dz^T x on the active blocks of `out`, times the gate; `grad_gate`: its products with the data before that."""
-        left, right = dz.reshape(dz.shape[:-1].numel(), dz.shape[-1]), x.reshape(x.shape[:-1].numel(), x.shape[-1])
-        right = right if right.stride(-1) == 1 else right.contiguous()
+        left = dz if dz.dim() == 2 else dz.reshape(dz.shape[:-1].numel(), dz.shape[-1])
+        right = _tokens(x)
         rows, columns = self.block
         grid_columns = triton.cdiv(self.shape[1], columns)
         programs = triton.cdiv(self.shape[0], rows) * grid_columns
         precision = precision_of(x)
         if programs == 0 or left.shape[0] == 0:
             return out
-        with torch.cuda.device_of(x):
-            kernels._sampled_kernel[(programs,)](
-                left, right, self.data, _or(self.gate, right), out, _or(grad_gate, right), *self.layout[:2],
-                left.shape[0], *self.shape, grid_columns, left.stride(0), left.stride(1), right.stride(0),
-                self.data.stride(0), 0 if self.positions is not None else out.stride(0),
-                ROWS=rows, COLUMNS=columns, PACKED=self.positions is not None, HAS_GATE=self.gate is not None,
-                GATE_GRAD=grad_gate is not None, PRECISION=precision,
-                **sampled_tile(rows, columns, kind_of(x.dtype, precision) != "float32", x.element_size()),
-            )  # fmt: skip
+        arguments = (
+            left, right, self.data, pointer_or(self.gate, right), out, pointer_or(grad_gate, right), *self.layout[:2],
+            left.shape[0], *self.shape, grid_columns, left.stride(0), left.stride(1), right.stride(0),
+            self.data.stride(0), 0 if self.positions is not None else out.stride(0),
+        )  # fmt: skip
+        options = {
+            "ROWS": rows, "COLUMNS": columns, "PACKED": self.positions is not None, "HAS_GATE": self.gate is not None,
+            "GATE_GRAD": grad_gate is not None, "PRECISION": precision,
+            **sampled_tile(rows, columns, kind_of(x.dtype, precision) != "float32", x.element_size()),
+        }  # fmt: skip
+        start(Launch(kernels._sampled_kernel, programs, arguments, options))
         return out
 
 
-def _descriptor(x: torch.Tensor, plan: ProductPlan) -> Any:
-    """Tokens as the copy engine takes them, where the tile asks for that and x allows it; else x itself."""
-    tile = plan.tile
-    if not tile.TMA or plan.other % tile.BLOCK_K or x.data_ptr() % 16 or x.stride(0) * plan.width % 16:
-        return x
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor.from_tensor(x, [tile.BLOCK_M, tile.BLOCK_K])
+def _tokens(x: torch.Tensor) -> torch.Tensor:
+    """x as [tokens, features] whose features lie side by side."""
+    flat = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
-def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
-    """A pointer that the kernel does not follow where there is no tensor."""
-    return other if tensor is None else tensor
+def dense_float(gate: torch.Tensor) -> torch.Tensor:
+    """A gate in float32, without gaps."""
+    return gate if gate.dtype == torch.float32 and gate.is_contiguous() else gate.to(torch.float32).contiguous()
 
 
 def _before_activation(grad: torch.Tensor, saved: torch.Tensor, activation: str) -> torch.Tensor:
@@ -183,16 +166,16 @@ def masked_linear_backward(
     """Gradients of x, weight, gate and bias; empty where not needed."""
     dz = _before_activation(grad, saved, activation)
     shape, block = (weight.shape[0], weight.shape[1]), (rows, columns)
-    results = [x.new_empty(0) for _ in range(4)]
+    results: list[torch.Tensor | None] = [None] * 4
     if needs[0]:
         results[0] = _Operand(weight, shape, block, layout, gate, None).product(dz, False)[0]
     if needs[1] or needs[2]:
-        grad_weight, grad_gate = _weight_gradient(dz, x, weight, gate, backward_layout, block)
-        results[1] = grad_weight if needs[1] else results[1]
-        results[2] = grad_gate.to(gate.dtype) if needs[2] else results[2]
+        grad_weight, grad_gate = _weight_gradient(dz, x, weight, gate, backward_layout, block, needs[2])
+        results[1] = grad_weight if needs[1] else None
+        results[2] = grad_gate.to(gate.dtype) if needs[2] and grad_gate is not None else None
     if needs[3]:
         results[3] = dz.reshape(dz.shape[:-1].numel(), shape[0]).sum(0)
-    return results
+    return [x.new_empty(0) if result is None else result for result in results]
 
 
 def _weight_gradient(
@@ -202,21 +185,22 @@ def _weight_gradient(
     gate: torch.Tensor,
     layout: list[torch.Tensor],
     block: tuple[int, int],
-) -> tuple[torch.Tensor, torch.Tensor]:
+    of_gate: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """On the layout's blocks one program each; on all of them, or on blocks too large for one, the dense product."""
     shape = (weight.shape[0], weight.shape[1])
-    grad_gate = torch.zeros(gate.shape, dtype=torch.float32, device=x.device)
-    if layout and max(block) <= _WIDEST:
+    sampled = layout and max(block) <= _WIDEST
+    grad_gate = torch.zeros(gate.shape, dtype=torch.float32, device=x.device) if of_gate or not sampled else None
+    if sampled:
         out = torch.zeros(shape, dtype=weight.dtype, device=x.device)
         return _Operand(weight, shape, block, layout, gate, None).sampled(dz, x, out, grad_gate), grad_gate
+    assert grad_gate is not None  # the kernel that scales the dense product by the gate writes both
     raw = (dz.reshape(dz.shape[:-1].numel(), shape[0]).mT @ x.reshape(x.shape[:-1].numel(), shape[1])).contiguous()
     theta = weight if weight.stride(-1) == 1 else weight.contiguous()
-    scale = gate.to(torch.float32).contiguous()
+    scale = dense_float(gate)
     if raw.numel():
-        with torch.cuda.device_of(x):
-            kernels._gate_gradient_kernel[(gate.numel(),)](
-                raw, theta, scale, grad_gate, *shape, gate.shape[1], theta.stride(0), **_gate_tile(*block)
-            )  # fmt: skip
+        arguments = raw, theta, scale, grad_gate, *shape, gate.shape[1], theta.stride(0)
+        start(Launch(kernels._gate_gradient_kernel, gate.numel(), arguments, _gate_tile(*block)))
     if layout:  # the active blocks of a dense result
         active = torch.zeros(gate.numel() + 1, dtype=torch.bool, device=x.device)
         order = torch.arange(gate.numel(), device=x.device)
@@ -323,7 +307,7 @@ def _compile_cases() -> list[CompileCase]:
 def _small_cases() -> list[CompileCase]:
     """Layout, joined sums, and the gradient of all gates."""
     layout = {"HAS_MASK": True, "BLOCK": _LAYOUT_BLOCK, "num_warps": 4}
-    join = {"HAS_BIAS": True, "ACTIVATION": "gelu", "SAVE": True, "SPLIT": 4, "BLOCK": _JOIN_BLOCK}
+    join = {"HAS_BIAS": True, "ACTIVATION": "gelu", "SAVE": True, "SPLIT": 4, "BLOCK": JOIN_BLOCK}
     cases = [_case(k, torch.float32, layout, "") for k in (kernels._layout_count_kernel, kernels._layout_fill_kernel)]
     for dtype in (torch.float32, torch.bfloat16):
         cases.append(_case(kernels._join_kernel, dtype, join, name_of(dtype)))

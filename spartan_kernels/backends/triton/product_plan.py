@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from spartan_kernels.precision import tf32
-from spartan_kernels.tiles import Tile, power_of_two, tile_for
+from spartan_kernels.tiles import Tile, power_of_two
 
 _FEW_PROGRAMS = 256  # under which a sum is split between programs
 _MOST_PARTS = 16
@@ -118,13 +118,6 @@ class ProductPlan:
             y_bytes=self.tokens * self.extent * self.width,
             memory_bytes=(self.tokens * self.other_extent + groups * weights) * self.width,
         )
-
-
-def product_plan(x: torch.Tensor, extent: int, other_extent: int, span: int, other: int, precision: str) -> ProductPlan:
-    """The plan for tokens x [tokens, other_extent] on their device."""
-    tokens = x.shape[0]
-    tile = tile_for(x.device, tokens, span, other, kind_of(x.dtype, precision))
-    return ProductPlan(tokens, extent, other_extent, span, other, x.element_size(), tile)
 
 
 def sampled_tile(rows: int, columns: int, tensor_cores: bool, width: int) -> dict[str, int]:

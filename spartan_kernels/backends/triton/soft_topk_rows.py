@@ -16,7 +16,7 @@ from spartan_kernels.backends.triton.configs import (
     name_of,
     row_tile,
 )
-from spartan_kernels.backends.triton.launches import Launch, run
+from spartan_kernels.backends.triton.launches import Launch, start
 from spartan_kernels.backends.triton.primitives import (
     INFINITY,
     clamped_budget,
@@ -236,7 +236,7 @@ def forward(
     """m and (c, d) for each row of values [rows, n] with n at most `MAX_RESIDENT_ROW`."""
     mask = torch.empty(values.shape, dtype=values.dtype, device=values.device)
     threshold = torch.empty((values.shape[0], 2), dtype=torch.float64, device=values.device)
-    run([forward_launch(values, budget, costs, beta, mask, threshold)], values)
+    start(forward_launch(values, budget, costs, beta, mask, threshold))
     return mask, threshold
 
 
@@ -281,7 +281,7 @@ def backward(
     grad_costs = torch.empty_like(grad_values) if cost_grad else values.new_empty(0)
     grad_budget, grad_beta = torch.empty((2, values.shape[0]), dtype=torch.float64, device=values.device).unbind()
     grads = grad_values, grad_costs, grad_budget, grad_beta
-    run([backward_launch(grad, values, threshold, costs, beta, grads)], values)
+    start(backward_launch(grad, values, threshold, costs, beta, grads))
     return grads
 
 

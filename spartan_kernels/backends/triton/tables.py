@@ -6,14 +6,8 @@ its runs backwards finds in the cache what the pass before it read last.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
-
-from spartan_kernels.backends.triton.configs import CHUNK, program_count
 
 # Columns of the table, 64-bit words: pointers, number of entries, and where the tensor begins in chunks and in entries.
 WIDTH = tl.constexpr(9)
@@ -140,92 +134,3 @@ def gather_ratio(
     else:
         a = tl.where(live, 1.0, 1.0)
     return u, a
-
-
-_tables: OrderedDict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
-_captured: list[tuple[torch.Tensor, torch.Tensor]] = []
-_KEPT_TABLES = 256
-_STAGED_WORDS = 1 << 17
-
-
-class _Staging:
-    """Pinned memory for the tables of graphs, made before any capture: pinning more while capturing is not allowed."""
-
-    free: torch.Tensor | None = None
-
-    @classmethod
-    def refill(cls) -> None:
-        if cls.free is None or cls.free.numel() < _STAGED_WORDS // 2:
-            cls.free = torch.empty(_STAGED_WORDS, dtype=torch.int64).pin_memory()
-
-    @classmethod
-    def take(cls, words: torch.Tensor) -> torch.Tensor:
-        if cls.free is None or cls.free.numel() < words.numel():
-            raise RuntimeError("call the operator on these tensors once before it is captured in a CUDA graph")
-        taken, cls.free = cls.free[: words.numel()].view_as(words), cls.free[words.numel() :]
-        return taken.copy_(words)
-
-
-def _on_device(rows: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
-    """The table, copied from pinned memory without waiting; the same list on the same stream is copied once."""
-    words = torch.tensor(rows, dtype=torch.int64)
-    if device.type != "cuda":
-        return words
-    key = (device, torch.cuda.current_stream(device).cuda_stream, rows)
-    capturing = torch.cuda.is_current_stream_capturing()
-    pair = _tables.get(key)
-    if pair is None:
-        source = _Staging.take(words) if capturing else words.pin_memory()
-        pair = source, source.to(device, non_blocking=True)
-        if not capturing:  # a table made during capture is filled only when the graph runs
-            _tables[key] = pair
-            if len(_tables) > _KEPT_TABLES:
-                _tables.popitem(last=False)
-    if capturing:  # the graph reads it at every replay
-        _captured.append(pair)
-    else:
-        _Staging.refill()
-    return pair[1]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A list on the device: its words, its tensors that are not empty, its chunks, and if all begin at 16 bytes."""
-
-    words: torch.Tensor
-    tensors: int
-    chunks: int
-    aligned: bool
-
-
-class TensorList:
-    """Values and costs of a list, with its table and its grid of programs."""
-
-    def __init__(self, values: list[torch.Tensor], costs: list[torch.Tensor]) -> None:
-        self.values = [v.detach().contiguous() for v in values]
-        self.costs = [c.detach().contiguous() for c in costs]
-        self.device = values[0].device
-        self.dtype = values[0].dtype
-        self.length = sum(v.numel() for v in values)
-        self.chunk = CHUNK
-        self.chunks = sum(triton.cdiv(v.numel(), self.chunk) for v in values)
-        self.programs = program_count(self.device, self.chunks)
-        # one pass over the list reads so much
-        self.bytes = sum(v.nbytes for v in self.values) + sum(c.nbytes for c in self.costs if c.dim())
-
-    def table(self, *outputs: list[torch.Tensor]) -> Table:
-        """The device table, with up to three tensors for each of the list's: inputs beside values, or outputs."""
-        rows, chunk, entry = [], 0, 0
-        for index, v in enumerate(self.values):
-            if v.numel() == 0:
-                continue
-            cost = self.costs[index] if self.costs else None
-            pointers = [output[index].data_ptr() for output in outputs] + [0] * (3 - len(outputs))
-            where = (0, 0) if cost is None else (cost.data_ptr(), int(cost.dim() > 0))
-            rows.append((v.data_ptr(), *where, chunk, v.numel(), entry, *pointers))
-            chunk += triton.cdiv(v.numel(), self.chunk)
-            entry += v.numel()
-        addresses = [row[0] for row in rows] + [row[1] for row in rows if row[2]] + [p for row in rows for p in row[6:]]
-        rows.append((0, 0, 0, chunk, 0, entry, 0, 0, 0))
-        words = _on_device(tuple(rows), self.device)
-        return Table(words, len(rows) - 1, self.chunks, all(address % 16 == 0 for address in addresses))

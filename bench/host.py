@@ -1,0 +1,168 @@
+"""Host time of an operator's call, without a GPU: `python -m bench.host`.
+
+The time of the calling thread from the public function to the driver's launch, which a stand-in counts (stand_in.py):
+argument checks, autograd, dispatch, plans, allocations and Triton's own launcher. Tensors lie on the CPU; what a GPU's
+allocator, its driver and the other thread of its backward pass take is not in it. The native CPU backend's small calls
+go through the same layers and are timed beside PyTorch's linear layer, arithmetic included.
+
+Each case runs in rounds with the others; the fastest round counts, in time of the thread: others may use the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+import spartan
+from bench import machine
+from spartan_kernels import BlockLayout, new_solver_state, solve_masks_
+
+SAVED = Path(__file__).resolve().parent / "results" / "host.json"
+_ROUNDS, _CALLS = 60, 15
+# microseconds of the calling thread that a call may take on a machine that nobody else uses
+LIMITS = {
+    "solve_masks_, 2 tensors": 150,
+    "solve_masks_, 54 tensors": 150,
+    "soft_topk_global, 2 tensors": 150,
+    "soft_topk_global, 54 tensors": 150,
+    "masked_linear, layout": 40,
+    "masked_linear, layout, forward and backward": 120,
+}
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class HostTime:
+    """One call: microseconds of its thread, how many additions of four floats that is, and kernels launched."""
+
+    case: str
+    microseconds: float
+    additions: float
+    launches: int
+    limit: int | None
+
+
+def solve(tensors: int) -> Call:
+    """A training step's masks, by magnitude, over weights of 64 x 32."""
+    weights = [torch.randn(64, 32) for _ in range(tensors)]
+    soft = [torch.empty_like(w) for w in weights]
+    hard = [torch.empty(w.shape, dtype=torch.bool) for w in weights]
+    state = new_solver_state()
+    return lambda: solve_masks_(weights, 500.0, None, 5.0, soft, hard, state, absolute=True)
+
+
+def soft_topk_global(tensors: int, gradient: bool = False) -> Call:
+    """Soft masks that autograd follows."""
+    values = [torch.randn(64, 32, requires_grad=gradient) for _ in range(tensors)]
+    grads = [torch.ones(64, 32) for _ in values]
+    if gradient:
+        return lambda: torch.autograd.grad(spartan.soft_topk_global(values, 500.0, None, 5.0), values, grads)
+    return lambda: spartan.soft_topk_global(values, 500.0, None, 5.0)
+
+
+def masked_linear(layout: bool, gradient: bool = False, side: int = 64, tokens: int = 8) -> Call:
+    """A layer of 32 x 32 blocks; the gradient is that of x and of the active blocks of the weight."""
+    x, weight = (torch.randn(n, side, requires_grad=gradient) for n in (tokens, side))
+    gate = torch.eye(side // 32)
+    known = BlockLayout.from_gate(gate, (side, side), (32, 32), density=32 / side) if layout else None
+    grad = torch.ones(tokens, side)
+
+    def forward() -> torch.Tensor:
+        return spartan.masked_linear(x, weight, gate, layout=known, backward_layout=known)
+
+    return (lambda: torch.autograd.grad(forward(), (x, weight), grad)) if gradient else forward
+
+
+def linear(gradient: bool = False) -> Call:
+    """PyTorch's own, as large."""
+    x, weight = (torch.randn(n, 64, requires_grad=gradient) for n in (8, 64))
+    grad = torch.ones(8, 64)
+    if gradient:
+        return lambda: torch.autograd.grad(functional.linear(x, weight), (x, weight), grad)
+    return lambda: functional.linear(x, weight)
+
+
+def gpu_cases() -> dict[str, Call]:
+    """What runs on the stand-in."""
+    return {
+        "solve_masks_, 2 tensors": solve(2),
+        "solve_masks_, 54 tensors": solve(54),
+        "soft_topk_global, 2 tensors": soft_topk_global(2),
+        "soft_topk_global, 54 tensors": soft_topk_global(54),
+        "soft_topk_global, 2 tensors, forward and backward": soft_topk_global(2, True),
+        "soft_topk_global, 54 tensors, forward and backward": soft_topk_global(54, True),
+        "masked_linear": masked_linear(False),
+        "masked_linear, layout": masked_linear(True),
+        "masked_linear, layout, forward and backward": masked_linear(True, True),
+    }
+
+
+def cpu_cases() -> dict[str, Call]:
+    """Small calls of the native CPU backend, and PyTorch's."""
+    return {
+        "masked_linear on the CPU": masked_linear(False),
+        "masked_linear on the CPU, layout": masked_linear(True),
+        "masked_linear on the CPU, layout, forward and backward": masked_linear(True, True),
+        "torch linear on the CPU": linear(),
+        "torch linear on the CPU, forward and backward": linear(True),
+    }
+
+
+def measure(cases: dict[str, Call], launches: Any = None) -> Iterator[HostTime]:
+    """The fastest round of each."""
+    a = torch.ones(4)
+    cases = {**cases, "": lambda: a + a}
+    best = dict.fromkeys(cases, float("inf"))
+    counts = dict.fromkeys(cases, 0)
+    for case, call in cases.items():
+        for _ in range(3):
+            call()
+        if launches is not None:
+            launches.clear()
+            call()
+            counts[case] = sum(launches.values())
+    for _ in range(_ROUNDS):
+        for case, call in cases.items():
+            call()
+            begin = time.thread_time_ns()
+            for _ in range(_CALLS):
+                call()
+            best[case] = min(best[case], (time.thread_time_ns() - begin) / _CALLS / 1e3)
+    one = best.pop("")
+    for case, found in best.items():
+        yield HostTime(case, round(found, 1), round(found / one, 1), counts[case], LIMITS.get(case))
+
+
+def main() -> None:
+    """Measure, print and, with --save, write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--save", action="store_true", help=f"write {SAVED.name}")
+    save = parser.parse_args().save
+    torch.set_num_threads(1)
+    from bench import stand_in
+
+    with stand_in.gpu() as launches:
+        results = list(measure(gpu_cases(), launches))
+    results += measure(cpu_cases())
+    print(f"{'':58s} {'µs':>8s} {'adds':>7s} {'launches':>9s} {'limit':>6s}")
+    for r in results:
+        print(f"{r.case:58s} {r.microseconds:8.1f} {r.additions:7.1f} {r.launches:9d} {r.limit or '':>6}")
+    if save:
+        import triton
+
+        content = {
+            "machine": machine.describe("cpu") | {"triton": triton.__version__, "reasons_to_distrust": machine.busy()}
+        }
+        SAVED.write_text(json.dumps(content | {"results": [asdict(r) for r in results]}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

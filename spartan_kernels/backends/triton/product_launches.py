@@ -1,0 +1,113 @@
+"""The launches of a product with active blocks: made once for its sizes, and replayed with other tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+import triton
+
+from spartan_kernels.backends.triton import masked_matmul_kernels as kernels
+from spartan_kernels.backends.triton.launches import Launch, Recording
+from spartan_kernels.backends.triton.product_plan import ProductPlan
+from spartan_kernels.tiles import Tile
+
+JOIN_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class ProductLaunches:
+    """All that the launches of a product depend on but where its tensors lie.
+
+    Attributes:
+        tokens, stride: of x, and how far apart they lie.
+        shape, block: of the weight; row: how far apart its rows lie, or those of a packed block.
+        forward: by rows of blocks (x w^T) or by columns (x w).
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    tokens: int
+    stride: int
+    shape: tuple[int, int]
+    block: tuple[int, int]
+    row: int
+    forward: bool
+    packed: bool
+    has_gate: bool
+    has_bias: bool
+    activation: str
+    save: bool
+    precision: str
+    tile: Tile
+
+    @cached_property
+    def recording(self) -> Recording:
+        """Of these launches."""
+        return Recording()
+
+    @cached_property
+    def plan(self) -> ProductPlan:
+        """Programs and their order."""
+        extent, other_extent = self.shape if self.forward else self.shape[::-1]
+        span, other = self.block if self.forward else self.block[::-1]
+        return ProductPlan(self.tokens, extent, other_extent, span, other, self.dtype.itemsize, self.tile)
+
+    @cached_property
+    def split(self) -> int:
+        """Programs that share one sum."""
+        return self.plan.split
+
+    def launches(
+        self,
+        flat: torch.Tensor,
+        data: torch.Tensor,
+        gate: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        y: torch.Tensor,
+        saved: torch.Tensor,
+        index: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        positions: torch.Tensor | None,
+    ) -> list[Launch]:
+        """The sums, into `out`; then, where programs share them, what joins their parts, into `y`."""
+        plan, grid_columns = self.plan, triton.cdiv(self.shape[1], self.block[1])
+        strides = (self.row, 1, grid_columns, 1) if self.forward else (1, self.row, 1, grid_columns)
+        tokens, indices = _descriptor(flat, plan), index[2]
+        arguments: tuple[Any, ...] = (
+            tokens, data, pointer_or(gate, flat), pointer_or(bias, flat), out, saved if self.save else out, *index,
+            pointer_or(positions, indices), plan.tokens, plan.lines, plan.group, plan.extent, plan.other_extent,
+            self.stride, *strides,
+        )  # fmt: skip
+        flags = {"HAS_BIAS": self.has_bias, "ACTIVATION": self.activation, "SAVE": self.save, "SPLIT": plan.split}
+        options = {
+            "SPAN": plan.span, "OTHER": plan.other, "PACKED": self.packed,
+            "HAS_POSITIONS": self.packed and not self.forward, "HAS_GATE": self.has_gate, "PRECISION": self.precision,
+            **flags, **plan.tile.options(), "TMA": tokens is not flat,
+        }  # fmt: skip
+        result = [Launch(kernels._product_kernel, (plan.tiles, plan.split), arguments, options)]
+        if plan.split > 1:
+            arguments = out, pointer_or(bias, flat), y, saved if self.save else y, y.numel(), plan.extent
+            grid = triton.cdiv(y.numel(), JOIN_BLOCK)
+            result.append(Launch(kernels._join_kernel, grid, arguments, flags | {"BLOCK": JOIN_BLOCK}))
+        return result
+
+
+product_launches = lru_cache(maxsize=1024)(ProductLaunches)
+
+
+def _descriptor(x: torch.Tensor, plan: ProductPlan) -> Any:
+    """Tokens as the copy engine takes them, where the tile asks for that and x allows it; else x itself."""
+    tile = plan.tile
+    if not tile.TMA or plan.other % tile.BLOCK_K or x.data_ptr() % 16 or x.stride(0) * plan.width % 16:
+        return x
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(x, [tile.BLOCK_M, tile.BLOCK_K])
+
+
+def pointer_or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
+    """A pointer that the kernel does not follow where there is no tensor."""
+    return other if tensor is None else tensor

@@ -24,10 +24,10 @@ Method = Callable[[bool], Any] | None
 
 
 def _spartan(block: int) -> Callable[[bool], Any]:
-    """In blocks of `block`; of the small model an eighth, or it would have one block for each weight."""
+    """In blocks of `block`; the small model has room for blocks of 32."""
 
     def method(quick: bool) -> Any:
-        return spartan.Spartan(sparsity=0.9, block_size=max(1, block // 8) if quick else block, distribution="uniform")
+        return spartan.Spartan(sparsity=0.9, block_size=min(block, 32) if quick else block, distribution="uniform")
 
     return method
 

@@ -227,8 +227,6 @@ def test_attached_and_by_hand_at_once_is_refused() -> None:
     for call in (sparsifier.step, sparsifier.correct_gradients, lambda: sparsifier.attach(optimizer)):
         with pytest.raises(RuntimeError, match="an optimizer is attached"):
             call()
-    with pytest.raises(ValueError, match="closure"):
-        optimizer.step(lambda: 0.0)
     sparsifier.finalize()
     optimizer.step()  # hooks are gone
     for call in (sparsifier.step, sparsifier.finalize, sparsifier.masks, sparsifier.state_dict):

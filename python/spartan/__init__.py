@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from spartan.copies import finalize
 from spartan.costs import CostModel, FLOPs
 from spartan.export import describe_pretrained, load_pretrained, save_pretrained, sparsity_of
 from spartan.functional import (
@@ -76,6 +77,7 @@ __all__ = [
     "block_sparse_linear",
     "checks",
     "describe_pretrained",
+    "finalize",
     "hard_topk",
     "info",
     "inspect_file",

@@ -14,6 +14,10 @@ from spartan_kernels import block_costs, block_grid
 __all__ = ["MaskCarrier"]
 
 
+_COMPUTED_WITH = ("mask_soft_values", "mask_scale_value")  # in the weight's dtype
+_COUNTED_WITH = ("mask_beta", "mask_costs", "mask_sizes")
+
+
 class MaskCarrier(nn.Module):
     """The masks of one weight, as buffers that are updated in place and never saved with the model.
 
@@ -27,6 +31,7 @@ class MaskCarrier(nn.Module):
         weight needs a gradient where those are not the kept ones; None if there is no such set.
         mask_block_size: (rows, columns).
         mask_shape: of the weight that the module computes with, of which masks are: on this rank, where it is divided.
+        mask_dtype: of what the module computes with; it follows conversions of the model, such as `model.bfloat16()`.
         mask_divided: whether it is, by tensor parallelism.
         mask_straight_through: whether gradients reach dropped blocks.
     """
@@ -41,6 +46,7 @@ class MaskCarrier(nn.Module):
     mask_merged: bool
     mask_block_size: tuple[int, int]
     mask_shape: torch.Size
+    mask_dtype: torch.dtype
     mask_divided: bool
     mask_straight_through: bool
 
@@ -75,6 +81,7 @@ class MaskCarrier(nn.Module):
         self.mask_merged = False
         self.mask_block_size = block_size
         self.mask_shape = weight.shape
+        self.mask_dtype = weight.dtype
         self.mask_divided = False
         self.mask_straight_through = soft or straight_through
 
@@ -87,6 +94,7 @@ class MaskCarrier(nn.Module):
             self.mask_merged,
             self.mask_block_size,
             self.mask_shape,
+            self.mask_dtype,
             self.mask_divided,
             self.mask_straight_through,
         )
@@ -96,7 +104,8 @@ class MaskCarrier(nn.Module):
         device = self.mask_hard.device
         for name, buffer in other._buffers.items():
             if name.startswith("mask_"):
-                self._buffers[name] = None if buffer is None else buffer.detach().to(device, copy=True)
+                dtype = self.mask_dtype if name in _COMPUTED_WITH else None
+                self._buffers[name] = None if buffer is None else buffer.detach().to(device, dtype, copy=True)
         backward = other.mask_backward
         self.mask_backward = None if backward is None else backward.detach().to(device, copy=True)
         self.mask_merged, self.mask_straight_through = other.mask_merged, other.mask_straight_through
@@ -122,7 +131,14 @@ class MaskCarrier(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         if self.mask_backward is not None:  # not a buffer: there is none most of the time
             self.mask_backward = fn(self.mask_backward)
-        return super()._apply(fn, recurse)
+        before = {name: self._buffers[name] for name in _COUNTED_WITH}
+        self.mask_dtype = fn(torch.empty((), dtype=self.mask_dtype, device=self.mask_hard.device)).dtype
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():  # never narrower: half precision has no 17 x 17, nor a beta of 1e5
+            now = self._buffers[name]
+            if buffer is not None and now is not None and now.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(now.device, torch.promote_types(now.dtype, buffer.dtype))
+        return self
 
     @property
     def computes_backward_alone(self) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +39,7 @@ class MaskedTensor:
 
     `parameter` is its name in that module, `shared` are the other modules that have it with its names there;
     `transposed`: its outputs are its second dimension. `cost` is that of all its blocks, where a cost model prices
-    them. `seen` is what modules compute with on this rank.
+    them. `made_for` is what modules computed with on this rank when that was last asked for.
     Where the weight is divided over ranks, `values` and `gradient` are what this rank trains of it, and `hard`, `soft`,
     `costs`, `backward` and block scores are of the blocks that it chooses for: its own where each weight is a block,
     else all that its module computes with, as the ranks then add up the scores of blocks, which a cut may divide.
@@ -50,7 +50,7 @@ class MaskedTensor:
     name: str
     module: nn.Module
     carrier: MaskCarrier
-    seen: Seen
+    made_for: Seen
     parameter: str = "weight"
     shared: tuple[tuple[nn.Module, str], ...] = ()
     transposed: bool = False
@@ -66,6 +66,14 @@ class MaskedTensor:
         if self.carrier is self.module:
             return self.carrier.get_parameter(self.parameter)
         return self.module.get_parameter(f"parametrizations.{self.parameter}.original")
+
+    @property
+    def seen(self) -> Seen:
+        """What modules compute with on this rank, as the model is now: it may have been moved or converted."""
+        dtype, device = self.carrier.mask_dtype, self.carrier.mask_hard.device
+        if (self.made_for.dtype, self.made_for.device) != (dtype, device):
+            self.made_for = replace(self.made_for, dtype=dtype, device=device)
+        return self.made_for
 
     @property
     def shard(self) -> Shard:
@@ -267,14 +275,17 @@ class MaskedTensor:
         self.carrier.mask_straight_through = False
 
     def reset_moments(self, optimizer: torch.optim.Optimizer, blocks: torch.Tensor) -> None:
-        """Zero what the optimizer keeps for each weight of these blocks of this rank's part: momentum, moments, sums.
+        """Set what the optimizer keeps for each weight of these blocks of this rank's part to where it starts from.
 
-        Only state of the weight's shape is for each weight; what is kept for rows and columns together stays.
+        That is zero for momentum, moments and sums, but for two. Only state of the weight's shape is for each weight;
+        what is kept for rows and columns together stays.
         """
         where = self.expand(blocks)
-        for value in optimizer.state.get(self.weight, {}).values():
-            if isinstance(value, torch.Tensor) and value.shape == self.weight.shape:
-                local(value).masked_fill_(where, 0)
+        for state, settings in _states(optimizer, self.weight):
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor) and value.shape == self.weight.shape:
+                    sign, start = _STARTS.get(name, ("", ""))
+                    local(value).masked_fill_(where, settings.get(start, 0) if sign in settings else 0)
 
     def remove(self) -> None:
         """Give back plain modules."""
@@ -285,7 +296,7 @@ class MaskedTensor:
     def zeros(self) -> int:
         """Number of zeros in the whole weight, once its modules are plain again."""
         weight = self.module.get_parameter(self.parameter)
-        return int(total_over((local(weight) == 0).sum(), shard_of(self.name, weight, self.seen).ranks))
+        return int(total_over((local(weight) == 0).sum(), shard_of(self.name, weight, self.made_for).ranks))
 
     def rescale(self) -> None:
         """Set the factor that undoes the mean of the kept soft mask, where this was asked for."""
@@ -312,6 +323,22 @@ class MaskedTensor:
             whole = torch.cat([values.new_zeros(shape), values], shard.dim) if before else values
             own.copy_(sums(whole, block_size))
         return grid
+
+
+# State that does not start from zero: the setting that tells the optimizer which has it (Rprop, Adagrad) and its start.
+_STARTS = {"step_size": ("step_sizes", "lr"), "sum": ("initial_accumulator_value", "initial_accumulator_value")}
+
+
+def _states(optimizer: Any, weight: nn.Parameter) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """What an optimizer keeps for a weight, with the weight's settings; also in one that works inside it.
+
+    `ZeroRedundancyOptimizer` has such, on the rank that trains the weight.
+    """
+    while isinstance(optimizer, torch.optim.Optimizer):
+        if weight in optimizer.state:
+            groups = (group for group in optimizer.param_groups if any(p is weight for p in group["params"]))
+            yield optimizer.state[weight], next(groups, {})
+        optimizer = getattr(optimizer, "optim", None)
 
 
 def _block_sums(values: torch.Tensor, block_size: tuple[int, int]) -> torch.Tensor:

@@ -175,8 +175,9 @@ class MaskGroup:
         for tensor, grad in zip(self.tensors, grads, strict=True):
             sums += tensor.coupling(grad)
         sums = total_over(sums, self.group)
-        # Where every block is decided (all s = 0) the budget couples nothing.
-        multiplier = torch.where(sums[1] > 0, sums[0] / sums[1], 0.0)
+        # Where every block is decided (all s = 0) the budget couples nothing. Nor do gradients that are not finite: the
+        # weights that have them break down, or are left out of the step, but not those of another optimizer.
+        multiplier = torch.where((sums[1] > 0) & sums[0].isfinite(), sums[0] / sums[1], 0.0)
         for tensor, grad in zip(self.tensors, grads, strict=True):
             tensor.correct(grad, tensor.carrier.mask_beta * multiplier)
 
@@ -213,7 +214,7 @@ class MaskGroup:
 class MaskSet:
     """All masked weights of a model with the clock of their training: what a method acts on.
 
-    `optimizer` is the one that trains the weights, where it is known: attached, or given to `Sparsifier.step`.
+    `optimizers` are those that train the weights, where they are known: attached, or given to `Sparsifier.step`.
     `keep_zeros`: whether the first masks are to be those of a model that is sparse already.
     """
 
@@ -221,7 +222,7 @@ class MaskSet:
     total_steps: int
     step: int = 0
     frozen: bool = False
-    optimizer: torch.optim.Optimizer | None = None
+    optimizers: tuple[torch.optim.Optimizer, ...] = ()
     keep_zeros: bool = False
 
     @property
@@ -255,15 +256,17 @@ class MaskSet:
 
     def gradient_scale(self) -> torch.Tensor | float:
         """What `.grad` is a multiple of now: 1, or the loss scale where a fused optimizer unscales in its own step."""
-        scale = getattr(self.optimizer, "grad_scale", None)
-        return 1.0 if scale is None else scale
+        scales = (getattr(optimizer, "grad_scale", None) for optimizer in self.optimizers)
+        return next((scale for scale in scales if scale is not None), 1.0)
 
     def step_skipped(self) -> bool:
         """Whether a fused optimizer found gradients that are not finite and left the weights as they were."""
-        found = getattr(self.optimizer, "found_inf", None)
-        if found is None or (found.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return False
-        return bool(found)
+        return any(_found_inf(optimizer) for optimizer in self.optimizers)
+
+    def reset_moments(self, tensor: MaskedTensor, blocks: torch.Tensor) -> None:
+        """Zero what the optimizers keep for each weight of these blocks of `tensor`."""
+        for optimizer in self.optimizers:
+            tensor.reset_moments(optimizer, blocks)
 
     def require_finite(self) -> None:
         """Raise ValueError at a weight that is not finite, by name, also where no mask is chosen any more."""
@@ -277,9 +280,9 @@ class MaskSet:
 
     def rest_dropped(self) -> None:
         """Zero the moments of dropped weights, if the optimizer is known: without gradients they stay at zero then."""
-        if self.optimizer is not None:
+        if self.optimizers:
             for tensor in self.tensors:
-                tensor.reset_moments(self.optimizer, ~tensor.hard)
+                self.reset_moments(tensor, ~tensor.hard)
 
     def freeze(self) -> None:
         """Merge the soft masks into the weights and keep the hard ones from now on; dropped weights rest at zero."""
@@ -292,6 +295,13 @@ class MaskSet:
         """Give back plain modules."""
         for tensor in self.tensors:
             tensor.remove()
+
+
+def _found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    found = getattr(optimizer, "found_inf", None)
+    if found is None or (found.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    return bool(found)
 
 
 def _contiguous(mask: torch.Tensor) -> torch.Tensor:

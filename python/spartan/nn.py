@@ -325,10 +325,18 @@ def unmask_weight(module: nn.Module, carrier: MaskCarrier, parameter: str = "wei
         return
     parametrizations: Any = module.parametrizations
     order = parametrizations[parameter].parameter_order
+    _leave_class_to_copies(module)
     parametrize.remove_parametrizations(module, parameter, leave_parametrized=False)
     for name in order:  # which the states of optimizers are saved by
         if name in module._parameters:
             module._parameters[name] = module._parameters.pop(name)
+
+
+def _leave_class_to_copies(module: nn.Module) -> None:
+    """Give a parametrized module a class that it shares with no copy of it: removal takes properties out of it."""
+    kind = type(module)
+    members = {name: member for name, member in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    object.__setattr__(module, "__class__", type(kind.__name__, kind.__bases__, members))
 
 
 def _set_own_class(module: nn.Module, kind: type[nn.Module]) -> None:

@@ -7,20 +7,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
+from spartan.attaching import Attachment, unwrapped_optimizers
 from spartan.budgets import distribute, shares
+from spartan.copies import PlacedMasks, disown, finalize_by, give_masks, kept, own, placed
 from spartan.costs import CostModel, LayerCost, PricePerBlock
 from spartan.distributed import heed_in_ddp, ignore_in_ddp, is_dtensor, reshard
 from spartan.groups import Group, Part, kept_by_part, parts_of, price_parts, seen_of
-from spartan.mask_carrier import MaskCarrier
 from spartan.masks import Mask, MaskGroup, MaskSet
 from spartan.methods.base import Method, SparseMethod, require_keeps_zeros
 from spartan.pattern_group import PatternGroup
 from spartan.report import Report, report_of
 from spartan.selection import Selector, common_kind
 from spartan.state import check_state, load_state, mask_entries, state_of
-from spartan.wrappers import named_owners
 
 __all__ = ["Sparsifier"]
 
@@ -105,8 +104,7 @@ class Sparsifier:
         reshard(model)
         self.model = model
         self.method = method
-        self._handles: list[RemovableHandle] = []
-        self._skipped = False  # the optimizer step that is being made, by the optimizer itself
+        self._attachment: Attachment | None = None
         self._finalized = False
         self.skipped: dict[str, str] = {}
         parts: list[Part] = []
@@ -120,6 +118,7 @@ class Sparsifier:
         self._cost_unit = 1.0
         self._final_costs: dict[str, LayerCost] = {}
         self._final_report: Report | None = None
+        self._final_masks: list[PlacedMasks] = []
         self._reported: dict[str, torch.Tensor] = {}
         if costs is not None and parts:
             parts, self._cost_unit = price_parts(parts, costs, model)
@@ -131,6 +130,7 @@ class Sparsifier:
         self._entries = mask_entries(method, self._masks)
         self._buffers = [name for name, _ in model.named_buffers() if name.rpartition(".")[2].startswith("mask_")]
         ignore_in_ddp(model, self._buffers)
+        own(self, self._masks.tensors)
 
     def _make_groups(self, method: SparseMethod, parts: list[Part]) -> list[MaskGroup]:
         """Mask the weights, grouped by budget; nothing is changed if the sparsity cannot be reached."""
@@ -231,45 +231,55 @@ class Sparsifier:
             model: a copy that was made while this one was masked, `average.module` for example.
 
         Raises:
-            ValueError: it has no masks where this one has them. RuntimeError: finalized.
+            ValueError: it has no masks where this one has them.
         """
-        self._require_active()
-        names = {id(owners[-1]): name for name, owners in named_owners(self.model)}
-        others = {name: owners[-1] for name, owners in named_owners(model)}  # of a wrapper and its module, the latter
-        pairs = []
-        for tensor in self._masks.tensors:
-            name = names[id(tensor.carrier)]
-            other = others.get(name)
-            if not isinstance(other, MaskCarrier) or other.mask_shape != tensor.carrier.mask_shape:
-                raise ValueError(f"model must be a copy of the masked model; it has no such masks in {name!r}")
-            pairs.append((other, tensor.carrier))
-        for other, carrier in pairs:
-            other.take_masks(carrier)
+        give_masks(self._placed_masks(), model)
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Call `correct_gradients` before and `step` after each step of `optimizer`, until `finalize`.
+    def finalize_copy(self, model: nn.Module) -> None:
+        """Make another copy of the model plain and sparse by the masks of now; after `finalize`, by the final ones.
 
-        A step that GradScaler skips does not happen, so masks do not move; where a fused optimizer skips inside its own
-        step, that is read from the device, unless a CUDA graph is captured. Gradients are corrected as `.grad` stands
-        when the optimizer reads it: accumulated, reduced, unscaled and clipped.
+        For averages of the weights, whether they have masks of their own, right or wrong, or none. A copy that is to
+        keep the masks it has, such as one from earlier in training, is finalized by `spartan.finalize(model)`.
 
         Raises:
-            TypeError: not an optimizer. ValueError: it has none of the masked weights.
+            ValueError: it has no weight of the same name and shape where this one has a masked one.
+        """
+        finalize_by(self._placed_masks(), model)
+
+    def _placed_masks(self) -> list[PlacedMasks]:
+        return self._final_masks if self._finalized else placed(self.model, self._masks.tensors)
+
+    def attach(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Call `correct_gradients` before and `step` after each step of `optimizers`, until `finalize`.
+
+        Gradients are corrected as `.grad` stands when the optimizer reads it: accumulated, reduced, unscaled and
+        clipped; where `step` is given a closure, when that has run. A step that GradScaler skips does not happen, so
+        masks do not move; where a fused optimizer skips inside its own step, that is read from the device, unless a
+        CUDA graph is captured.
+
+        Several optimizers, up to one for each parameter, each step once after a common backward pass: gradients are
+        corrected before the first step and masks move after the last one, in any order. A round in which one is skipped
+        moves no masks.
+
+        Args:
+            *optimizers: all that train masked weights. Wrappers by Accelerate, Lightning and their like are looked
+                into.
+
+        Raises:
+            TypeError: not an optimizer. ValueError: it has none of the masked weights; a masked weight that is trained
+                is in none of them; an optimizer with many gradients in a step (LBFGS), or steps during backward;
+                several, for a method that takes one.
             RuntimeError: attached already, or finalized.
         """
         self._require_active()
         self._require_detached("attach")
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}")
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        masked = [tensor.weight for tensor in self._masks.tensors]
-        if masked and not any(id(weight) in held for weight in masked):
-            raise ValueError("optimizer has none of the masked weights; attach the one that trains this model")
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
-        self._masks.optimizer = optimizer
+        found = unwrapped_optimizers(optimizers)
+        if len(found) > 1 and self.method.one_optimizer:
+            raise ValueError(
+                f"{self.method.name} changes weights for one optimizer's step; got {len(found)} optimizers"
+            )
+        self._attachment = Attachment(found, self._masks, self._correct, self._advance, self._ready)
+        self._masks.optimizers = found
 
     def correct_gradients(self) -> None:
         """Complete the final `.grad` of the masked weights; by hand, once before `optimizer.step()`.
@@ -279,14 +289,14 @@ class Sparsifier:
         """
         self._require_active()
         self._require_detached("correct_gradients")
-        self.method.correct_gradients(self._masks)
+        self._correct()
 
-    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def step(self, *optimizers: torch.optim.Optimizer | None) -> None:
         """Set the masks for the next forward pass; by hand, once after `optimizer.step()`, not after a skipped one.
 
         Args:
-            optimizer: the one that made the step, for methods that reset its moments (`SET`, `RigL`, `GSE`) or
-                read its learning rate (`WGSEF`).
+            *optimizers: those that made the step, for methods that reset their moments (`SET`, `RigL`, `GSE`) or
+                read their learning rates (`WGSEF`).
 
         Raises:
             RuntimeError: an optimizer is attached, which does this itself, or the model is finalized.
@@ -295,17 +305,17 @@ class Sparsifier:
         """
         self._require_active()
         self._require_detached("step")
-        self._masks.optimizer = optimizer
+        known = [optimizer for optimizer in optimizers if optimizer is not None]
+        self._masks.optimizers = unwrapped_optimizers(known) if known else ()
         try:
             self._advance()
         finally:
-            self._masks.optimizer = None
+            self._masks.optimizers = ()
 
-    def finalize(self) -> None:
-        """Apply the masks for good: plain modules again, with exact zeros and exactly the sparsity asked for.
+    def freeze(self) -> None:
+        """Bring the masks to exactly the sparsity asked for and fix them: dropped weights are zero from here on.
 
-        Exact to one block. Masks that have not reached their sparsity, because training stopped early, are
-        brought to it.
+        What training does by itself near its end; for a last checkpoint with exact zeros, or an early end.
 
         Raises:
             ValueError: a weight that is not finite, by name. RuntimeError: finalized already.
@@ -313,14 +323,27 @@ class Sparsifier:
         self._require_active()
         self._masks.require_finite()
         self.method.finish(self._masks)
+
+    def finalize(self) -> None:
+        """Apply the masks for good: plain modules again, with exact zeros and exactly the sparsity asked for.
+
+        Exact to one block. Masks that have not reached their sparsity, because training stopped early, are
+        brought to it. Copies of the model, such as averages, are finalized by `finalize_copy` or `spartan.finalize`.
+
+        Raises:
+            ValueError: a weight that is not finite, by name. RuntimeError: finalized already.
+        """
+        self.freeze()
         self._final_costs, self._final_report = self.costs(), self.report()
         self._masks.project()
+        self._final_masks = kept(self._placed_masks())
+        disown(self._masks.tensors)
         self._masks.remove()
         heed_in_ddp(self.model, self._buffers)
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._masks.optimizer = None
+        if self._attachment is not None:
+            self._attachment.remove()
+        self._attachment = None
+        self._masks.optimizers = ()
         self._finalized = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -346,20 +369,8 @@ class Sparsifier:
         load_state(check_state(state, self.state_dict(), self._entries, capacities), self._masks)
         self.method.resume(self._masks)
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if kwargs.get("closure") is not None or any(callable(argument) for argument in args[1:]):
-            raise ValueError(
-                "optimizer.step(closure) computes gradients after they would be corrected; call backward before step()"
-            )
-        self._ready()
-        self._skipped = self._masks.step_skipped()
-        if not self._skipped:
-            self.method.correct_gradients(self._masks)
-
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._ready()
-        if not self._skipped:
-            self._advance()
+    def _correct(self) -> None:
+        self.method.correct_gradients(self._masks)
 
     def _advance(self) -> None:
         self._masks.step += 1
@@ -385,7 +396,7 @@ class Sparsifier:
             )
 
     def _require_detached(self, what: str) -> None:
-        if self._handles:
+        if self._attachment is not None:
             raise RuntimeError(
                 f"{what}: an optimizer is attached, whose step() corrects gradients and moves masks itself"
             )

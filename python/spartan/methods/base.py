@@ -28,6 +28,7 @@ class Method(ABC):
     soft: bool = False
     preserve_scale: bool = False
     takes_shards: bool = False  # whether it works on the parts of weights that FSDP2 or tensor parallelism divides
+    one_optimizer: bool = False  # whether it changes weights for the time of an optimizer's step
     straight_through: bool = False  # without soft masks: whether gradients reach dropped blocks
 
     @property

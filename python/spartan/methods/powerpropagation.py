@@ -40,6 +40,8 @@ class Powerpropagation(Method):
     method: SparseMethod
     alpha: float = 2.0
 
+    one_optimizer = True
+
     def __post_init__(self) -> None:
         if not isinstance(self.method, SparseMethod):
             raise TypeError(f"method must be one with masks, such as GMP(sparsity=0.9); got {self.method!r}")
@@ -78,7 +80,7 @@ class Powerpropagation(Method):
 
     def correct_gradients(self, masks: MaskSet) -> None:
         """Correct the gradients as the method does, then give the optimizer phi and its gradient."""
-        if masks.optimizer is None:
+        if not masks.optimizers:
             raise ValueError(
                 "Powerpropagation changes the weights for as long as the optimizer steps: use attach(optimizer)"
             )

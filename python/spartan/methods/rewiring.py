@@ -85,7 +85,7 @@ class Rewiring(SparseMethod):
         return self.fraction / 2 * (1 + math.cos(math.pi * masks.step / (self.end * masks.total_steps)))
 
     def _rewire(self, masks: MaskSet) -> None:
-        if masks.optimizer is None:
+        if not masks.optimizers:
             raise ValueError(
                 f"{self.name} resets the optimizer's moments of the weights it grows and has no optimizer:"
                 " attach(optimizer), or by hand step(optimizer)"
@@ -97,7 +97,7 @@ class Rewiring(SparseMethod):
         self._grow(masks, growth, before)
         masks.project()
         for tensor, old in zip(masks.tensors, before, strict=True):
-            tensor.reset_moments(masks.optimizer, tensor.hard & ~old)
+            masks.reset_moments(tensor, tensor.hard & ~old)
 
     def _drop(self, masks: MaskSet) -> None:
         for group in masks.groups:

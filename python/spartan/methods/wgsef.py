@@ -64,12 +64,13 @@ class WGSEF(DualAveraging):
 
     def choose(self, masks: MaskSet) -> None:
         """Make the proximal step."""
-        if masks.optimizer is None:
+        if not masks.optimizers:
             raise ValueError(
                 "WGSEF steps as far as the optimizer's learning rate says and has no optimizer: attach(optimizer), or"
                 " by hand step(optimizer)"
             )
-        rates = {id(p): float(group["lr"]) for group in masks.optimizer.param_groups for p in group["params"]}
+        param_groups = [group for optimizer in masks.optimizers for group in optimizer.param_groups]
+        rates = {id(p): float(group["lr"]) for group in param_groups for p in group["params"]}
         progress = self.schedule(masks.total_steps)(masks.step)
         for group in masks.groups:
             own = {rates[id(t.weight)] for t in group.tensors if id(t.weight) in rates}

@@ -8,6 +8,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 CREATED := $(VENV)/.created
 INSTALLED := $(VENV)/.installed
+TRAINERS := $(VENV)/.trainers
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints-dev.txt \
 	$(shell find csrc -type f 2>/dev/null)
 
@@ -21,7 +22,7 @@ help: ## list the targets
 demo: $(INSTALLED) ## train on Fashion-MNIST, dense and sparse, and compare (ARGS=--quick: under a minute)
 	$(BIN)/spartan demo --out "$(OUT)" $(if $(DATA),--data "$(DATA)") $(ARGS)
 
-test: $(INSTALLED) ## run the tests, a process for each core (waiting threads sleep, so that these do not crowd each other)
+test: $(INSTALLED) $(TRAINERS) ## run the tests, a process for each core (waiting threads sleep, so that these do not crowd each other)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 sanitize: $(INSTALLED) ## run the CPU kernels' tests under address and undefined-behaviour sanitizers (ARGS=thread: races)
@@ -62,3 +63,10 @@ $(CREATED):
 $(INSTALLED): $(CREATED) $(BUILD_INPUTS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-dev.txt -e ".[demo,dev,bench]"
 	@touch $@
+
+# The trainers of other packages that tests train with (about 200 MB, so `make demo` does without). Without a network, their
+# tests are skipped; in CI that is an error.
+$(TRAINERS): $(INSTALLED) pyproject.toml constraints-dev.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-dev.txt \
+		$$($(BIN)/python -m tests.extras integrations) && touch $@ \
+		|| { test -z "$$CI" && echo "Tests of spartan.integrations are skipped: its packages could not be installed."; }

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef
 
 from spartan.distributed import local
 from spartan.masks import MaskedTensor, MaskSet
 
-__all__ = ["Attachment", "unwrapped_optimizers"]
+__all__ = ["Attachment", "training", "unwrapped_optimizers"]
 
 _HOOKS = "_optimizer_step_pre_hooks"
 
@@ -239,6 +240,13 @@ def _same(old: tuple[TensorWeakRef | None, int], new: tuple[TensorWeakRef | None
     if old[0] is None or new[0] is None:
         return old[0] is new[0]
     return old[1] == new[1] and old[0]() is new[0]()
+
+
+def training(optimizers: Sequence[Any], weights: Iterable[nn.Parameter]) -> list[Any]:
+    """Those of `optimizers` that train some of the weights; all, where none does."""
+    wanted = {id(weight) for weight in weights}
+    some = [o for o in optimizers if any(id(p) in wanted for group in o.param_groups for p in group["params"])]
+    return some or list(optimizers)
 
 
 def _all_finite(optimizer: torch.optim.Optimizer) -> torch.Tensor:

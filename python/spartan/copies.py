@@ -15,7 +15,7 @@ from spartan.masks import MaskedTensor
 from spartan.nn import MaskedWeight, unmask_weight
 from spartan.wrappers import named_owners
 
-__all__ = ["PlacedMasks", "disown", "finalize", "finalize_by", "give_masks", "kept", "own", "placed"]
+__all__ = ["PlacedMasks", "disown", "finalize", "finalize_by", "give_masks", "has_masks", "kept", "own", "placed"]
 
 
 class PlacedMasks(NamedTuple):
@@ -84,6 +84,11 @@ def give_masks(places: list[PlacedMasks], model: nn.Module) -> None:
     for own_masks, _, masks in pairs:
         assert own_masks is not None
         own_masks.take_masks(masks)
+
+
+def has_masks(model: nn.Module) -> bool:
+    """Whether some weights of a model are masked."""
+    return any(isinstance(module, MaskCarrier) for module in model.modules())
 
 
 def placed(model: nn.Module, tensors: Iterable[MaskedTensor]) -> list[PlacedMasks]:

@@ -288,7 +288,9 @@ class MaskedTensor:
                     local(value).masked_fill_(where, settings.get(start, 0) if sign in settings else 0)
 
     def remove(self) -> None:
-        """Give back plain modules."""
+        """Give back plain modules, which nothing watches."""
+        if self.observer is not None:
+            self.observer.close()
         unmask_weight(self.module, self.carrier, self.parameter)
         for module, parameter in self.shared:
             unmask_weight(module, self.carrier, parameter)

@@ -9,16 +9,15 @@ import torch
 from torch import nn
 
 from spartan.attaching import Attachment, unwrapped_optimizers
-from spartan.budgets import distribute, shares
 from spartan.copies import PlacedMasks, disown, finalize_by, give_masks, kept, own, placed
 from spartan.costs import CostModel, LayerCost, PricePerBlock
-from spartan.distributed import heed_in_ddp, ignore_in_ddp, is_dtensor, reshard
-from spartan.groups import Group, Part, kept_by_part, parts_of, price_parts, seen_of
-from spartan.masks import Mask, MaskGroup, MaskSet
-from spartan.methods.base import Method, SparseMethod, require_keeps_zeros
-from spartan.pattern_group import PatternGroup
+from spartan.distributed import heed_in_ddp, ignore_in_ddp, reshard
+from spartan.groups import Group, Part, parts_of, price_parts
+from spartan.mask_making import mask_groups, require_takes_shards
+from spartan.masks import Mask, MaskSet
+from spartan.methods.base import Method, require_keeps_zeros
 from spartan.report import Report, report_of
-from spartan.selection import Selector, common_kind
+from spartan.selection import Selector
 from spartan.state import check_state, load_state, mask_entries, state_of
 
 __all__ = ["Sparsifier"]
@@ -34,11 +33,11 @@ class Sparsifier:
     a layer that repeats or in a model without a head. Embeddings, norms, biases, the head, frozen weights
     (`requires_grad=False`) and low-rank adapters stay dense; `skipped` says why, for each. A weight that several
     modules have gets one mask, and is masked by default if all its uses are. Modules are changed in place: names and
-    identity of parameters stay, so an optimizer may be made before or after. (Other modules get a torch parametrization,
+    identity of parameters stay, so an optimizer may be made before or after. (Other modules get a parametrization,
     and so do those inside MultiheadAttention and TransformerEncoderLayer and tied weights; their parameter is renamed,
-    not replaced, and comes after its module's others in `model.parameters()`: to resume an optimizer's state, make it at
-    the same point, before or after.) Blocks are of (outputs, inputs), also where a weight is stored transposed. Names
-    of weights are those of the plain model, whether or not it, or a part, is in `DistributedDataParallel`,
+    not replaced, and comes after its module's others in `model.parameters()`: to resume an optimizer's state, make it
+    at the same point, before or after.) Blocks are of (outputs, inputs), also where a weight is stored transposed.
+    Names of weights are those of the plain model, whether or not it, or a part, is in `DistributedDataParallel`,
     `torch.compile` or `checkpoint_wrapper`.
 
     Args:
@@ -122,7 +121,7 @@ class Sparsifier:
         self._reported: dict[str, torch.Tensor] = {}
         if costs is not None and parts:
             parts, self._cost_unit = price_parts(parts, costs, model)
-        budgets = [] if method.masking is None else self._make_groups(method.masking, parts)
+        budgets = [] if method.masking is None else mask_groups(model, method.masking, parts, self._counted)
         self._masks = MaskSet(budgets, total_steps)
         if keep_zeros:
             self._masks.start_from_zeros()
@@ -131,28 +130,6 @@ class Sparsifier:
         self._buffers = [name for name, _ in model.named_buffers() if name.rpartition(".")[2].startswith("mask_")]
         ignore_in_ddp(model, self._buffers)
         own(self, self._masks.tensors)
-
-    def _make_groups(self, method: SparseMethod, parts: list[Part]) -> list[MaskGroup]:
-        """Mask the weights, grouped by budget; nothing is changed if the sparsity cannot be reached."""
-        self._require_fit({c.name: c.weight for part in parts for c in part.weights})
-        seen = seen_of(self.model, parts)
-        costs = [size.cost for part in parts for size in part.sizes() if size.cost is not None]
-        kept = kept_by_part(parts, method.sparsity, sum(costs) if costs else self._counted)
-        targets = [distribute(p.sizes(), k, p.distribution) for p, k in zip(parts, kept, strict=True)]
-        members = [shares(part.sizes(), part.distribution) for part in parts]
-        for part, budgets in zip(parts, members, strict=True):
-            for budget in budgets:
-                common_kind([part.weights[i].weight for i in budget])
-        groups: list[MaskGroup] = []
-        for index, part in enumerate(parts):
-            tensors = part.masked_tensors(method, seen)
-            lends = isinstance(part.distribution, str)  # the sparsity of a layer that was named is its own
-            if part.pattern is not None:
-                groups += [PatternGroup(tensor, part.pattern) for tensor in tensors]
-                continue
-            for budget, target in zip(members[index], targets[index], strict=True):
-                groups.append(MaskGroup([tensors[i] for i in budget], target, index, lends))
-        return groups
 
     @property
     def total_steps(self) -> int:
@@ -163,6 +140,11 @@ class Sparsifier:
     def step_count(self) -> int:
         """Optimizer steps made so far."""
         return self._masks.step
+
+    @property
+    def finalized(self) -> bool:
+        """Whether `finalize` has made the model plain."""
+        return self._finalized
 
     @property
     def frozen(self) -> bool:
@@ -190,6 +172,11 @@ class Sparsifier:
         """
         self._require_active()
         return {tensor.name: tensor.mask for tensor in self._masks.tensors}
+
+    def masked_weights(self) -> list[nn.Parameter]:
+        """The parameters under the masks, which optimizers train."""
+        self._require_active()
+        return [tensor.weight for tensor in self._masks.tensors]
 
     def kept_fractions(self) -> dict[str, float]:
         """Fraction of each masked weight that the hard mask keeps now, by name."""
@@ -324,16 +311,22 @@ class Sparsifier:
         self._masks.require_finite()
         self.method.finish(self._masks)
 
-    def finalize(self) -> None:
+    def finalize(self, *, complete: bool = True) -> None:
         """Apply the masks for good: plain modules again, with exact zeros and exactly the sparsity asked for.
 
         Exact to one block. Masks that have not reached their sparsity, because training stopped early, are
         brought to it. Copies of the model, such as averages, are finalized by `finalize_copy` or `spartan.finalize`.
 
+        Args:
+            complete: False: apply the masks as they are, also where they have not reached their sparsity.
+
         Raises:
             ValueError: a weight that is not finite, by name. RuntimeError: finalized already.
         """
-        self.freeze()
+        self._require_active()
+        self._masks.require_finite()
+        if complete:
+            self.method.finish(self._masks)
         self._final_costs, self._final_report = self.costs(), self.report()
         self._masks.project()
         self._final_masks = kept(self._placed_masks())
@@ -358,6 +351,8 @@ class Sparsifier:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()`, which is checked wholly before anything is changed.
+
+        Load the model's weights after the sparsifier is made: some methods begin by zeroing weights.
 
         Raises:
             ValueError: state of another version, method, setting or model, or incomplete; what differs is
@@ -385,15 +380,7 @@ class Sparsifier:
     def _ready(self) -> None:
         """Work on the parameters that are trained, and only with methods that can."""
         reshard(self.model)
-        self._require_fit({tensor.name: tensor.weight for tensor in self._masks.tensors})
-
-    def _require_fit(self, weights: dict[str, nn.Parameter]) -> None:
-        divided = [name for name, weight in weights.items() if is_dtensor(weight)]
-        if divided and not self.method.takes_shards:
-            raise ValueError(
-                f"{self.method.name} does not train weights that are divided over ranks, as {divided[0]!r} is;"
-                " DistributedDataParallel leaves them whole"
-            )
+        require_takes_shards(self.method, {tensor.name: tensor.weight for tensor in self._masks.tensors})
 
     def _require_detached(self, what: str) -> None:
         if self._attachment is not None:

@@ -36,7 +36,7 @@ SIZES = ("n_tensors", "n_chunks", "n_programs", "capacity", "length")
 CANDIDATE_BYTES = 3 << 20
 INTERPRETED_PROGRAMS = 3
 SAMPLE = 8192
-SAMPLE_WARPS = 16
+SAMPLE_WARPS = 8
 
 _TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 

@@ -3,6 +3,9 @@
 A product walks "lines" of blocks: rows of blocks for y = x w^T, columns of blocks for dx = dz w. The active blocks of
 a line are gathered side by side into tiles of BLOCK_K columns, whatever the size of a block; tokens are the rows of a
 tile.
+
+Integers that make no load wider (sizes of grids, numbers of tokens) are not specialised: they are no reason to compile
+a kernel again.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ def _active_at(gate_ptr, mask_ptr, first, step, at, inside, HAS_MASK: tl.constex
     return (active & inside).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["grid_rows", "grid_columns"])
 def _layout_count_kernel(
     gate_ptr, mask_ptr, counts_ptr, grid_rows, grid_columns, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -44,7 +47,7 @@ def _layout_count_kernel(
     tl.store(counts_ptr + line, tl.sum(total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["grid_rows", "grid_columns"])
 def _layout_fill_kernel(
     gate_ptr, mask_ptr, counts_ptr, row_offsets_ptr, column_indices_ptr, column_offsets_ptr, row_indices_ptr, order_ptr,
     grid_rows, grid_columns, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
@@ -128,7 +131,7 @@ def _blocks_of_step(
     return index.to(tl.int64), gate, position.to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "lines", "group", "stride_gate_line", "stride_gate_other"])
 def _product_kernel(
     x_ptr, w_ptr, gate_ptr, bias_ptr, y_ptr, saved_ptr, order_ptr, offsets_ptr, indices_ptr, positions_ptr,
     tokens, lines, group, extent, other_extent, stride_x, stride_wn, stride_wk, stride_gate_line, stride_gate_other,
@@ -246,7 +249,7 @@ def _join_kernel(
     tl.store(y_ptr + at, _activated(z, ACTIVATION).to(y_ptr.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "grid_columns"])
 def _sampled_kernel(
     dz_ptr, x_ptr, theta_ptr, gate_ptr, out_ptr, grad_gate_ptr, offsets_ptr, indices_ptr,
     tokens, rows_extent, columns_extent, grid_columns, stride_dz, stride_dz_row, stride_x, stride_theta, stride_out,
@@ -291,7 +294,7 @@ def _sampled_kernel(
             tl.store(out_ptr + row[:, None] * stride_out + column[None, :], sums.to(out_ptr.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_extent", "grid_columns"])
 def _gate_gradient_kernel(
     raw_ptr, theta_ptr, gate_ptr, grad_gate_ptr, rows_extent, columns_extent, grid_columns, stride_theta,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,

@@ -39,7 +39,7 @@ bench: $(INSTALLED) ## measure against PyTorch and sort + Sinkhorn (QUICK=1: a f
 figures: $(INSTALLED) ## draw the figures from the committed results
 	$(BIN)/python -m bench.plot $(ARGS)
 
-gpu-compile: $(INSTALLED) ## without a GPU: compile every kernel for every architecture; fails on spills
+gpu-compile: $(INSTALLED) ## without a GPU: compile every kernel as launched, for every architecture (ARGS=--tritons: this Triton only)
 	$(BIN)/python -m bench.gpu_compile $(ARGS)
 
 gpu: ## with a GPU: check, measure, test, sanitize, profile in 9 minutes; PYTHON as it is, results in OUT (REHEARSE=1: on the CPU)

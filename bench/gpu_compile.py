@@ -1,10 +1,13 @@
 """Compile every GPU kernel that is shipped, for every target, without a GPU; fail on what could not run well.
 
-`python -m bench.gpu_compile` builds each Triton kernel in each configuration of `COMPILE_CASES`, and each CUDA source
-where `nvcc` is found, and prints registers, spilled bytes, shared memory, how many programs a processor holds,
-tensor-core instructions and copies ahead of the arithmetic; then the bytes that the plans of the products move. The
-exit status is 1 when a kernel does not compile, spills, needs more shared memory than the target has, or lacks
-tensor-core instructions (on sm_90 those of a warp group, for many tokens) or 16-byte loads it should have.
+`python -m bench.gpu_compile` builds each Triton kernel in each configuration of `COMPILE_CASES`, as a launch builds it,
+and each CUDA source where `nvcc` is found, and prints registers, spilled bytes, shared memory, how many programs a
+processor holds, tensor-core instructions and copies ahead of the arithmetic; then what a first training step compiles,
+and the bytes that the plans of the products move. For sm_90 one configuration of each kernel is launched with integers
+of 1, 15, 16, 17 and past 2^31 as well, and everything is repeated under other versions of Triton, which are installed
+beside this one once. The exit status is 1 when a kernel does not compile, spills, needs more shared memory than the
+target has, or lacks tensor-core instructions (on sm_90 those of a warp group, for many tokens) or 16-byte loads it
+should have.
 """
 
 from __future__ import annotations
@@ -22,11 +25,12 @@ import tempfile
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from bench import gpu_plan
+from bench import gpu_plan, tritons
 
 ROOT = Path(__file__).resolve().parent.parent
 SAVED = ROOT / "bench" / "results" / "gpu-compile.csv"
@@ -88,6 +92,7 @@ class Row:
     instruction: str = ""  # of the tensor cores
     resident: int = 0  # programs that a processor holds; 0 where the launch decides
     problem: str = ""
+    triton: str = ""  # the version that compiled it; none for CUDA C++
 
 
 _VECTOR_LOADS = re.compile(r"ld\.global[\w.:]*\.v(?:4\.b32|2\.b64)|(?:global|buffer)_load_dwordx4")
@@ -148,34 +153,47 @@ def _found(pattern: str, text: str) -> str:
     return match.group(1)
 
 
-def compile_triton(module: str, index: int, target: Target) -> Row:
-    """Compile case `index` of a module of the Triton backend."""
+def _case(module: str, index: int, target: Target, purpose: str = "") -> tuple[Any, Row]:
+    """Case `index` of a module of the Triton backend, its row so far, and Triton made to compile for the target."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+
+    from bench import compile_driver
 
     warnings.filterwarnings("ignore")
+    compile_driver.use(target.backend, target.arch, target.warp_size, purpose)
     case = importlib.import_module(f"spartan_kernels.backends.triton.{module}").COMPILE_CASES[index]
-    names = case.kernel.arg_names
-    signature = {name: case.signature.get(name, "constexpr") for name in names}
-    # what Triton finds out at a launch: PyTorch's tensors are aligned
-    aligned: dict[Any, Any] = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(names)
-        if signature[name].startswith("*") or name in case.divisible
-    }
-    row = Row(case.kernel.fn.__name__.strip("_"), case.label, target.name)
-    warps = max(1, case.num_warps * 32 // target.warp_size) if case.fixed_threads else case.num_warps
-    limit = {"maxnreg": case.max_registers} if case.max_registers and target.backend == "cuda" else {}
+    return case, Row(case.kernel.fn.__name__.strip("_"), case.label, target.name, triton=triton.__version__)
+
+
+def compile_edges(module: str, index: int, target: Target) -> Row:
+    """Compile a case with integers at the edges of what Triton specialises: a kernel for each combination it makes.
+
+    Machine code is not optimised here: whether it spills is the business of `compile_triton`.
+    """
+    import triton
+
+    from bench import launch_arguments
+
+    case, row = _case(module, index, target, "edges")
+    triton.knobs.nvidia.disable_ptxas_opt = True
     try:
-        source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constexprs, attrs=aligned)
-        compiled = triton.compile(
-            source,
-            target=GPUTarget(target.backend, target.arch, target.warp_size),
-            options={"num_warps": warps, "num_stages": case.num_stages} | limit,
-        )
+        kernels, problems = launch_arguments.refused(case, target)
+    finally:
+        triton.knobs.nvidia.disable_ptxas_opt = False
+    row = replace(row, label=f"{row.label}, {kernels} kernels at the edges of its integers")
+    return replace(row, problem=f"would not launch with {problems[0]}") if problems else row
+
+
+def compile_triton(module: str, index: int, target: Target) -> Row:
+    """Compile case `index` of a module of the Triton backend, as a launch does."""
+    from bench import launch_arguments
+
+    case, row = _case(module, index, target)
+    warps = max(1, case.num_warps * 32 // target.warp_size) if case.fixed_threads else case.num_warps
+    try:
+        compiled = launch_arguments.launch(case, target, launch_arguments.integers_of(case))
     except Exception as error:  # any failure of the compiler is a line of the table
-        return replace(row, problem=f"does not compile: {str(error).splitlines()[0][:120]}")
+        return replace(row, problem=f"does not compile: {launch_arguments.first_line(error)}")
     if target.backend == "cuda":
         text = compiled.asm["ptx"]
         registers, spilled, code = _cuda_resources(compiled.asm["cubin"], text)
@@ -283,36 +301,83 @@ def _readable(mangled: str) -> str:
     return text.partition("(")[0]
 
 
-def run(pattern: str, targets: tuple[Target, ...], workers: int) -> list[Row]:
-    """Compile everything whose kernel, module or file matches `pattern`; rows in a fixed order."""
+def _jobs(pattern: str) -> list[tuple[str, int, Any]]:
+    """Module, index and case of everything whose kernel or module matches."""
+    return [
+        (module, index, case)
+        for module in MODULES
+        for index, case in enumerate(importlib.import_module(f"spartan_kernels.backends.triton.{module}").COMPILE_CASES)
+        if re.search(pattern, f"{module} {case.kernel.fn.__name__}")
+    ]
+
+
+def run(pattern: str, targets: tuple[Target, ...], workers: int, cuda: bool = True) -> list[Row]:
+    """Compile everything whose kernel, module or file matches `pattern`; rows in a fixed order.
+
+    Edges are compiled for one target, the first of NVIDIA's, and for one configuration of each kernel: what fails there
+    fails in Triton's own passes, which are the same for all.
+    """
+    edges_on = next((t for t in targets if t.name == "sm_90"), targets[0])
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        jobs = []
-        for module in MODULES:
-            cases = importlib.import_module(f"spartan_kernels.backends.triton.{module}").COMPILE_CASES
-            for index, case in enumerate(cases):
-                if re.search(pattern, f"{module} {case.kernel.fn.__name__}"):
-                    here = [t for t in targets if not case.targets or t.name in case.targets]
-                    jobs += [pool.submit(compile_triton, module, index, target) for target in here]
+        jobs, seen = [], set()
+        for module, index, case in _jobs(pattern):
+            here = [t for t in targets if not case.targets or t.name in case.targets]
+            jobs += [pool.submit(compile_triton, module, index, target) for target in here]
+            if case.kernel.fn.__name__ not in seen and edges_on in here:
+                seen.add(case.kernel.fn.__name__)
+                jobs.append(pool.submit(compile_edges, module, index, edges_on))
         rows = [job.result() for job in jobs]
-        if shutil.which("nvcc"):
+        if cuda and shutil.which("nvcc"):
             sources = [s for s in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if re.search(pattern, s.name)]
-            cuda = [
+            built = [
                 pool.submit(compile_cuda, source, target)
                 for source in sources
                 for target in targets
                 if target.backend == "cuda"
             ]
-            rows += [row for job in cuda for row in job.result()]
+            rows += [row for job in built for row in job.result()]
     return rows
+
+
+def run_under(version: str, pattern: str, workers: int) -> list[Row]:
+    """The rows of the Triton kernels on sm_90 under another version of Triton, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "rows.csv")
+        try:
+            place = tritons.folder_of(version)
+        except RuntimeError as error:
+            return [Row("all", "", "", triton=version, problem=str(error))]
+        command = [sys.executable, "-m", "bench.gpu_compile", pattern, "--target", "sm_90", "--workers", str(workers)]
+        done = subprocess.run(
+            [*command, "--rows", str(path)], env=tritons.environment(place), cwd=ROOT, capture_output=True, text=True
+        )
+        if not path.exists():
+            reason = (done.stderr.strip() or "it ended").splitlines()[-1][:120]
+            return [Row("all", "", "sm_90", triton=version, problem=f"the check itself failed: {reason}")]
+        with path.open(newline="") as file:
+            types = {field.name: int if field.type == "int" else str for field in dataclasses.fields(Row)}
+            return [Row(**{k: types[k](v) for k, v in line.items()}) for line in csv.DictReader(file)]
 
 
 def report(rows: list[Row]) -> None:
     """Print the table."""
-    header = ("kernel", "configuration", "target", "regs", "spill", "shared", "resident", "matrix", "copies", "")
+    header = (
+        "kernel",
+        "configuration",
+        "target",
+        "regs",
+        "spill",
+        "shared",
+        "resident",
+        "matrix",
+        "copies",
+        "triton",
+        "",
+    )
     lines = [
         (
             *(r.kernel, r.label, r.target, str(r.registers), str(r.spilled), str(r.shared), str(r.resident or "")),
-            *(f"{r.matrix} {r.instruction}".strip(), str(r.copies), r.problem),
+            *(f"{r.matrix} {r.instruction}".strip(), str(r.copies), r.triton, r.problem),
         )
         for r in rows
     ]
@@ -341,13 +406,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("pattern", nargs="?", default="", help="regular expression on kernel, module or file names")
     parser.add_argument("--target", choices=[t.name for t in TARGETS], action="append")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument(
+        "--tritons",
+        nargs="*",
+        help=f"other versions of Triton (those of {', '.join(tritons.VERSIONS)}); none: skip them",
+    )
+    parser.add_argument("--rows", type=Path, help="write the rows of this Triton's kernels as CSV, and do no more")
     parser.add_argument("--save", action="store_true", help=f"write {SAVED.name}, of which the README has a table")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 replaces the compiler; unset it")
     targets = tuple(t for t in TARGETS if not options.target or t.name in options.target)
-    rows = run(options.pattern, targets, options.workers)
+    rows = run(options.pattern, targets, options.workers, cuda=options.rows is None)
+    if options.rows:
+        save(rows, options.rows)
+        return 0
+    wanted = tritons.others(version("triton")) if options.tritons is None else options.tritons
+    for other in wanted:
+        rows += run_under(other, options.pattern, options.workers)
     report(rows)
+    if wanted or options.tritons is None:
+        subprocess.run([sys.executable, "-m", "bench.first_step"], cwd=ROOT, check=True)
     plans = list(gpu_plan.plan_rows())
     gpu_plan.report(plans)
     if options.save:

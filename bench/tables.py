@@ -104,10 +104,17 @@ def plans(results: Path) -> str:
     )
 
 
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".") if part.isdigit())
+
+
 def compiled(results: Path) -> str:
     """What the GPU kernels need on each target, from gpu-compile.csv."""
     with (results / "gpu-compile.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
+    newest = max((row.get("triton", "") for row in rows), key=_version, default="")
+    # other versions are compiled for one target, and edges of integers without optimisation
+    rows = [row for row in rows if row.get("triton", "") in ("", newest) and int(row["registers"])]
     groups: dict[tuple[str, str], list[dict[str, str]]] = {}
     for row in rows:
         language = "CUDA C++" if row["label"].startswith("CUDA") else "Triton"

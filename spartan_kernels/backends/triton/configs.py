@@ -57,6 +57,7 @@ class CompileCase:
     max_registers: int | None = None
     fixed_threads: bool = False  # num_warps is for warps of 32 threads: half as many of 64
     targets: tuple[str, ...] = ()  # of the compile check; all of them where none is named
+    bounded: tuple[str, ...] = ()  # integer arguments that no memory lets come near 2^31
 
 
 power_of_two = tiles.power_of_two

@@ -371,6 +371,7 @@ def _compile_cases() -> list[CompileCase]:
                 CompileCase(
                     kernel, signature, constants, warps, label,
                     vector_loads=vectors, max_registers=limit, fixed_threads=vectors,
+                    bounded=("n_tensors", "n_programs", "capacity"),
                 )
             )  # fmt: skip
     return cases

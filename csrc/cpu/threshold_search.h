@@ -138,6 +138,7 @@ struct ThresholdSearch {
  private:
   static constexpr double kFinestLogit = 1e-16;
   static constexpr double kWide = 0x1p30;
+  static constexpr double kNear = 16;
 
   SPARTAN_HD bool within(const Threshold& place) const { return place.minus(low) > 0 && high.minus(place) > 0; }
 
@@ -152,7 +153,7 @@ struct ThresholdSearch {
       const double near = std::sqrt(width / 2) * std::sqrt(1 / beta);
       return turn == 1 ? low.plus(near) : high.plus(-near);
     }
-    if (width <= kWide * std::fmin(std::fabs(low.at), std::fabs(high.at))) return low.plus(width / 2);
+    if (low.at * high.at > 0 && width <= kNear * std::fmin(std::fabs(low.at), std::fabs(high.at))) return low.plus(width / 2);
     const uint64_t first = order_of(low.at), last = order_of(high.at);
     return double_at(first + (last - first) / 2);
   }

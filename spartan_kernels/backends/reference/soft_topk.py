@@ -22,6 +22,7 @@ from spartan_kernels.groups import gather, summed
 
 MAX_STEPS = 300
 _FINEST_LOGIT = 1e-16
+_NEAR = 16.0
 _WIDE = 2.0**30  # a bracket so many times wider than 1 / beta is halved in the exponent
 
 
@@ -68,7 +69,8 @@ def _middle(low: _Threshold, high: _Threshold, beta: torch.Tensor, turn: int) ->
     if turn % 3:
         near = (width / 2).sqrt() * (1 / beta).sqrt()
         return _where(wide, low.plus(near) if turn % 3 == 1 else high.plus(-near), half)
-    wide = wide & (width > _WIDE * torch.minimum(low.at.abs(), high.at.abs()))
+    near = (low.at.sign() == high.at.sign()) & (width <= _NEAR * torch.minimum(low.at.abs(), high.at.abs()))
+    wide = wide & ~near
     a, b = _order(low.at), _order(high.at)
     halved = (a >> 1) + (b >> 1) + (a & b & 1)
     doubles = torch.where(halved < 0, halved ^ torch.iinfo(torch.int64).max, halved).view(torch.float64)

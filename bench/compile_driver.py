@@ -56,7 +56,7 @@ class StandInDriver(DriverBase):
 
     def get_benchmarker(self) -> Any:
         """There is none."""
-        raise NotImplementedError("there is no device to measure")
+        raise RuntimeError("there is no device to measure")
 
     def get_current_device(self) -> str:
         """What Triton keeps kernels by."""

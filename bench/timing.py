@@ -6,7 +6,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,3 +156,15 @@ def _running_totals(profile: Any) -> list[int]:
 def rotated(build: Callable[[int], tuple[Any, ...]], bytes_each: int, cache: int) -> Sequence[tuple[Any, ...]]:
     """Build sets of operands until their parts of `bytes_each` make twice the cache."""
     return [build(i) for i in range(min(64, math.ceil(2 * cache / bytes_each)))]
+
+
+def seconds_of(parts: Mapping[str, Callable[[], Any]], synchronize: Callable[[], Any]) -> dict[str, float]:
+    """Seconds of each part, run once in order, with the device waited for between them."""
+    seconds = {}
+    for name, part in parts.items():
+        synchronize()
+        start = time.perf_counter()
+        part()
+        synchronize()
+        seconds[name] = time.perf_counter() - start
+    return seconds

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from tempfile import TemporaryDirectory
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from bench.case import Settings, Work, case
 from bench.checks import check_budget_mask
-from bench.timing import peak_memory
+from bench.timing import peak_memory, seconds_of
 from spartan_kernels import block_scores
 from spartan_kernels.break_even import device_kind, load, using
 
@@ -83,14 +82,7 @@ class _Trainer:
             "optimizer": self.optimizer.step,
             "mask update": self.sparsifier.step,
         }
-        seconds = {}
-        for name, part in parts.items():
-            synchronize()
-            start = time.perf_counter()
-            part()
-            synchronize()
-            seconds[name] = time.perf_counter() - start
-        return seconds
+        return seconds_of(parts, synchronize)
 
     def gradient_share(self) -> dict[str, float]:
         """Note how many of the blocks get a gradient."""

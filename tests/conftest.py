@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -100,3 +101,11 @@ def thread_count() -> Iterator[None]:
 def one_thread(thread_count: None) -> None:
     """For tests on tiny tensors: on a busy machine more threads only wait for one another."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """For tests with other packages, whose warnings are not of interest."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +19,7 @@ from lightning.pytorch.callbacks import (  # noqa: E402
 
 from spartan.integrations.lightning import SparsityCallback  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """Warnings of the libraries are not of interest."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread", "quiet")
 
 
 class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]

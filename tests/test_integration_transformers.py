@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +17,7 @@ from transformers import TrainerCallback, TrainingArguments  # noqa: E402
 
 from spartan.integrations.transformers import FILE, SparsityCallback  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """Warnings of the libraries are not of interest."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread", "quiet")
 
 
 class Ordered(transformers.Trainer):  # type: ignore[misc, name-defined]

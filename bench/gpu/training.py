@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 import spartan
 from bench.case import Settings, Work
+from bench.timing import seconds_of
 from spartan.training.models import VisionTransformer
 from spartan_kernels.devices import device_of
 
@@ -87,15 +87,8 @@ class _Trainer:
         parts["optimizer"] = self.optimizer.step
         if self.sparsifier is not None:
             parts["masks"] = self.sparsifier.step
-        seconds = {}
         with spartan.backend(self.backend):
-            for name, part in parts.items():
-                self.device.synchronize()
-                start = time.perf_counter()
-                part()
-                self.device.synchronize()
-                seconds[name] = time.perf_counter() - start
-        return seconds
+            return seconds_of(parts, self.device.synchronize)
 
     def check(self, loss: Tensor) -> None:
         if not math.isfinite(float(loss)):

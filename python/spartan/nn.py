@@ -17,6 +17,7 @@ from spartan.mask_carrier import MaskCarrier
 from spartan.matmul import block_sparse_linear, masked_linear
 from spartan_kernels import BlockLayout, BlockSparseWeight, block_grid, expand_blocks
 from spartan_kernels.break_even import dense_convolution_wins
+from spartan_kernels.layout import INDEX
 
 __all__ = [
     "BlockSparseLinear",
@@ -79,13 +80,13 @@ class MaskedLinear(MaskCarrier, nn.Linear):
         """Also add the index of the kept blocks, where there are blocks."""
         super().attach_masks(weight, block_size, soft, preserve_scale, straight_through)
         if block_size != (1, 1):
-            for name, index in zip(_INDEX, self._index(), strict=True):
+            for name, index in zip(INDEX, self._index(), strict=True):
                 self.register_buffer(f"mask_{name}", index, persistent=False)
 
     def detach_masks(self) -> None:
         """Remove everything `attach_masks` added."""
         if self.mask_block_size != (1, 1):
-            for name in _INDEX:
+            for name in INDEX:
                 delattr(self, f"mask_{name}")
         super().detach_masks()
 
@@ -99,7 +100,7 @@ class MaskedLinear(MaskCarrier, nn.Linear):
         return BlockLayout.from_gate(self.mask_hard, self.mask_shape, self.mask_block_size).tensors()
 
     def _layout(self) -> BlockLayout:
-        a, b, c, d, e = (self.get_buffer(f"mask_{name}") for name in _INDEX)
+        a, b, c, d, e = (self.get_buffer(f"mask_{name}") for name in INDEX)
         return BlockLayout((self.mask_shape[0], self.mask_shape[1]), self.mask_block_size, a, b, c, d, e)
 
 
@@ -120,7 +121,7 @@ class BlockSparseLinear(nn.Module):
         self.block_size = packed.block_size
         self.values = nn.Parameter(packed.values.detach().clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-        for name in _INDEX:
+        for name in INDEX:
             self.register_buffer(name, getattr(packed.layout, name))
         self.register_buffer("positions", packed.positions)
 
@@ -137,7 +138,7 @@ class BlockSparseLinear(nn.Module):
     @property
     def packed_names(self) -> tuple[str, ...]:
         """The names of the parameter and the buffers that make the weight."""
-        return ("values", *_INDEX, "positions")
+        return ("values", *INDEX, "positions")
 
     def load_packed(self, packed: BlockSparseWeight) -> None:
         """Take over a weight of the same shape, number and size of blocks; the parameter stays the same object.
@@ -171,7 +172,7 @@ class BlockSparseLinear(nn.Module):
         """The weight, whose values are the parameter itself."""
         grid = block_grid((self.out_features, self.in_features), self.block_size)
         density = self.values.shape[0] / max(1, math.prod(grid))
-        a, b, c, d, e = (self.get_buffer(name) for name in _INDEX)
+        a, b, c, d, e = (self.get_buffer(name) for name in INDEX)
         layout = BlockLayout((self.out_features, self.in_features), self.block_size, a, b, c, d, e, density)
         return BlockSparseWeight(self.values, layout, self.get_buffer("positions"))
 
@@ -188,9 +189,6 @@ class BlockSparseLinear(nn.Module):
         """What the module prints of itself."""
         density = self.packed.density
         return f"{self.in_features}, {self.out_features}, block_size={self.block_size}, density={density:.3g}"
-
-
-_INDEX = ("row_offsets", "column_indices", "column_offsets", "row_indices", "order")
 
 
 class MaskedConv2d(MaskCarrier, nn.Conv2d):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from spartan_kernels import dispatch
-from spartan_kernels.arguments import block_grid, block_shape, clip_block, require_float
+from spartan_kernels.arguments import block_grid, block_shape, clip_block, require_device, require_float
 from spartan_kernels.break_even import dense_wins
 from spartan_kernels.layout import BlockLayout, require_mask
 from spartan_kernels.ops._define import define
@@ -169,8 +169,7 @@ def masked_linear(
     rows, columns = block_shape(block_size)
     require_float("gate", gate)
     x, weight, bias = linear_operands(x, weight, bias, activation)
-    if gate.device != weight.device:
-        raise ValueError(f"gate must be on {weight.device}, as weight; got {gate.device}")
+    require_device("gate", gate, weight.device, "weight")
     shape = (weight.shape[0], weight.shape[1])
     if tuple(gate.shape) != block_grid(shape, (rows, columns)):
         raise ValueError(
@@ -249,8 +248,7 @@ def sampled_matmul(
         raise ValueError("one of mask and layout says which blocks are computed; got both or neither")
     if layout is None:
         assert mask is not None
-        if mask.device != a.device:
-            raise ValueError(f"mask must be on {a.device}, as a; got {mask.device}")
+        require_device("mask", mask, a.device, "a")
         layout = BlockLayout.from_gate(mask, shape, (rows, columns), backend=backend)
     require_layout(layout, shape, (rows, columns), a.device)
     rows, columns = clip_block((rows, columns), shape)

@@ -21,8 +21,8 @@ from spartan_kernels.blocks import score_list
 from spartan_kernels.groups import gather, summed
 
 MAX_STEPS = 300
-_FINEST_LOGIT = 1e-16
-_NEAR = 16.0
+_FINEST_LOGIT = 1e-16  # a bracket that moves no logit by more is resolved
+_NEAR = 16.0  # ends of one sign within this factor of one another are halved as numbers all the same
 _WIDE = 2.0**30  # a bracket so many times wider than 1 / beta is halved in the exponent
 
 
@@ -50,9 +50,8 @@ def _where(condition: torch.Tensor, one: _Threshold, other: _Threshold) -> _Thre
     return _Threshold(*(torch.where(condition, a, b) for a, b in zip(one, other, strict=True)))
 
 
-def _order(value: torch.Tensor) -> torch.Tensor:
-    """int64 in the order of the float64 numbers; its own inverse but for the type."""
-    bits = value.contiguous().view(torch.int64)
+def _ordered(bits: torch.Tensor) -> torch.Tensor:
+    """Bits of float64 numbers as int64 in their order, and back: it is its own inverse."""
     return torch.where(bits < 0, bits ^ torch.iinfo(torch.int64).max, bits)
 
 
@@ -67,14 +66,12 @@ def _middle(low: _Threshold, high: _Threshold, beta: torch.Tensor, turn: int) ->
     if not bool(wide.any()):
         return half
     if turn % 3:
-        near = (width / 2).sqrt() * (1 / beta).sqrt()
-        return _where(wide, low.plus(near) if turn % 3 == 1 else high.plus(-near), half)
+        distance = (width / 2).sqrt() * (1 / beta).sqrt()
+        return _where(wide, low.plus(distance) if turn % 3 == 1 else high.plus(-distance), half)
     near = (low.at.sign() == high.at.sign()) & (width <= _NEAR * torch.minimum(low.at.abs(), high.at.abs()))
-    wide = wide & ~near
-    a, b = _order(low.at), _order(high.at)
-    halved = (a >> 1) + (b >> 1) + (a & b & 1)
-    doubles = torch.where(halved < 0, halved ^ torch.iinfo(torch.int64).max, halved).view(torch.float64)
-    return _where(wide, _at(doubles), half)
+    a, b = (_ordered(end.at.contiguous().view(torch.int64)) for end in (low, high))
+    doubles = _ordered((a >> 1) + (b >> 1) + (a & b & 1)).view(torch.float64)
+    return _where(wide & ~near, _at(doubles), half)
 
 
 def _position(

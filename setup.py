@@ -66,7 +66,7 @@ class CMakeBuild(build_ext):
         if cuda in ("auto", "on") and not archs:
             archs = ";".join(_device_archs())
         if cuda == "auto" and not archs:
-            return self._build(target, "off", "", "no CUDA device here; SPARTAN_CUDA=on compiles them all the same")
+            return self._build(target, "off", "", "no CUDA device here (SPARTAN_CUDA=on compiles them all the same)")
         reason = self._build(target, cuda, archs)
         if reason is None or cuda != "auto":
             return reason

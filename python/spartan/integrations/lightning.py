@@ -150,7 +150,7 @@ def _mask_averages(trainer: Trainer, pl_module: LightningModule) -> None:
     """Make averages anew, of the masked module, where callbacks made them of the plain one: both must have the same."""
     for callback in trainer.callbacks:
         average = getattr(callback, "_average_model", None)
-        if isinstance(average, AveragedModel | LightningModule):
+        if isinstance(average, (AveragedModel, LightningModule)):
             state = average.state_dict()
             callback.setup(trainer, pl_module, "fit")
             callback._average_model.load_state_dict(state)

@@ -156,7 +156,7 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
 
     def _resume(self, args: TrainingArguments, state: TrainerState, known: bool) -> None:
         given = (self.resume_from, args.resume_from_checkpoint, _checkpoint(args, state))
-        tried = [Path(folder) for folder in given if isinstance(folder, str | Path)]
+        tried = [Path(folder) for folder in given if isinstance(folder, (str, Path))]
         for folder in tried:
             if not (folder / FILE).is_file():
                 continue

@@ -261,6 +261,7 @@ def _require_masks(
         raise ValueError(f"{name} must hold one mask for each of the {len(shapes)} values; got {len(masks)}")
     if not torch.compiler.is_compiling() and (
         {*map(attrgetter("dtype"), masks)} == {dtype}
+        and {*map(attrgetter("device"), masks)} == {device}
         and [*map(attrgetter("shape"), masks)] == shapes
         and all(map(torch.Tensor.is_contiguous, masks))
     ):

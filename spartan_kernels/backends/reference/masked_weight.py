@@ -40,7 +40,7 @@ def masked_weight_forward(
     """theta * m * h."""
     result = weight.clone(memory_format=torch.contiguous_format)
     if soft is not None:
-        result = result * expand(soft, weight.shape, rows, columns)
+        result = (result * expand(soft, weight.shape, rows, columns)).to(weight.dtype)
     if hard is not None:
         result = torch.where(expand(hard, weight.shape, rows, columns), result, 0.0)
     return result

@@ -268,7 +268,7 @@ def solve_masks_(
     centre, shift = threshold[0]
     state[1], state[3] = state[0].clone(), state[2].clone()
     # the largest value not wholly kept; when all are, there is none and the last one stands
-    dropped = torch.cat([u[~kept], u.new_full((1,), -torch.inf)])
+    dropped = torch.cat([u.masked_fill(kept, -torch.inf).flatten(), u.new_full((1,), -torch.inf)])
     runs_out = gather(dropped.amax().to(torch.float64), group).amax()
     state[2] = torch.where(torch.isfinite(runs_out), runs_out, state[2])
     soft_threshold = centre - shift / beta

@@ -216,6 +216,14 @@ def test_any_shape(target: Any, tokens: int, out: int, in_: int, block_size: tup
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=2e-5)
 
 
+def test_one_token_of_rows_that_are_not_aligned(target: Any) -> None:
+    """The rows of tokens past the last are at addresses that no copy may start from, not even of no bytes."""
+    p = problem((1,), 18, 16, (8, 8))
+    upstream = make_values("normal", (1, 18), seed=8)
+    for got, want in zip(run(p, None, upstream, target), exact(p, None, upstream), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize(("out", "in_"), [(8, 0), (0, 8), (0, 0)])
 def test_a_layer_without_features(target: Any, out: int, in_: int) -> None:
     p = problem((3,), out, in_, (4, 4))

@@ -419,7 +419,7 @@ void product(Dtype dtype, const BlockMatrix& w, Tokens x, const void* bias, Acti
   p.packed = w.positions != nullptr;
   p.positions = by_column ? w.positions : nullptr;
   p.tokens = x.count;
-  p.stride_x = x.stride;
+  p.stride_x = x.count == 1 ? 0 : x.stride;  // a copy of 0 bytes, of a token past the last, must be aligned too
   p.stride_w = p.packed ? w.columns : w.stride;
   p.line_step = p.packed ? 0 : by_column ? span : span * w.stride;
   p.block_step = p.packed ? w.rows * w.columns : by_column ? other * w.stride : other;

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch.utils import deterministic
 
+os.environ.setdefault("SPARTAN_CHECK_OPERANDS", "1")  # read when the operators are defined
+
 from spartan_kernels import info
 
 hypothesis.settings.register_profile("dev", max_examples=25, deadline=None)
@@ -101,6 +103,12 @@ def thread_count() -> Iterator[None]:
 def one_thread(thread_count: None) -> None:
     """For tests on tiny tensors: on a busy machine more threads only wait for one another."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def unchecked_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what the kernels themselves refuse."""
+    monkeypatch.setattr("spartan_kernels.ops._checked.enabled", False)
 
 
 @pytest.fixture

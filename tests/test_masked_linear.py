@@ -330,6 +330,7 @@ def test_a_layout_replaces_the_gates_zeros(target: Any) -> None:
         ops.masked_linear(x, weight, wide, (4, 4), layout=layout, backend=target.backend)
 
 
+@pytest.mark.usefixtures("unchecked_operands")
 @pytest.mark.parametrize("part", ["row_offsets", "column_indices", "column_offsets", "row_indices"])
 @pytest.mark.parametrize("value", [-1, 10**6])
 def test_an_index_that_was_written_over_is_refused(target: Any, part: str, value: int) -> None:

@@ -40,6 +40,7 @@ def test_its_own_state_is_loaded() -> None:
 
 
 @pytest.mark.skipif(not info()["native"]["available"], reason="only kernels read what an index says unchecked")
+@pytest.mark.usefixtures("unchecked_operands")
 @pytest.mark.parametrize("tokens", [1, 40])
 @pytest.mark.parametrize("entry", [-1, 1000, 2**31 - 1, -(2**31)])
 @pytest.mark.parametrize("name", [name for name in INDEX if name != "order"])

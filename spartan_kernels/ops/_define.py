@@ -9,6 +9,7 @@ import torch
 from torch.autograd import forward_ad
 
 from spartan_kernels import dispatch
+from spartan_kernels.ops._checked import checked
 from spartan_kernels.ops._vmap import Rule, loop
 
 LIBRARY = torch.library.Library("spartan", "DEF")
@@ -77,6 +78,9 @@ def define(
     The backend is chosen when the operator runs, not when it is traced: a compiled graph obeys the `backend` block.
     `vmap` makes the operator's rule for `torch.vmap`; operators that write into their arguments have none. `serve`
     runs the operator where its backends do not take its arguments as they are, or are not all there is to choose from.
+
+    The operator is private: it trusts its operands, which the public functions have checked. SPARTAN_CHECK_OPERANDS=1
+    has it check them again (`_checked.py`).
     """
     name = schema.split("(", 1)[0]
     over_group = "str group, str backend)" in schema
@@ -86,11 +90,12 @@ def define(
         first = operands[0][0] if isinstance(operands[0], (list, tuple)) else operands[0]
         return dispatch.resolve(name, first, backend, over_group and bool(operands[-1]))(*operands)
 
+    kernel = checked(name, serve or call)
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, serve or call, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"spartan::{name}", fake, lib=LIBRARY)
     overload = getattr(torch.ops.spartan, name).default
     if not overload._schema.is_mutable:
         torch.library.register_vmap(f"spartan::{name}", vmap(overload), lib=LIBRARY)
-    operator = OPERATORS[name] = Operator(overload, serve or call)
+    operator = OPERATORS[name] = Operator(overload, kernel)
     return operator

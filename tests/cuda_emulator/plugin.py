@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 
+os.environ.setdefault("SPARTAN_CHECK_OPERANDS", "1")
 specification = importlib.util.spec_from_file_location("spartan_kernels._native", os.environ["SPARTAN_EMULATED"])
 assert specification is not None and specification.loader is not None
 extension = importlib.util.module_from_spec(specification)

@@ -60,6 +60,13 @@ def test_scores_masked_by_the_lowest_number_take_no_part_of_the_budget(
     assert beta < 1 or kept[n // 2 :].max() < 1e-36  # where the exponential is cut off
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_budget_may_run_out_far_from_both_ends_of_the_values(backend: str) -> None:
+    values = torch.tensor([0.0, 0.0, 1.0, -5.7648674184736196e29, -1.0053379514461109e30])
+    mask = spartan.soft_topk(values, 3.75, beta=20.0, backend=backend)
+    torch.testing.assert_close(mask, torch.tensor([1.0, 1.0, 1.0, 0.75, 0.0]), rtol=0, atol=1e-5)
+
+
 @pytest.mark.skipif("native" not in BACKENDS, reason="needs the extension")
 @pytest.mark.parametrize("listed", [False, True], ids=["rows", "list"])
 def test_a_budget_that_runs_out_at_the_edge_of_float64_is_refused(listed: bool) -> None:

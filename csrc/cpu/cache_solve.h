@@ -15,7 +15,7 @@ template <class T>
 constexpr double kTolerance = sizeof(T) == 4 ? 5e-7 : 1e-13;
 template <class T>
 constexpr double kLastStep = sizeof(T) == 4 ? 4e-3 : 1e-5;
-constexpr int kMaxTrials = 200;
+constexpr int kMaxTrials = 1000;  // entries of many magnitudes take hundreds
 
 // A mask that keeps something else than the budget is refused: no search can end it where float64 ends.
 inline void require_met(double mass, double quota) {

@@ -15,7 +15,7 @@ using cpu::ThresholdSearch;
 constexpr double kTolerance = 1e-8;
 constexpr double kNearlyDone = 1e-5;
 constexpr int kLastTrials = 2;
-constexpr int kMaxTrials = 200;
+constexpr int kMaxTrials = 1000;  // entries of many magnitudes take hundreds
 // A residual from which Halley's next step, whose error is the residual cubed, is below what a float32 sum can tell. The
 // mask's own sum is held against kWritten, and where it misses the search goes on.
 constexpr double kLastStep = 4e-3;

@@ -136,6 +136,12 @@ class BlockSparseWeight:
         tiles = tiles.index_put((self._rows(), self.layout.column_indices.long()), self.values)
         return tiles.movedim(2, 1).reshape(grid[0] * rows, grid[1] * columns)[:out, :in_]
 
+    def transposed(self) -> BlockSparseWeight:
+        """The transpose of the weight, in transposed blocks."""
+        layout, (out, in_) = self.layout, self.shape
+        values = self.values[self.positions.long()].mT.contiguous()
+        return BlockSparseWeight.from_blocks(values, layout.column_offsets, layout.row_indices, (in_, out))
+
     def to_bsr(self) -> torch.Tensor:
         """As `torch.sparse_bsr`, which knows whole blocks only.
 
@@ -187,8 +193,9 @@ class BlockSparseWeight:
         return BlockSparseWeight.from_blocks(values, offsets, columns, (int(matrix.shape[0]), int(matrix.shape[1])))
 
     def _rows(self) -> torch.Tensor:
-        offsets = self.layout.row_offsets.long()
-        return torch.repeat_interleave(torch.arange(self.layout.grid[0], device=offsets.device), offsets.diff())
+        """The block row of each block, by operations whose results have shapes that are known: graphs are exported."""
+        rows = self.layout.row_indices.long()
+        return torch.zeros_like(rows).index_put((self.positions.long(),), rows)
 
     def _require_whole(self, target: str) -> None:
         if any(side % size for side, size in zip(self.shape, self.block_size, strict=True)):

@@ -30,6 +30,7 @@ __all__ = [
     "dense_wins",
     "device_kind",
     "load",
+    "packed_time",
     "store",
     "using",
     "whole_block",
@@ -42,6 +43,11 @@ Entry = TypeVar("Entry")
 # What a convolution over active blocks takes, in multiply-adds of a dense one: measured on an AVX-512 CPU, float32,
 # 64 to 256 channels, 1 x 1 and 3 x 3, 14 x 14 to 56 x 56 pixels, blocks of 2 to 32.
 _KEPT_COST = (1.0, 0.75, 1.4)  # of each that is left: 1 + 0.75 (16 / side)^1.4 in blocks with this many outputs
+# Time of a packed product with all its blocks / time of PyTorch's dense one, in squares of at least so many weights a
+# side, and what calling it takes besides, in multiply-adds of the dense one: measured on a CPU with AVX2, float32, one
+# thread, 768 x 768, 128 tokens, and rounded up by a tenth.
+_MODELLED_COSTS = ((64, 1.8), (32, 1.9), (16, 2.0), (1, 2.2))
+_CALL = 2e6
 _COPY_COST = 210.0  # of each value of x and y, which are copied
 _LAST_COST = 150.0  # of each where channels lie side by side already
 _PLACE_COST = 90.0  # of each where nothing is copied: 1 x 1 on a channels-last image
@@ -75,6 +81,35 @@ def dense_wins(
 ) -> bool:
     """Whether the dense product is the faster one here; without a measurement, the block-sparse one is taken."""
     return density > _threshold(device.type, device.index, dtype, block_size, tokens <= FEW_TOKENS)
+
+
+def packed_time(
+    density: float,
+    device: torch.device,
+    dtype: torch.dtype,
+    block_size: tuple[int, int],
+    tokens: int,
+    weights: int,
+) -> float:
+    """Time of a product with packed blocks / time of the dense one: as measured here, else as a model says.
+
+    Args:
+        density: stored blocks / blocks.
+        device: of the weight.
+        dtype: of the weight.
+        block_size: (rows, columns).
+        tokens: rows of the input.
+        weights: entries of the dense weight, for what a call takes besides its product.
+    """
+    few = tokens <= FEW_TOKENS
+    crossing = _threshold(device.type, device.index, dtype, block_size, few)
+    if crossing < _NEVER:
+        cost = 1 / max(crossing, 1e-9)
+    elif _entries(device.type, device.index, dtype, few):  # measured: the dense one is never faster
+        cost = 1.0
+    else:
+        cost = next(cost for side, cost in _MODELLED_COSTS if min(block_size) >= side)
+    return density * cost + _CALL / max(tokens * weights, 1)
 
 
 def whole_block(device: torch.device, dtype: torch.dtype, tokens: int) -> tuple[int, int] | None:

@@ -167,6 +167,47 @@ def masked_before_or_after_it_is_sharded(backend: str) -> None:
         Run(Whole(sparsity=0.5), sharded)
 
 
+class Attending(nn.Module):
+    """Attention, whose attributes give masked weights, and three experts in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.experts = nn.Parameter(torch.randn(3, 6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs of x [n, length, 8]."""
+        return torch.einsum("nli,eoi->nleo", self.attention(x, x, x)[0], self.experts)
+
+
+@check(suite="sparsifier")
+def attributes_and_stacks_masked_before_they_are_sharded(backend: str) -> None:
+    for block in ((2, 2), (4, 4)):  # the second does not divide the rows of an expert
+        weights = []
+        for shards in (False, True):
+            torch.manual_seed(0)
+            model = Attending()
+            method = spartan.Spartan(sparsity=0.6, beta=20.0, block_size=block)
+            sparsifier = spartan.Sparsifier(model, method, 6, include="*", count="masked")
+            if shards:
+                mesh = init_device_mesh("cpu", (world(),))
+                fully_shard(model.attention, mesh=mesh)
+                fully_shard(model, mesh=mesh)
+            optimizer = torch.optim.Adam(model.parameters(), 0.02)
+            sparsifier.attach(optimizer)
+            for step in range(6):
+                x = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(step))
+                optimizer.zero_grad()
+                (model(x) - x[:, :, None, :6]).square().mean().backward()
+                optimizer.step()
+            sparsifier.finalize()
+            weights.append({name: full(parameter) for name, parameter in model.named_parameters()})
+        one, many = weights
+        assert list(one) == list(many)
+        for name, value in one.items():
+            torch.testing.assert_close(many[name], value, rtol=2e-5, atol=2e-6, msg=f"{name} in blocks of {block}")
+
+
 class Whole(spartan.DualAveraging):
     """A method that works on whole weights alone, as one that does not say otherwise."""
 

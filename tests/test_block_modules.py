@@ -73,7 +73,7 @@ def test_to_block_sparse_computes_the_same() -> None:
     model = pruned_model()
     x = torch.randn(9, 48)
     expected = model(x)
-    packed = spartan.to_block_sparse(model)
+    packed = spartan.to_block_sparse(model, tokens=1 << 16)
     assert packed is model and [type(m) for m in (model[0], model[2][0], model[3])] == [
         BlockSparseLinear,
         BlockSparseLinear,
@@ -143,6 +143,6 @@ def test_sparsifier_to_packed_blocks() -> None:
     sparsifier.finalize()
     expected, kept = model(x), int((model[0].weight != 0).sum())
     assert loss().item() < first and kept < 0.3 * 96 * 64
-    spartan.to_block_sparse(model)
+    spartan.to_block_sparse(model, tokens=1 << 16)
     assert isinstance(model[0], BlockSparseLinear) and model[0].values.numel() <= 1.1 * kept
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)

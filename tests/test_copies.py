@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Several(nn.Module):
-    """A swapped class, a parametrization, attention, and a tied weight."""
+    """A swapped class, a masked attribute, attention, and a tied weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,8 +136,7 @@ def averages(run: Run) -> dict[str, tuple[nn.Module, Callable[[], Any]]]:
             for tensor in run.sparsifier._masks.tensors:
                 *path, name = tensor.name.split(".")
                 module = average.get_submodule(".".join(path))
-                masked = name in getattr(module, "parametrizations", {})
-                own = module.get_parameter(f"parametrizations.{name}.original" if masked else name)
+                own = module._parameters[name]
                 own.lerp_(tensor.weight.to(own.dtype), 0.5)
 
     return {

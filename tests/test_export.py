@@ -93,7 +93,7 @@ def test_round_trip_is_exact_and_shrinks(tmp_path: Path, block_size: int) -> Non
         model, other = sparse(sparsity, block_size), network(seed=1)
         folder = tmp_path / str(sparsity)
         save_pretrained(model, folder)
-        assert sorted(os.listdir(folder)) == [CONFIG_FILE, MODEL_FILE]
+        assert sorted(os.listdir(folder)) == [MODEL_FILE, CONFIG_FILE]
         load_pretrained(other, folder)
         for name, tensor in model.state_dict().items():
             assert same_bits(tensor, other.state_dict()[name]), name

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune, spectral_norm, weight_norm
 
+import spartan
 from spartan import OneShot, Sparsifier, Spartan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -230,3 +233,62 @@ def test_a_model_on_the_meta_device_is_refused_until_it_has_values() -> None:
             module.reset_parameters()
     sparsifier = Sparsifier(model, Spartan(sparsity=0.5), 10)
     assert bool(sparsifier.masks()["0.weight"].hard.all())
+
+
+# ----------------------------------------------------------------------------------------- kinds of layers together
+
+
+class Vision(nn.Module):
+    """Grouped and depthwise convolutions, a recurrent layer, normalised weights and one layer used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.LazyConv2d(16, 3, padding=1)
+        self.grouped = nn.Conv2d(16, 32, 3, padding=1, groups=4)
+        self.depthwise = nn.Conv2d(32, 32, 3, padding=1, groups=32)
+        self.lstm = nn.LSTM(32, 24, batch_first=True)
+        self.normalised = nn.utils.parametrizations.weight_norm(nn.Linear(24, 24))
+        self.shared = nn.Linear(24, 24)
+        self.again = self.shared
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Scores of images [n, 3, h, w]."""
+        y = self.depthwise(torch.relu(self.grouped(torch.relu(self.stem(x)))))
+        y, _ = self.lstm(y.flatten(2).mT)
+        return self.head(self.again(torch.relu(self.shared(self.normalised(y[:, -1])))))
+
+
+@pytest.mark.parametrize("block", [1, (4, 4)])
+def test_layers_of_every_kind_together(block: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Vision()
+    with pytest.raises(ValueError, match=r"'stem\.weight' is not initialised yet"):
+        Sparsifier(model, Spartan(sparsity=0.5), 8)
+    x = torch.randn(6, 3, 6, 6)
+    model(x)
+    include = ["stem.weight", "grouped.weight", "depthwise.weight", "lstm.weight*", "shared.weight"]
+    sparsifier = Sparsifier(model, Spartan(sparsity=0.5, block_size=block), 8, include=include, count="masked")
+    assert len(sparsifier.masks()) == 6
+    assert sparsifier.skipped["normalised.parametrizations.weight.original1"] == "parametrized already"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    sparsifier.attach(optimizer)
+    names = list(model.state_dict())
+    for _ in range(8):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), torch.arange(6) % 3).backward()
+        optimizer.step()
+    masked = list(sparsifier.masks())
+    sparsifier.finalize()
+    assert list(model.state_dict()) == names and model.again is model.shared
+    zeros = sum(int((model.get_parameter(key) == 0).sum()) for key in masked)
+    total = sum(model.get_parameter(key).numel() for key in masked)
+    assert abs(zeros - 0.5 * total) <= 16
+    expected = model(x)
+    fresh = Vision()
+    fresh(x)
+    spartan.save_pretrained(model, tmp_path)
+    assert torch.equal(spartan.load_pretrained(fresh, tmp_path)(x), expected)
+    spartan.to_block_sparse(model, 4)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert model.again is model.shared

@@ -115,7 +115,7 @@ def test_activity_is_the_sum_of_magnitudes() -> None:
     torch.testing.assert_close(inputs, x.detach().abs().sum((0, 1)))
     torch.testing.assert_close(outputs, y.grad.abs().sum((0, 1)))
     inputs, outputs = tensors["line.weight"].observer.by_block()  # stored as [in, out]
-    x, y = seen["ParametrizedConvTranspose1d"]
+    x, y = seen["MaskedConvTranspose1d"]
     torch.testing.assert_close(inputs, x.detach().abs().sum((0, 2)))
     torch.testing.assert_close(outputs, y.grad.abs().sum((0, 2)).reshape(2, 5).sum(0))
     outputs, inputs = tensors["conv.weight"].observer.by_block()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
+import multiprocessing
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -174,7 +177,6 @@ def test_masked_module_computes_with_its_masked_weights(name: str, block: tuple[
     for key, parameter in plain.named_parameters():
         if key in keep:
             parameter.grad.mul_(keep[key])
-    # order and names may differ while it is masked, so compare by the names of the module that is given back
     sparsifier.finalize()
     assert {id(p) for p in model.parameters()} == {id(p) for p in parameters}
     for (key, got), (other, want) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
@@ -216,6 +218,74 @@ def test_every_module_trains_to_its_sparsity(name: str, block: tuple[int, int], 
         assert 0 <= sum(zeros.values()) - round(0.5 * total) < block[0] * block[1]
 
 
+@pytest.mark.parametrize("block", [(1, 1), (2, 3)])
+@pytest.mark.parametrize("name", MODULES)
+def test_a_masked_model_has_the_names_of_the_plain_one(name: str, block: tuple[int, int]) -> None:
+    """In its state, which trainers save, in the order of its parameters, and when a plain state is loaded."""
+    torch.manual_seed(0)
+    make, inputs = MODULES[name]
+    model = make()
+    plain = copy.deepcopy(model)
+    Sparsifier(model, Spartan(sparsity=0.5, block_size=block), 10, include="*", count="masked")
+    assert [key for key, _ in model.named_parameters()] == [key for key, _ in plain.named_parameters()]
+    assert list(model.state_dict()) == list(plain.state_dict())
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.add_(1.0)
+    model.load_state_dict(plain.state_dict())
+    for (key, value), other in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert torch.equal(value, other), key
+    x = inputs()
+    expected = torch.func.functional_call(model, {key: 0 * value for key, value in plain.named_parameters()}, (x,))
+    assert not torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("name", ["attention", "transformers", "lstm", "tied", "transposed 1d", "own"])
+def test_a_copy_of_a_masked_model_computes_alike_and_has_masks_of_its_own(name: str, way: str) -> None:
+    torch.manual_seed(0)
+    make, inputs = MODULES[name]
+    model, x = make(), inputs()
+    sparsifier = Sparsifier(model, StaticRandom(sparsity=0.5, block_size=(2, 3)), 10, include="*", count="masked")
+    model(x)  # recurrent layers hold what they read
+    expected = model(x).detach()
+    if way == "deepcopy":
+        other = copy.deepcopy(model)
+    elif way == "pickle":
+        other = pickle.loads(pickle.dumps(model))
+    else:
+        torch.save(model, file := io.BytesIO())
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    assert [type(module) for module in other.modules()] == [type(module) for module in model.modules()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0)
+    for mask in sparsifier.masks().values():
+        mask.hard.zero_()
+    assert torch.equal(other(x), expected)
+    other(x).sum().backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert any(parameter.grad is not None for parameter in other.parameters())
+
+
+def _send_output(model: nn.Module, x: torch.Tensor, queue: Any) -> None:
+    queue.put(model(x).detach().numpy())
+
+
+def test_a_model_with_masked_attention_goes_to_a_spawned_process() -> None:
+    torch.manual_seed(0)
+    model, x = Attention(), torch.randn(3, 5, 8)
+    Sparsifier(model, StaticRandom(sparsity=0.5), 10, include="*", count="masked")
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_send_output, args=(model, x, queue))
+    process.start()
+    received = queue.get(timeout=120)
+    process.join()
+    torch.testing.assert_close(torch.from_numpy(received), model(x).detach())
+
+
 def test_tied_weights_have_one_mask_for_both_uses() -> None:
     torch.manual_seed(0)
     model = Tied()
@@ -226,8 +296,7 @@ def test_tied_weights_have_one_mask_for_both_uses() -> None:
     soft, hard = sparsifier.masks()["first.weight"]
     assert 0 < int(hard.sum()) < hard.numel()
     for layer in (model.first, model.second):
-        original = layer.parametrizations.weight.original
-        torch.testing.assert_close(layer.weight, original * soft * hard)
+        torch.testing.assert_close(layer.weight, dict(model.named_parameters())["first.weight"] * soft * hard)
     assert torch.equal(model.embedding.weight, model.score.weight)
     assert len(list(model.parameters())) == 4
     sparsifier.finalize()

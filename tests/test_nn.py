@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
-from torch.nn.utils import parametrize
 
 from spartan.methods import GMP, OneShot, Spartan, StaticRandom
 from spartan.nn import MaskedConv2d, MaskedLinear, MaskedWeight, mask_weight, unmask_weight
@@ -73,10 +72,10 @@ def test_blocks_of_a_convolution_are_per_kernel_position() -> None:
     assert torch.equal(carrier.masked(module.weight) != 0, expanded)
 
 
-def test_parametrized_weight_is_masked_wherever_it_is_read() -> None:
+def test_a_weight_that_others_read_is_masked_wherever_it_is_read() -> None:
     module = nn.Linear(9, 7)
-    carrier = masked(module, parametrized=True)
-    assert parametrize.is_parametrized(module, "weight")
+    carrier = masked(module, read_elsewhere=True)
+    assert isinstance(module, nn.Linear) and list(module.state_dict()) == ["weight", "bias"]
     assert torch.equal(module.weight != 0, carrier.mask_hard)
 
 

@@ -234,7 +234,7 @@ def saved(tmp_path: Path) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "place", ["packed", "packed/model.safetensors", "dense", "dense/config.json", "other.safetensors"]
+    "place", ["packed", "packed/model.safetensors", "dense", "dense/spartan.json", "other.safetensors"]
 )
 def test_inspection_of_files(place: str, saved: nn.Module, tmp_path: Path) -> None:
     found = spartan.inspect_file(tmp_path / place)

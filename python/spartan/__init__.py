@@ -38,7 +38,7 @@ from spartan.methods import (
     StaticRandom,
     TopKAST,
 )
-from spartan.pack_modules import to_block_sparse
+from spartan.pack_modules import PackingReport, packing_report, to_block_sparse, to_dense
 from spartan.patterns import sparsity_pattern
 from spartan.sltrain import SLTrainLinear, merge_sltrain, to_sltrain
 from spartan.sparsifier import Sparsifier
@@ -65,6 +65,7 @@ __all__ = [
     "Mask",
     "MaskDecay",
     "OneShot",
+    "PackingReport",
     "Powerpropagation",
     "RigL",
     "SLTrainLinear",
@@ -86,6 +87,7 @@ __all__ = [
     "masked_linear",
     "masked_weight",
     "merge_sltrain",
+    "packing_report",
     "sampled_matmul",
     "save_pretrained",
     "scalars_to",
@@ -94,6 +96,7 @@ __all__ = [
     "sparsity_of",
     "sparsity_pattern",
     "to_block_sparse",
+    "to_dense",
     "to_sltrain",
     "tune",
 ]

@@ -26,12 +26,20 @@ class LayerSize:
         largest_block: number of weights in its largest block; with a cost model, the cost of its dearest block.
         name: of the weight.
         cost: of all its blocks, in the unit of `largest_block`; None where the budget counts weights.
+        stacked: how many of its first dimensions count matrices of their own, such as experts.
     """
 
     shape: tuple[int, ...]
     largest_block: float
     name: str = ""
     cost: float | None = None
+    stacked: int = 0
+
+    @property
+    def erk(self) -> float:
+        """Its density with ERK, but for a factor that all share: sum(dims) / prod(dims), of each matrix of a stack."""
+        sides = self.shape[self.stacked :]
+        return sum(sides) / math.prod(sides)
 
     @property
     def count(self) -> int:
@@ -135,8 +143,7 @@ def distribute(layers: Sequence[LayerSize], kept: float, distribution: Distribut
     if not isinstance(distribution, str):
         own = list(_named(layers, distribution).values())
         return own + ([kept - sum(own)] if len(own) < len(layers) else [])
-    erk = distribution == "erk"
-    weights = [layer.total * (sum(layer.shape) / layer.count if erk else 1.0) for layer in layers]
+    weights = [layer.total * (layer.erk if distribution == "erk" else 1.0) for layer in layers]
     low = [float(layer.largest_block) for layer in layers]
     high = [float(layer.total) for layer in layers]
     exact = _scaled(weights, low, high, kept)

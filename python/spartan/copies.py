@@ -11,6 +11,7 @@ from torch import nn
 
 from spartan.distributed import heed_in_ddp, is_dtensor
 from spartan.mask_carrier import MaskCarrier
+from spartan.masked_attribute import masked_attributes, masks_of_attribute
 from spartan.masks import MaskedTensor
 from spartan.nn import MaskedWeight, unmask_weight
 from spartan.wrappers import named_owners
@@ -68,7 +69,8 @@ def finalize_by(places: list[PlacedMasks], model: nn.Module) -> None:
             own_masks.take_masks(masks)
             continue
         given = MaskedWeight()
-        given.attach_masks(weight, masks.mask_block_size, soft=False)
+        given.mask_stack = masks.mask_stack
+        given.attach_masks(given.turned(weight.detach()), masks.mask_block_size, soft=False)
         given.take_masks(masks)
         _apply(given, weight)
     if any(own_masks is not None for own_masks, _, _ in pairs):
@@ -103,13 +105,13 @@ def kept(places: list[PlacedMasks]) -> list[PlacedMasks]:
     for module, parameter, masks in places:
         own_masks = MaskedWeight()
         like = torch.empty((), dtype=masks.mask_dtype, device=masks.mask_hard.device).expand(masks.mask_shape)
+        own_masks.mask_stack = masks.mask_stack
         own_masks.attach_masks(like, masks.mask_block_size, soft=False)
         own_masks.take_masks(masks)
         result.append(PlacedMasks(module, parameter, own_masks))
     return result
 
 
-_CHILD = "masks_of_"  # what a module calls the masks of a parameter that something else reads
 _OWNERS: weakref.WeakKeyDictionary[MaskCarrier, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
 
@@ -129,8 +131,7 @@ def _masked_weights(model: nn.Module) -> Iterator[tuple[nn.Module, str, MaskCarr
     for module in model.modules():
         if isinstance(module, MaskedWeight):
             continue
-        children = [name.removeprefix(_CHILD) for name in module._modules if name.startswith(_CHILD)]
-        for parameter in {"weight": None, **dict.fromkeys([*getattr(module, "parametrizations", {}), *children])}:
+        for parameter in dict.fromkeys(("weight", *masked_attributes(module))):
             carrier = _carrier_of(module, parameter)
             if carrier is not None:
                 yield module, parameter, carrier
@@ -140,17 +141,15 @@ def _carrier_of(module: nn.Module, parameter: str) -> MaskCarrier | None:
     """What carries the masks of a module's parameter, if it has masks."""
     if isinstance(module, MaskCarrier) and parameter == "weight":
         return module
-    parametrizations: Any = getattr(module, "parametrizations", {})
-    steps = parametrizations[parameter] if parameter in parametrizations else ()
-    found = (step for step in (*steps, module._modules.get(_CHILD + parameter)) if isinstance(step, MaskCarrier))
-    return next(found, None)
+    found = masks_of_attribute(module, parameter)
+    return found if isinstance(found, MaskCarrier) else None
 
 
 def _original(module: nn.Module, parameter: str) -> nn.Parameter:
     """theta, under the mask."""
-    parametrized = parameter in getattr(module, "parametrizations", {})
-    weight = None if parametrized else module._parameters[parameter]
-    return module.get_parameter(f"parametrizations.{parameter}.original") if weight is None else weight
+    weight = module._parameters[parameter]
+    assert weight is not None
+    return weight
 
 
 def _counterparts(
@@ -164,7 +163,8 @@ def _counterparts(
         own_masks = _carrier_of(module, parameter)
         there = own_masks is not None or parameter in module._parameters
         weight = _original(module, parameter) if there else None
-        if weight is None or weight.shape != masks.mask_shape or (own_masks and own_masks.mask_shape != weight.shape):
+        same = weight is not None and all(m is None or m.fits(weight) for m in (masks, own_masks))
+        if weight is None or not same:
             raise ValueError(f"model must be a copy of the masked model; it has no such {parameter} in {name!r}")
         found.append((own_masks, weight, masks))
     return found
@@ -173,4 +173,5 @@ def _counterparts(
 def _apply(carrier: MaskCarrier, weight: nn.Parameter) -> None:
     """weight <- theta * m * h (* scale), dropped weights exactly +0."""
     with torch.no_grad():
-        weight.copy_(carrier.masked_part(weight.detach()).add_(0.0))
+        values = carrier.turned(weight.detach())
+        values.copy_(carrier.masked_part(values).add_(0.0))

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils.hooks import RemovableHandle
 
 from spartan.distributed import fsdp_modules, local, reshard
+from spartan.stacks import Stack
 from spartan_kernels import block_costs, block_grid
 
 if TYPE_CHECKING:
@@ -44,15 +45,21 @@ class PricedWeight:
     weight: torch.Tensor
     block_size: tuple[int, int]
     parameter: str = "weight"
+    stack: Stack | None = None
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Shape of the blocks."""
-        return block_grid(self.weight.shape, self.block_size)
+        """Shape of the blocks; of a stack of matrices [..., grid rows, grid columns]."""
+        if self.stack is None:
+            return block_grid(self.weight.shape, self.block_size)
+        rows, columns = block_grid(self.stack.matrix, self.block_size)
+        return (*self.weight.shape[:-2], rows, columns)
 
     def spread(self, total: float) -> float | torch.Tensor:
         """Cost of each block where that of the whole weight is shared out evenly over its entries."""
-        return block_costs(self.weight.shape, self.block_size) * (total / self.weight.numel())
+        shape = self.weight.shape if self.stack is None else self.stack.turned_shape
+        each = block_costs(shape, self.block_size) * (total / self.weight.numel())
+        return each if self.stack is None or isinstance(each, float) else self.stack.back(each)
 
 
 class LayerCost(NamedTuple):
@@ -84,7 +91,7 @@ class Parameters(CostModel):
 
     def block_costs(self, model: nn.Module, weights: Sequence[PricedWeight]) -> list[float | torch.Tensor]:
         """Number of weights in each block."""
-        return [block_costs(weight.weight.shape, weight.block_size) for weight in weights]
+        return [weight.spread(weight.weight.numel()) for weight in weights]
 
 
 class FLOPs(CostModel):

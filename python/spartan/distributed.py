@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from spartan_kernels.groups import gather, process_group, summed
+from spartan_kernels.groups import gather, summed
 from spartan_kernels.ops._shards import is_dtensor, joint_group
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ __all__ = [
     "require_aligned",
     "reshard",
     "seen_weights",
+    "set_own_class",
     "shard_of",
     "total_over",
     "totals_over",
@@ -88,14 +89,16 @@ class Shard:
     """What this rank trains of the tensor it computes with: entries start to start + length along `dim`.
 
     Attributes:
-        size: of the tensor along `dim`. cut: name of the group of ranks that have its other parts; empty if it is
-            whole here. split: name of the group of ranks that compute with other slices of the weight. ranks: of both.
+        size: of the tensor along `dim`. most: the largest `length` of any rank. cut: name of the group of ranks that
+            have its other parts; empty if it is whole here. split: name of the group of ranks that compute with other
+            slices of the weight. ranks: of both.
     """
 
     dim: int = 0
     start: int = 0
     length: int = 0
     size: int = 0
+    most: int = 0
     cut: str = ""
     split: str = ""
     ranks: str = ""
@@ -132,7 +135,7 @@ def _exchange(masks: list[tuple[torch.Tensor, Shard]]) -> None:
     sent, shapes = [], []
     for mask, shard in masks:
         own = shard.of(mask).movedim(shard.dim, 0)
-        rows = own.new_zeros((math.ceil(shard.size / process_group(group).size()), *own.shape[1:]))
+        rows = own.new_zeros((shard.most, *own.shape[1:]))
         rows[: shard.length] = own
         sent.append(rows.flatten().view(torch.uint8))
         shapes.append(rows.shape)
@@ -188,7 +191,7 @@ def shard_of(name: str, weight: Any, seen: Seen) -> Shard:
     size = seen.shape[dim]
     each = math.ceil(size / mesh.size(cuts[0]))
     start = min(each * mesh.get_local_rank(cuts[0]), size)
-    shard = Shard(dim, start, min(each, size - start), size, joint_group(mesh, cuts) or "", split, ranks)
+    shard = Shard(dim, start, min(each, size - start), size, each, joint_group(mesh, cuts) or "", split, ranks)
     expected = (*seen.shape[:dim], shard.length, *seen.shape[dim + 1 :])
     if tuple(local(weight).shape) != expected:
         raise ValueError(
@@ -209,6 +212,21 @@ def own_class(module: nn.Module) -> type[nn.Module]:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     kind = type(module)
     return kind.__bases__[1] if fsdp is not None and issubclass(kind, fsdp.FSDPModule) else kind
+
+
+def set_own_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Make `module` a `kind`, under the class that `fully_shard` put before its own."""
+    now = type(module)
+    if own_class(module) is not now:
+        key = now, kind
+        if key not in _SHARDED:
+            members = {"__deepcopy__": now.__deepcopy__}  # type: ignore[attr-defined]
+            _SHARDED[key] = type(f"FSDP{kind.__name__}", (now.__bases__[0], kind), members)
+        kind = _SHARDED[key]
+    object.__setattr__(module, "__class__", kind)
+
+
+_SHARDED: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
 def reshard(model: nn.Module) -> None:

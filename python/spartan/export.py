@@ -11,10 +11,21 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from spartan.kinds import is_transformers_linear
 from spartan.nn import BlockSparseLinear
 from spartan.pack_modules import replace_modules
 from spartan.packing import Packed, pack, pack_blocks, unpack, unpack_blocks
-from spartan.saved_model import CONFIG_FILE, DTYPES, MODEL_FILE, Entry, dtype_name, read_config, read_parts, write_files
+from spartan.saved_model import (
+    CONFIG_FILE,
+    DTYPES,
+    MODEL_FILE,
+    Entry,
+    dtype_name,
+    read_config,
+    read_parts,
+    saved_weights,
+    write_files,
+)
 from spartan.wrappers import unwrapped
 from spartan_kernels import BlockSparseWeight
 
@@ -40,7 +51,7 @@ class SavedTensor:
         shape, dtype: of the dense tensor; the dtype as "float32".
         parameter: whether it is a parameter, not a buffer.
         encoding: "dense", "bitmap", "index", "blocks" or "tied".
-        block_size: (rows, columns) for "blocks", else None.
+        block_size: (rows, columns) for "blocks" and for packed layers, else None.
         packed: whether its layer runs on packed blocks.
         tied_to: for "tied", the name of the tensor that it shares its memory with, else None.
         zeros: how many of its entries are zero. stored_bytes: what it takes in the file; 0 for "tied".
@@ -69,15 +80,18 @@ def save_pretrained(
 
     Encodings: "dense"; "bitmap" (one bit per weight and the nonzero values); "index" (flat int32 or int64
     positions and values); "blocks" (one bit per block and the blocks that are not zero). Layers on packed blocks
-    (`to_block_sparse`) are saved as these, under the name of their weight. Tied tensors are saved once.
+    (`to_block_sparse`) are saved under the name of their weight, and run on blocks when they are loaded. Tied tensors
+    are saved once.
 
     The save takes effect in one step: killed at any moment, the folder holds the model that it held before or this
-    one. One process at a time may save into a folder.
+    one. One process at a time may save into a folder. Files of others there, such as Hugging Face's `config.json` and
+    `model.safetensors`, stay as they are.
 
     Args:
         model: plain modules, after `Sparsifier.finalize()`, or packed ones; saved under the names that it has without
             what wraps it (`torch.compile`, data parallelism).
-        directory: made if it is missing; gets `model.safetensors` and `config.json`.
+        directory: made if it is missing; gets `spartan.json` and `model.safetensors`, or `spartan.safetensors` where
+            another tool's `model.safetensors` lies.
         block_size: an int or (rows, columns) to try for "blocks"; None tries squares of 4 to 128.
         dense: for tools that know nothing of this package: every tensor dense and under its own name, tied ones
             repeated, so that `safetensors.torch.load_file` reads `model.safetensors` as the state of the plain model.
@@ -103,7 +117,8 @@ def save_pretrained(
         entry = Entry("tied", tuple(value.shape), dtype_name(_values(value)), is_parameter, tied_to=tied_to)
         if packed is not None:
             runs_packed = isinstance(value, BlockSparseWeight) and not dense
-            entry = Entry(packed.encoding, entry.shape, entry.dtype, is_parameter, packed.block_size, runs_packed)
+            size = value.block_size if isinstance(value, BlockSparseWeight) and not dense else packed.block_size
+            entry = Entry(packed.encoding, entry.shape, entry.dtype, is_parameter, size, runs_packed)
         saved[name] = entry, packed
     write_files(Path(directory), saved)
 
@@ -139,9 +154,11 @@ def load_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> nn.M
             assert isinstance(mine, BlockSparseWeight)
             value = BlockSparseWeight.from_dense(value, mine.block_size)
         layer = layers.get(name)
+        if is_transformers_linear(layer) or (isinstance(layer, BlockSparseLinear) and layer.by_inputs):
+            value = value.transposed()
         if isinstance(layer, BlockSparseLinear) and layer.values.shape == value.values.shape:
             renewed.append((layer, value))  # the parameter stays the one that an optimizer may have
-        elif isinstance(layer, BlockSparseLinear) or type(layer) is nn.Linear:
+        elif isinstance(layer, BlockSparseLinear) or type(layer) is nn.Linear or is_transformers_linear(layer):
             replacements[id(layer)] = BlockSparseLinear.replacing(layer, value)
         else:
             raise ValueError(f"{path} is of another model: {name!r} is packed, the model has no linear layer for it")
@@ -159,7 +176,7 @@ def describe_pretrained(directory: str | os.PathLike[str]) -> list[SavedTensor]:
         ValueError: files that are missing, damaged, truncated or of an unknown format, by name.
     """
     folder = Path(directory)
-    entries, weights = read_config(folder.parent if folder.name in (MODEL_FILE, CONFIG_FILE) else folder)
+    entries, weights = read_config(folder.parent if saved_weights(folder) and not folder.is_dir() else folder)
     parts = read_parts(entries, weights)
     described = []
     for name, entry in entries.items():
@@ -190,7 +207,7 @@ def _state(model: nn.Module) -> dict[str, _Value]:
             weight = _weight_name(name)
             for own in module.packed_names:
                 del state[weight.removesuffix("weight") + own]
-            state[weight] = module.packed
+            state[weight] = module.stored
     return state
 
 
@@ -237,7 +254,12 @@ def _decoded(entries: dict[str, Entry], path: Path) -> dict[str, _Value]:
         entry = entries[name]
         shape, dtype = torch.Size(entry.shape), DTYPES[entry.dtype]
         try:
-            values[name] = unpack_blocks(packed, shape, dtype) if entry.packed else unpack(packed, shape, dtype)
+            if entry.packed and entry.encoding == "blocks":
+                values[name] = unpack_blocks(packed, shape, dtype)
+                continue
+            values[name] = value = unpack(packed, shape, dtype)
+            if entry.packed and entry.block_size is not None:
+                values[name] = BlockSparseWeight.from_dense(value, entry.block_size)
         except ValueError as error:
             raise ValueError(f"{path}: {name!r}: {error}") from error
     tied = {name: values[entry.tied_to] for name, entry in entries.items() if entry.tied_to is not None}

@@ -12,9 +12,10 @@ from torch import nn
 from spartan.budgets import Distribution, LayerSize, distribute, kept_total, require_distribution, shares
 from spartan.costs import BlockCosts, CostModel, PricedWeight, PricePerBlock, price
 from spartan.distributed import Seen, is_dtensor, own_class, require_aligned, seen_weights
+from spartan.masked_attribute import mask_attribute
 from spartan.masks import MaskedTensor
 from spartan.methods.base import SparseMethod, require_number, require_pattern
-from spartan.nn import largest_block, mask_weight, share_mask, swappable
+from spartan.nn import largest_block, mask_weight, swappable
 from spartan.pattern_group import require_divisible
 from spartan.selection import (
     Candidate,
@@ -81,14 +82,16 @@ class Part:
 
     def sizes(self) -> list[LayerSize]:
         """What budgets need to know of each weight."""
-        shapes = [tuple(c.weight.shape) for c in self.weights]
-        if self.costs is not None:
-            priced = zip(self.weights, shapes, self.costs, strict=True)
-            return [LayerSize(shape, costs.largest, c.name, costs.total) for c, shape, costs in priced]
-        return [
-            LayerSize(shape, largest_block(c.weight.shape, c.block_size(self.block_size)), c.name)
-            for c, shape in zip(self.weights, shapes, strict=True)
-        ]
+        sizes = []
+        for index, c in enumerate(self.weights):
+            costs = None if self.costs is None else self.costs[index]
+            if costs is None:
+                largest: float = largest_block(c.masked_shape(self.block_size), c.block_size(self.block_size))
+            else:
+                largest = costs.largest
+            stacked = c.weight.dim() - 2 if c.stack(self.block_size) else 0
+            sizes.append(LayerSize(tuple(c.weight.shape), largest, c.name, costs and costs.total, stacked))
+        return sizes
 
     def masked_tensors(self, method: SparseMethod, seen: dict[str, Seen]) -> list[MaskedTensor]:
         """Mask the weights, wherever they are used; `seen`: as what modules compute with them, by name."""
@@ -151,7 +154,9 @@ def _part(weights: list[Candidate], index: int | None, group: Group, method: Spa
         )
     method.require_takes_pattern(pattern)
     for candidate in weights:
-        require_divisible(candidate.name, candidate.weight.shape, pattern, candidate.transposed)
+        stack = candidate.stack((1, 1))
+        shape = candidate.weight.shape if stack is None else stack.matrix
+        require_divisible(candidate.name, shape, pattern, candidate.transposed)
     return Part(weights, (1, 1), "uniform", 1 - pattern[0] / pattern[1], pattern=pattern)
 
 
@@ -165,7 +170,14 @@ def price_parts(parts: Sequence[Part], costs: CostModel | PricePerBlock, model: 
         if part.pattern is not None:
             raise ValueError(f"costs are not for weights with a pattern; {part.weights[0].name!r} has {part.pattern}")
     weights = [
-        PricedWeight(c.name, c.uses[0].module, c.weight, c.block_size(part.block_size), c.uses[0].parameter)
+        PricedWeight(
+            c.name,
+            c.uses[0].module,
+            c.weight,
+            c.block_size(part.block_size),
+            c.uses[0].parameter,
+            c.stack(part.block_size),
+        )
         for part in parts
         for c in part.weights
     ]
@@ -234,7 +246,7 @@ def seen_of(model: nn.Module, parts: Sequence[Part]) -> dict[str, Seen]:
         weight: Any = candidate.weight
         require_aligned(candidate.name, weight, one, block_size)
         gathered = is_dtensor(weight) and weight.device_mesh != one.mesh
-        if gathered and (candidate.parametrized or not swappable(candidate.uses[0].module)):
+        if gathered and (candidate.read_elsewhere or not swappable(candidate.uses[0].module)):
             raise ValueError(
                 f"weight {candidate.name!r} of {own_class(candidate.uses[0].module).__name__} must be masked before it"
                 " is sharded: make the Sparsifier first and call fully_shard then, or leave it out with exclude="
@@ -249,26 +261,41 @@ def masked_tensor(
     seen: Seen,
     costs: BlockCosts | None = None,
 ) -> MaskedTensor:
-    """Mask a weight wherever it is used."""
+    """Mask a weight wherever it is used.
+
+    Raises:
+        ValueError: a stack of matrices that tensor parallelism divides.
+    """
     first, *others = candidate.uses
+    stack = candidate.stack(block_size)
+    if stack is not None:
+        if seen.mesh is not None:
+            raise ValueError(
+                f"weight {candidate.name!r} is a stack of matrices {tuple(candidate.weight.shape)}, which cannot be"
+                f" masked where tensor parallelism divides it ({seen.placements}); leave it out with exclude="
+            )
+        seen = replace(seen, shape=stack.turned_shape)
     carrier = mask_weight(
         first.module,
         candidate.block_size(block_size),
         soft=method.soft,
         preserve_scale=method.preserve_scale,
         straight_through=method.straight_through,
-        parametrized=candidate.parametrized,
+        read_elsewhere=candidate.read_elsewhere,
         parameter=first.parameter,
         seen=seen,
+        stack=stack,
     )
     for use in others:
-        share_mask(use.module, use.parameter, carrier)
+        mask_attribute(use.module, use.parameter, carrier)
     shared = tuple((use.module, use.parameter) for use in others)
     total = None
     if costs is not None:
         blocks = costs.blocks
+        if stack is not None and isinstance(blocks, torch.Tensor):
+            blocks = stack.turned(blocks)
         carrier.set_costs(seen.slice_of(blocks) if isinstance(blocks, torch.Tensor) else blocks)
         total = costs.total
     return MaskedTensor(
-        candidate.name, first.module, carrier, seen, first.parameter, shared, candidate.transposed, total
+        candidate.name, first.module, carrier, seen, first.parameter, shared, candidate.transposed, total, stack
     )

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from spartan.export import CONFIG_FILE, MODEL_FILE, SavedTensor, describe_pretrained
+from spartan.export import MODEL_FILE, SavedTensor, describe_pretrained
 from spartan.files import require_regular
 from spartan.packing import pack
-from spartan.saved_model import dtype_name
+from spartan.saved_model import dtype_name, saved_weights
 from spartan.tables import text_table
 
 __all__ = ["Inspection", "inspect_file"]
@@ -78,9 +78,9 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
             PyTorch cannot count, by its name.
     """
     place = Path(path)
-    folder = place.parent if place.name in (MODEL_FILE, CONFIG_FILE) else place
-    if (folder / CONFIG_FILE).is_file() and (folder / MODEL_FILE).exists():
-        tensors, weights = describe_pretrained(folder), folder / MODEL_FILE
+    weights = saved_weights(place)
+    if weights is not None and weights.exists():
+        tensors = describe_pretrained(place)
         if any(tensor.encoding != "dense" for tensor in tensors):
             return Inspection(weights, tensors, weights.stat().st_size)
         parameters = {tensor.name for tensor in tensors if tensor.parameter}

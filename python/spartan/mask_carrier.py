@@ -9,6 +9,7 @@ from torch import nn
 
 from spartan.distributed import placed_as
 from spartan.functional import masked_weight
+from spartan.stacks import Stack
 from spartan_kernels import block_costs, block_grid
 
 __all__ = ["MaskCarrier"]
@@ -34,7 +35,12 @@ class MaskCarrier(nn.Module):
         mask_dtype: of what the module computes with; it follows conversions of the model, such as `model.bfloat16()`.
         mask_divided: whether it is, by tensor parallelism.
         mask_straight_through: whether gradients reach dropped blocks.
+        mask_multiplies_blocks: whether the module can multiply by kept blocks alone.
+        mask_stack: how the masks see the weight where it is several matrices; None for one.
     """
+
+    mask_multiplies_blocks = False
+    mask_stack: Stack | None = None
 
     mask_soft_values: torch.Tensor | None
     mask_scale_value: torch.Tensor | None
@@ -73,7 +79,7 @@ class MaskCarrier(nn.Module):
             "mask_beta": torch.zeros((), dtype=torch.float64, device=weight.device),
             "mask_costs": costs,
             "mask_sizes": costs,
-            "mask_scale_value": weight.new_ones(()) if preserve_scale else None,
+            "mask_scale_value": weight.new_ones(self.mask_scale_shape) if preserve_scale else None,
         }
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer if buffer is None else buffer.detach(), persistent=False)
@@ -118,8 +124,19 @@ class MaskCarrier(nn.Module):
 
     @property
     def mask_scale(self) -> torch.Tensor | None:
-        """0-dim factor of the masked weight; None for 1."""
+        """Factor of the masked weight: 0-dim, or [..., 1, 1] of each matrix of a stack; None for 1."""
         return None if self.mask_merged else self.mask_scale_value
+
+    @property
+    def mask_factor(self) -> torch.Tensor | None:
+        """The same in a shape that broadcasts over the weight as the masks see it."""
+        scale, stack = self.mask_scale, self.mask_stack
+        return scale if scale is None or stack is None else stack.spread(scale)
+
+    @property
+    def mask_scale_shape(self) -> tuple[int, ...]:
+        """Of `mask_scale`, where there is one."""
+        return () if self.mask_stack is None else (*self.mask_stack.shape[:-2], 1, 1)
 
     def set_soft(self, soft: torch.Tensor | None, scale: torch.Tensor | None) -> None:
         """Replace m and the factor; None for both: they are merged into the weight."""
@@ -159,6 +176,15 @@ class MaskCarrier(nn.Module):
             return placed_as(weight, self.masked_part(weight.to_local()))  # type: ignore[attr-defined]
         return self.masked_part(weight)
 
+    def turned(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight, or a part of it, as the masks see it: a view."""
+        return weight if self.mask_stack is None else self.mask_stack.turned(weight)
+
+    def fits(self, weight: torch.Tensor) -> bool:
+        """Whether the masks are of a weight of this shape."""
+        stack = self.mask_stack
+        return weight.shape == self.mask_shape if stack is None else tuple(weight.shape) == stack.shape
+
     def masked_part(self, values: torch.Tensor) -> torch.Tensor:
         """The same of this rank's values."""
         result = masked_weight(
@@ -170,7 +196,8 @@ class MaskCarrier(nn.Module):
             costs=self.mask_costs,
             straight_through=self.mask_straight_through,
         )
-        return result if self.mask_scale is None else result * self.mask_scale
+        factor = self.mask_factor
+        return result if factor is None else result * factor
 
     def gate_and_slope(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """m (* scale), and its derivative by the weight: beta s / a for each sign(theta), s = m (1 - m)."""

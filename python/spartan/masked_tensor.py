@@ -14,6 +14,7 @@ from spartan.budgets import LayerSize
 from spartan.distributed import Seen, Shard, fill, local, shard_of, total_over, totals_over
 from spartan.mask_carrier import MaskCarrier
 from spartan.nn import largest_block, unmask_weight
+from spartan.stacks import Stack
 from spartan_kernels import (
     block_grid,
     block_scores,
@@ -38,8 +39,9 @@ class MaskedTensor:
     """A masked weight: its name in the model, the module that has it and the module that carries its masks.
 
     `parameter` is its name in that module, `shared` are the other modules that have it with its names there;
-    `transposed`: its outputs are its second dimension. `cost` is that of all its blocks, where a cost model prices
-    them. `made_for` is what modules computed with on this rank when that was last asked for.
+    `transposed`: its outputs are its second dimension. `stack`: how all here see it where it is several matrices.
+    `cost` is that of all its blocks, where a cost model prices them. `made_for` is what modules computed with on this
+    rank when that was last asked for.
     Where the weight is divided over ranks, `values` and `gradient` are what this rank trains of it, and `hard`, `soft`,
     `costs`, `backward` and block scores are of the blocks that it chooses for: its own where each weight is a block,
     else all that its module computes with, as the ranks then add up the scores of blocks, which a cut may divide.
@@ -55,6 +57,7 @@ class MaskedTensor:
     shared: tuple[tuple[nn.Module, str], ...] = ()
     transposed: bool = False
     cost: float | None = None
+    stack: Stack | None = None
     remembered: torch.Tensor | None = field(default=None, init=False)
     spare: torch.Tensor | None = field(default=None, init=False)
     observer: Any = field(default=None, init=False)
@@ -63,9 +66,9 @@ class MaskedTensor:
     @property
     def weight(self) -> nn.Parameter:
         """The trained parameter theta, under the mask."""
-        if self.carrier is self.module:
-            return self.carrier.get_parameter(self.parameter)
-        return self.module.get_parameter(f"parametrizations.{self.parameter}.original")
+        weight = self.module._parameters[self.parameter]
+        assert weight is not None
+        return weight
 
     @property
     def seen(self) -> Seen:
@@ -80,7 +83,7 @@ class MaskedTensor:
         """Which part of what the module computes with this rank trains."""
         weight = self.weight
         if self._placed is None or self._placed[0] is not weight:
-            self._placed = weight, shard_of(self.name, weight, self.seen)
+            self._placed = weight, self._shard_now(weight)
         return self._placed[1]
 
     @property
@@ -91,13 +94,18 @@ class MaskedTensor:
     @property
     def values(self) -> torch.Tensor:
         """theta, this rank's part of it, without a graph; the parameter's own memory."""
-        return local(self.weight)
+        return self._turned(local(self.weight))
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole weight, as masks see it."""
+        return self.weight.shape if self.stack is None else self.stack.turned_shape
 
     @property
     def gradient(self) -> torch.Tensor | None:
         """The `.grad` of `values`, its own memory."""
         grad = self.weight.grad
-        return None if grad is None else local(grad)
+        return None if grad is None else self._turned(local(grad))
 
     def gradient_or_zeros(self) -> torch.Tensor:
         """The gradient of a weight; one that took no part in this step gets zeros, as it shares in the budget."""
@@ -105,9 +113,11 @@ class MaskedTensor:
         if weight.grad is None:
             zero = torch.zeros_like(weight)
             if not weight.requires_grad:
-                return local(zero)
+                return self._turned(local(zero))
             weight.grad = zero
-        return local(weight.grad)
+        elif self.stack is not None and not weight.grad.is_contiguous():
+            weight.grad = weight.grad.contiguous()  # of which all that is written must be a view
+        return self._turned(local(weight.grad))
 
     @property
     def unstructured(self) -> bool:
@@ -117,14 +127,18 @@ class MaskedTensor:
     @property
     def size(self) -> LayerSize:
         """Shape and largest block of the whole weight, for budgets."""
-        shape = self.weight.shape
-        return LayerSize(tuple(shape), largest_block(shape, self.carrier.mask_block_size))
+        return LayerSize(tuple(self.weight.shape), largest_block(self.shape, self.carrier.mask_block_size))
 
     @property
     def mask(self) -> Mask:
         """The masks now, of all that the module computes with; a soft mask merged into the weight is ones."""
         hard, soft = self.carrier.mask_hard, self.carrier.mask_soft
         return Mask(torch.ones_like(hard, dtype=self.seen.dtype) if soft is None else soft, hard)
+
+    @property
+    def shown_mask(self) -> Mask:
+        """The same, of a stack of matrices in the order of its dimensions."""
+        return self.mask if self.stack is None else Mask(*map(self.stack.back, self.mask))
 
     @property
     def hard(self) -> torch.Tensor:
@@ -262,7 +276,9 @@ class MaskedTensor:
             if self.shard.cut:
                 soft = None if carrier.mask_soft is None else self.expand(self.soft)
                 used = masked_weight(values, soft, self.expand(self.hard))
-                used = used if carrier.mask_scale is None else used * carrier.mask_scale
+                factor = carrier.mask_factor
+                if factor is not None:
+                    used = used * (self.shard.of(factor) if factor.dim() else factor)
             else:
                 used = carrier.masked_part(values)
             values.copy_(used.add_(0.0))
@@ -285,7 +301,7 @@ class MaskedTensor:
             for name, value in state.items():
                 if isinstance(value, torch.Tensor) and value.shape == self.weight.shape:
                     sign, start = _STARTS.get(name, ("", ""))
-                    local(value).masked_fill_(where, settings.get(start, 0) if sign in settings else 0)
+                    self._turned(local(value)).masked_fill_(where, settings.get(start, 0) if sign in settings else 0)
 
     def remove(self) -> None:
         """Give back plain modules, which nothing watches."""
@@ -298,18 +314,28 @@ class MaskedTensor:
     def zeros(self) -> int:
         """Number of zeros in the whole weight, once its modules are plain again."""
         weight = self.module.get_parameter(self.parameter)
-        return int(total_over((local(weight) == 0).sum(), shard_of(self.name, weight, self.made_for).ranks))
+        return int(total_over((local(weight) == 0).sum(), self._shard_now(weight).ranks))
 
     def rescale(self) -> None:
-        """Set the factor that undoes the mean of the kept soft mask, where this was asked for."""
-        carrier = self.carrier
+        """Set the factor that undoes the mean of the kept soft mask, of each matrix, where this was asked for."""
+        carrier, stack = self.carrier, self.stack
         if carrier.mask_scale is None or carrier.mask_soft is None:
             return
         kept = carrier.mask_hard * carrier.mask_sizes.to(carrier.mask_soft.dtype)
-        sums = total_over(torch.stack([(carrier.mask_soft * kept).sum(), kept.sum()]), self.shard.split)
+        both = carrier.mask_soft * kept, kept
+        own = [grid.sum() if stack is None else stack.back(grid).sum((-2, -1), keepdim=True) for grid in both]
+        sums = total_over(torch.stack(own), self.shard.split)
         mean = sums[0] / sums[1]
         # A layer that keeps nothing has no mean.
         carrier.mask_scale.copy_(torch.where(mean > 0, 1 / mean, 1.0))
+
+    def _turned(self, values: torch.Tensor) -> torch.Tensor:
+        return values if self.stack is None else self.stack.turned(values)
+
+    def _shard_now(self, weight: nn.Parameter) -> Shard:
+        if self.stack is None:
+            return shard_of(self.name, weight, self.made_for)
+        return self.stack.shard(shard_of(self.name, weight, replace(self.made_for, shape=weight.shape)))
 
     def _own(self, grid: torch.Tensor) -> torch.Tensor:
         return self.shard.of(grid) if self.unstructured else grid

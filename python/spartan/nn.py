@@ -1,4 +1,4 @@
-"""Modules whose weight is masked: the class of a Linear or Conv2d is swapped in place, others get a parametrization."""
+"""Modules whose weight is masked: the class of a Linear or Conv2d is swapped in place, others read a masked one."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.nn.utils import parametrize
 
 from spartan.conv import gate_of_weight, masked_conv2d
-from spartan.distributed import Seen, own_class
+from spartan.distributed import Seen, local, own_class, set_own_class
+from spartan.kinds import is_transformers_linear
 from spartan.linear import linear_with_masked_weight
 from spartan.mask_carrier import MaskCarrier
+from spartan.masked_attribute import mask_attribute, masked_class, plain_class, unmask_attribute
 from spartan.matmul import block_sparse_linear, masked_linear
+from spartan.stacks import Stack
 from spartan_kernels import BlockLayout, BlockSparseWeight, block_grid, expand_blocks
 from spartan_kernels.break_even import dense_convolution_wins
 from spartan_kernels.layout import INDEX
@@ -25,44 +27,44 @@ __all__ = [
     "MaskedLinear",
     "MaskedWeight",
     "mask_weight",
-    "share_mask",
     "swappable",
     "unmask_weight",
 ]
 
 
-class MaskedLinear(MaskCarrier, nn.Linear):
-    """`nn.Linear` that multiplies by its masked weight; made from one in place by `Sparsifier`."""
+class _MaskedProduct(MaskCarrier):
+    """A linear layer that multiplies by its masked weight: by its kept blocks alone where it is masked by blocks.
+
+    Attributes:
+        mask_by_inputs: whether the weight, and masks with it, are stored as [in, out].
+    """
+
+    weight: torch.Tensor
+    bias: nn.Parameter
+    mask_by_inputs = False
+    mask_multiplies_blocks = True
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """y = x w^T + b with w = theta * m * h; where weights are masked by blocks, only kept blocks are multiplied."""
-        if self.mask_divided:
-            return functional.linear(input, self.masked(self.weight), self.bias)
-        if self.mask_block_size == (1, 1):
-            return linear_with_masked_weight(
-                input,
-                self.weight,
-                self.bias,
-                self.mask_soft,
-                self.mask_hard,
-                self.mask_beta,
-                self.mask_costs,
-                self.mask_scale,
-                self.mask_straight_through,
-            )
+        if self.mask_divided or self.mask_block_size == (1, 1):
+            return self._multiplied_by_all(input)
         gate, slope = self.gate_and_slope()
         layout = self._layout()
+        backward = self.mask_backward
         return masked_linear(
             input,
-            self.weight,
-            gate,
-            self.mask_block_size,
+            self._by_outputs(self.weight),
+            self._by_outputs(gate),
+            layout.block_size,
             self.bias,
-            backward_mask=self.mask_backward,
+            backward_mask=None if backward is None else self._by_outputs(backward),
             layout=layout,
-            backward_layout=layout if self.mask_backward is None and not self.mask_straight_through else None,
-            slope=slope,
+            backward_layout=layout if backward is None and not self.mask_straight_through else None,
+            slope=None if slope is None else self._by_outputs(slope),
         )
+
+    def _multiplied_by_all(self, input: torch.Tensor) -> torch.Tensor:
+        return functional.linear(input, self._by_outputs(self.masked(self.weight)), self.bias)
 
     @property
     def computes_backward_alone(self) -> bool:
@@ -96,12 +98,47 @@ class MaskedLinear(MaskCarrier, nn.Linear):
             for buffer, index in zip(self._layout().tensors(), self._index(), strict=True):
                 buffer.copy_(index)
 
+    def _by_outputs(self, values: torch.Tensor) -> torch.Tensor:
+        """[out, in] of what is stored like the weight."""
+        return values.mT if self.mask_by_inputs else values
+
+    def _sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shape and block as [out, in]."""
+        turn = -1 if self.mask_by_inputs else 1
+        (out, in_), (rows, columns) = self.mask_shape[::turn], self.mask_block_size[::turn]
+        return (out, in_), (rows, columns)
+
     def _index(self) -> list[torch.Tensor]:
-        return BlockLayout.from_gate(self.mask_hard, self.mask_shape, self.mask_block_size).tensors()
+        return BlockLayout.from_gate(self._by_outputs(self.mask_hard), *self._sizes()).tensors()
 
     def _layout(self) -> BlockLayout:
         a, b, c, d, e = (self.get_buffer(f"mask_{name}") for name in INDEX)
-        return BlockLayout((self.mask_shape[0], self.mask_shape[1]), self.mask_block_size, a, b, c, d, e)
+        return BlockLayout(*self._sizes(), a, b, c, d, e)
+
+
+class MaskedLinear(_MaskedProduct, nn.Linear):
+    """`nn.Linear` that multiplies by its masked weight; made from one in place by `Sparsifier`."""
+
+    def _multiplied_by_all(self, input: torch.Tensor) -> torch.Tensor:
+        if self.mask_divided:
+            return super()._multiplied_by_all(input)
+        return linear_with_masked_weight(
+            input,
+            self.weight,
+            self.bias,
+            self.mask_soft,
+            self.mask_hard,
+            self.mask_beta,
+            self.mask_costs,
+            self.mask_scale,
+            self.mask_straight_through,
+        )
+
+
+class MaskedByInputs(_MaskedProduct):
+    """What the `Conv1D` of Hugging Face's transformers becomes, y = x w + b with w of shape [in, out]: likewise."""
+
+    mask_by_inputs = True
 
 
 class BlockSparseLinear(nn.Module):
@@ -110,13 +147,17 @@ class BlockSparseLinear(nn.Module):
     Args:
         packed: the weight.
         bias: [out_features] or None.
+        plain: the class of the layer that it stands for: `nn.Linear`, or transformers' `Conv1D`.
 
     Attributes:
         values: parameter [blocks, rows, columns]. bias: parameter or None. The index of the blocks is in buffers.
     """
 
-    def __init__(self, packed: BlockSparseWeight, bias: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, packed: BlockSparseWeight, bias: torch.Tensor | None = None, *, plain: type[nn.Module] = nn.Linear
+    ) -> None:
         super().__init__()
+        self.plain = plain
         self.out_features, self.in_features = packed.shape
         self.block_size = packed.block_size
         self.values = nn.Parameter(packed.values.detach().clone())
@@ -126,10 +167,11 @@ class BlockSparseLinear(nn.Module):
         self.register_buffer("positions", packed.positions)
 
     @staticmethod
-    def replacing(layer: nn.Linear | BlockSparseLinear, packed: BlockSparseWeight) -> BlockSparseLinear:
-        """What stands for `layer`, with this weight and its bias, device and modes."""
+    def replacing(layer: Any, packed: BlockSparseWeight) -> BlockSparseLinear:
+        """What stands for a linear `layer`, packed or not, with this weight and its bias, device and modes."""
         values = layer.values if isinstance(layer, BlockSparseLinear) else layer.weight
-        new = BlockSparseLinear(packed, layer.bias).to(values.device).train(layer.training)
+        plain = layer.plain if isinstance(layer, BlockSparseLinear) else type(layer)
+        new = BlockSparseLinear(packed, layer.bias, plain=plain).to(values.device).train(layer.training)
         new.values.requires_grad_(values.requires_grad)
         if new.bias is not None and layer.bias is not None:
             new.bias.requires_grad_(layer.bias.requires_grad)
@@ -178,11 +220,35 @@ class BlockSparseLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dense weight, for modules that read it of their parts."""
-        return self.packed.to_dense()
+        """The dense weight as the layer that this stands for stores it, for modules that read it of their parts."""
+        dense = self.packed.to_dense()
+        return dense.mT if self.by_inputs else dense
+
+    @property
+    def by_inputs(self) -> bool:
+        """Whether the layer that this stands for stores its weight as [in, out]."""
+        return self.plain is not nn.Linear
+
+    @property
+    def stored(self) -> BlockSparseWeight:
+        """`packed`, as that layer stores it."""
+        return self.packed.transposed() if self.by_inputs else self.packed
+
+    def dense(self) -> nn.Module:
+        """The layer that this stands for, with a dense weight."""
+        new: Any = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        if self.by_inputs:
+            new = self.plain.__new__(self.plain)
+            nn.Module.__init__(new)
+            new.nf, new.nx = self.out_features, self.in_features
+        new.weight = nn.Parameter(self.weight.detach().contiguous(), requires_grad=self.values.requires_grad)
+        new.bias = None if self.bias is None else nn.Parameter(self.bias.detach(), self.bias.requires_grad)
+        return new.train(self.training)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """y = x w^T + b."""
+        """y = x w^T + b; in an ONNX graph, which knows no packed products, by the dense weight made of its blocks."""
+        if torch.onnx.is_in_onnx_export():
+            return functional.linear(input, self.packed.to_dense(), self.bias)
         return block_sparse_linear(input, self.packed, self.bias)
 
     def extra_repr(self) -> str:
@@ -199,6 +265,7 @@ class MaskedConv2d(MaskCarrier, nn.Conv2d):
         mask_dropped: bool, shape of the weight, True where the hard mask is not set; likewise.
     """
 
+    mask_multiplies_blocks = True
     mask_kept: float | None = None
     mask_dropped: torch.Tensor | None = None
 
@@ -258,20 +325,31 @@ class MaskedConv2d(MaskCarrier, nn.Conv2d):
 
 
 class MaskedWeight(MaskCarrier):
-    """Parametrization of a parameter of any other module: the attribute is theta * m * h."""
+    """The masks of a parameter of any other module, whose attribute is theta * m * h."""
+
+    def computes_with(self, weight: torch.Tensor) -> bool:
+        """Whether a DTensor is what the module computes with, and not what FSDP stores of it."""
+        return self.mask_divided and local(weight).shape == self.mask_shape
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """theta * m * h."""
-        return self.masked(weight)
+        if self.mask_stack is None:
+            return self.masked(weight)
+        return self.mask_stack.back(self.masked(self.mask_stack.turned(weight)))
 
 
-_SWAPS: dict[type[nn.Module], type[MaskCarrier]] = {nn.Linear: MaskedLinear, nn.Conv2d: MaskedConv2d}
+_SWAPS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: MaskedLinear, nn.Conv2d: MaskedConv2d}
 _SWAPS_BACK: dict[type[nn.Module], type[nn.Module]] = {masked: plain for plain, masked in _SWAPS.items()}
 
 
 def swappable(module: nn.Module) -> bool:
     """Whether the weight of `module` is masked by a class of its own."""
-    return own_class(module) in _SWAPS
+    return _swap(module) is not None
+
+
+def _swap(module: nn.Module) -> type[nn.Module] | None:
+    kind = own_class(module)
+    return masked_class(kind, MaskedByInputs, ()) if is_transformers_linear(module) else _SWAPS.get(kind)
 
 
 def mask_weight(
@@ -281,75 +359,43 @@ def mask_weight(
     soft: bool,
     preserve_scale: bool = False,
     straight_through: bool = False,
-    parametrized: bool = False,
+    read_elsewhere: bool = False,
     parameter: str = "weight",
     seen: Seen | None = None,
+    stack: Stack | None = None,
 ) -> MaskCarrier:
     """Give a parameter of `module` masks that keep everything, and return what carries them.
 
-    The weight of an exact `nn.Linear` or `nn.Conv2d` changes the module's class in place, so names and identity of its
-    parameters stay. Any other, and these where something else reads `.weight` itself (`parametrized`), gets a
-    parametrization. `seen` is what the module computes with, where that is not the parameter as it is.
+    The weight of an exact `nn.Linear`, `nn.Conv2d` or transformers' `Conv1D` changes the module's class in place. Any
+    other, and these where something else reads `.weight` itself (`read_elsewhere`), gets an attribute that is masked.
+    Names and identity of parameters stay. `seen` is what the module computes with, where that is not the parameter as
+    it is; `stack` how masks see it where it is several matrices.
     """
     seen = seen or Seen.of(getattr(module, parameter))
     settings = block_size, soft, preserve_scale, straight_through
-    if swappable(module) and not parametrized:
-        _set_own_class(module, _SWAPS[own_class(module)])
+    swap = None if read_elsewhere else _swap(module)
+    if swap is not None:
+        set_own_class(module, swap)
         assert isinstance(module, MaskCarrier)
         module.attach_masks(seen.like, *settings)
         module.mask_divided = seen.mesh is not None
         return module
     carrier = MaskedWeight()
+    carrier.mask_stack = stack
     carrier.attach_masks(seen.like, *settings)
     carrier.mask_divided = seen.mesh is not None
-    share_mask(module, parameter, carrier)
+    mask_attribute(module, parameter, carrier)
     return carrier
 
 
-def share_mask(module: nn.Module, parameter: str, carrier: MaskCarrier) -> None:
-    """Parametrize a parameter of `module` by the masks of `carrier`, which other modules that have it may share."""
-    earlier: Any = getattr(module, "parametrizations", {})
-    order = next((masks.parameter_order for masks in earlier.values()), tuple(module._parameters))
-    parametrize.register_parametrization(module, parameter, carrier)
-    parametrizations: Any = module.parametrizations
-    parametrizations[parameter].parameter_order = order
-
-
 def unmask_weight(module: nn.Module, carrier: MaskCarrier, parameter: str = "weight") -> None:
-    """Undo `mask_weight` or `share_mask`; the parameter keeps its present value."""
+    """Undo `mask_weight` or `mask_attribute`; the parameter keeps its present value."""
     if carrier is module:
         carrier.detach_masks()
-        _set_own_class(module, _SWAPS_BACK[own_class(module)])
+        kind = own_class(module)
+        set_own_class(module, _SWAPS_BACK.get(kind) or plain_class(kind))
         return
-    parametrizations: Any = module.parametrizations
-    order = parametrizations[parameter].parameter_order
-    _leave_class_to_copies(module)
-    parametrize.remove_parametrizations(module, parameter, leave_parametrized=False)
-    for name in order:  # which the states of optimizers are saved by
-        if name in module._parameters:
-            module._parameters[name] = module._parameters.pop(name)
-
-
-def _leave_class_to_copies(module: nn.Module) -> None:
-    """Give a parametrized module a class that it shares with no copy of it: removal takes properties out of it."""
-    kind = type(module)
-    members = {name: member for name, member in vars(kind).items() if name not in ("__dict__", "__weakref__")}
-    object.__setattr__(module, "__class__", type(kind.__name__, kind.__bases__, members))
-
-
-def _set_own_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Make `module` a `kind`, under the class that `fully_shard` put before its own."""
-    now = type(module)
-    if own_class(module) is not now:
-        key = now, kind
-        if key not in _SHARDED:
-            members = {"__deepcopy__": now.__deepcopy__}  # type: ignore[attr-defined]
-            _SHARDED[key] = type(f"FSDP{kind.__name__}", (now.__bases__[0], kind), members)
-        kind = _SHARDED[key]
-    object.__setattr__(module, "__class__", kind)
-
-
-_SHARDED: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+    unmask_attribute(module, parameter)
 
 
 def largest_block(shape: torch.Size, block_size: tuple[int, int]) -> int:

@@ -1,51 +1,152 @@
-"""A finalized model whose linear layers run on packed blocks."""
+"""A finalized model whose linear layers run on packed blocks, and what is said of the layers that do not."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from spartan.distributed import own_class
+from spartan.kinds import is_convolution, is_norm, is_transformers_linear
 from spartan.nn import BlockSparseLinear
 from spartan.packing import block_activity
+from spartan.selection import Candidate, find_weights
+from spartan.tables import text_table
 from spartan_kernels import BlockSparseWeight
 from spartan_kernels.arguments import block_shape
-from spartan_kernels.break_even import FEW_TOKENS, dense_wins
+from spartan_kernels.break_even import dense_wins, packed_time
 
-__all__ = ["replace_modules", "to_block_sparse"]
+__all__ = ["PackingReport", "PackingRow", "packing_report", "replace_modules", "to_block_sparse", "to_dense"]
 
 _SQUARES = (128, 64, 32, 16, 8)
-_WASTE = 1.1  # larger blocks are faster, even where they store this much more
 
 
-def to_block_sparse(model: nn.Module, block_size: int | tuple[int, int] | None = None) -> nn.Module:
-    """Replace each `nn.Linear` that has blocks of zeros by one on packed blocks, in place.
+@dataclass(frozen=True)
+class PackingRow:
+    """A weight as it is multiplied, or would be by `to_block_sparse`.
 
-    Layers whose blocks are all kept, or so many that the dense product is faster (see `spartan.tune`), stay as they
-    are; so do subclasses of `nn.Linear`, layers with hooks, and layers that share their weight with another module.
-    Convolutions stay dense.
+    Attributes:
+        name: of the weight. shape: (outputs, inputs, ...) as it is stored.
+        block_size: (rows, columns) of its packed blocks; None: it is multiplied densely.
+        density: stored blocks / blocks; 1 for a dense one.
+        reason: why it is multiplied densely, else None.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    block_size: tuple[int, int] | None
+    density: float
+    reason: str | None
+
+
+@dataclass(frozen=True, repr=False)
+class PackingReport:
+    """The weights of a model that multiply; `print` shows them as a table.
+
+    Attributes:
+        rows: one for each weight of at least two dimensions, but embeddings and norms.
+    """
+
+    rows: tuple[PackingRow, ...]
+
+    def __str__(self) -> str:
+        packed = [row for row in self.rows if row.reason is None]
+        rows = [
+            (
+                row.name,
+                "x".join(map(str, row.shape)),
+                "" if row.block_size is None else "x".join(map(str, row.block_size)),
+                "" if row.block_size is None else f"{row.density:.2%}",
+                row.reason or "",
+            )
+            for row in self.rows
+        ]
+        headings = ("weight", "shape", "block", "stored", "multiplied densely because")
+        return text_table(f"{len(packed)} of {len(self.rows)} weights in packed blocks", headings, rows, [])
+
+    __repr__ = __str__
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What becomes of a weight: packed, or dense for a reason; `hidden` if packing it would have been faster."""
+
+    candidate: Candidate
+    packed: BlockSparseWeight | None = None
+    reason: str = ""
+    hidden: bool = False
+    present: BlockSparseLinear | None = None
+
+
+def to_block_sparse(
+    model: nn.Module, block_size: int | tuple[int, int] | None = None, *, tokens: int = 128
+) -> nn.Module:
+    """Replace each linear layer that has blocks of zeros by one on packed blocks, in place.
+
+    Linear layers are exact `nn.Linear` and the `Conv1D` of Hugging Face's transformers. Others stay as they are:
+    subclasses, layers with hooks, layers that share their weight, what `MultiheadAttention` reads itself, convolutions.
+    A warning names those whose blocks of zeros are not made use of; `packing_report` says why each layer is dense.
 
     Args:
         model: plain modules, after `Sparsifier.finalize()`.
-        block_size: an int or (rows, columns); None takes for each layer the largest square of 8 to 128 that stores at
-            most a tenth more than the best of them.
+        block_size: an int or (rows, columns) of (outputs, inputs): layers are packed unless all blocks are kept or
+            `spartan.tune` measured the dense product as faster. None: for each layer the square of 8 to 128 whose
+            product takes least time, and none where the dense one takes less: as measured by `spartan.tune`, else by
+            a model of a CPU with AVX2.
+        tokens: rows of the input that a layer sees in a call, which that choice is for: a call with few, or of a small
+            layer, takes its time whatever is multiplied.
 
     Returns:
-        `model`, or its replacement where it is an `nn.Linear` itself.
+        `model`, or its replacement where it is a linear layer itself.
 
     Raises:
-        ValueError: a model that is still masked, by name; a block size that is not positive.
+        ValueError: a model that is still masked, by name; a block size or tokens that are not positive.
     """
-    size = None if block_size is None else block_shape(block_size)
-    for name, module in model.named_modules():
-        if hasattr(module, "mask_hard"):
-            raise ValueError(f"model is still masked at {name!r}: call Sparsifier.finalize() first")
-    modules = list(model.modules())
-    uses = Counter(id(p) for module in modules for p in module.parameters(recurse=False))
-    linear = [m for m in modules if type(m) is nn.Linear and uses[id(m.weight)] == 1 and not _hooked(m)]
-    return replace_modules(model, {id(module): _packed(module, size) for module in linear})
+    choices = list(_choices(model, block_size, tokens))
+    left = [f"{choice.candidate.name} ({choice.reason})" for choice in choices if choice.hidden]
+    if left:
+        warnings.warn(f"these weights have blocks of zeros but are multiplied densely: {', '.join(left)}", stacklevel=2)
+    packed = [(choice.candidate.uses[0].module, choice.packed) for choice in choices]
+    return replace_modules(
+        model, {id(module): BlockSparseLinear.replacing(module, p) for module, p in packed if p is not None}
+    )
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """Undo `to_block_sparse` in memory: each packed layer becomes a linear layer with its dense weight, in place.
+
+    For tools that know no packed layers, such as ONNX or quantisation.
+
+    Returns:
+        `model`, or its replacement where it is a packed layer itself.
+    """
+    packed = [module for module in model.modules() if isinstance(module, BlockSparseLinear)]
+    return replace_modules(model, {id(module): module.dense() for module in packed})
+
+
+def packing_report(
+    model: nn.Module, block_size: int | tuple[int, int] | None = None, *, tokens: int = 128
+) -> PackingReport:
+    """Which weights run on packed blocks, or would after `to_block_sparse` with these arguments, and why others do not.
+
+    Raises:
+        ValueError: as `to_block_sparse`.
+    """
+    rows = []
+    for choice in _choices(model, block_size, tokens):
+        candidate, packed = choice.candidate, choice.packed
+        if choice.present is not None:
+            packed = choice.present.packed
+            name = candidate.name.removesuffix("values") + "weight"
+            rows.append(PackingRow(name, tuple(packed.shape), packed.block_size, packed.density, None))
+            continue
+        size, density = (None, 1.0) if packed is None else (packed.block_size, packed.density)
+        reason = choice.reason if packed is None else None
+        rows.append(PackingRow(candidate.name, tuple(candidate.weight.shape), size, density, reason))
+    return PackingReport(tuple(rows))
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
@@ -57,23 +158,92 @@ def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> 
     return replacements.get(id(model), model)
 
 
+def _choices(model: nn.Module, block_size: int | tuple[int, int] | None, tokens: int) -> Iterator[_Choice]:
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise ValueError(f"tokens must be an int of at least 1; got {tokens!r}")
+    size = None if block_size is None else block_shape(block_size)
+    for name, module in model.named_modules():
+        if hasattr(module, "mask_hard"):
+            raise ValueError(f"model is still masked at {name!r}: call Sparsifier.finalize() first")
+    for candidate in find_weights(model):
+        module = candidate.uses[0].module
+        if isinstance(module, BlockSparseLinear):
+            if candidate.uses[0].parameter == "values":
+                yield _Choice(candidate, present=module)
+            continue
+        if candidate.unfit is not None or is_norm(module) or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            continue
+        kind = _unpackable(candidate)
+        weight = candidate.weight.detach()
+        if weight.dim() != 2:
+            yield _Choice(candidate, reason=kind or "it is no matrix")
+            continue
+        by_outputs = weight.mT if candidate.transposed else weight
+        packed = _packed(by_outputs, size, tokens)
+        if isinstance(packed, str):
+            yield _Choice(candidate, reason=packed if kind is None or "no block" in packed else kind)
+        elif kind is not None:
+            yield _Choice(candidate, reason=kind, hidden=True)
+        else:
+            yield _Choice(candidate, packed)
+
+
+def _unpackable(candidate: Candidate) -> str | None:
+    """Why the module of a weight cannot be replaced by one on packed blocks; None if it can."""
+    use = candidate.uses[0]
+    kind = own_class(use.module)
+    for owner in (use.module, use.owner):
+        if isinstance(owner, nn.MultiheadAttention):
+            return "MultiheadAttention reads its weights itself"
+    if is_convolution(use.module) and not is_transformers_linear(use.module):
+        return "it is of a convolution"
+    if kind is not nn.Linear and not is_transformers_linear(use.module):
+        return f"{kind.__name__} is a class of its own"
+    if len(candidate.uses) > 1:
+        return f"it is shared with {candidate.uses[1].name}"
+    return "its layer has hooks" if _hooked(use.module) else None
+
+
 def _hooked(module: nn.Module) -> bool:
     """Whether something is to run with the module, which would be lost with it."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, name) for name in hooks)
 
 
-def _packed(linear: nn.Linear, size: tuple[int, int] | None) -> nn.Module:
-    weight = linear.weight.detach()
-    size = _best_square(weight) if size is None else size
-    packed = BlockSparseWeight.from_dense(weight, size)
-    density, tokens = packed.density, FEW_TOKENS + 1
-    if density == 1 or dense_wins(density, weight.device, weight.dtype, size, tokens):
-        return linear
-    return BlockSparseLinear.replacing(linear, packed)
+def _packed(weight: torch.Tensor, size: tuple[int, int] | None, tokens: int) -> BlockSparseWeight | str:
+    """The weight in packed blocks, or why its dense product is taken."""
+    if not weight.numel():
+        return "it is empty"
+    if size is not None:
+        packed = BlockSparseWeight.from_dense(weight, size)
+        if packed.density == 1:
+            return f"no block of {_named(size)} is all zeros"
+        slower = dense_wins(packed.density, weight.device, weight.dtype, size, tokens)
+        return _slower(packed.density, size) if slower else packed
+    densities = _densities(weight)
+    times = {
+        side: packed_time(density, weight.device, weight.dtype, (side, side), tokens, weight.numel())
+        for side, density in zip(_SQUARES, densities, strict=True)
+    }
+    best = min(times, key=lambda side: times[side])
+    density = densities[_SQUARES.index(best)]
+    if density == 1:
+        return "no block of 8 x 8 is all zeros"
+    if times[best] < 1:
+        return BlockSparseWeight.from_dense(weight, best)
+    return f"{_slower(density, (best, best))}, with {tokens} tokens"
 
 
-def _best_square(weight: torch.Tensor) -> tuple[int, int]:
-    stored = {side: int(block_activity(weight != 0, (side, side)).sum()) * side**2 for side in _SQUARES}
-    fewest = min(stored.values())
-    return next((side, side) for side in _SQUARES if stored[side] <= _WASTE * fewest)
+def _densities(weight: torch.Tensor) -> Sequence[float]:
+    """Which part of a weight's entries the blocks take that hold anything but zeros, of each square."""
+    kept = [int(block_activity(weight != 0, (side, side)).sum()) for side in _SQUARES]
+    out, in_ = weight.shape
+    return [count / (-(-out // side) * -(-in_ // side)) for count, side in zip(kept, _SQUARES, strict=True)]
+
+
+def _slower(density: float, size: tuple[int, int]) -> str:
+    return f"the dense product is faster: {density:.0%} of its blocks of {_named(size)} hold a nonzero"
+
+
+def _named(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"

@@ -39,6 +39,11 @@ class Packed:
     parts: dict[str, torch.Tensor]
     block_size: tuple[int, int] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """What its tensors take."""
+        return sum(part.nbytes for part in self.parts.values())
+
 
 def expected_parts(encoding: str) -> tuple[str, ...]:
     """Names of the tensors of an encoding."""
@@ -109,9 +114,15 @@ def unpack(packed: Packed, shape: torch.Size, dtype: torch.dtype) -> torch.Tenso
 
 
 def pack_blocks(weight: BlockSparseWeight) -> Packed:
-    """The stored blocks of a packed weight, as "blocks"."""
-    parts = {"bitmap": _to_bitmap(weight.layout.mask().cpu()), "values": weight.values.detach().cpu().clone()}
-    return Packed("blocks", parts, weight.block_size)
+    """The stored blocks of a packed weight, or its values alone where these are fewer and tell the blocks."""
+    values = weight.values.detach().cpu()
+    blocks = Packed(
+        "blocks", {"bitmap": _to_bitmap(weight.layout.mask().cpu()), "values": values.clone()}, weight.block_size
+    )
+    if not bool((values != 0).flatten(1).any(1).all()):  # a block of zeros is known by nothing else
+        return blocks
+    smallest = pack(weight.to_dense().detach().cpu(), weight.block_size)
+    return smallest if smallest.nbytes < blocks.nbytes else blocks
 
 
 def unpack_blocks(packed: Packed, shape: torch.Size, dtype: torch.dtype) -> BlockSparseWeight:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from spartan.distributed import own_class
 from spartan.heads import why_no_head
+from spartan.masked_attribute import plain_class
 from spartan.tables import text_table
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class Report:
         beta: sharpness of the soft masks, in the method's units, or None. frozen: whether the masks are fixed.
         rows: one for each masked weight. skipped: why the other parameters are not masked, by name.
         no_head: why no Linear is taken for a classifier head, which stays dense by default; None where one is.
+        dense_products: the weights masked by blocks whose products are dense all the same, with the class of each.
     """
 
     method: str
@@ -59,6 +62,7 @@ class Report:
     rows: tuple[LayerReport, ...]
     skipped: Mapping[str, str]
     no_head: str | None = None
+    dense_products: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         state = "masks fixed" if self.frozen else "" if self.beta is None else f"beta {self.beta:.3g}"
@@ -80,13 +84,20 @@ class Report:
     __repr__ = __str__
 
     def _notes(self) -> list[str]:
-        reasons: dict[str, list[str]] = {}
-        for name, reason in self.skipped.items():
-            reasons.setdefault(reason, []).append(name)
+        reasons, kinds = _by_reason(self.skipped), _by_reason(self.dense_products)
         empty = [row.name for row in self.rows if row.sparsity == 1]
         kept = [f"nothing is kept (the layer is its bias alone): {', '.join(empty)}"] if empty else []
         head = [] if self.no_head is None else [f"no head: {self.no_head}"]
-        return kept + head + [f"not masked ({reason}): {', '.join(names)}" for reason, names in reasons.items()]
+        dense = [f"multiplied densely, blocks or not (by {kind}): {', '.join(names)}" for kind, names in kinds.items()]
+        skipped = [f"not masked ({reason}): {', '.join(names)}" for reason, names in reasons.items()]
+        return kept + head + dense + skipped
+
+
+def _by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return names
 
 
 def report_of(sparsifier: Sparsifier, layers: Sequence[MaskedTensor], before: Mapping[str, torch.Tensor]) -> Report:
@@ -100,7 +111,7 @@ def report_of(sparsifier: Sparsifier, layers: Sequence[MaskedTensor], before: Ma
             layer.carrier.mask_block_size,
             1 - layer.kept() / layer.size.count,
             costs[layer.name].kept / spent if spent else 0.0,
-            1 - stability(before[layer.name], layer.mask.hard) if layer.name in before else None,
+            1 - stability(before[layer.name], layer.shown_mask.hard) if layer.name in before else None,
         )
         for layer in layers
     ]
@@ -114,6 +125,11 @@ def report_of(sparsifier: Sparsifier, layers: Sequence[MaskedTensor], before: Ma
         tuple(rows),
         dict(sparsifier.skipped),
         why_no_head(sparsifier.model),
+        {
+            layer.name: plain_class(own_class(layer.module)).__name__
+            for layer in layers
+            if not layer.unstructured and not layer.carrier.mask_multiplies_blocks
+        },
     )
 
 

@@ -14,6 +14,8 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from spartan.distributed import own_class
 from spartan.heads import adapter_of, head_of
+from spartan.kinds import is_norm, is_transformers_linear, stored_by_inputs
+from spartan.stacks import Stack, stack_of
 from spartan.wrappers import is_wrapper, named_owners
 
 __all__ = ["Candidate", "Selector", "Use", "common_kind", "find_weights", "select_weights", "skipped_weights"]
@@ -23,7 +25,6 @@ Selector = _One | Sequence[_One]
 
 _DEFAULT_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-_TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # These read `.weight` of their children instead of calling them (the second in its inference fast path).
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
@@ -69,7 +70,7 @@ class Candidate:
         return self.uses[0].name
 
     @property
-    def parametrized(self) -> bool:
+    def read_elsewhere(self) -> bool:
         """Whether its masked value must be what the attribute gives, not only what the module's forward uses."""
         first = self.uses[0]
         return len(self.uses) > 1 or first.parameter != "weight" or isinstance(first.owner, _READS_WEIGHTS)
@@ -77,6 +78,15 @@ class Candidate:
     def block_size(self, block_size: tuple[int, int]) -> tuple[int, int]:
         """The block (outputs, inputs) in the dimensions of the stored weight."""
         return block_size[::-1] if self.transposed else block_size
+
+    def stack(self, block_size: tuple[int, int]) -> Stack | None:
+        """How masks with these blocks (outputs, inputs) see it where it is several matrices."""
+        return stack_of(self.uses[0].module, self.weight, self.block_size(block_size)[0])
+
+    def masked_shape(self, block_size: tuple[int, int]) -> torch.Size:
+        """Its shape as masks with these blocks see it."""
+        stack = self.stack(block_size)
+        return self.weight.shape if stack is None else stack.turned_shape
 
     def matches(self, selector: Selector) -> bool:
         """Whether a selector chooses it, at any of its uses."""
@@ -108,7 +118,7 @@ def find_weights(model: nn.Module) -> list[Candidate]:
                 _require_values(name, weight)
                 weights[id(weight)] = weight
                 uses.setdefault(id(weight), []).append(Use(name, parameter, owners))
-    return [Candidate(weights[key], tuple(places), _stored_by_inputs(places[0])) for key, places in uses.items()]
+    return [Candidate(weights[key], tuple(places), stored_by_inputs(places[0].module)) for key, places in uses.items()]
 
 
 def select_weights(
@@ -207,15 +217,6 @@ def _require_values(name: str, weight: nn.Parameter) -> None:
         )
 
 
-def _stored_by_inputs(use: Use) -> bool:
-    return isinstance(use.module, _TRANSPOSED_CONVOLUTIONS) or _is_transformers_linear(use.module)
-
-
-def _is_transformers_linear(module: nn.Module) -> bool:
-    """Whether it is the `Conv1D` of Hugging Face's transformers: y = x w + b with w of shape [in, out]."""
-    return own_class(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
-
-
 def _unfit(use: Use, weight: nn.Parameter) -> str | None:
     """Why a parameter cannot be masked."""
     module = use.module
@@ -230,7 +231,7 @@ def _unfit(use: Use, weight: nn.Parameter) -> str | None:
     if (hook := _recomputed_by(use)) is not None:
         return hook
     if weight.dim() < 2:
-        return "norm" if _is_norm(module) else "fewer than two dimensions"
+        return "norm" if is_norm(module) else "fewer than two dimensions"
     if not weight.numel():
         return "empty"
     if isinstance(module, _EMBEDDINGS) and (module.sparse or module.max_norm is not None):
@@ -262,7 +263,7 @@ def _dense_use(use: Use, head: nn.Module | None) -> str | None:
     module = use.module
     if isinstance(module, _EMBEDDINGS):
         return "embedding"
-    if _is_norm(module):
+    if is_norm(module):
         return "norm"
     if module is head:
         return "head: the last Linear"
@@ -272,12 +273,8 @@ def _dense_use(use: Use, head: nn.Module | None) -> str | None:
         return "frozen: its requires_grad is False"
     linear = use.parameter == "weight" and (
         own_class(module) in _DEFAULT_TYPES
-        or _is_transformers_linear(module)
+        or is_transformers_linear(module)
         or (isinstance(module, NonDynamicallyQuantizableLinear) and isinstance(use.owner, nn.MultiheadAttention))
     )
     projection = own_class(module) is nn.MultiheadAttention and use.parameter.endswith("proj_weight")
     return None if linear or projection else f"{own_class(module).__name__} is dense by default"
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower()

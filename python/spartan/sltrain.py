@@ -216,7 +216,7 @@ def _replacing(layer: Any, rank: int, density: float, alpha: float, seed: int) -
 
 
 def _replaceable(candidate: Candidate) -> bool:
-    return type(candidate.uses[0].module) is nn.Linear and not candidate.parametrized
+    return type(candidate.uses[0].module) is nn.Linear and not candidate.read_elsewhere
 
 
 def _dense(

@@ -32,13 +32,14 @@ class Sparsifier:
     of Hugging Face's transformers, except the classifier head: the last Linear in definition order, unless that is in
     a layer that repeats or in a model without a head. Embeddings, norms, biases, the head, frozen weights
     (`requires_grad=False`) and low-rank adapters stay dense; `skipped` says why, for each. A weight that several
-    modules have gets one mask, and is masked by default if all its uses are. Modules are changed in place: names and
-    identity of parameters stay, so an optimizer may be made before or after. (Other modules get a parametrization,
-    and so do those inside MultiheadAttention and TransformerEncoderLayer and tied weights; their parameter is renamed,
-    not replaced, and comes after its module's others in `model.parameters()`: to resume an optimizer's state, make it
-    at the same point, before or after.) Blocks are of (outputs, inputs), also where a weight is stored transposed.
-    Names of weights are those of the plain model, whether or not it, or a part, is in `DistributedDataParallel`,
-    `torch.compile` or `checkpoint_wrapper`.
+    modules have gets one mask, and is masked by default if all its uses are. Modules are changed in place; names, order
+    and identity of parameters stay, so an optimizer may be made before or after, and what a trainer saves meanwhile is
+    the state of the plain model. (Of modules other than Linear and Conv2d, of those inside MultiheadAttention and
+    TransformerEncoderLayer and of tied weights, the attribute gives the masked weight; the parameter is in
+    `parameters()`. So transformers' `tie_weights()` finds no parameter in a masked embedding: it is tied already, and
+    `save_pretrained` needs no such call.) Blocks are of (outputs, inputs), also where a weight is stored transposed; of
+    a stack of matrices [experts, out, in] each is masked as a matrix. Names of weights are those of the plain model,
+    whether or not it, or a part, is in `DistributedDataParallel`, `torch.compile` or `checkpoint_wrapper`.
 
     Args:
         model: any module; masked weights that share a budget must share a dtype and a device.
@@ -171,7 +172,7 @@ class Sparsifier:
         Soft masks are ones for methods without them and once they are merged into the weights.
         """
         self._require_active()
-        return {tensor.name: tensor.mask for tensor in self._masks.tensors}
+        return {tensor.name: tensor.shown_mask for tensor in self._masks.tensors}
 
     def masked_weights(self) -> list[nn.Parameter]:
         """The parameters under the masks, which optimizers train."""

@@ -20,7 +20,7 @@ VERSION = 2
 # Version 1 left out what a merged mask no longer has, and costs at first; the rest is the same.
 _READABLE = (1, VERSION)
 _GRIDS = ("soft", "hard", "backward")  # one entry per block
-_SCALARS = ("beta", "scale", "straight_through", "restricted")
+_SCALARS = ("beta", "scale", "straight_through", "restricted")  # the scale of a stack: one for each matrix
 _OPTIONAL = ("soft", "scale", "backward")
 _FLAGS = ("hard", "backward", "straight_through", "restricted")
 _HIGHEST = {"soft": 1.0, "beta": math.inf, "scale": math.inf}
@@ -60,7 +60,8 @@ def state_of(method: Method, masks: MaskSet, entries: dict[str, set[str]]) -> di
 def _tensor_state(tensor: MaskedTensor, entries: set[str]) -> dict[str, torch.Tensor]:
     """Masks and their numbers. What a merged mask no longer has is filled in: ones, for `backward` the kept blocks."""
     carrier = tensor.carrier
-    absent = {"soft": tensor.mask.soft, "scale": carrier.mask_beta.new_ones(()), "backward": carrier.mask_hard}
+    scale = carrier.mask_beta.new_ones(carrier.mask_scale_shape)
+    absent = {"soft": tensor.mask.soft, "scale": scale, "backward": carrier.mask_hard}
     state = {"hard": carrier.mask_hard, "beta": carrier.mask_beta}
     state["straight_through"] = torch.tensor(carrier.mask_straight_through)
     state["restricted"] = torch.tensor(carrier.mask_backward is not None)
@@ -68,7 +69,7 @@ def _tensor_state(tensor: MaskedTensor, entries: set[str]) -> dict[str, torch.Te
         present = getattr(carrier, f"mask_{key}")
         if present is not None or key in entries:
             state[key] = absent[key] if present is None else present
-    grid = block_grid(tensor.weight.shape, carrier.mask_block_size)
+    grid = block_grid(tensor.shape, carrier.mask_block_size)
     return {
         key: placed_on(tensor.seen, value.clone(), grid) if key in _GRIDS else value.clone()
         for key, value in state.items()
@@ -111,7 +112,7 @@ def check_state(
     for name in ours:
         # Version 1 has no mask for the gradient where there is none at that step.
         needed = {"hard", "beta"} | (set() if state["frozen"] else entries[name] - {"backward"})
-        _check_tensor(name, theirs[name], needed, tuple(ours[name]["hard"].shape))
+        _check_tensor(name, theirs[name], needed, ours[name])
     if state["targets"] != own["targets"]:
         raise ValueError(f"state is of another model: budgets {state['targets']}, here {own['targets']}")
     _check_groups(state, own, capacities)
@@ -134,14 +135,15 @@ def _with_plain_names(state: dict[str, Any], own: dict[str, Any]) -> dict[str, A
     return {**state, "masks": masks, "costs": costs, "settings": settings}
 
 
-def _check_tensor(name: str, state: Any, needed: set[str], grid: tuple[int, ...]) -> None:
+def _check_tensor(name: str, state: Any, needed: set[str], own: dict[str, torch.Tensor]) -> None:
     if not isinstance(state, dict):
         raise ValueError(f"state of {name!r} must be a dict; got {type(state).__name__}")
     for key in sorted(needed | set(state)):
         value = state.get(key)
         if key not in _GRIDS + _SCALARS or not isinstance(value, torch.Tensor):
             raise ValueError(f"state of {name!r} has a wrong entry {key!r}")
-        wanted = grid if key in _GRIDS else ()
+        like = own["hard"] if key in _GRIDS else own.get(key)
+        wanted = () if like is None else tuple(like.shape)
         if tuple(value.shape) != wanted:
             raise ValueError(
                 f"state is of another model: {key} of {name!r} has shape {tuple(value.shape)}, here {wanted}"

@@ -74,7 +74,7 @@ class Activity:
         through the layer, or one overflowed. All ranks call it.
         """
         weight, sides = self._tensor.weight, self._tensor.carrier.mask_block_size
-        split, other = block_grid(weight.shape, sides)[:2]
+        split, other = block_grid(self._tensor.shape, sides)[:2]
         sums = torch.zeros(split + other, dtype=torch.float64, device=self._tensor.seen.device)
         if self._handles:
             self._add_own(sums[:split], sums[split:])
@@ -114,7 +114,9 @@ class Activity:
 
     def _layers(self) -> list[tuple[nn.Module, int]]:
         """The modules whose forward multiplies by the weight, with the place of the features among dimensions."""
-        layers = []
+        layers: list[tuple[nn.Module, int]] = []
+        if self._tensor.stack is not None:  # which inputs a matrix of it sees is known to its module alone
+            return layers
         for module in (self._tensor.module, *(module for module, _ in self._tensor.shared)):
             trailing = next((n for kind, n in _KINDS.items() if isinstance(module, kind)), None)
             if trailing is None and self._tensor.transposed:

@@ -142,7 +142,7 @@ class GSE(Rewiring):
         They are drawn among those of the whole weight, on every rank alike; the mask is of all that is computed with
         here.
         """
-        grid = block_grid(tensor.weight.shape, tensor.carrier.mask_block_size)
+        grid = block_grid(tensor.shape, tensor.carrier.mask_block_size)
         count = math.ceil(self.candidates * tensor.kept_blocks())
         sums = tensor.observer.by_block()
         rows, columns = (torch.ones(side) for side in grid[:2]) if sums is None else (side.cpu() for side in sums)

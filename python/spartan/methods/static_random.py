@@ -54,7 +54,7 @@ def draw_scores(masks: MaskSet, seed: int, step: int = 0) -> dict[str, torch.Ten
     scores = {}
     for tensor in masks.tensors:
         costs = tensor.costs
-        grid = block_grid(tensor.weight.shape, tensor.carrier.mask_block_size)
+        grid = block_grid(tensor.shape, tensor.carrier.mask_block_size)
         draw = tensor.own_of(torch.rand(grid, generator=generator).to(costs.device))  # the same over any ranks
         # Blocks at a ragged edge cost less: selection is by score / cost, so the draw is per unit of cost.
         scores[tensor.name] = draw * costs.float()

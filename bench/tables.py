@@ -17,6 +17,7 @@ import typer
 from bench import save
 from bench.accuracy_table import NOT_RUN, accuracy_tables
 from bench.machine import ROOT
+from bench.pretrained import METHODS
 from bench.run import Report, Result
 
 README = ROOT / "README.md"
@@ -46,8 +47,29 @@ def accuracy(results: Path) -> str:
         )
     return (
         f"{''.join(parts)}{data['data']}: test accuracy in percent, mean and standard deviation of {seeds} seeds, at"
-        f" the fraction of zeros in the hidden matrices; {NOT_RUN}: not run. {data['processor']},"
-        f" PyTorch {data['versions']['torch']}, {data['date'][:10]}.\n"
+        f" the fraction of zeros in the masked weights, or of FLOPs removed from them; {NOT_RUN}: not run."
+        f" {data['processor']}, PyTorch {data['versions']['torch']}, {data['date'][:10]}.\n"
+    )
+
+
+def pretrained(results: Path) -> str:
+    """Fine-tuning of a trained encoder: cosine to its dense embeddings and recall, by method and sparsity."""
+    data = json.loads((results / "pretrained.json").read_text(encoding="utf-8"))
+    found = {(record["method"], record["sparsity"]): record for record in data["results"]}
+    sparsities = sorted({sparsity for _, sparsity in found})
+
+    def cell(record: dict[str, float] | None) -> str:
+        return NOT_RUN if record is None else f"{record['cosine']:.3f}, {record['recall']:.3f}"
+
+    methods = [method for method in METHODS if any((method, s) in found for s in sparsities)]
+    rows = [[method, *(cell(found.get((method, s))) for s in sparsities)] for method in methods]
+    recipe, recall = data["recipe"], data["dense"]["recall"]
+    training = f"{recipe['steps']} steps of {recipe['batch_size']} texts of {recipe['tokens']} tokens at most"
+    header = ["method", *(f"{100 * s:.0f}% zeros" for s in sparsities)]
+    return (
+        f"{_table(header, rows)}\nCosine to the dense embeddings, and recall of the other half of a pair among"
+        f" {data['held_out_pairs']} held out (dense: {recall:.3f}); {training}, AdamW at {recipe['learning_rate']:g},"
+        f" one seed. {data['processor']}, PyTorch {data['versions']['torch']}, {data['date'][:10]}.\n"
     )
 
 
@@ -138,7 +160,7 @@ def compiled(results: Path) -> str:
     return f"{_table(header, lines)}\nCompiled only: not yet run on a GPU.\n"
 
 
-TABLES = {"accuracy": accuracy, "speed": speed, "compiled": compiled, "plans": plans}
+TABLES = {"accuracy": accuracy, "pretrained": pretrained, "speed": speed, "compiled": compiled, "plans": plans}
 
 
 def rendered(text: str, results: Path) -> str:

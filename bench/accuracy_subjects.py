@@ -22,15 +22,17 @@ from spartan.training.workers import Workers
 
 NORMALISED, PLAIN = "MLP", "MLP without normalisation"
 TRANSFORMER, LANGUAGE = "ViT 256×4", "Byte-level language model"
+CONVOLUTIONAL, CONVOLUTIONAL_FLOPS = "Residual CNN", "Residual CNN, by FLOPs"
 
 Outcome = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Subject(ABC):
-    """A model of the table: what it is, in words, and how it is trained."""
+    """A model of the table: what it is, in words, how it is trained, and what a sparsity is a fraction of."""
 
     what: str
+    removed: str = field(default="zeros", kw_only=True)
 
     @abstractmethod
     def measure(self, method: Method, data: ImageData, seed: int, epochs: int | None = None) -> Outcome:
@@ -96,7 +98,11 @@ class Configured(Subject):
         trainer.run(StopRequest(), Progress(config.steps, 0, shown=False))
         trainer.sparsifier.finalize()
         zeros = kept_fractions(trainer.model, names)[1] if names else 0.0
-        return {"steps": config.steps, "measured_sparsity": zeros, **_merit(trainer.evaluate())}
+        costs = trainer.sparsifier.costs().values()
+        removed = {}
+        if costs and config.sparsifier.costs != "parameters":
+            removed["removed_cost"] = 1 - sum(cost.kept for cost in costs) / sum(cost.dense for cost in costs)
+        return {"steps": config.steps, "measured_sparsity": zeros, **removed, **_merit(trainer.evaluate())}
 
     def description(self, epochs: int | None = None) -> dict[str, Any]:
         """What, and the settings."""
@@ -124,6 +130,14 @@ def _merit(metrics: dict[str, float]) -> dict[str, float]:
 
 
 _PERCEPTRON = FULL.recipes["MLP"]
+_CONVOLUTIONAL: dict[str, Any] = {
+    "task": "images",
+    "model": {"name": "cnn", "widths": [16, 32, 64], "depth": 1},
+    "optimizer": {"learning_rate": 4e-3},
+    "batch_size": 64,
+    "steps": 937,
+}
+_RESIDUAL = "residual network of 78,000 parameters: a stem and 3 blocks of two 3×3 convolutions, 16, 32 and 64 channels"
 SUBJECTS: dict[str, Subject] = {
     NORMALISED: Demonstrated("multilayer perceptron 784-512-256-10, batch normalisation", NORMALISED, _PERCEPTRON),
     PLAIN: Demonstrated("multilayer perceptron 784-512-256-10, no normalisation", PLAIN, _PERCEPTRON),
@@ -151,5 +165,12 @@ SUBJECTS: dict[str, Subject] = {
             "steps": 1500,
         },
         epochs=1,
+    ),
+    CONVOLUTIONAL: Configured(_RESIDUAL, _CONVOLUTIONAL, epochs=1),
+    CONVOLUTIONAL_FLOPS: Configured(
+        f"{_RESIDUAL}; the budget is one of FLOPs",
+        {**_CONVOLUTIONAL, "sparsifier": {"costs": "flops"}},
+        epochs=1,
+        removed="fewer FLOPs",
     ),
 }

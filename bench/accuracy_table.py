@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.accuracy_plan import DENSE, METHODS
+from bench.accuracy_subjects import SUBJECTS
 
 NOT_RUN = "–"
 
@@ -65,4 +66,5 @@ def _table(model: str, block: int, records: Sequence[dict[str, Any]], dense: str
     methods = [method for method in METHODS if any((method, sparsity) in by_cell for sparsity in sparsities)]
     cells = [[method, *(cell(by_cell.get((method, s), []), seeds) for s in sparsities)] for method in methods]
     first = "method, bits per byte" if "bits_per_byte" in records[0] else "method"
-    return AccuracyTable(model, block, [first, *(f"{100 * s:.0f}% zeros" for s in sparsities)], cells, dense)
+    header = [first, *(f"{100 * s:.0f}% {SUBJECTS[model].removed}" for s in sparsities)]
+    return AccuracyTable(model, block, header, cells, dense)

@@ -212,6 +212,7 @@ def _tolerant_step(s: Settings, beta: float) -> Work:
             return self.beta
 
     settings: dict[str, Any] = {"sparsity": 0.9, "block_size": 32, "distribution": "uniform", "beta": beta, "ramp": 0.0}
+    settings |= {"beta_units": "paper", "preserve_scale": False}
     many = 100 * _TOTAL_STEPS  # so that masks are never fixed here
     ours, whole, dense = (
         _Trainer(s, method, many)
@@ -238,7 +239,7 @@ def _synchronize(s: Settings) -> Callable[[], None]:
 def _spartan_step(s: Settings, block: int, **settings: Any) -> Work:
     import spartan
 
-    sparse = _Trainer(s, spartan.Spartan(sparsity=0.9, block_size=block, **settings))
+    sparse = _Trainer(s, spartan.Spartan.paper(sparsity=0.9, block_size=block, **settings))
     dense = _Trainer(s, None)
     for _ in range(_RAMP):
         sparse.step()

@@ -27,7 +27,7 @@ def perceptron(width: int) -> nn.Sequential:
 
 def train(model: nn.Module, width: int, sparsity: float, block: int, steps: int) -> None:
     """Learn which input is largest, at the sparsity asked for."""
-    method = spartan.Spartan(sparsity=sparsity, block_size=block, beta=4, beta_units="threshold", preserve_scale=True)
+    method = spartan.Spartan(sparsity=sparsity, block_size=block)
     sparsifier = spartan.Sparsifier(model, method, total_steps=steps, count="masked")
     optimizer = torch.optim.AdamW(model.parameters())
     sparsifier.attach(optimizer)

@@ -54,7 +54,7 @@ def main() -> None:
     fully_shard(model, mesh=mesh)
 
     # 16x16 blocks: each rank keeps a few bytes of masks for a block, and products skip the dropped blocks.
-    method = spartan.Spartan(sparsity=0.9, block_size=16, beta=4.0, beta_units="threshold", preserve_scale=True)
+    method = spartan.Spartan(sparsity=0.9, block_size=16)
     sparsifier = spartan.Sparsifier(model, method, total_steps=options.steps, count="masked")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     sparsifier.attach(optimizer)

@@ -26,7 +26,7 @@ import spartan
 from spartan.methods.base import Method
 
 METHODS: tuple[Method, ...] = (
-    spartan.Spartan(sparsity=0.6, beta=20.0, preserve_scale=True),
+    spartan.Spartan.paper(sparsity=0.6, beta=20.0, preserve_scale=True),
     spartan.TopKAST(sparsity=0.6, backward_sparsity=0.3, interval=2, block_size=4, freeze=0.7),
     spartan.GSE(sparsity=0.6, interval=2, block_size=2),
     spartan.WGSEF(sparsity=0.6, strength=3.0),
@@ -79,8 +79,8 @@ class SplitRun(Run):
 def tensor_parallelism(backend: str) -> None:
     widths = (12, 32, 24, 16, 6)
     for method in (
-        spartan.Spartan(sparsity=0.6, beta=20.0, preserve_scale=True),
-        spartan.Spartan(sparsity=0.6, beta=20.0, block_size=(4, 2)),
+        spartan.Spartan.paper(sparsity=0.6, beta=20.0, preserve_scale=True),
+        spartan.Spartan.paper(sparsity=0.6, beta=20.0, block_size=(4, 2)),
         spartan.RigL(sparsity=0.6, interval=3),
         spartan.GSE(sparsity=0.6, interval=3, candidates=2.0),
         spartan.WGSEF(sparsity=0.6, strength=3.0, block_size=(4, 2)),
@@ -118,7 +118,7 @@ def fully_sharded_tensor_parallelism(backend: str) -> None:
         return fully_shard(parallelize_module(model, mesh["model"], dict(PLAN)), mesh=mesh["data"])
 
     widths = (12, 32, 24, 16, 6)
-    for method in (METHODS[0], spartan.Spartan(sparsity=0.6, beta=20.0, block_size=(4, 2)), *METHODS[2:]):
+    for method in (METHODS[0], spartan.Spartan.paper(sparsity=0.6, beta=20.0, block_size=(4, 2)), *METHODS[2:]):
         many, one = SplitRun(method, both, steps=10, widths=widths), Run(method, steps=10, widths=widths)
         many.mesh = mesh
         for run in (many, one):

@@ -18,7 +18,15 @@ pytest.importorskip("rich")
 from bench import accuracy as harness
 from bench import tables
 from bench.accuracy_plan import DENSE, METHODS, PLAN, Part, Run, SpartanWithoutCoupling, planned
-from bench.accuracy_subjects import LANGUAGE, SUBJECTS, TRANSFORMER, Configured, Demonstrated
+from bench.accuracy_subjects import (
+    CONVOLUTIONAL,
+    CONVOLUTIONAL_FLOPS,
+    LANGUAGE,
+    SUBJECTS,
+    TRANSFORMER,
+    Configured,
+    Demonstrated,
+)
 from bench.accuracy_table import NOT_RUN, accuracy_tables
 from spartan.demo.train import Recipe, Training, train
 from spartan.methods import RigL, Spartan, TopKAST
@@ -110,7 +118,7 @@ def test_transformers_are_trained_as_the_command_does(
     if model == LANGUAGE:
         less["data"] = {"limit": 20_000, "evaluation_limit": 2_000}
     monkeypatch.setitem(SUBJECTS, model, replace(subject, settings=subject.settings | less))
-    run = Run(model, "Spartan, β in thresholds, preserve_scale", sparsity, block, 0)
+    run = Run(model, "Spartan", sparsity, block, 0)
     first, second = (harness.measure(run, data) for _ in range(2))
     assert first == second and first["steps"] == 24
     assert first["measured_sparsity"] == pytest.approx(sparsity, abs=0.03) and first["settings"]["preserve_scale"]
@@ -120,11 +128,27 @@ def test_transformers_are_trained_as_the_command_does(
     assert harness.missing([run], [first]) == []
 
 
+def test_a_residual_network_loses_the_flops_asked_for(data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"model": {"name": "cnn", "widths": [8, 16]}, "steps": 12, "batch_size": 8}
+    found = {}
+    for model in (CONVOLUTIONAL, CONVOLUTIONAL_FLOPS):
+        subject = SUBJECTS[model]
+        assert isinstance(subject, Configured)
+        monkeypatch.setitem(SUBJECTS, model, replace(subject, settings=subject.settings | small))
+        found[model] = harness.measure(Run(model, "Spartan", 0.8, 1, 0), data)
+    assert found[CONVOLUTIONAL]["measured_sparsity"] == pytest.approx(0.8, abs=1e-3)
+    assert found[CONVOLUTIONAL_FLOPS]["removed_cost"] == pytest.approx(0.8, abs=1e-3)
+    assert abs(found[CONVOLUTIONAL_FLOPS]["measured_sparsity"] - 0.8) > 0.01
+    assert "removed_cost" not in found[CONVOLUTIONAL]
+    tables = accuracy_tables([*found.values()])
+    assert [table.header[1] for table in tables] == ["80% zeros", "80% fewer FLOPs"]
+
+
 def test_the_ablation_changes_the_gradient_alone(data: ImageData) -> None:
-    run = Run("MLP", "Spartan, no coupling", 0.9, 1, 0)
-    trainings = [Training("MLP", r.build(), data, RECIPE, seed=0) for r in (SPARTAN, run)]
+    whole, run = (Run("MLP", f"Spartan, published{ablated}", 0.9, 1, 0) for ablated in ("", ", no coupling"))
+    trainings = [Training("MLP", r.build(), data, RECIPE, seed=0) for r in (whole, run)]
     assert [type(training.sparsifier.method) for training in trainings] == [Spartan, SpartanWithoutCoupling]
-    assert SPARTAN.build().settings() == run.build().settings()
+    assert whole.build().settings() == run.build().settings() == Spartan.paper(sparsity=0.9).settings()
     for training in trainings:
         train(training, lambda training, loss: training.step < 40)
         training.optimizer.zero_grad()
@@ -146,7 +170,7 @@ def test_what_was_measured_otherwise_is_refused() -> None:
     known = asdict(SPARTAN) | {"settings": Spartan(sparsity=0.9).settings()}
     other = asdict(replace(SPARTAN, seed=1)) | {"settings": {"beta": 3.0}}
     assert harness.missing([SPARTAN, replace(SPARTAN, seed=2)], [known, other]) == [replace(SPARTAN, seed=2)]
-    with pytest.raises(ValueError, match=r"seed=1.* was measured with beta = 3.0, now it is 10.0"):
+    with pytest.raises(ValueError, match=r"seed=1.* was measured with beta = 3.0, now it is 4.0"):
         harness.missing([replace(SPARTAN, seed=1)], [known, other])
 
 

@@ -93,10 +93,14 @@ def test_rigl_resets_the_moments_of_grown_weights_alone(name: str) -> None:
                 value[0, 2:] = 7.0  # from when they were last trained
         optimizer.step()
     assert hard(sparsifier).tolist() == [[True, False, True, False]]
-    moments = [value for value in state.values() if value.dim()]
+    moments = {key: value for key, value in state.items() if value.dim()}
     assert len(moments) == (1 if name == "SGD" else 3)
-    for moment in moments:
-        assert moment[0, 2] == 0
+    for key, moment in moments.items():
+        if key == "exp_avg_sq":  # that of the settled weight, more than two gradients of 2 would have made it
+            assert float(moment[0, 2]) == pytest.approx(float(moment[0, 0]))
+            assert float(moment[0, 2]) > (1 - 0.999**2) * 2.0**2
+        else:
+            assert moment[0, 2] == 0
         assert bool((moment[0, [0, 1, 3]] != 0).all())
 
 
@@ -143,23 +147,26 @@ def test_budgets_stay_exact_and_shares_follow_the_cosine(kind: Any, block: int) 
         optimizer.zero_grad()
         functional.mse_loss(model(x), x[:, :3]).backward()
         optimizer.step()
-        changed = 0
+        changed = lost = 0
         for tensor in sparsifier._masks.tensors:
             new, was = tensor.carrier.mask_hard, old[tensor.name]
             if block == 1:
                 assert int(new.sum()) == first[tensor.name]
             grown = tensor.expand(new & ~was)
             changed += int(grown.sum())
+            lost += int(tensor.expand(was & ~new).sum())
             assert bool((tensor.weight[grown] == 0).all())
             if bool((new != was).any()):
                 assert bool((tensor.weight[tensor.expand(~new)] == 0).all())
                 if block == 1:
                     kept = values[tensor.name][was].abs()  # before the step, so lr bounds how far the order moved
-                    lost = values[tensor.name][was & ~new].abs()
-                    assert lost.max() <= kept.sort().values[round(0.5 * len(kept))] + 0.02
+                    smallest = values[tensor.name][was & ~new].abs()
+                    assert smallest.max() <= kept.sort().values[round(0.5 * len(kept))] + 0.02
         share = 0.25 * (1 + math.cos(math.pi * index / 30))
         if index % 4 == 0 and index < 30:
-            assert 0 < changed <= share * 368 + 2 * block * block
+            assert lost <= share * 368 + 2 * block * block  # a block more than its share at most, of each layer
+            # Where a single block of each layer is dropped, RigL may choose both again.
+            assert changed > 0 or (kind is RigL and block > 1 and index >= 24)
         else:
             assert changed == 0
         assert 0 <= sparsifier.sparsity - 0.75 < block * block / 1472
@@ -204,7 +211,7 @@ def test_set_draws_differ_from_step_to_step_and_repeat_with_the_seed() -> None:
     ("make", "error", "message"),
     [
         (lambda: RigL(sparsity=0.5, fraction=1.5), ValueError, r"fraction must be in \[0, 1\]; got 1.5"),
-        (lambda: SET(sparsity=0.5, interval=0), ValueError, "interval must be an int of at least 1; got 0"),
+        (lambda: SET(sparsity=0.5, interval=0), ValueError, "interval must be an int of at least 1 .* got 0"),
         (lambda: SET(sparsity=0.5, end=-1), ValueError, r"end must be in \[0, 1\]; got -1"),
         (lambda: SET(sparsity=0.5, seed=0.5), TypeError, "seed must be an int; got float"),
     ],

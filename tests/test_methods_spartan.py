@@ -33,9 +33,8 @@ def loss(model: nn.Module, *weights: Any) -> torch.Tensor:
 
 def sharpened(tolerance: float, block: Any, **settings: Any) -> tuple[nn.Sequential, Sparsifier]:
     model = network()
-    method = Spartan(
-        sparsity=0.7, block_size=block, beta=4.0, beta_units="threshold", backward_tolerance=tolerance, **settings
-    )
+    settings = {"preserve_scale": False, **settings}
+    method = Spartan(sparsity=0.7, block_size=block, backward_tolerance=tolerance, **settings)
     sparsifier = Sparsifier(model, method, 100, costs=FLOPs(X) if block == 4 else None)
     for _ in range(75):
         sparsifier.step()
@@ -136,7 +135,7 @@ def test_b_shrinks_to_the_kept_blocks_as_the_mask_sharpens() -> None:
 
 def test_blocks_in_use_get_a_gradient_however_flat_the_mask() -> None:
     model = network()
-    sparsifier = Sparsifier(model, Spartan(sparsity=0.7, beta=1.0, block_size=4, backward_tolerance=0.99), 100)
+    sparsifier = Sparsifier(model, Spartan.paper(sparsity=0.7, beta=1.0, block_size=4, backward_tolerance=0.99), 100)
     for _ in range(40):
         sparsifier.step()
     loss(model).backward()
@@ -180,11 +179,41 @@ def test_training_with_a_tolerance_resumes_bit_for_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
 
 
+def test_the_published_settings_are_one_word_away() -> None:
+    paper = Spartan.paper(sparsity=0.9, block_size=4)
+    assert paper == Spartan(sparsity=0.9, block_size=4, beta=10.0, beta_units="paper", preserve_scale=False)
+    assert paper != Spartan(sparsity=0.9, block_size=4)
+    assert (Spartan.paper(sparsity=0.9, beta=20.0).beta, Spartan.paper(pattern=(2, 4)).sparsity) == (20.0, 0.5)
+    with pytest.raises(TypeError, match="sparsity must be a number; got NoneType"):
+        Spartan.paper()
+
+
+def test_defaults_do_not_depend_on_the_scale_of_the_weights() -> None:
+    """Nor does the output: as published, both do."""
+    masks: dict[str, list[torch.Tensor]] = {"default": [], "paper": []}
+    for scale in (8.0, 0.125):
+        for name, method in (("default", Spartan(sparsity=0.9)), ("paper", Spartan.paper(sparsity=0.9))):
+            model = network()
+            with torch.no_grad():
+                for layer in (model[0], model[3]):
+                    layer.weight.mul_(scale)
+            sparsifier = Sparsifier(model, method, 100)
+            for _ in range(60):
+                sparsifier.step()
+            soft = sparsifier.masks()["3.weight"].soft
+            used = sparsifier._masks.tensors[-1].carrier.masked(model[3].weight).detach()
+            masks[name] += [soft, used / scale]
+    (soft, used, small, small_used), (*_, paper, _) = masks["default"], masks["paper"]
+    torch.testing.assert_close(small, soft)
+    torch.testing.assert_close(small_used, used)
+    assert float((paper - masks["paper"][0]).abs().max()) > 0.1
+
+
 def test_beta_grows_in_the_shape_asked_for() -> None:
     for shape, half in (("linear", 5.5), ("cosine", 5.5)):
-        method = Spartan(sparsity=0.5, beta=10.0, anneal_shape=shape)
+        method = Spartan.paper(sparsity=0.5, beta=10.0, anneal_shape=shape)
         assert [method.beta_at(step, 100) for step in (0, 40, 80, 99)] == pytest.approx([1.0, half, 10.0, 10.0])
-    quarter = [Spartan(sparsity=0.5, beta=10.0, anneal_shape=s).beta_at(20, 100) for s in ("linear", "cosine")]
+    quarter = [Spartan.paper(sparsity=0.5, beta=10.0, anneal_shape=s).beta_at(20, 100) for s in ("linear", "cosine")]
     assert quarter == pytest.approx([3.25, 1 + 9 * (1 - math.sqrt(0.5)) / 2])
 
 

@@ -30,6 +30,20 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True, weight_decay=0.1),
     "nadam": lambda p: torch.optim.NAdam(p, lr=0.05, weight_decay=0.5, decoupled_weight_decay=True),
 }
+DIVISORS = ("exp_avg_sq", "square_avg", "sum", "exp_inf", "step_size")  # zero would make a step infinite, or none
+ADAPTIVE: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adam": lambda p: torch.optim.Adam(p, lr=0.02),
+    "adam amsgrad": lambda p: torch.optim.Adam(p, lr=0.02, amsgrad=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.02),
+    "adamw fused": lambda p: torch.optim.AdamW(p, lr=0.02, fused=True),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=0.02),
+    "radam": lambda p: torch.optim.RAdam(p, lr=0.02),
+    "adamax": lambda p: torch.optim.Adamax(p, lr=0.02),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.02),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.2),
+    "adadelta": lambda p: torch.optim.Adadelta(p, lr=0.2),
+    "rprop": lambda p: torch.optim.Rprop(p, lr=0.02, etas=(0.9, 1.1)),
+}
 optimizers = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 blocks = pytest.mark.parametrize("block", [1, 4])
 
@@ -57,9 +71,9 @@ class Run:
     def weights(self) -> list[torch.Tensor]:
         return [tensor.weight.detach().clone() for tensor in self.tensors]
 
-    def moments(self, tensor: MaskedTensor) -> list[torch.Tensor]:
-        states = self.optimizer.state[tensor.weight].values()
-        return [state for state in states if isinstance(state, torch.Tensor) and state.shape == tensor.weight.shape]
+    def moments(self, tensor: MaskedTensor) -> dict[str, torch.Tensor]:
+        states = self.optimizer.state[tensor.weight].items()
+        return {k: v for k, v in states if isinstance(v, torch.Tensor) and v.shape == tensor.weight.shape}
 
     def step(self) -> None:
         x = torch.randn(16, 20, generator=self.generator)
@@ -98,7 +112,7 @@ def test_iht_leaves_zeros_outside_its_support_which_moves(optimizer: str, block:
             assert bool((tensor.weight[~now] == 0).all())
             if index < 11:
                 changed += int((old != now).sum())
-                collected += float(sum(moment[~now].abs().sum() for moment in run.moments(tensor)))
+                collected += float(sum(moment[~now].abs().sum() for moment in run.moments(tensor).values()))
     assert changed > 0 and collected > 0
     assert run.sparsifier.frozen
 
@@ -117,11 +131,45 @@ def test_grown_weights_begin_at_zero_without_a_past(kind: Any, optimizer: str, b
             grown += int(new.sum())
             moments = run.moments(tensor)
             assert moments
-            for state in (tensor.weight, *moments):
-                assert bool((state[new] == 0).all())
+            for name, state in (("weight", tensor.weight), *moments.items()):
+                assert bool((state[new] > 0).all() if name in DIVISORS else (state[new] == 0).all()), name
                 assert bool((state[now & old] != 0).any())
             assert bool((tensor.carrier.masked(tensor.weight)[~now] == 0).all())
     assert grown > 0
+
+
+@pytest.mark.parametrize("optimizer", ADAPTIVE)
+@pytest.mark.parametrize("kind", [RigL, SET, GSE])
+@pytest.mark.parametrize("block", [1, 2])
+def test_first_steps_of_grown_weights_are_no_longer_than_those_of_settled_ones(
+    kind: Any, optimizer: str, block: int
+) -> None:
+    """Under gradients that do not change, and are the same size for all, after enough steps for Adam's bias to go."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 1))
+    made = ADAPTIVE[optimizer](model.parameters())
+    method = kind(sparsity=0.5, block_size=block, interval=200, fraction=0.5, end=1.0)
+    sparsifier = Sparsifier(model, method, 1000, count="masked")
+    sparsifier.attach(made)
+    (tensor,) = sparsifier._masks.tensors
+    signs = torch.randn(16, 16).sign()
+
+    def step() -> torch.Tensor:
+        before = tensor.weight.detach().clone()
+        made.zero_grad()
+        (model[0](torch.eye(16)) * signs.T).sum().backward()
+        made.step()
+        return (tensor.weight.detach() - before).abs()
+
+    for _ in range(200):
+        old = tensor.hard.clone()
+        step()
+    grown, settled = tensor.expand(tensor.hard & ~old), tensor.expand(tensor.hard & old)
+    assert int(grown.sum()) >= 8
+    for _ in range(12):
+        moved = step()
+        assert float(moved[grown].max()) <= 1.001 * float(moved[settled].max())
+        assert float(moved[grown].min()) > 0
 
 
 FREEZING = {
@@ -148,7 +196,7 @@ def test_dropped_weights_rest_at_zero_once_masks_are_fixed(method: str, optimize
             for now, tensor in zip(run.hard(), run.tensors, strict=True):
                 assert bool((tensor.weight[~now] == 0).all())
                 assert not bool(now.any()) or bool((tensor.weight[now] != 0).any())
-                assert all(bool((moment[~now] == 0).all()) for moment in run.moments(tensor))
+                assert all(bool((moment[~now] == 0).all()) for moment in run.moments(tensor).values())
 
 
 @optimizers

@@ -182,7 +182,7 @@ def test_hooks_closures_and_hand_give_the_same_bits(name: str, method: Method) -
 
 @pytest.mark.parametrize("name", ALL)
 def test_grown_weights_have_what_the_optimizer_starts_from(name: str) -> None:
-    """RigL grows weights; the state of each is that of a weight that was never trained."""
+    """RigL grows weights; the state of each is that of a weight that was never trained, but for what divides steps."""
     run = Run(RigL(sparsity=0.7, interval=3, fraction=0.5), (ALL[name], WHOLE)).train(2)
     before = {key: mask.hard.clone() for key, mask in run.sparsifier.masks().items()}
     run.train(1)
@@ -193,7 +193,10 @@ def test_grown_weights_have_what_the_optimizer_starts_from(name: str) -> None:
         for key, value in optimizer.state[tensor.weight].items():
             if isinstance(value, torch.Tensor) and value.shape == tensor.weight.shape:
                 start = {("Rprop", "step_size"): 0.01, ("Adagrad", "sum"): 0.1}.get((name, key), 0.0)
-                assert torch.equal(value[new], torch.full_like(value[new], start)), key
+                if key in ("exp_avg_sq", "square_avg", "sum", "exp_inf"):  # as of settled weights: see test_moments
+                    assert bool((value[new] > start).all()), key
+                else:
+                    assert torch.equal(value[new], torch.full_like(value[new], start)), key
     assert grown > 0
 
 

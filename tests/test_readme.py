@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,13 +24,42 @@ def examples() -> list[str]:
     return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def quick_start(seed: int, method: str = "spartan.Spartan(sparsity=0.9)") -> float:
+    """Run the first example as printed, but for the method, and score the model it trains on inputs it has not seen."""
     example = next(e for e in examples() if "Sparsifier" in e)
+    printed = "spartan.Spartan(sparsity=0.9)"
+    assert example.count(printed) == 1
+    torch.manual_seed(seed)
+    made: dict[str, Any] = {}
+    exec(compile(example.replace(printed, method), str(README), "exec"), made)
+    x = torch.randn(4000, 64, generator=torch.Generator().manual_seed(99))
+    with torch.no_grad():
+        return float((made["model"](x).argmax(1) == x[:, :10].argmax(1)).float().mean())
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for what the example saves, and one thread."""
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    exec(compile(example, str(README), "exec"), {})
+    return tmp_path
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_quick_start_learns_its_task_as_well_as_a_dense_model(
+    seed: int, elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sparse = quick_start(seed)
     assert capsys.readouterr().out == "0.9000 of the parameters are zero\n"
-    assert (tmp_path / "sparse-model" / "model.safetensors").exists()
+    assert (elsewhere / "sparse-model" / "model.safetensors").exists()
+    assert sparse > 0.8
+    assert sparse > quick_start(seed, "spartan.Dense()") - 0.02
+
+
+@pytest.mark.usefixtures("elsewhere", "one_thread")
+def test_the_quick_start_s_score_sees_a_model_at_chance() -> None:
+    """As the published settings leave it, with these weights and so few steps."""
+    assert quick_start(0, "spartan.Spartan.paper(sparsity=0.9)") < 0.2
 
 
 def test_budgets_and_costs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,7 +67,7 @@ def test_rows_say_what_the_masks_are() -> None:
     assert max(later.values()) > 0
     assert all(row.churn == 0 for row in sparsifier.report().rows), "nothing happened since the last report"
     assert (report.step, report.total_steps, report.method, report.frozen) == (7, TOTAL, "Spartan", False)
-    assert report.beta == pytest.approx(1 + 9 * 7 / 16) and report.sparsity == pytest.approx(0.6, abs=0.02)
+    assert report.beta == pytest.approx(1 + 3 * 7 / 16) and report.sparsity == pytest.approx(0.6, abs=0.02)
 
 
 def test_the_masks_of_a_report_are_its_own() -> None:

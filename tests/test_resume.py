@@ -191,6 +191,20 @@ def test_checkpoints_of_other_trainings_are_refused_by_name() -> None:
     refused([1], "state must have the entries .* got list")
 
 
+def test_a_state_made_with_the_published_settings_goes_on_under_them_alone() -> None:
+    """As those of trainings that began when they were the defaults; the message has what to set."""
+    first, second = Run(Spartan.paper(sparsity=0.8)), Run(Spartan.paper(sparsity=0.8), seed=1)
+    first.train(0, 12)
+    second.load(first.checkpoint())
+    for run in (first, second):
+        run.train(12, TOTAL_STEPS)
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(tensor, second.model.state_dict()[name]), name
+    theirs = r"\{'beta': 10.0, 'beta_units': 'paper', 'preserve_scale': False\}"
+    ours = r"\{'beta': 4.0, 'beta_units': 'threshold', 'preserve_scale': True\}"
+    refused(Run(Spartan.paper(sparsity=0.8)).sparsifier.state_dict(), f"its settings is {theirs}, here it is {ours}")
+
+
 def test_checkpoints_of_other_models_are_refused_by_name() -> None:
     state = Run(Spartan(sparsity=0.8)).sparsifier.state_dict()
     conv = state["masks"]["0.weight"]

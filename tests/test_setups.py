@@ -19,8 +19,8 @@ from spartan.methods import GMP, GSE, WGSEF, Method, Powerpropagation, RigL, Spa
 
 STEPS = 12
 METHODS: list[Method] = [
-    Spartan(sparsity=0.6, beta=20.0, preserve_scale=True),
-    Spartan(sparsity=0.6, beta=20.0, block_size=(4, 2)),
+    Spartan.paper(sparsity=0.6, beta=20.0, preserve_scale=True),
+    Spartan.paper(sparsity=0.6, beta=20.0, block_size=(4, 2)),
     TopKAST(sparsity=0.6, backward_sparsity=0.3, interval=2, block_size=4, freeze=0.7),
 ]
 each_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{m.name}-{m.block_size}")

@@ -124,7 +124,7 @@ def test_flops_weigh_the_positions_of_the_convolution() -> None:
 @pytest.mark.parametrize("block", [(1, 1), (4, 3)])
 def test_the_gradient_is_equation_2_with_costs(block: tuple[int, int]) -> None:
     model = network().double()
-    sparsifier = Sparsifier(model, Spartan(sparsity=0.7, block_size=block, beta=30.0), 100, costs=per_block)
+    sparsifier = Sparsifier(model, Spartan.paper(sparsity=0.7, block_size=block, beta=30.0), 100, costs=per_block)
     for _ in range(50):
         sparsifier.step()
     x, target = torch.randn(8, 3, 4, 4, dtype=torch.float64), torch.randint(4, (8,))
@@ -177,7 +177,7 @@ def test_a_cost_of_one_for_each_weight_is_the_default(block: Any) -> None:
     masks = []
     for costs in (None, Parameters()):
         model = network()
-        method = Spartan(sparsity=0.75, block_size=block, beta=30.0)  # of 3032 weights, a whole number
+        method = Spartan.paper(sparsity=0.75, block_size=block, beta=30.0)  # of 3032 weights, a whole number
         sparsifier = Sparsifier(model, method, 100, count="masked", costs=costs)
         for _ in range(50):
             sparsifier.step()
@@ -203,7 +203,7 @@ def test_scaling_all_costs_changes_nothing() -> None:
     masks = []
     for factor in (1.0, 1e9):
         model = network()
-        method = Spartan(sparsity=0.7, beta=30.0)
+        method = Spartan.paper(sparsity=0.7, beta=30.0)
 
         def scaled(name: str, module: nn.Module, grid: Any, factor: float = factor) -> Any:
             return factor * per_block(name, module, grid)

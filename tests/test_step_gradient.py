@@ -77,7 +77,7 @@ def test_gradient_equals_autograd_of_the_exact_operator(
     torch.manual_seed(0)
     model = Network().double()
     plain = copy.deepcopy(model)
-    method = Spartan(sparsity=0.6, block_size=block, distribution=distribution, beta=6.0)
+    method = Spartan.paper(sparsity=0.6, block_size=block, distribution=distribution, beta=6.0)
     sparsifier = Sparsifier(model, method, TOTAL_STEPS)
     for _ in range(steps):
         sparsifier.step()
@@ -108,7 +108,7 @@ def test_gradient_of_a_layer_that_took_no_part() -> None:
     model = Network().double()
     unused = nn.Linear(9, 11).double()
     both = nn.ModuleDict({"unused": unused, "model": model})
-    sparsifier = Sparsifier(both, Spartan(sparsity=0.5, beta=6.0), TOTAL_STEPS)
+    sparsifier = Sparsifier(both, Spartan.paper(sparsity=0.5, beta=6.0), TOTAL_STEPS)
     for _ in range(30):
         sparsifier.step()
     x = torch.randn(5, 3, 6, 6, dtype=torch.float64)
@@ -130,7 +130,7 @@ def test_preserve_scale_gradient_is_that_of_a_constant_factor() -> None:
     torch.manual_seed(0)
     model = Network().double()
     plain = copy.deepcopy(model)
-    sparsifier = Sparsifier(model, Spartan(sparsity=0.6, beta=6.0, preserve_scale=True), TOTAL_STEPS)
+    sparsifier = Sparsifier(model, Spartan.paper(sparsity=0.6, beta=6.0, preserve_scale=True), TOTAL_STEPS)
     for _ in range(30):
         sparsifier.step()
     x = torch.randn(5, 3, 6, 6, dtype=torch.float64)

@@ -57,7 +57,7 @@ def soft_topk(
         values: v, any shape, floating point. Half precision is read as float32 under autocast, as softmax does on CUDA.
         budget: k, a number or a tensor shaped like `values` without `dim`; in [0, sum of costs].
         costs: a > 0; None (ones), a number, one per entry of `dim`, or shaped like `values`.
-        beta: sharpness, at least 0; 0 gives k / sum(a) everywhere, infinity the hard top-k.
+        beta: sharpness, finite and at least 0; 0 gives k / sum(a) everywhere. The limit of a large one is `hard_topk`.
         dim: the dimension that shares a budget.
         straight_through: return the hard mask of `hard_topk` as 0 and 1, with the gradient of the soft one.
         backend: "auto" or the name of a backend.

@@ -27,6 +27,10 @@ from spartan_kernels import (
 __all__ = ["Mask", "MaskedTensor"]
 
 
+# What optimizers divide a weight's step by: name in torch.optim, and of which power of the gradient it is.
+_DIVISORS = {"exp_avg_sq": 2, "square_avg": 2, "sum": 2, "exp_inf": 1}
+
+
 class Mask(NamedTuple):
     """The masks of one weight, one entry per block: the weight in use is theta * soft * hard."""
 
@@ -303,6 +307,32 @@ class MaskedTensor:
                     sign, start = _STARTS.get(name, ("", ""))
                     self._turned(local(value)).masked_fill_(where, settings.get(start, 0) if sign in settings else 0)
 
+    def begin_moments(self, optimizer: torch.optim.Optimizer, grown: torch.Tensor, settled: torch.Tensor) -> None:
+        """Forget the past of grown blocks, and let their steps be no longer than those of settled ones.
+
+        What a step is divided by is not zeroed: optimizers correct its bias by the steps of the whole tensor, so with
+        Adam the first steps from zero would be some three times as long as any other. It begins at what is usual for
+        settled weights, or at what a constant gradient like that in `remembered` would have made it, if that is more.
+        """
+        self.reset_moments(optimizer, grown)
+        where, among = self.expand(grown), self.expand(settled)
+        for state, settings in _states(optimizer, self.weight):
+            for name, power in _DIVISORS.items():
+                value = state.get(name)
+                if not isinstance(value, torch.Tensor) or value.shape != self.weight.shape:
+                    continue
+                own = self._turned(local(value))
+                # The mean of magnitudes, not of their squares: a few weights of huge gradients are not usual.
+                sizes = (own ** (1 / power) * among).sum(dtype=torch.float64)
+                sums = total_over(torch.stack([sizes, among.sum(dtype=torch.float64)]), self.shard.ranks)
+                first = torch.where(sums[1] > 0, sums[0] / sums[1], 0.0).to(own.dtype) ** power
+                if self.remembered is not None:
+                    size = self.carrier.mask_sizes
+                    mean = self.remembered / (self._own(size) if size.dim() else size)
+                    reached = self.expand(mean**power) * _history(name, state, settings)
+                    first = torch.maximum(first, reached.to(own.dtype))
+                own.copy_(torch.where(where, first, own))
+
     def remove(self) -> None:
         """Give back plain modules, which nothing watches."""
         if self.observer is not None:
@@ -367,6 +397,14 @@ def _states(optimizer: Any, weight: nn.Parameter) -> Iterator[tuple[dict[str, An
             groups = (group for group in optimizer.param_groups if any(p is weight for p in group["params"]))
             yield optimizer.state[weight], next(groups, {})
         optimizer = getattr(optimizer, "optim", None)
+
+
+def _history(name: str, state: dict[str, Any], settings: dict[str, Any]) -> torch.Tensor | float:
+    """What an optimizer's record of a constant squared gradient has come to by now, as a multiple of it."""
+    step: torch.Tensor = state.get("step", torch.ones(()))
+    if name == "exp_avg_sq" and "betas" in settings:
+        return 1 - settings["betas"][1] ** step
+    return step if name == "sum" else 1.0
 
 
 def _block_sums(values: torch.Tensor, block_size: tuple[int, int]) -> torch.Tensor:

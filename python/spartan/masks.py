@@ -268,6 +268,11 @@ class MaskSet:
         for optimizer in self.optimizers:
             tensor.reset_moments(optimizer, blocks)
 
+    def begin_moments(self, tensor: MaskedTensor, grown: torch.Tensor, settled: torch.Tensor) -> None:
+        """Let the optimizers forget the past of grown blocks of `tensor`, and step no further there than elsewhere."""
+        for optimizer in self.optimizers:
+            tensor.begin_moments(optimizer, grown, settled)
+
     def require_finite(self) -> None:
         """Raise ValueError at a weight that is not finite, by name, also where no mask is chosen any more."""
         for group in self.groups:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from spartan.state import check_state, load_state, mask_entries, state_of
 __all__ = ["Sparsifier"]
 
 _COUNTS = ("model", "masked")
+_NEARLY_ALL = 0.9  # of the steps: to end a little early is no mistake
 
 
 class Sparsifier:
@@ -71,6 +73,9 @@ class Sparsifier:
         TypeError: a model, method, selector or group of the wrong type.
         ValueError: no weight to mask, a budget over several dtypes or devices, a pattern or type that matches nothing,
             total_steps below 1, an unknown count, or a sparsity that cannot be reached (the message says which can).
+
+    Warns:
+        UserWarning: the method cannot do what it is for in `total_steps`; the message says what to change.
 
     Example::
 
@@ -131,6 +136,8 @@ class Sparsifier:
         self._buffers = [name for name, _ in model.named_buffers() if name.rpartition(".")[2].startswith("mask_")]
         ignore_in_ddp(model, self._buffers)
         own(self, self._masks.tensors)
+        if (shortfall := method.shortfall(total_steps)) is not None:
+            warnings.warn(f"{method.name} with total_steps={total_steps}: {shortfall}", stacklevel=2)
 
     @property
     def total_steps(self) -> int:
@@ -323,10 +330,14 @@ class Sparsifier:
 
         Raises:
             ValueError: a weight that is not finite, by name. RuntimeError: finalized already.
+
+        Warns:
+            UserWarning: no step was made, or too few of `total_steps` for the method to have fixed its masks.
         """
         self._require_active()
         self._masks.require_finite()
         if complete:
+            self._warn_if_early()
             self.method.finish(self._masks)
         self._final_costs, self._final_report = self.costs(), self.report()
         self._masks.project()
@@ -372,6 +383,22 @@ class Sparsifier:
         self._masks.step += 1
         with torch.no_grad():
             self.method.update(self._masks)
+
+    def _warn_if_early(self) -> None:
+        masks, name = self._masks, self.method.name
+        if masks.frozen or not masks.tensors or masks.step >= _NEARLY_ALL * masks.total_steps:
+            return
+        if masks.step == 0:
+            what = (
+                f"finalize() before the first step that {name} knows of prunes the weights as they are; to train with"
+                " it, attach(optimizer) before the loop; to prune alone, OneShot(sparsity=..., prune_at=0)"
+            )
+        else:
+            what = (
+                f"finalize() after {masks.step} of total_steps={masks.total_steps} steps, when {name} has not fixed its"
+                " masks, prunes to the full sparsity at once, without the training that would have made up for it"
+            )
+        warnings.warn(what, stacklevel=3)
 
     def _require_active(self) -> None:
         if self._finalized:

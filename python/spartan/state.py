@@ -100,7 +100,8 @@ def check_state(
     state = _with_plain_names(state, own)
     for key in ("method", "settings", "total_steps", "costs"):
         if state[key] != own[key]:
-            raise ValueError(f"state is of another training: its {key} is {state[key]!r}, here it is {own[key]!r}")
+            theirs, ours = _difference(state[key], own[key])
+            raise ValueError(f"state is of another training: its {key} is {theirs!r}, here it is {ours!r}")
     for key, kind in (("step", int), ("frozen", bool), ("masks", dict)):
         if type(state[key]) is not kind:
             raise ValueError(f"state has a wrong entry {key!r}: {state[key]!r}; it must be of type {kind.__name__}")
@@ -117,6 +118,13 @@ def check_state(
         raise ValueError(f"state is of another model: budgets {state['targets']}, here {own['targets']}")
     _check_groups(state, own, capacities)
     return state
+
+
+def _difference(theirs: Any, ours: Any) -> tuple[Any, Any]:
+    """Of two mappings what they do not share, else both as they are."""
+    if not isinstance(theirs, dict) or not isinstance(ours, dict):
+        return theirs, ours
+    return tuple({k: v for k, v in a.items() if k not in b or b[k] != v} for a, b in ((theirs, ours), (ours, theirs)))  # type: ignore[return-value]
 
 
 def _with_plain_names(state: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

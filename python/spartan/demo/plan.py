@@ -8,18 +8,6 @@ from typing import Any
 from spartan.demo.train import Recipe
 from spartan.methods import GMP, Dense, Method, OneShot, Spartan
 
-# What worked best in trials on Fashion-MNIST, by model and block size: the published sharpness where it does, else
-# one in units of the threshold, which is free of the weights' scale. The transformer's residual branches have no
-# normalisation behind them, so their scale must be kept.
-PUBLISHED: dict[str, Any] = {"beta": 10.0, "beta_units": "paper"}
-RELATIVE: dict[str, Any] = {"beta": 4.0, "beta_units": "threshold"}
-SPARTAN_SETTINGS: dict[tuple[str, int], dict[str, Any]] = {
-    ("MLP", 1): PUBLISHED,
-    ("MLP", 16): RELATIVE,
-    ("ViT", 1): {**RELATIVE, "preserve_scale": True},
-    ("ViT", 16): {**RELATIVE, "preserve_scale": True},
-}
-
 # (sparsity, block size), each trained with Spartan and with one-shot magnitude pruning
 SPARSITIES = ((0.90, 1), (0.95, 1), (0.98, 1), (0.90, 16))
 
@@ -50,7 +38,7 @@ class Run:
         return f"{self.model} {self.method} {self.sparsity:.0%}{blocks}"
 
     def build(self) -> Method:
-        """Make the training method with the demonstration's settings.
+        """Make the training method, with its defaults.
 
         Raises:
             ValueError: `method` is none of the demonstration's.
@@ -59,7 +47,7 @@ class Run:
         if self.method == "Dense":
             return Dense()
         if self.method == "Spartan":
-            return Spartan(**sparse, **SPARTAN_SETTINGS[self.model, self.block])
+            return Spartan(**sparse)
         if self.method == "One-shot":
             return OneShot(**sparse)
         if self.method == "GMP":

@@ -49,6 +49,10 @@ class Method(ABC):
         """Sharpness of the soft masks after `step` steps, in the method's own units; None without soft masks."""
         return None
 
+    def shortfall(self, total_steps: int) -> str | None:
+        """What the method cannot do in so few steps, in words; None if it can do all."""
+        return None
+
     def start(self, masks: MaskSet) -> None:
         """Set the masks of the first forward pass; they keep everything as made."""
         return None
@@ -172,9 +176,35 @@ def require_keeps_zeros(method: Method, patterns: Iterable[tuple[int, int] | Non
 
 
 def require_interval(value: Any) -> None:
-    """Raise unless `value` is a number of steps: an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"interval must be an int of at least 1; got {value!r}")
+    """Raise unless `value` is a number of steps, an int of at least 1, or a fraction of them, a float in (0, 1)."""
+    if type(value) is int and value >= 1:
+        return
+    if not isinstance(value, float) or not 0 < value < 1:
+        raise ValueError(
+            "interval must be an int of at least 1 (steps) or a float in (0, 1) (a fraction of all steps);"
+            f" got {value!r}"
+        )
+
+
+def steps_of(interval: int | float, total_steps: int) -> int:
+    """An interval in steps; a fraction of few steps is one step at least."""
+    return interval if isinstance(interval, int) else max(1, round(interval * total_steps))
+
+
+def changes_in(interval: int | float, total_steps: int, begin: float, end: float) -> int:
+    """How often an interval is over after more than the fraction `begin` of the steps and before `end` of them."""
+    steps = steps_of(interval, total_steps)
+    return max(0, (math.ceil(end * total_steps) - 1) // steps - math.floor(begin * total_steps) // steps)
+
+
+def too_rare(what: str, interval: int | float, total_steps: int, begin: float, end: float) -> str | None:
+    """Words for the case that no interval is over within these fractions of the steps; None if one is."""
+    if begin >= end or changes_in(interval, total_steps, begin, end):
+        return None
+    return (
+        f"{what}: interval={interval}, and masks change between steps {begin * total_steps:g} and"
+        f" {end * total_steps:g} alone; take a shorter interval, or a fraction of the steps such as interval=0.02"
+    )
 
 
 def require_order(first: str, begin: float, second: str, end: float) -> None:

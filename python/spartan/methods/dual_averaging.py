@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from spartan.masks import MaskSet
-from spartan.methods.base import SparseMethod, require_interval, require_number, require_order
+from spartan.methods.base import SparseMethod, require_interval, require_number, require_order, steps_of, too_rare
 from spartan.schedules import Linear, Schedule
 
 __all__ = ["DualAveraging"]
@@ -22,7 +22,7 @@ class DualAveraging(SparseMethod):
     Attributes:
         ramp: fraction of the steps over which the budget shrinks; 0: sparse from the first step.
         freeze: fraction of the steps after which the mask is fixed; at least `ramp`.
-        interval: steps between updates of the masks, at least 1.
+        interval: steps between updates of the masks, an int of at least 1, or a float: a fraction of all steps.
 
     Source: Tai, Tian, Lim, "Spartan", NeurIPS 2022, section 3.3; Xiao, "Dual averaging methods for regularized
     stochastic learning", JMLR 2010.
@@ -30,7 +30,7 @@ class DualAveraging(SparseMethod):
 
     ramp: float = 0.2
     freeze: float = 0.8
-    interval: int = 1
+    interval: int | float = 1
 
     straight_through = True
     takes_shards = True
@@ -43,6 +43,10 @@ class DualAveraging(SparseMethod):
         require_order("ramp", self.ramp, "freeze", self.freeze)
         require_interval(self.interval)
 
+    def shortfall(self, total_steps: int) -> str | None:
+        """No step but the last at which masks are chosen."""
+        return too_rare("it chooses its masks once", self.interval, total_steps, 0.0, self.freeze)
+
     def start(self, masks: MaskSet) -> None:
         """Without a ramp, select at once."""
         self.update(masks)
@@ -53,7 +57,7 @@ class DualAveraging(SparseMethod):
             return
         if masks.step >= self.freeze * masks.total_steps:
             self.finish(masks)
-        elif masks.step % self.interval == 0:
+        elif masks.step % steps_of(self.interval, masks.total_steps) == 0:
             self.choose(masks)
 
     def choose(self, masks: MaskSet) -> None:

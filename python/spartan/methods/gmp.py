@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from spartan.masks import MaskSet
-from spartan.methods.base import SparseMethod, require_interval, require_number, require_order
+from spartan.methods.base import SparseMethod, require_interval, require_number, require_order, steps_of, too_rare
 from spartan.schedules import Cubic
 
 __all__ = ["GMP"]
@@ -20,14 +20,14 @@ class GMP(SparseMethod):
     Attributes:
         begin: fraction of the steps at which pruning starts.
         end: fraction of the steps at which the sparsity is reached; at least `begin`. The rest fine-tunes.
-        interval: steps between updates of the masks, at least 1.
+        interval: steps between updates of the masks, an int of at least 1, or a float: a fraction of all steps.
 
     Source: Zhu and Gupta, "To prune, or not to prune", 2017, equation (1), from initial sparsity 0.
     """
 
     begin: float = 0.0
     end: float = 0.75
-    interval: int = 100
+    interval: int | float = 0.02
 
     takes_shards = True
     keeps_zeros = True
@@ -38,6 +38,10 @@ class GMP(SparseMethod):
         require_number("end", self.end, 0.0, 1.0)
         require_order("begin", self.begin, "end", self.end)
         require_interval(self.interval)
+
+    def shortfall(self, total_steps: int) -> str | None:
+        """No step but the last at which to prune."""
+        return too_rare("it prunes once, not little by little", self.interval, total_steps, self.begin, self.end)
 
     def start(self, masks: MaskSet) -> None:
         """With `end` 0, prune at once."""
@@ -50,7 +54,7 @@ class GMP(SparseMethod):
         t0, t1 = self.begin * masks.total_steps, self.end * masks.total_steps
         if masks.step >= t1:
             self.finish(masks)
-        elif masks.step > t0 and masks.step % self.interval == 0:
+        elif masks.step > t0 and masks.step % steps_of(self.interval, masks.total_steps) == 0:
             # An optimizer that is not known moves dropped weights too; at zero they cannot be selected again.
             masks.project()
             masks.select(Cubic(0.0, 1.0, t0, t1)(masks.step))

@@ -31,7 +31,7 @@ class GSE(Rewiring):
     over the samples n of step t - 1; draws that repeat or are kept already are left out. Kernel positions, and the
     weights of modules that are no linear or convolution layers (as in attention), are drawn uniformly. The gradient of
     step t is that of kept weights and candidates: with blocks, no other is computed; with single weights, whose
-    products are dense in any method, no other is read. Grown weights start at zero, with the optimizer's moments of
+    products are dense in any method, no other is read. Grown weights start at zero, with the optimizer's momentum of
     them reset. Where candidates are too few, the largest of what was dropped stay.
 
     Over ranks the sums f and g run over all of them, each of which draws the same: those of the mesh that divides the
@@ -41,7 +41,7 @@ class GSE(Rewiring):
         distribution: "erk" unless said otherwise.
         candidates: gamma, above 0.
         fraction: alpha, the share dropped at first, in [0, 1].
-        interval: steps between changes, at least 1.
+        interval: steps between changes, an int of at least 1, or a float: a fraction of all steps.
         end: T as a fraction of the steps, after which masks are fixed.
         seed: of the draws, which do not touch PyTorch's global generator.
 
@@ -83,7 +83,8 @@ class GSE(Rewiring):
             tensor.remembered = None
             if grad is not None:
                 assert tensor.backward is not None  # drawn a step before
-                tensor.remembered = tensor.magnitudes(grad).where(tensor.backward & ~hard, 0)
+                looked_at = tensor.magnitudes(grad).where(tensor.backward & ~hard, 0)
+                tensor.remembered = looked_at / masks.gradient_scale()
                 grad.mul_(tensor.expand(hard.to(grad.dtype)))
 
     def update(self, masks: MaskSet) -> None:

@@ -23,7 +23,7 @@ class IHT(DualAveraging):
     Attributes:
         ramp: fraction of the steps over which k shrinks linearly from all weights; 0: sparse from the first step.
         freeze: fraction of the steps after which the support is fixed; at least `ramp`.
-        interval: steps between projections, at least 1.
+        interval: steps between projections, an int of at least 1, or a float: a fraction of all steps.
 
     Source: Blumensath and Davies, "Iterative hard thresholding for compressed sensing", 2009, equation (2); Jin et al.,
     "Training skinny deep neural networks with iterative hard thresholding methods", 2016.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from spartan.masks import MaskSet
-from spartan.methods.base import SparseMethod, require_number, require_order
+from spartan.methods.base import SparseMethod, changes_in, require_number, require_order
 from spartan.schedules import Exponential, Linear, Schedule
 
 __all__ = ["MaskDecay"]
@@ -51,6 +51,12 @@ class MaskDecay(SparseMethod):
         if self.decay not in SHAPES:
             raise ValueError(f"decay must be one of {', '.join(SHAPES)}; got {self.decay!r}")
         require_number("rate", self.rate, 0.0)
+
+    def shortfall(self, total_steps: int) -> str | None:
+        """No step in which the weights outside the mask fade."""
+        if self.begin == self.end or changes_in(1, total_steps, self.begin, self.end):
+            return None
+        return f"it has no step to fade in: begin={self.begin:g} and end={self.end:g} of them are less than two apart"
 
     def start(self, masks: MaskSet) -> None:
         """With no time to decay, fix the masks at once."""

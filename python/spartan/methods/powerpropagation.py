@@ -65,6 +65,10 @@ class Powerpropagation(Method):
         """That of the method."""
         return self.method.beta_at(step, total_steps)
 
+    def shortfall(self, total_steps: int) -> str | None:
+        """That of the method."""
+        return self.method.shortfall(total_steps)
+
     def start(self, masks: MaskSet) -> None:
         """As the method does."""
         self.method.start(masks)

@@ -10,7 +10,7 @@ import torch
 
 from spartan.budgets import Distribution
 from spartan.masks import MaskSet
-from spartan.methods.base import SparseMethod, require_interval, require_number
+from spartan.methods.base import SparseMethod, require_interval, require_number, steps_of, too_rare
 from spartan.methods.static_random import draw_scores, require_seed
 
 __all__ = ["Rewiring"]
@@ -24,7 +24,8 @@ class Rewiring(SparseMethod):
 
     After step t the share f = alpha / 2 (1 + cos(pi t / T)) of the kept weights is dropped, those of smallest mean
     magnitude, and the room is given to the best of all that are not kept then. A grown weight starts at zero, with
-    the optimizer's moments of it reset; one that is dropped and grown at once stays as it is, which the dropped do
+    the optimizer's momentum of it reset, and what Adam and its kin divide by like that of settled weights, so that its
+    first steps are no longer than theirs; one that is dropped and grown at once stays as it is, which the dropped do
     before any that would not grow from zero. After T = `end` of the
     steps the masks are fixed. The number of kept weights never changes.
 
@@ -38,7 +39,7 @@ class Rewiring(SparseMethod):
 
     distribution: Distribution = "erk"
     fraction: float = 0.3
-    interval: int = 100
+    interval: int | float = 0.02
     end: float = 0.75
     seed: int = 0
 
@@ -56,6 +57,10 @@ class Rewiring(SparseMethod):
     @abstractmethod
     def growth(self, masks: MaskSet) -> dict[str, torch.Tensor]:
         """How much each block deserves to be grown, at least 0, summed over its weights; by name."""
+
+    def shortfall(self, total_steps: int) -> str | None:
+        """No step after which masks change."""
+        return too_rare("its random masks never change", self.interval, total_steps, 0.0, self.end)
 
     def start(self, masks: MaskSet) -> None:
         """Draw the first masks, or take those of a model that is sparse already."""
@@ -78,7 +83,7 @@ class Rewiring(SparseMethod):
 
     def due(self, masks: MaskSet, step: int) -> bool:
         """Whether masks change after that step."""
-        return step % self.interval == 0 and step < self.end * masks.total_steps
+        return step % steps_of(self.interval, masks.total_steps) == 0 and step < self.end * masks.total_steps
 
     def share(self, masks: MaskSet) -> float:
         """f, the share of the kept weights that is dropped after this step."""
@@ -97,7 +102,7 @@ class Rewiring(SparseMethod):
         self._grow(masks, growth, before)
         masks.project()
         for tensor, old in zip(masks.tensors, before, strict=True):
-            masks.reset_moments(tensor, tensor.hard & ~old)
+            masks.begin_moments(tensor, tensor.hard & ~old, tensor.hard & old)
 
     def _drop(self, masks: MaskSet) -> None:
         for group in masks.groups:

@@ -19,13 +19,13 @@ class RigL(Rewiring):
     After step t the share f = alpha / 2 (1 + cos(pi t / T)) of the kept weights is dropped; as many are grown, those
     of largest mean |dL/dw| among all that are not kept then, with the gradient of step t: dense, accumulated and
     reduced as the optimizer gets it. Only the steps before a change compute it; the others differentiate kept blocks
-    alone. Grown weights start at zero, with the optimizer's moments of them reset; one that is dropped and grown at
+    alone. Grown weights start at zero, with the optimizer's momentum of them reset; one that is dropped and grown at
     once stays as it is.
 
     Attributes:
         distribution: "erk" unless said otherwise.
         fraction: alpha, the share dropped at first, in [0, 1].
-        interval: steps between changes, at least 1.
+        interval: steps between changes, an int of at least 1, or a float: a fraction of all steps.
         end: T as a fraction of the steps, after which masks are fixed.
         seed: of the first masks, whose draw does not touch PyTorch's global generator.
 
@@ -47,7 +47,7 @@ class RigL(Rewiring):
             grad = tensor.gradient
             tensor.remembered = None
             if grad is not None:
-                tensor.remembered = tensor.magnitudes(grad)
+                tensor.remembered = tensor.magnitudes(grad) / masks.gradient_scale()
                 grad.mul_(tensor.expand(tensor.hard.to(grad.dtype)))
 
     def update(self, masks: MaskSet) -> None:

@@ -18,13 +18,13 @@ class SET(Rewiring):
     """Train a sparse network; every `interval` steps drop its smallest blocks and grow others at random.
 
     After step t the share f = alpha / 2 (1 + cos(pi t / T)) of the kept weights is dropped; as many are grown, drawn
-    uniformly from all that are not kept then. Grown weights start at zero, with the optimizer's moments of them
+    uniformly from all that are not kept then. Grown weights start at zero, with the optimizer's momentum of them
     reset. Gradients are those of kept weights alone.
 
     Attributes:
         distribution: "erk" unless said otherwise.
         fraction: alpha, the share dropped at first, in [0, 1].
-        interval: steps between changes, at least 1.
+        interval: steps between changes, an int of at least 1, or a float: a fraction of all steps.
         end: T as a fraction of the steps, after which masks are fixed.
         seed: of the draws, which do not touch PyTorch's global generator.
 

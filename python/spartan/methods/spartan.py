@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from spartan.masks import MaskedTensor, MaskSet
-from spartan.methods.base import SparseMethod, require_number, require_order
+from spartan.methods.base import SparseMethod, changes_in, require_number, require_order
 from spartan.schedules import Cosine, Linear
 
 __all__ = ["Spartan"]
 
 BETA_UNITS = ("paper", "mean", "threshold")
+PUBLISHED: dict[str, Any] = {"beta": 10.0, "beta_units": "paper", "preserve_scale": False}
 ANNEAL_SHAPES = {"linear": Linear, "cosine": Cosine}
 
 
@@ -22,13 +24,14 @@ class Spartan(SparseMethod):
     block of a weights, and beta scaled by the square root of the block size. The kept fraction goes from 1 to
     the target linearly over the first `ramp` of the steps, beta from 1 to its target over the first
     `anneal`; then the soft mask is merged into the weights, the hard one fixed, and the rest of the steps
-    fine-tunes.
+    fine-tunes. The defaults of `beta`, `beta_units` and `preserve_scale` work with weights of any scale, with and
+    without normalisation layers; the published ones are `Spartan.paper(...)`.
 
     Attributes:
-        beta: sharpness reached at the end of annealing. Published: 10 for ResNet-50, 20 for ViT-B/16.
-        beta_units: "paper": beta multiplies |theta| as it stands, so small weights make a flat mask.
-            "mean": beta is divided by the mean of v / a now, which makes it independent of the weights' scale;
-            "threshold": by the hard threshold of the last solve, which is free of the scale too (try 4).
+        beta: sharpness reached at the end of annealing. Published: 10 for ResNet-50, 20 for ViT-B/16, in "paper" units.
+        beta_units: "threshold": beta is divided by the hard threshold of the last solve, "mean": by the mean of v / a
+            now; both make the mask independent of the weights' scale. "paper": beta multiplies |theta| as it stands, so
+            small weights make a flat mask.
         ramp: fraction of the steps over which the budget shrinks.
         anneal: fraction of the steps over which beta grows and after which masks are fixed; at least `ramp`.
         anneal_shape: "linear", the paper's, or "cosine": how beta grows.
@@ -36,17 +39,17 @@ class Spartan(SparseMethod):
             those that the forward pass uses; equation (2) then has G 1_B for G, which outside B lacks m G, at most
             eps |G|. As the mask sharpens B shrinks to the kept blocks, and the step of linear layers in blocks gets
             faster. 0: all of G, the paper.
-        preserve_scale: divide each masked weight by the mean of its kept m, as a constant; for networks
-            without normalisation layers, in which the signal would die away.
+        preserve_scale: divide each masked weight by the mean of its kept m, as a constant; without it the signal dies
+            away in networks without normalisation layers.
 
     Source: Tai, Tian, Lim, "Spartan: Differentiable Sparsity via Regularized Transportation", NeurIPS 2022.
     """
 
-    beta: float = 10.0
-    beta_units: str = "paper"
+    beta: float = 4.0
+    beta_units: str = "threshold"
     ramp: float = 0.2
     anneal: float = 0.8
-    preserve_scale: bool = False
+    preserve_scale: bool = True
     anneal_shape: str = "linear"
     backward_tolerance: float = 0.0
 
@@ -66,6 +69,15 @@ class Spartan(SparseMethod):
         require_number("anneal", self.anneal, 0.0, 1.0)
         require_order("ramp", self.ramp, "anneal", self.anneal)
 
+    @classmethod
+    def paper(cls, **settings: Any) -> Spartan:
+        """The published settings: beta = 10 (ResNet-50) on |theta| as it stands, kept weights scaled by their m.
+
+        Args:
+            settings: as of the class, `sparsity` among them; they take precedence, such as `beta=20` (ViT-B/16).
+        """
+        return cls(**{**PUBLISHED, **settings})
+
     @property
     def backward_masks(self) -> bool:  # type: ignore[override]
         """With a tolerance, it says which blocks need a gradient."""
@@ -74,6 +86,12 @@ class Spartan(SparseMethod):
     def beta_at(self, step: int, total_steps: int) -> float:
         """From 1 to `beta` over the first `anneal` of the steps."""
         return ANNEAL_SHAPES[self.anneal_shape](1.0, self.beta, 0, self.anneal * total_steps)(step)
+
+    def shortfall(self, total_steps: int) -> str | None:
+        """No step in which masks are soft."""
+        if self.anneal == 0 or changes_in(1, total_steps, 0.0, self.anneal):
+            return None
+        return f"its masks are fixed before they are ever soft: anneal={self.anneal:g} of the steps is less than two"
 
     def start(self, masks: MaskSet) -> None:
         """Without a ramp, solve for the masks of the first step."""

@@ -27,7 +27,7 @@ class SRSTE(DualAveraging):
         strength: lambda, at least 0.
         ramp: fraction of the steps over which the budget shrinks; 0, as published: sparse from the first step.
         freeze: fraction of the steps after which the mask is fixed; at least `ramp`. The default never fixes it.
-        interval: steps between updates of the masks, at least 1.
+        interval: steps between updates of the masks, an int of at least 1, or a float: a fraction of all steps.
 
     Source: Zhou et al., "Learning N:M fine-grained structured sparse neural networks from scratch", ICLR 2021,
     arXiv 2102.04010.

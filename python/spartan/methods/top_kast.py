@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from spartan.masks import MaskedTensor, MaskSet
-from spartan.methods.base import SparseMethod, require_interval, require_number
+from spartan.methods.base import SparseMethod, require_interval, require_number, steps_of, too_rare
 
 __all__ = ["TopKAST"]
 
@@ -32,7 +32,7 @@ class TopKAST(SparseMethod):
         backward_sparsity: fraction of weights that get no gradient, at most `sparsity`; counted as `sparsity` is.
         penalty: "l2" or "l1".
         strength: lambda, at least 0.
-        interval: steps between choices of A and B, at least 1.
+        interval: steps between choices of A and B, an int of at least 1, or a float: a fraction of all steps.
         freeze: fraction of the steps after which A is fixed and alone trained.
 
     Source: Jayakumar et al., "Top-KAST: Top-K Always Sparse Training", NeurIPS 2020, arXiv 2106.03517.
@@ -41,7 +41,7 @@ class TopKAST(SparseMethod):
     backward_sparsity: float
     penalty: str = "l2"
     strength: float = 1e-4
-    interval: int = 100
+    interval: int | float = 0.02
     freeze: float = 1.0
 
     takes_shards = True
@@ -58,6 +58,11 @@ class TopKAST(SparseMethod):
         require_number("strength", self.strength, 0.0)
         require_interval(self.interval)
         require_number("freeze", self.freeze, 0.0, 1.0)
+
+    def shortfall(self, total_steps: int) -> str | None:
+        """No step after which A and B are chosen anew."""
+        what = "it chooses among the first weights alone"
+        return too_rare(what, self.interval, total_steps, 0.0, self.freeze)
 
     def start(self, masks: MaskSet) -> None:
         """Choose A and B among the initial weights."""
@@ -82,7 +87,7 @@ class TopKAST(SparseMethod):
             _restore(tensor)
         if masks.step >= self.freeze * masks.total_steps:
             self.finish(masks)
-        elif masks.step % self.interval == 0:
+        elif masks.step % steps_of(self.interval, masks.total_steps) == 0:
             self._choose(masks)
 
     def finish(self, masks: MaskSet) -> None:

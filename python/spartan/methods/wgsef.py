@@ -9,7 +9,7 @@ import torch
 
 from spartan.distributed import largest, least_positive, total_over
 from spartan.masks import MaskGroup, MaskSet
-from spartan.methods.base import require_number
+from spartan.methods.base import require_number, steps_of
 from spartan.methods.dual_averaging import DualAveraging
 
 __all__ = ["WGSEF"]
@@ -39,7 +39,8 @@ class WGSEF(DualAveraging):
         strength: lambda, above 0.
         ramp: fraction of the steps over which the budget shrinks; 0: the whole one from the first step.
         freeze: fraction of the steps after which the mask is fixed; at least `ramp`.
-        interval: steps between proximal steps, at least 1; tau is that of all of them.
+        interval: steps between proximal steps, an int of at least 1, or a float: a fraction of all steps; tau is that
+            of all steps between.
 
     Source: Refael, Arbel, Huleihel, "Learning k-level structured sparse neural networks using group envelope
     regularization", arXiv 2212.12921; the proximal step derived from the definition, with budgets in weights.
@@ -72,11 +73,12 @@ class WGSEF(DualAveraging):
         param_groups = [group for optimizer in masks.optimizers for group in optimizer.param_groups]
         rates = {id(p): float(group["lr"]) for group in param_groups for p in group["params"]}
         progress = self.schedule(masks.total_steps)(masks.step)
+        steps = steps_of(self.interval, masks.total_steps)
         for group in masks.groups:
             own = {rates[id(t.weight)] for t in group.tensors if id(t.weight) in rates}
             if len(own) > 1:
                 raise ValueError(f"weights that share a budget must share a learning rate for WGSEF; got {sorted(own)}")
-            _step(group, group.budget(progress), self.strength * self.interval * (own.pop() if own else 0.0))
+            _step(group, group.budget(progress), self.strength * steps * (own.pop() if own else 0.0))
 
 
 def _step(group: MaskGroup, budget: float, tau: float) -> None:

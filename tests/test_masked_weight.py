@@ -211,7 +211,7 @@ def test_any_shape_and_block(target: Any, shape: tuple[int, ...], rows: int, col
 
 
 def test_empty_weights(target: Any) -> None:
-    for shape in [(0, 4), (4, 0)]:
+    for shape in [(0, 4), (4, 0), (6, 8, 0)]:
         weight = torch.empty(shape, device=target.device, requires_grad=True)
         mask = torch.empty(shape, device=target.device)
         out = F.masked_weight(weight, mask, mask.bool(), beta=1.0, backend=target.backend)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ class _Weight:
         if weight.dim() < 2:
             shape = (1, weight.numel(), 1)
         else:
-            shape = (weight.shape[0], weight.shape[1], weight[0, 0].numel() if weight.numel() else 1)
+            shape = (weight.shape[0], weight.shape[1], math.prod(weight.shape[2:]))
         self.first = (native_cuda.DTYPES[weight.dtype], _native.Blocks(*shape, rows, columns))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ class _Weight:
         if weight.dim() < 2:
             shape = (1, weight.numel(), 1)
         else:
-            shape = (weight.shape[0], weight.shape[1], weight[0, 0].numel() if weight.numel() else 1)
+            shape = (weight.shape[0], weight.shape[1], math.prod(weight.shape[2:]))
         self.blocks = _native.Blocks(*shape, rows, columns)
 
     def workspace(self) -> torch.Tensor:

@@ -9,11 +9,12 @@ BIN := $(VENV)/bin
 CREATED := $(VENV)/.created
 INSTALLED := $(VENV)/.installed
 TRAINERS := $(VENV)/.trainers
+SITE := $(VENV)/.docs
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints-dev.txt \
 	$(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize lint bench figures gpu gpu-compile clean
+.PHONY: help demo test sanitize lint docs bench figures gpu gpu-compile clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +34,10 @@ lint: $(INSTALLED) ## check style and types
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 
+docs: $(INSTALLED) $(SITE) ## build the documentation site in docs/_build/html; warnings are errors
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs docs/_build/html $(ARGS)
+	@echo "docs/_build/html/index.html"
+
 bench: $(INSTALLED) ## measure against PyTorch and sort + Sinkhorn (QUICK=1: a few minutes)
 	$(BIN)/python -m bench $(if $(QUICK),--quick) $(ARGS)
 
@@ -46,7 +51,7 @@ gpu: ## with a GPU: check, measure, test, sanitize, profile in 9 minutes; PYTHON
 	$(if $(REHEARSE),SPARTAN_REHEARSE=1) $(PYTHON) -m bench.gpu
 
 clean: ## remove the environment, builds and caches (results of the demo stay)
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f spartan_kernels/_native*.so spartan_kernels/_build.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	find . -name '*.egg-info' -type d -prune -exec rm -rf {} +
@@ -62,6 +67,11 @@ $(CREATED):
 # An editable install: Python files are used as they are, so only what is built or declared needs a new one.
 $(INSTALLED): $(CREATED) $(BUILD_INPUTS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-dev.txt -e ".[demo,dev,bench]"
+	@touch $@
+
+# What builds the documentation; not part of the environment that `make demo` needs.
+$(SITE): $(INSTALLED) pyproject.toml constraints-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-dev.txt $$($(BIN)/python -m tests.extras docs)
 	@touch $@
 
 # The trainers of other packages that tests train with (about 200 MB, so `make demo` does without). Without a network, their

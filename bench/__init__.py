@@ -1,4 +1,4 @@
-"""The benchmark: `python -m bench`. Every number in the README comes from here."""
+"""The benchmark: `python -m bench`. Every number in the documentation comes from here."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def write(path: Path, content: Record) -> None:
 
 
 def print_tables(records: Sequence[Record]) -> None:
-    """Print what the README shows."""
+    """Print what the documentation shows."""
     from rich.console import Console
     from rich.table import Table
 

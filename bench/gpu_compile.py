@@ -412,7 +412,7 @@ def main(arguments: list[str] | None = None) -> int:
         help=f"other versions of Triton (those of {', '.join(tritons.VERSIONS)}); none: skip them",
     )
     parser.add_argument("--rows", type=Path, help="write the rows of this Triton's kernels as CSV, and do no more")
-    parser.add_argument("--save", action="store_true", help=f"write {SAVED.name}, of which the README has a table")
+    parser.add_argument("--save", action="store_true", help=f"write {SAVED.name}, which the documentation shows")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 replaces the compiler; unset it")

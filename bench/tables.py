@@ -1,6 +1,7 @@
-"""The README's tables, from committed results: `python -m bench.tables` writes them, `--check` only compares.
+"""The documentation's tables, from committed results: `python -m bench.tables` writes them, `--check` only compares.
 
-A table stands between `<!-- results:NAME -->` and `<!-- /results -->`; nothing between the two is written by hand.
+A table stands between `<!-- results:NAME -->` and `<!-- /results -->`, in the README or a page of `docs`; nothing
+between the two is written by hand.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -17,17 +17,13 @@ import typer
 from bench import save
 from bench.accuracy_table import NOT_RUN, accuracy_tables
 from bench.machine import ROOT
+from bench.markdown import markdown_table, provenance
 from bench.pretrained import METHODS
 from bench.run import Report, Result
+from bench.short_tables import FAMILIES, accuracy_of, accuracy_short, speed_short, training_short
 
-README = ROOT / "README.md"
 _IN_FIGURES = ("masked_conv", "masked_matmul")  # ops whose many cases are read from a figure
 _SECTION = re.compile(r"(<!-- results:([\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def accuracy(results: Path) -> str:
@@ -42,7 +38,7 @@ def accuracy(results: Path) -> str:
         what = model["what"][0].upper() + model["what"][1:]
         merit = "; bits per byte on files held out, lower is better" if "bits" in table.header[0] else ""
         parts.append(
-            f"{_table(table.header, table.cells)}\n{what}{blocks}{merit}; dense: {table.dense}."
+            f"{markdown_table(table.header, table.cells)}\n{what}{blocks}{merit}; dense: {table.dense}."
             f" {', '.join(map(str, steps))} steps of {model['recipe']['batch_size']}.\n\n"
         )
     return (
@@ -67,7 +63,7 @@ def pretrained(results: Path) -> str:
     training = f"{recipe['steps']} steps of {recipe['batch_size']} texts of {recipe['tokens']} tokens at most"
     header = ["method", *(f"{100 * s:.0f}% zeros" for s in sparsities)]
     return (
-        f"{_table(header, rows)}\nCosine to the dense embeddings, and recall of the other half of a pair among"
+        f"{markdown_table(header, rows)}\nCosine to the dense embeddings, and recall of the other half of a pair among"
         f" {data['held_out_pairs']} held out (dense: {recall:.3f}); {training}, AdamW at {recipe['learning_rate']:g},"
         f" one seed. {data['processor']}, PyTorch {data['versions']['torch']}, {data['date'][:10]}.\n"
     )
@@ -99,13 +95,8 @@ def speed(results: Path) -> str:
                 others = [f"{n} {p.ratio.median:.3g}×" for n, p in result.peers.items() if n != "copy"]
                 in_copies = f"{1 / copies.ratio.median:.2f}" if copies else ""
                 rows.append([f"`{result.case}`", _milliseconds(result), in_copies, ", ".join(others)])
-        machine = reports[0].machine
-        noise = "" if not any(r.noise for r in reports) else " The machine was not quiet in every run."
-        parts.append(
-            _table(["case", "time", "in copies of its tensor", "peers, as a multiple of our time"], rows)
-            + f"\n{machine['device']}, {machine['threads']} threads, {reports[0].dtype}, PyTorch {machine['torch']},"
-            f" {machine['date'][:10]}.{noise}\n"
-        )
+        header = ["case", "time", "in copies of its tensor", "peers, as a multiple of our time"]
+        parts.append(f"{markdown_table(header, rows)}\n{provenance(reports)}")
     return "\n".join(parts)
 
 
@@ -120,9 +111,9 @@ def plans(results: Path) -> str:
 
     header = ["in to out", "block", "tile", "MB from L2", "TFLOP/s it allows", "TFLOP/s, bound", "part"]
     return (
-        f"{_table(header, [line(row) for row in rows])}\nComputed from the launch plans, not measured: an H100 with 800"
-        " TFLOP/s and 5.5 TB/s from its L2 cache, bfloat16, 8192 tokens, a tenth of the blocks active. The bound counts"
-        " the bytes of x alone.\n"
+        f"{markdown_table(header, [line(row) for row in rows])}\nComputed from the launch plans, not measured: an H100"
+        " with 800 TFLOP/s and 5.5 TB/s from its L2 cache, bfloat16, 8192 tokens, a tenth of the blocks active. The"
+        " bound counts the bytes of x alone.\n"
     )
 
 
@@ -157,10 +148,26 @@ def compiled(results: Path) -> str:
         for (language, target), group in sorted(groups.items(), reverse=True)
     ]
     header = ["kernels", "target", "compiled", "most registers", "bytes spilled", "most shared memory"]
-    return f"{_table(header, lines)}\nCompiled only: not yet run on a GPU.\n"
+    return f"{markdown_table(header, lines)}\nCompiled only: not yet run on a GPU.\n"
 
 
-TABLES = {"accuracy": accuracy, "pretrained": pretrained, "speed": speed, "compiled": compiled, "plans": plans}
+TABLES = {
+    "accuracy": accuracy,
+    "accuracy-short": accuracy_short,
+    **{f"accuracy-{family}": accuracy_of(family) for family in FAMILIES},
+    "pretrained": pretrained,
+    "speed": speed,
+    "speed-short": speed_short,
+    "training-short": training_short,
+    "compiled": compiled,
+    "plans": plans,
+}
+
+
+def pages(root: Path) -> list[Path]:
+    """The README and the pages of `docs` that have tables of results."""
+    found = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+    return [path for path in found if "_build" not in path.parts and "<!-- results:" in path.read_text("utf-8")]
 
 
 def rendered(text: str, results: Path) -> str:
@@ -172,7 +179,7 @@ def rendered(text: str, results: Path) -> str:
 
     def section(match: re.Match[str]) -> str:
         if match[2] not in TABLES:
-            raise ValueError(f"README section results:{match[2]} is none of {', '.join(TABLES)}")
+            raise ValueError(f"section results:{match[2]} is none of {', '.join(TABLES)}")
         return f"{match[1]}{TABLES[match[2]](results)}{match[3]}"
 
     return _SECTION.sub(section, text)
@@ -181,14 +188,18 @@ def rendered(text: str, results: Path) -> str:
 def main(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 when a table differs.")] = False,
 ) -> None:
-    """Write the README's tables from bench/results."""
-    text = README.read_text(encoding="utf-8")
-    new = rendered(text, save.RESULTS)
-    if check and new != text:
-        print("README.md differs from bench/results: run `python -m bench.tables`")
+    """Write the tables of the README and of docs from bench/results."""
+    differ = []
+    for page in pages(ROOT):
+        text = page.read_text(encoding="utf-8")
+        new = rendered(text, save.RESULTS)
+        if new != text:
+            differ.append(str(page.relative_to(ROOT)))
+            if not check:
+                page.write_text(new, encoding="utf-8")
+    if check and differ:
+        print(f"{', '.join(differ)} differ from bench/results: run `python -m bench.tables`")
         raise typer.Exit(1)
-    if not check:
-        README.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,32 +1,30 @@
-"""The README's example runs as pasted."""
+"""The README is short, its quick start trains a good model, and its tables are those of the committed results."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import typer
 
 from bench import tables
+from tests import pages
+from tests.pages import README
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+TEXT = README.read_text(encoding="utf-8")
 
 
-def examples() -> list[str]:
-    """The Python code of the README."""
-    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def test_the_readme_is_short() -> None:
+    assert len(TEXT.splitlines()) <= 150
+    assert len(TEXT.split()) <= 1500
 
 
 def quick_start(seed: int, method: str = "spartan.Spartan(sparsity=0.9)") -> float:
     """Run the first example as printed, but for the method, and score the model it trains on inputs it has not seen."""
-    example = next(e for e in examples() if "Sparsifier" in e)
+    example = next(block.code for block in pages.blocks(TEXT) if "Sparsifier" in block.code)
     printed = "spartan.Spartan(sparsity=0.9)"
     assert example.count(printed) == 1
     torch.manual_seed(seed)
@@ -62,55 +60,31 @@ def test_the_quick_start_s_score_sees_a_model_at_chance() -> None:
     assert quick_start(0, "spartan.Spartan.paper(sparsity=0.9)") < 0.2
 
 
-def test_budgets_and_costs(capsys: pytest.CaptureFixture[str]) -> None:
-    text = README.read_text(encoding="utf-8").partition("### Budgets and costs")[2]
-    example, shown = re.findall(r"```(?:python)?\n(.*?)```", text, re.DOTALL)[:2]
-    torch.manual_seed(0)
-    exec(compile(example, str(README), "exec"), {})
-    lines, wanted = capsys.readouterr().out.splitlines(), shown.splitlines()
-    assert lines[:3] == wanted[:3]
-    assert lines[3].partition("%")[0][:-1] == wanted[3].partition("%")[0][:-1]  # which are zero depends on the weights
-
-
-@pytest.mark.skipif(not dist.is_available(), reason="PyTorch was built without torch.distributed")
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("train_sharded.py", "0.900 of the masked weights are zero, on 2 ranks\n"),
-        ("masks.py", "budget 1894.4: soft masks sum to 1894.4, hard masks keep 1894\n"),
-    ],
-)
-def test_over_two_processes(name: str, expected: str, tmp_path: Path) -> None:
-    script = tmp_path / name
-    script.write_text(next(e for e in examples() if e.startswith(f"# {name}, run by: torchrun")), encoding="utf-8")
-    root = README.parent
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(root), str(root / "python")]),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    shown = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert shown.stdout == expected, shown.stderr
-
-
-def test_links_lead_somewhere() -> None:
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README.read_text(encoding="utf-8"))
-    assert links and all((README.parent / link).exists() for link in links)
-
-
 def test_tables_are_those_of_the_committed_results() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert "<!-- results:accuracy -->" in text and "<!-- results:speed -->" in text
-    assert tables.rendered(text, tables.save.RESULTS) == text
+    found = tables.pages(pages.ROOT)
+    names = {
+        name for page in found for name in re.findall(r"<!-- results:([\w-]+) -->", page.read_text(encoding="utf-8"))
+    }
+    assert README in found and {"accuracy", "speed", "accuracy-short", "speed-short", "plans", "compiled"} <= names
+    for page in found:
+        text = page.read_text(encoding="utf-8")
+        assert tables.rendered(text, tables.save.RESULTS) == text, f"run `python -m bench.tables` for {page}"
 
 
 def test_a_table_that_differs_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    changed = tmp_path / "README.md"
-    text = README.read_text(encoding="utf-8")
-    changed.write_text(re.sub(r"\d\d\.\d\d ±", "99.99 ±", text), encoding="utf-8")
-    monkeypatch.setattr(tables, "README", changed)
+    page = tmp_path / "docs" / "results" / "accuracy.md"
+    page.parent.mkdir(parents=True)
+    (tmp_path / "README.md").write_text(TEXT, encoding="utf-8")
+    text = (pages.ROOT / "docs" / "results" / "accuracy.md").read_text(encoding="utf-8")
+    page.write_text(re.sub(r"\d\d\.\d\d ±", "99.99 ±", text), encoding="utf-8")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
     with pytest.raises(typer.Exit):
         tables.main(check=True)
     tables.main(check=False)
-    assert changed.read_text(encoding="utf-8") == text
+    assert page.read_text(encoding="utf-8") == text
+    tables.main(check=True)
+
+
+def test_a_table_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ValueError, match="results:speeed is none of"):
+        tables.rendered("<!-- results:speeed -->\n<!-- /results -->\n", tables.save.RESULTS)

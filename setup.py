@@ -26,7 +26,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:  # it would fail on pyproject
     raise SystemExit(f"spartan-kernels: building needs setuptools 77 or newer; found {setuptools.__version__}")
 
 ROOT = Path(__file__).resolve().parent
-RECORD = "_build.json"  # why there is no extension, read by spartan_kernels.backends.native
+RECORD = "_build.json"  # why there is no extension, read by spartan_kernels.backends.extension
 
 
 class CMakeBuild(build_ext):

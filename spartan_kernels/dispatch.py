@@ -9,11 +9,13 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
+
+from spartan_kernels.backends import extension
 
 BACKENDS = ("native", "triton", "cuda", "reference")
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
@@ -26,9 +28,7 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Triton's interpreter runs the same kernels on CPU tensors; chosen for the whole process, before triton is imported.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _TRITON_DEVICES = ("cuda", "cpu") if _INTERPRETED else ("cuda",)
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -40,68 +40,63 @@ class Support:
     dtypes: tuple[torch.dtype, ...]
 
 
+_Dtypes = tuple[torch.dtype, ...]
+
+
 def _rows(
-    stem: str, operators: tuple[str, ...], native: bool, triton: bool = False, cuda: bool = False
+    stem: str, *operators: str, reference: _Dtypes = _FLOATS, native: _Dtypes = (), gpu: _Dtypes = ()
 ) -> dict[str, dict[str, Support]]:
-    row = {"reference": Support(stem, (), _FLOATS)}
+    """The same row for each operator of a stem, from the dtypes that each backend serves; `gpu`: triton and cuda."""
+    row = {"reference": Support(stem, (), reference)}
     if native:
-        row["native"] = Support(stem, ("cpu",), _FLOATS)
-    if triton:
-        row["triton"] = Support(stem, _TRITON_DEVICES, _TRITON_DTYPES)
-    if cuda:
-        row["cuda"] = Support(stem, ("cuda",), _CUDA_DTYPES)
+        row["native"] = Support(stem, ("cpu",), native)
+    if gpu:
+        row["triton"] = Support(stem, _TRITON_DEVICES, gpu)
+        row["cuda"] = Support(stem, ("cuda",), gpu)
     return {operator: row for operator in operators}
 
 
-_PRODUCT_OPERATORS = (
-    "masked_linear_forward",
-    "masked_linear_backward",
-    "sampled_matmul_forward",
-    "block_sparse_linear_forward",
-    "block_sparse_linear_backward",
-)
-_PRODUCTS = {
-    "reference": Support("masked_matmul", (), _FLOATS),
-    "native": Support("masked_matmul", ("cpu",), _PRODUCT_DTYPES),
-    "triton": Support("masked_matmul", _TRITON_DEVICES, _PRODUCT_DTYPES),
-    "cuda": Support("masked_matmul", ("cuda",), _PRODUCT_DTYPES),
-}
-
 # operator -> backend -> what it serves. The only place that says so.
 SUPPORT: dict[str, dict[str, Support]] = {
-    **_rows("soft_topk", ("soft_topk_forward", "soft_topk_backward"), native=True, triton=True, cuda=True),
     **_rows(
         "soft_topk",
-        ("soft_topk_global_forward", "soft_topk_global_backward", "solve_masks_"),
-        native=True,
-        cuda=True,
-        triton=True,
+        "soft_topk_forward",
+        "soft_topk_backward",
+        "soft_topk_global_forward",
+        "soft_topk_global_backward",
+        "solve_masks_",
+        native=_FLOATS,
+        gpu=_NARROW,
     ),
-    **_rows("hard_topk", ("hard_topk_forward",), native=True, triton=True, cuda=True),
-    **_rows("hard_topk", ("hard_topk_global_forward",), native=True, triton=True, cuda=True),
+    **_rows("hard_topk", "hard_topk_forward", "hard_topk_global_forward", native=_FLOATS, gpu=_NARROW),
     **_rows(
         "masked_weight",
-        (
-            "masked_weight_forward",
-            "masked_weight_backward",
-            "masked_weight_coupling",
-            "masked_weight_correct_",
-            "block_scores",
-        ),
-        native=True,
-        triton=True,
-        cuda=True,
+        "masked_weight_forward",
+        "masked_weight_backward",
+        "masked_weight_coupling",
+        "masked_weight_correct_",
+        "block_scores",
+        native=_FLOATS,
+        gpu=_NARROW,
     ),
-    **_rows("masked_weight", ("add_block_signs_", "masked_weight_backward_"), native=True),
-    **{operator: _PRODUCTS for operator in _PRODUCT_OPERATORS},
-    **{
-        operator: {
-            "reference": Support("masked_conv", (), _FLOATS),
-            "native": Support("masked_conv", ("cpu",), _PRODUCT_DTYPES),
-        }
-        for operator in ("masked_conv2d_forward", "masked_conv2d_backward")
-    },
-    "block_layout": {n: replace(s, dtypes=(*_FLOATS, torch.bool)) for n, s in _PRODUCTS.items()},
+    **_rows("masked_weight", "add_block_signs_", "masked_weight_backward_", native=_FLOATS),
+    **_rows(
+        "masked_matmul",
+        "masked_linear_forward",
+        "masked_linear_backward",
+        "sampled_matmul_forward",
+        native=_NARROW,
+        gpu=_NARROW,
+    ),
+    **_rows("block_sparse", "block_sparse_linear_forward", "block_sparse_linear_backward", native=_NARROW, gpu=_NARROW),
+    **_rows("masked_conv", "masked_conv2d_forward", "masked_conv2d_backward", native=_NARROW),
+    **_rows(
+        "block_layout",
+        "block_layout",
+        reference=(*_FLOATS, torch.bool),
+        native=(*_FLOATS, torch.bool),
+        gpu=(*_FLOATS, torch.bool),
+    ),
 }
 
 
@@ -145,14 +140,10 @@ def unavailable(name: str) -> str | None:
     if name == "reference":
         return None
     if name == "native":
-        from spartan_kernels.backends import native
-
-        return native.unavailable()
+        return extension.unavailable()
     if name == "triton":
         return _triton_unavailable()
-    from spartan_kernels.backends import native_cuda
-
-    return native_cuda.unavailable()
+    return extension.cuda_unavailable()
 
 
 def _triton_unavailable() -> str | None:
@@ -207,24 +198,11 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-# the modules beside the one that has the extension, by stem
-_COMPILED = {
-    "soft_topk": "_topk",
-    "hard_topk": "_topk",
-    "masked_weight": "_weight",
-    "masked_matmul": "_matmul",
-    "masked_conv": "_conv",
-}
-
-
 @cache
 def implementation(operator: str, name: str) -> Callable[..., Any]:
     """The function of the backend `name` that computes `operator`."""
-    package = "spartan_kernels.backends."
-    stem = SUPPORT[operator][name].stem
-    compiled = {"native": "native", "cuda": "native_cuda"}
-    module = f"{compiled[name]}{_COMPILED[stem]}" if name in compiled else f"{name}.{stem}"
-    function: Callable[..., Any] = getattr(importlib.import_module(package + module), operator)
+    module = importlib.import_module(f"spartan_kernels.backends.{name}.{SUPPORT[operator][name].stem}")
+    function: Callable[..., Any] = getattr(module, operator)
     return function
 
 
@@ -241,7 +219,6 @@ def info() -> dict[str, Any]:
         and "operators": {operator: {device: {"auto": name, backend: None or the reason it does not serve}}}.
     """
     from spartan_kernels import __version__
-    from spartan_kernels.backends import native
 
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     operators = {
@@ -259,7 +236,7 @@ def info() -> dict[str, Any]:
     return {
         "version": __version__,
         "torch": torch.__version__,
-        "native": native.build_info(),
+        "native": extension.build_info(),
         "devices": devices,
         "operators": operators,
     }

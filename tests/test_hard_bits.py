@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from spartan_kernels import ops
-from spartan_kernels.backends import native
+from spartan_kernels.backends import extension
 
 pytestmark = pytest.mark.operators("hard_topk_forward", "hard_topk_global_forward", "solve_masks_")
 
@@ -108,10 +108,10 @@ def test_a_division_in_another_precision_is_found() -> None:
 @pytest.mark.operators()
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set_has_the_bits_of_the_rule(isa: str) -> None:
-    if native.unavailable() is not None:
+    if extension.unavailable() is not None:
         pytest.skip("the native backend is not here")
     order = ["baseline", "avx2", "avx512"]
-    best = native.build_info()["instruction_set"]
+    best = extension.build_info()["instruction_set"]
     if order.index(isa) >= order.index(best):
         pytest.skip(f"the tests above ran on {best}")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "native-cpu"]

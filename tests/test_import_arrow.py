@@ -6,21 +6,26 @@ import ast
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import spartan
 import spartan_kernels
+from spartan_kernels.dispatch import BACKENDS, SUPPORT
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = Path(spartan_kernels.__file__).parent
 SPARTAN = Path(spartan.__file__).parent
-BACKENDS = ("reference", "triton", "native")
+COMPILED = ("native", "cuda")  # the backends that call the extension
+# What every backend may import of `spartan_kernels.backends` besides its own folder.
+SHARED = ("spartan_kernels.backends.shared",)
+EXTENSION = "spartan_kernels.backends.extension"
 
 
 def imports(path: Path, package: str) -> set[str]:
-    """Absolute dotted names that a file imports, wherever in it."""
+    """Absolute dotted names that a file imports, wherever in it: by a statement or by a constant name."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -31,54 +36,111 @@ def imports(path: Path, package: str) -> set[str]:
                 parents = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*parents, *([base] if base else [])])
             names |= {f"{base}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            name = node.value.lstrip(".")
+            if name.startswith(("spartan.", "spartan_kernels.")) and " " not in name:
+                names.add(name)
     return names
 
 
-def files(root: Path) -> list[tuple[Path, str]]:
-    """Python files under a package with the package each belongs to."""
-    found = sorted(root.rglob("*.py"))
-    return [(path, ".".join(path.parent.relative_to(root.parent).parts)) for path in found]
+def files(root: Path) -> Iterator[tuple[Path, str]]:
+    """Python files under a package with the dotted name of the package that each belongs to."""
+    for path in sorted(root.rglob("*.py")):
+        yield path, ".".join(path.parent.relative_to(root.parent).parts)
 
 
 def inside(name: str, package: str) -> bool:
     return name == package or name.startswith(f"{package}.")
 
 
-def test_kernels_never_import_spartan() -> None:
-    for path, package in files(KERNELS):
-        assert not [name for name in imports(path, package) if inside(name, "spartan")], path
+def violations(kernels: Path) -> list[str]:
+    """What the files of a `spartan_kernels` import against the arrow, as "file: name"."""
+    found = []
+    for path, package in files(kernels):
+        parts = path.relative_to(kernels).with_suffix("").parts
+        for name in imports(path, package):
+            if refused(parts, name):
+                found.append(f"{'/'.join(parts)}: {name}")
+    return sorted(found)
 
 
-def test_no_backend_imports_another_or_what_calls_it() -> None:
-    forbidden = {"spartan_kernels.ops", "spartan_kernels.dispatch"}
-    for path, package in files(KERNELS / "backends"):
-        parts = path.relative_to(KERNELS / "backends").with_suffix("").parts
-        if parts[0] not in BACKENDS:
-            continue
-        others = {f"spartan_kernels.backends.{name}" for name in BACKENDS if name != parts[0]}
-        for name in imports(path, f"spartan_kernels.{package}"):
-            assert not any(inside(name, package) for package in others | forbidden), (path, name)
+def refused(parts: tuple[str, ...], name: str) -> bool:
+    """Whether the module at this place in `spartan_kernels` may not import `name`."""
+    if inside(name, "spartan"):
+        return True
+    if inside(name, "spartan_kernels._native"):
+        return parts != ("backends", "extension")
+    if parts[0] == "ops":
+        return inside(name, "spartan_kernels.backends")
+    if parts[0] != "backends":
+        return False
+    if any(inside(name, above) for above in ("spartan_kernels.ops", "spartan_kernels.dispatch")):
+        return True
+    if not inside(name, "spartan_kernels.backends"):
+        return False
+    folder = parts[1] if len(parts) > 2 else ""
+    allowed = [
+        *SHARED,
+        *([EXTENSION] if folder in COMPILED else []),
+        *([f"spartan_kernels.backends.{folder}"] * bool(folder)),
+    ]
+    return not any(inside(name, package) for package in allowed)
 
 
-def test_ops_import_no_backend() -> None:
-    for path, package in files(KERNELS / "ops"):
-        names = imports(path, f"spartan_kernels.{package}")
-        assert not [name for name in names if inside(name, "spartan_kernels.backends")], path
+def test_no_module_of_the_kernels_imports_against_the_arrow() -> None:
+    assert violations(KERNELS) == []
+
+
+def test_every_backend_is_a_folder_with_the_stems_it_serves() -> None:
+    folders = {path.name for path in (KERNELS / "backends").iterdir() if (path / "__init__.py").exists()}
+    assert folders == set(BACKENDS)
+    for row in SUPPORT.values():
+        for backend, support in row.items():
+            assert (KERNELS / "backends" / backend / f"{support.stem}.py").exists(), (backend, support.stem)
+
+
+@pytest.mark.parametrize(
+    ("place", "source"),
+    [
+        ("backends/native/masked_conv.py", "from spartan_kernels.backends.reference import masked_conv"),
+        ("backends/native/masked_conv.py", "from spartan_kernels.backends import reference"),
+        ("backends/cuda/rows.py", "def f():\n    from spartan_kernels.backends.native import rows"),
+        ("backends/cuda/rows.py", "from ..native import rows"),
+        ("backends/triton/tables.py", "from spartan_kernels.backends import extension"),
+        (
+            "backends/reference/survey.py",
+            "import importlib\nimportlib.import_module('spartan_kernels.backends.triton')",
+        ),
+        ("backends/reference/survey.py", "import spartan_kernels.dispatch"),
+        ("backends/native/rows.py", "from spartan_kernels import _native"),
+        ("backends/native/rows.py", "import importlib\nimportlib.import_module('spartan_kernels._native')"),
+        ("backends/shared.py", "from spartan_kernels.backends.reference import survey"),
+        ("backends/extension.py", "from spartan_kernels import ops"),
+        ("ops/hard_topk.py", "from spartan_kernels.backends.shared import expand"),
+        ("layout.py", "from spartan import nn"),
+    ],
+)
+def test_a_planted_import_against_the_arrow_is_found(tmp_path: Path, place: str, source: str) -> None:
+    planted = tmp_path / "spartan_kernels" / place
+    planted.parent.mkdir(parents=True)
+    planted.write_text(source)
+    (found,) = violations(tmp_path / "spartan_kernels")
+    assert found.startswith(place.removesuffix(".py"))
+
+
+def test_only_extension_py_imports_the_compiled_module() -> None:
+    callers = {
+        path.relative_to(KERNELS).as_posix()
+        for path, package in files(KERNELS)
+        if any(inside(name, "spartan_kernels._native") for name in imports(path, package))
+    }
+    assert callers == {"backends/extension.py"}
 
 
 def test_spartan_reaches_kernels_through_their_public_face() -> None:
     for path, package in files(SPARTAN):
         names = imports(path, package)
         assert not [n for n in names if inside(n, "spartan_kernels.backends") or n.endswith("._native")], path
-
-
-def test_only_one_file_calls_the_extension() -> None:
-    callers = {
-        path.relative_to(KERNELS).as_posix()
-        for path, package in files(KERNELS)
-        if any(inside(name, "spartan_kernels._native") for name in imports(path, package))
-    }
-    assert callers <= {"backends/native.py"}
 
 
 @pytest.mark.parametrize(
@@ -88,6 +150,7 @@ def test_only_one_file_calls_the_extension() -> None:
         ("def f():\n    from spartan import nn", "spartan_kernels", "spartan.nn"),
         ("from ..native import run", "spartan_kernels.backends.triton", "spartan_kernels.backends.native.run"),
         ("from . import native", "spartan_kernels.backends", "spartan_kernels.backends.native"),
+        ("import_module('spartan_kernels.ops')", "spartan_kernels.backends", "spartan_kernels.ops"),
     ],
 )
 def test_imports_are_seen_in_every_form(tmp_path: Path, source: str, package: str, expected: str) -> None:

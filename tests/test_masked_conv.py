@@ -30,7 +30,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def small_problems_are_worth_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
     """The native backend makes weight gradients on the blocks of a backward mask, though here that saves nothing."""
-    monkeypatch.setattr("spartan_kernels.backends.native_conv.dense_convolution_wins", lambda *_: False)
+    monkeypatch.setattr("spartan_kernels.backends.native.masked_conv.dense_convolution_wins", lambda *_: False)
 
 
 NAMES = ("y", "grad x", "grad weight", "grad gate", "grad bias")
@@ -258,7 +258,7 @@ def test_where_the_dense_gradient_is_the_faster_one(
     monkeypatch: pytest.MonkeyPatch, target: Any, dtype: torch.dtype, missing: tuple[str, ...], groups: int
 ) -> None:
     """The weight's gradient without the gate's, made densely and masked: by the native backend, and by the choice."""
-    monkeypatch.setattr("spartan_kernels.backends.native_conv.dense_convolution_wins", lambda *_: True)
+    monkeypatch.setattr("spartan_kernels.backends.native.masked_conv.dense_convolution_wins", lambda *_: True)
     backend = target.backend if groups == 1 else "auto"
     p = {**problem((2, 6, 5, 5), (8, 6 // groups, 3, 3), (4, 2), dtype, padding=1), **dict.fromkeys(missing)}
     p["groups"] = groups

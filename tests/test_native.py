@@ -11,10 +11,10 @@ import torch
 
 import spartan.functional as F
 from spartan_kernels import hard_topk, hard_topk_global, new_solver_state, soft_topk, soft_topk_global, solve_masks_
-from spartan_kernels.backends import native
+from spartan_kernels.backends import extension
 from spartan_kernels.testing import make_costs, make_values, oracle_hard_topk
 
-pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+pytestmark = pytest.mark.skipif(extension.unavailable() is not None, reason=str(extension.unavailable()))
 
 N = 300_007  # past the sample (131,072 float32 values), not a multiple of anything
 
@@ -140,7 +140,7 @@ for dtype, rtol, atol in ((torch.float32, 2e-5, 1e-6), (torch.float64, 1e-9, 1e-
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_each_instruction_set_computes_the_same(isa: str) -> None:
     order = ["baseline", "avx2", "avx512"]
-    best = native.build_info()["instruction_set"]
+    best = extension.build_info()["instruction_set"]
     if order.index(isa) > order.index(best):
         pytest.skip(f"this machine has no {isa}: its best is {best}")
     environment = {**os.environ, "SPARTAN_ISA": isa}
@@ -157,11 +157,11 @@ def test_each_instruction_set_computes_the_same(isa: str) -> None:
 
 def test_scratch_memory_stays_under_four_mebibytes() -> None:
     for length in (10, 131_072, 131_073, 25_600_000, 2**40):
-        assert native._native.cpu.workspace_bytes(1, length, 4) < 4 << 20
-        assert native._native.cpu.workspace_bytes(1, length, 8) < 4 << 20
-        assert native._native.cpu.workspace_bytes(1, length, 4, grouped=True) < 4 << 20
+        assert extension.native.cpu.workspace_bytes(1, length, 4) < 4 << 20
+        assert extension.native.cpu.workspace_bytes(1, length, 8) < 4 << 20
+        assert extension.native.cpu.workspace_bytes(1, length, 4, grouped=True) < 4 << 20
     for element_size, threads in [(2, 16), (4, 16), (8, 16)]:  # rows that all threads solve together
-        assert native._native.cpu.rows_workspace_bytes(25_600_000, element_size, threads) < 4 << 20
+        assert extension.native.cpu.rows_workspace_bytes(25_600_000, element_size, threads) < 4 << 20
 
 
 NARROW = [torch.bfloat16, torch.float16]
@@ -231,7 +231,7 @@ def test_rows_beyond_the_cache_are_solved_as_lists(dtype: torch.dtype, priced: b
 def test_a_solve_allocates_less_than_four_mebibytes(dtype: torch.dtype) -> None:
     values = [torch.randn(1 << 22).to(dtype), torch.randn(3000).to(dtype)]
     soft, hard = [torch.empty_like(v) for v in values], [torch.empty_like(v, dtype=torch.bool) for v in values]
-    native._scratch.tensors.clear()
+    extension._scratch.tensors.clear()
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         solve_masks_(values, 1e5, None, 5.0, soft, hard, new_solver_state(), absolute=True, backend="native")
     allocated = sum(event.cpu_memory_usage for event in profile.events() if event.name.startswith("aten::empty"))

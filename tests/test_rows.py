@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from spartan_kernels import hard_topk, soft_topk
-from spartan_kernels.backends import native
+from spartan_kernels.backends import extension
 from spartan_kernels.testing import budget_error, make_costs, oracle_hard_topk, total_cost
 
 pytestmark = [
-    pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable())),
+    pytest.mark.skipif(extension.unavailable() is not None, reason=str(extension.unavailable())),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
 

@@ -16,7 +16,7 @@ from bench.gpu import products, records, training
 _BACKENDS = ("triton", "cuda")
 _SOLVERS = {
     "triton": "spartan_kernels.backends.triton.global_solve",
-    "cuda": "spartan_kernels.backends.native_cuda_topk",
+    "cuda": "spartan_kernels.backends.cuda.lists",
 }
 _COUNTED = 10
 _ROWS_PEERS = ("copy", "torch.topk (hard)")

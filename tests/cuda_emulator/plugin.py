@@ -15,20 +15,20 @@ import torch
 os.environ.setdefault("SPARTAN_CHECK_OPERANDS", "1")
 specification = importlib.util.spec_from_file_location("spartan_kernels._native", os.environ["SPARTAN_EMULATED"])
 assert specification is not None and specification.loader is not None
-extension = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(extension)
-sys.modules["spartan_kernels._native"] = extension
+emulated = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(emulated)
+sys.modules["spartan_kernels._native"] = emulated
 
 from spartan_kernels import dispatch  # noqa: E402
-from spartan_kernels.backends import native_cuda  # noqa: E402
+from spartan_kernels.backends import extension  # noqa: E402
 
 
 def _no_stream(like: torch.Tensor) -> tuple[int, int]:
     return 0, 0
 
 
-native_cuda.stream = _no_stream
-native_cuda.unavailable = lambda: None
+extension.stream = _no_stream
+extension.cuda_unavailable = lambda: None
 for rows in dispatch.SUPPORT.values():
     if "cuda" in rows:
         rows["cuda"] = replace(rows["cuda"], devices=("cpu",))

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from spartan_kernels import new_solver_state, ops, solve_masks_
-from spartan_kernels.backends import native_cuda, native_cuda_topk
+from spartan_kernels.backends import extension
+from spartan_kernels.backends.cuda import lists, soft_topk
 from spartan_kernels.testing import assert_within_error_budget, oracle_soft_topk, plain_soft_topk
 
 pytestmark = pytest.mark.skipif(not os.environ.get("SPARTAN_EMULATED"), reason="needs the emulated CUDA extension")
@@ -54,7 +55,7 @@ LIMIT, WARM, COLD, BACKWARD = 8, 12, 16, 20
 @pytest.mark.parametrize("density", [0.5, 0.1, 0.01])
 def test_a_solve_moves_what_its_launch_plan_says(dtype: torch.dtype, density: float) -> None:
     share, mask = dtype.itemsize / 4, 1
-    plan = native_cuda_topk.launch_plan(dtype)
+    plan = lists.launch_plan(dtype)
     assert sum((launch.read + launch.written) * launch.cold for launch in plan) <= COLD * share + mask
     assert sum((launch.read + launch.written) * launch.warm for launch in plan) <= WARM * share + mask
     values, state = torch.randn(N), new_solver_state("cpu")
@@ -72,13 +73,13 @@ def test_a_solve_moves_what_its_launch_plan_says(dtype: torch.dtype, density: fl
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_the_gradient_moves_what_its_launch_plan_says(dtype: torch.dtype) -> None:
-    plan = native_cuda_topk.backward_launch_plan(dtype)
+    plan = lists.backward_launch_plan(dtype)
     assert sum(launch.read + launch.written for launch in plan) == BACKWARD * dtype.itemsize / 4
     values = torch.randn(N).to(dtype).requires_grad_()
     (mask,) = ops.soft_topk_global([values], budget_of(0.1 * N), None, BETA, backend="cuda")
-    _, threshold = native_cuda_topk.soft_topk_global_forward([values], budget_of(0.1 * N), [], BETA, "")
+    _, threshold = soft_topk.soft_topk_global_forward([values], budget_of(0.1 * N), [], BETA, "")
     moved()
-    native_cuda_topk.soft_topk_global_backward([torch.randn_like(mask)], [values], threshold, [], BETA, False, "")
+    soft_topk.soft_topk_global_backward([torch.randn_like(mask)], [values], threshold, [], BETA, False, "")
     for found, each in zip(moved(), (sum(p.read for p in plan), sum(p.written for p in plan)), strict=True):
         assert 0.99 * each * N <= found <= 1.001 * each * N
 
@@ -131,7 +132,7 @@ def test_counts_of_the_last_solve() -> None:
     values, state, counts = torch.randn(N), new_solver_state("cpu"), []
     for _ in range(3):
         solve(values, 0.1 * N, state)
-        counts.append(native_cuda_topk.last_solve())
+        counts.append(lists.last_solve())
     passes, rewrites, trials = zip(*counts, strict=True)
     assert passes[0] <= 2 and passes[1:] == (1, 1)
     assert rewrites == trials == (0, 0, 0)
@@ -149,7 +150,7 @@ def test_the_same_bits_twice() -> None:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_value_that_is_not_finite_leaves_no_plausible_mask(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_cuda_topk, "_inspect_list", lambda *_: None)  # as on a GPU, where the host does not look
+    monkeypatch.setattr(lists, "inspect_list", lambda *_: None)  # as on a GPU, where the host does not look
     values = torch.randn(N)
     values[73_457] = bad
     for k in (0.1 * N, float(N)):
@@ -160,4 +161,4 @@ def test_a_value_that_is_not_finite_leaves_no_plausible_mask(bad: float, monkeyp
 def test_little_memory_beside_the_masks() -> None:
     for sizes in ((2**31 + 5,), (1_000_000,) * 1000, (3,)):
         words = torch.tensor([[0, 0, 0, n, 0, 0, 0] for n in sizes], dtype=torch.int64)
-        assert native_cuda._native.cuda.global_workspace_bytes(words.data_ptr(), len(sizes)) < 4 << 20
+        assert extension.native.cuda.global_workspace_bytes(words.data_ptr(), len(sizes)) < 4 << 20

@@ -7,7 +7,8 @@ import math
 import torch
 from torch.nn import functional
 
-from spartan_kernels.backends.reference.activations import ACTIVATIONS, before_activation
+from spartan_kernels.backends.reference.activations import ACTIVATIONS
+from spartan_kernels.backends.shared import before_activation, bias_gradient
 
 
 def _rows_of(layout: list[torch.Tensor]) -> torch.Tensor:
@@ -62,5 +63,5 @@ def block_sparse_linear_backward(
         tiles = padded.reshape(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns).movedim(1, 2)
         results[1] = tiles[_rows_of(layout), layout[1].long()].contiguous()
     if needs[2]:
-        results[2] = dz.reshape(dz.shape[:-1].numel(), out).sum(0)
+        results[2] = bias_gradient(dz)
     return results

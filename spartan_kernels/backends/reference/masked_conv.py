@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from spartan_kernels.backends.reference.masked_weight import block_sum, expand
-
-__all__ = ["masked_conv2d_backward", "masked_conv2d_forward", "parameter_gradients"]
+from spartan_kernels.backends.shared import expand, parameter_gradients
 
 
 def _masked(
@@ -17,27 +15,6 @@ def _masked(
     active = gate != 0 if mask is None else (gate != 0) & mask
     gated = (weight * expand(gate, weight.shape, rows, columns)).to(weight.dtype)
     return torch.where(expand(active, weight.shape, rows, columns), gated, 0.0)
-
-
-def parameter_gradients(
-    dense: torch.Tensor,
-    weight: torch.Tensor,
-    gate: torch.Tensor,
-    backward_mask: torch.Tensor | None,
-    rows: int,
-    columns: int,
-    needs: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of weight and gate from that of their product; empty where not needed."""
-    if backward_mask is not None:
-        dense = torch.where(expand(backward_mask, weight.shape, rows, columns), dense, 0.0)
-    dweight = dgate = weight.new_empty(0)
-    if needs[1]:
-        dweight = (dense * expand(gate, weight.shape, rows, columns)).to(weight.dtype).contiguous()
-    if needs[2]:
-        wide = torch.promote_types(gate.dtype, torch.float32)
-        dgate = block_sum(dense.to(wide) * weight, rows, columns).to(gate.dtype).contiguous()
-    return dweight, dgate
 
 
 def masked_conv2d_forward(

@@ -5,38 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from spartan_kernels.backends.reference.activations import ACTIVATIONS, before_activation
-from spartan_kernels.backends.reference.block_sparse import block_sparse_linear_backward, block_sparse_linear_forward
-from spartan_kernels.backends.reference.masked_weight import block_sum, expand
-from spartan_kernels.layout import longest_first
-
-__all__ = [
-    "block_layout",
-    "block_sparse_linear_backward",
-    "block_sparse_linear_forward",
-    "masked_linear_backward",
-    "masked_linear_forward",
-    "sampled_matmul_forward",
-]
-
-
-def block_layout(gate: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """The blocks whose gate and mask are not zero, by rows and by columns of blocks; no host waits for their number."""
-    active = gate != 0 if mask is None else (gate != 0) & mask
-    rows, columns = _compressed(active), _compressed(active.mT)
-    return *rows, *columns, longest_first(rows[0], columns[0])
-
-
-def _compressed(active: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Offsets of the rows, and the columns of what is active, zeros behind them."""
-    lines, length = active.shape
-    flat = active.reshape(-1)
-    offsets = functional.pad(active.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-    place = torch.where(flat, flat.cumsum(0) - 1, flat.numel())  # what is not active: one place past the end
-    column = torch.arange(length, dtype=torch.int32, device=active.device).repeat(lines)
-    indices = torch.zeros(flat.numel() + 1, dtype=torch.int32, device=active.device)
-    indices.scatter_(0, place, torch.where(flat, column, 0))
-    return offsets, indices[:-1].clone()
+from spartan_kernels.backends.reference.activations import ACTIVATIONS
+from spartan_kernels.backends.shared import before_activation, bias_gradient, block_sum, expand
 
 
 def _active(layout: list[torch.Tensor], shape: torch.Size, rows: int, columns: int) -> torch.Tensor:
@@ -102,7 +72,7 @@ def masked_linear_backward(
             wide = torch.promote_types(gate.dtype, torch.float32)
             results[2] = block_sum(dense.to(wide) * weight, rows, columns).to(gate.dtype).contiguous()
     if needs[3]:
-        results[3] = dz.reshape(dz.shape[:-1].numel(), weight.shape[0]).sum(0)
+        results[3] = bias_gradient(dz)
     return results
 
 

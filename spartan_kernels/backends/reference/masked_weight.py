@@ -5,26 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn import functional
 
-
-def expand(grid: torch.Tensor, shape: torch.Size, rows: int, columns: int) -> torch.Tensor:
-    """The value of each weight's block, in the weight's shape."""
-    if (rows, columns) == (1, 1) or grid.dim() == 0:
-        return grid.expand(shape)
-    return grid.repeat_interleave(rows, 0)[: shape[0]].repeat_interleave(columns, 1)[:, : shape[1]]
-
-
-def block_sum(tensor: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Sum over each (rows, columns) block of the first two dimensions."""
-    if (rows, columns) == (1, 1):
-        return tensor
-    out, in_, *rest = tensor.shape
-    flat = tensor.reshape(out, in_, tensor.shape[2:].numel()).movedim(-1, 0)
-    flat = functional.pad(flat, (0, -in_ % columns, 0, -out % rows))
-    tiles = flat.reshape(flat.shape[0], flat.shape[1] // rows, rows, flat.shape[2] // columns, columns)
-    sums = tiles.sum((2, 4)).movedim(0, -1)
-    return sums.reshape(sums.shape[0], sums.shape[1], *rest)
+from spartan_kernels.backends.shared import block_sum, expand
 
 
 def masked_weight_forward(

@@ -6,132 +6,18 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import triton
 
-from spartan_kernels.backends.triton import launches
+from spartan_kernels.backends.shared import before_activation, bias_gradient
 from spartan_kernels.backends.triton import masked_matmul_kernels as kernels
+from spartan_kernels.backends.triton.block_layout import LAYOUT_BLOCK
+from spartan_kernels.backends.triton.block_matrix import BlockMatrix, dense_float
 from spartan_kernels.backends.triton.configs import CompileCase, name_of, power_of_two
 from spartan_kernels.backends.triton.launches import Launch, start
-from spartan_kernels.backends.triton.product_launches import JOIN_BLOCK, pointer_or, product_launches
-from spartan_kernels.backends.triton.product_plan import kind_of, precision_of, sampled_tile
-from spartan_kernels.tiles import Tile, default_tile, tile_for
+from spartan_kernels.backends.triton.product_launches import JOIN_BLOCK
+from spartan_kernels.backends.triton.product_plan import kind_of, sampled_tile
+from spartan_kernels.tiles import Tile, default_tile
 
-_aten = torch.ops.aten
 _WIDEST = 128  # of a block that one program sums
-_LAYOUT_BLOCK = 256
-
-
-def block_layout(gate: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """The blocks whose gate and mask are not zero, by rows and by columns of blocks; two launches."""
-    grid_rows, grid_columns = gate.shape
-    gate = (gate.view(torch.uint8) if gate.dtype == torch.bool else gate).contiguous()
-    lines = grid_rows + grid_columns
-    counts, order, row_offsets, column_offsets, column_indices, row_indices = (
-        torch.zeros(n, dtype=torch.int32, device=gate.device)
-        for n in (lines, lines, grid_rows + 1, grid_columns + 1, gate.numel(), gate.numel())
-    )
-    given = gate if mask is None else mask.contiguous().view(torch.uint8)
-    rest: Any = {"HAS_MASK": mask is not None, "BLOCK": _LAYOUT_BLOCK, "num_warps": 4}
-    if lines:
-        sizes = grid_rows, grid_columns
-        start(Launch(kernels._layout_count_kernel, lines, (gate, given, counts, *sizes), rest))
-        parts = counts, row_offsets, column_indices, column_offsets, row_indices, order
-        start(Launch(kernels._layout_fill_kernel, lines, (gate, given, *parts, *sizes), rest))
-    return row_offsets, column_indices, column_offsets, row_indices, order
-
-
-class _Operand:
-    """The block-sparse matrix of a product: dense in memory, or its blocks alone with `positions`."""
-
-    def __init__(
-        self,
-        data: torch.Tensor,
-        shape: tuple[int, int],
-        block: tuple[int, int],
-        layout: list[torch.Tensor],
-        gate: torch.Tensor | None,
-        positions: torch.Tensor | None,
-    ) -> None:
-        self.data = data if positions is None and data.stride(-1) == 1 else data.contiguous()
-        self.shape, self.block, self.layout, self.positions = shape, block, layout, positions
-        self.gate = None if gate is None else dense_float(gate)
-
-    def product(
-        self, x: torch.Tensor, forward: bool, bias: torch.Tensor | None = None, activation: str = "", save: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """act(x w^T + b) by rows of blocks, or x w by columns of blocks, and the sums before the activation."""
-        flat = _tokens(x)
-        extent = self.shape[0] if forward else self.shape[1]
-        device, dtype, packed = x.device, x.dtype, self.positions is not None
-        y = torch.empty((*x.shape[:-1], extent), dtype=dtype, device=device)
-        saved = torch.empty_like(y) if save else torch.empty(0, dtype=dtype, device=device)
-        if y.numel() == 0:
-            return y, saved
-        offsets, indices = self.layout[:2] if forward else self.layout[2:4]
-        order = self.layout[4] if forward else self.layout[4][self.layout[0].shape[0] - 1 :]
-        tokens, stride = flat.shape[0], flat.stride(0)
-        span, other = self.block if forward else self.block[::-1]
-        precision = precision_of(x)
-        tile = tile_for(device, tokens, span, other, kind_of(dtype, precision))
-        row = self.block[1] if packed else self.data.stride(0)
-        product = product_launches(
-            device, dtype, tokens, stride, self.shape, self.block, row, forward, packed,
-            self.gate is not None, bias is not None, activation, save, precision, tile,
-        )  # fmt: skip
-        out = y if product.split == 1 else torch.empty((product.split, y.numel()), dtype=torch.float32, device=device)
-        index = order, offsets, indices
-        pointers = [flat, self.data, out, *index]
-        pointers += [p for p in (self.gate, bias, self.positions) if p is not None]
-        pointers += [saved] * save + [y] * (out is not y)
-        operands = flat, self.data, self.gate, bias, out, y, saved, index, self.positions
-        launches.run(product.recording, pointers, lambda: product.launches(*operands))
-        return y, saved
-
-    def sampled(
-        self, dz: torch.Tensor, x: torch.Tensor, out: torch.Tensor, grad_gate: torch.Tensor | None
-    ) -> torch.Tensor:
-        """dz^T x on the active blocks of `out`, times the gate; `grad_gate`: its products with the data before that."""
-        left = dz if dz.dim() == 2 else dz.reshape(dz.shape[:-1].numel(), dz.shape[-1])
-        right = _tokens(x)
-        rows, columns = self.block
-        grid_columns = triton.cdiv(self.shape[1], columns)
-        programs = triton.cdiv(self.shape[0], rows) * grid_columns
-        precision = precision_of(x)
-        if programs == 0 or left.shape[0] == 0:
-            return out
-        arguments = (
-            left, right, self.data, pointer_or(self.gate, right), out, pointer_or(grad_gate, right), *self.layout[:2],
-            left.shape[0], *self.shape, grid_columns, left.stride(0), left.stride(1), right.stride(0),
-            self.data.stride(0), 0 if self.positions is not None else out.stride(0),
-        )  # fmt: skip
-        options = {
-            "ROWS": rows, "COLUMNS": columns, "PACKED": self.positions is not None, "HAS_GATE": self.gate is not None,
-            "GATE_GRAD": grad_gate is not None, "PRECISION": precision,
-            **sampled_tile(rows, columns, kind_of(x.dtype, precision) != "float32", x.element_size()),
-        }  # fmt: skip
-        start(Launch(kernels._sampled_kernel, programs, arguments, options))
-        return out
-
-
-def _tokens(x: torch.Tensor) -> torch.Tensor:
-    """x as [tokens, features] whose features lie side by side."""
-    flat = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return flat if flat.stride(-1) == 1 else flat.contiguous()
-
-
-def dense_float(gate: torch.Tensor) -> torch.Tensor:
-    """A gate in float32, without gaps."""
-    return gate if gate.dtype == torch.float32 and gate.is_contiguous() else gate.to(torch.float32).contiguous()
-
-
-def _before_activation(grad: torch.Tensor, saved: torch.Tensor, activation: str) -> torch.Tensor:
-    if activation == "relu":
-        return _aten.threshold_backward(grad, saved, 0)
-    if activation == "silu":
-        return _aten.silu_backward(grad, saved)
-    if activation:
-        return _aten.gelu_backward(grad, saved, approximate="tanh" if activation == "gelu_tanh" else "none")
-    return grad
 
 
 def masked_linear_forward(
@@ -147,7 +33,7 @@ def masked_linear_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """act(z), z = x (theta * gate on the layout's blocks)^T + b, and z when it is to be saved."""
     shape = (weight.shape[0], weight.shape[1])
-    return _Operand(weight, shape, (rows, columns), layout, gate, None).product(x, True, bias, activation, save)
+    return BlockMatrix(weight, shape, (rows, columns), layout, gate, None).product(x, True, bias, activation, save)
 
 
 def masked_linear_backward(
@@ -164,17 +50,17 @@ def masked_linear_backward(
     needs: list[bool],
 ) -> list[torch.Tensor]:
     """Gradients of x, weight, gate and bias; empty where not needed."""
-    dz = _before_activation(grad, saved, activation)
+    dz = before_activation(grad, saved, activation)
     shape, block = (weight.shape[0], weight.shape[1]), (rows, columns)
     results: list[torch.Tensor | None] = [None] * 4
     if needs[0]:
-        results[0] = _Operand(weight, shape, block, layout, gate, None).product(dz, False)[0]
+        results[0] = BlockMatrix(weight, shape, block, layout, gate, None).product(dz, False)[0]
     if needs[1] or needs[2]:
         grad_weight, grad_gate = _weight_gradient(dz, x, weight, gate, backward_layout, block, needs[2])
         results[1] = grad_weight if needs[1] else None
         results[2] = grad_gate.to(gate.dtype) if needs[2] and grad_gate is not None else None
     if needs[3]:
-        results[3] = dz.reshape(dz.shape[:-1].numel(), shape[0]).sum(0)
+        results[3] = bias_gradient(dz)
     return [x.new_empty(0) if result is None else result for result in results]
 
 
@@ -193,7 +79,7 @@ def _weight_gradient(
     grad_gate = torch.zeros(gate.shape, dtype=torch.float32, device=x.device) if of_gate or not sampled else None
     if sampled:
         out = torch.zeros(shape, dtype=weight.dtype, device=x.device)
-        return _Operand(weight, shape, block, layout, gate, None).sampled(dz, x, out, grad_gate), grad_gate
+        return BlockMatrix(weight, shape, block, layout, gate, None).sampled(dz, x, out, grad_gate), grad_gate
     assert grad_gate is not None  # the kernel that scales the dense product by the gate writes both
     raw = (dz.reshape(dz.shape[:-1].numel(), shape[0]).mT @ x.reshape(x.shape[:-1].numel(), shape[1])).contiguous()
     theta = weight if weight.stride(-1) == 1 else weight.contiguous()
@@ -223,47 +109,8 @@ def sampled_matmul_forward(
 ) -> torch.Tensor:
     """a b on the layout's blocks, zero elsewhere."""
     out = torch.zeros((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device)
-    operand = _Operand(out, (a.shape[0], b.shape[1]), (rows, columns), layout, None, None)
+    operand = BlockMatrix(out, (a.shape[0], b.shape[1]), (rows, columns), layout, None, None)
     return operand.sampled(a.mT, b, out, None)
-
-
-def block_sparse_linear_forward(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    layout: list[torch.Tensor],
-    positions: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: str,
-    out: int,
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """act(z), z = x w^T + b with w given by its blocks, and z when it is to be saved."""
-    operand = _Operand(values, (out, x.shape[-1]), (values.shape[1], values.shape[2]), layout, None, positions)
-    return operand.product(x, True, bias, activation, save)
-
-
-def block_sparse_linear_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    values: torch.Tensor,
-    layout: list[torch.Tensor],
-    positions: torch.Tensor,
-    saved: torch.Tensor,
-    activation: str,
-    needs: list[bool],
-) -> list[torch.Tensor]:
-    """Gradients of x, values and bias; empty where not needed."""
-    shape, block = (grad.shape[-1], x.shape[-1]), (values.shape[1], values.shape[2])
-    dz = _before_activation(grad, saved, activation)
-    operand = _Operand(values, shape, block, layout, None, positions)
-    results = [x.new_empty(0) for _ in range(3)]
-    if needs[0]:
-        results[0] = operand.product(dz, False)[0]
-    if needs[1]:
-        results[1] = operand.sampled(dz, x, torch.zeros_like(operand.data), None)
-    if needs[2]:
-        results[2] = dz.reshape(dz.shape[:-1].numel(), shape[0]).sum(0)
-    return results
 
 
 # sizes and strides of layers as they are
@@ -306,7 +153,7 @@ def _compile_cases() -> list[CompileCase]:
 
 def _small_cases() -> list[CompileCase]:
     """Layout, joined sums, and the gradient of all gates."""
-    layout = {"HAS_MASK": True, "BLOCK": _LAYOUT_BLOCK, "num_warps": 4}
+    layout = {"HAS_MASK": True, "BLOCK": LAYOUT_BLOCK, "num_warps": 4}
     join = {"HAS_BIAS": True, "ACTIVATION": "gelu", "SAVE": True, "SPLIT": 4, "BLOCK": JOIN_BLOCK}
     cases = [_case(k, torch.float32, layout, "") for k in (kernels._layout_count_kernel, kernels._layout_fill_kernel)]
     for dtype in (torch.float32, torch.bfloat16):

@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 
 from spartan_kernels.arguments import memory_format
-from spartan_kernels.backends import native
+from spartan_kernels.backends import extension
 
 __all__ = ["Geometry", "geometry", "image_of", "result_memory", "tokens_of_grad", "tokens_of_input", "windows"]
 
@@ -122,7 +122,7 @@ def geometry(
 def _kept(use: str, rows: int, columns: int) -> torch.Tensor:
     """Float32 scratch of this thread, whose memory nothing that is returned may share."""
     size = rows * columns * 4
-    return native.workspace(size, use)[:size].view(torch.float32).view(rows, columns)
+    return extension.workspace(size, use)[:size].view(torch.float32).view(rows, columns)
 
 
 def result_memory(like: torch.Tensor, g: Geometry, rows: int, columns: int) -> torch.Tensor:

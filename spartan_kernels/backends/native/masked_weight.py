@@ -2,41 +2,34 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
 from spartan_kernels.arguments import block_grid
-from spartan_kernels.backends import native
-
-_native: Any = native._native
+from spartan_kernels.backends import extension
 
 
 class _Weight:
     """A weight in blocks, and the arguments that every masked-weight kernel takes first."""
 
     def __init__(self, weight: torch.Tensor, rows: int, columns: int) -> None:
-        self.weight = native.compute(weight)
+        self.weight = extension.compute(weight)
         self.element = self.weight.element_size()
-        if weight.dim() < 2:
-            shape = (1, weight.numel(), 1)
-        else:
-            shape = (weight.shape[0], weight.shape[1], math.prod(weight.shape[2:]))
-        self.blocks = _native.Blocks(*shape, rows, columns)
+        self.blocks = extension.blocks(weight, rows, columns)
 
     def workspace(self) -> torch.Tensor:
-        return native.workspace(_native.cpu.blocks_workspace_bytes(self.blocks))
+        return extension.workspace(extension.native.cpu.blocks_workspace_bytes(self.blocks))
 
 
 def _mask_arguments(
     soft: torch.Tensor | None, hard: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    return None if soft is None else native.compute(soft), None if hard is None else hard.contiguous()
+    return None if soft is None else extension.compute(soft), None if hard is None else hard.contiguous()
 
 
 def _cost_arguments(costs: torch.Tensor) -> tuple[torch.Tensor | None, float]:
-    return (None, float(costs)) if costs.dim() == 0 else (native.compute(costs), 1.0)
+    return (None, float(costs)) if costs.dim() == 0 else (extension.compute(costs), 1.0)
 
 
 def masked_weight_forward(
@@ -53,12 +46,12 @@ def masked_weight_forward(
     w = _Weight(weight, rows, columns)
     m, h = _mask_arguments(soft, hard)
     result = torch.empty_like(w.weight)
-    _native.cpu.masked_weight(
+    extension.native.cpu.masked_weight(
         w.element,
         w.blocks,
         w.weight.data_ptr(),
-        native.pointer(m),
-        native.pointer(h),
+        extension.pointer(m),
+        extension.pointer(h),
         result.data_ptr(),
         torch.get_num_threads(),
     )
@@ -77,14 +70,14 @@ def masked_weight_backward(
     straight_through: bool,
 ) -> torch.Tensor:
     """G_i m_b + sign(theta_i) beta s_b g_b / a_b."""
-    result = torch.empty_like(weight, dtype=native.computed_in(weight.dtype), memory_format=torch.contiguous_format)
-    _backward_into(result, native.compute(grad), weight, soft, hard, beta, costs, rows, columns, straight_through)
+    result = torch.empty_like(weight, dtype=extension.computed_in(weight.dtype), memory_format=torch.contiguous_format)
+    _backward_into(result, extension.compute(grad), weight, soft, hard, beta, costs, rows, columns, straight_through)
     return result.to(weight.dtype)
 
 
 def masked_weight_backward_(grad: torch.Tensor, *operands: Any) -> None:
     """The same, in the memory of grad."""
-    g = native.compute(grad)
+    g = extension.compute(grad)
     _backward_into(g, g, *operands)
     if g.data_ptr() != grad.data_ptr():
         grad.copy_(g)
@@ -106,15 +99,15 @@ def _backward_into(
     m, h = _mask_arguments(soft, hard)
     array, unit = _cost_arguments(costs)
     workspace = w.workspace()
-    _native.cpu.masked_weight_backward(
+    extension.native.cpu.masked_weight_backward(
         w.element,
         w.blocks,
         grad.data_ptr(),
         w.weight.data_ptr(),
-        native.pointer(m),
-        native.pointer(h),
+        extension.pointer(m),
+        extension.pointer(h),
         float(beta),
-        native.pointer(array),
+        extension.pointer(array),
         unit,
         straight_through,
         result.data_ptr(),
@@ -135,17 +128,17 @@ def masked_weight_coupling(
 ) -> torch.Tensor:
     """[sum_b (1 - m_b) g_b m_b, sum_b a_b s_b] of this weight."""
     w = _Weight(weight, rows, columns)
-    g, m = native.compute(grad), native.compute(soft)
+    g, m = extension.compute(grad), extension.compute(soft)
     array, unit = _cost_arguments(costs)
     sums, workspace = torch.empty(2, dtype=torch.float64), w.workspace()
-    _native.cpu.masked_weight_coupling(
+    extension.native.cpu.masked_weight_coupling(
         w.element,
         w.blocks,
         g.data_ptr(),
         w.weight.data_ptr(),
         m.data_ptr(),
         float(beta),
-        native.pointer(array),
+        extension.pointer(array),
         unit,
         sums.data_ptr(),
         workspace.data_ptr(),
@@ -160,8 +153,8 @@ def masked_weight_correct_(
 ) -> None:
     """grad_i -= sign(theta_i) s_b scale."""
     w = _Weight(weight, rows, columns)
-    g, m = native.compute(grad), native.compute(soft)
-    _native.cpu.masked_weight_correct(
+    g, m = extension.compute(grad), extension.compute(soft)
+    extension.native.cpu.masked_weight_correct(
         w.element, w.blocks, g.data_ptr(), w.weight.data_ptr(), m.data_ptr(), float(scale), torch.get_num_threads()
     )
     if g.data_ptr() != grad.data_ptr():
@@ -171,8 +164,8 @@ def masked_weight_correct_(
 def add_block_signs_(grad: torch.Tensor, weight: torch.Tensor, pull: torch.Tensor, rows: int, columns: int) -> None:
     """grad_i += sign(theta_i) pull_b."""
     w = _Weight(weight, rows, columns)
-    g, p = native.compute(grad), native.compute(pull).to(w.weight.dtype)
-    _native.cpu.add_block_signs(
+    g, p = extension.compute(grad), extension.compute(pull).to(w.weight.dtype)
+    extension.native.cpu.add_block_signs(
         w.element, w.blocks, g.data_ptr(), w.weight.data_ptr(), p.data_ptr(), torch.get_num_threads()
     )
     if g.data_ptr() != grad.data_ptr():
@@ -183,5 +176,7 @@ def block_scores(weight: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """Sum of |theta| over each block."""
     w = _Weight(weight, rows, columns)
     scores = torch.empty(block_grid(weight.shape, (rows, columns)), dtype=w.weight.dtype)
-    _native.cpu.block_scores(w.element, w.blocks, w.weight.data_ptr(), scores.data_ptr(), torch.get_num_threads())
+    extension.native.cpu.block_scores(
+        w.element, w.blocks, w.weight.data_ptr(), scores.data_ptr(), torch.get_num_threads()
+    )
     return scores.to(weight.dtype)

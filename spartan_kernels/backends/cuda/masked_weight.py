@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 
 from spartan_kernels.arguments import block_grid
-from spartan_kernels.backends import native, native_cuda
-
-_native: Any = native_cuda._native
+from spartan_kernels.backends import extension
 
 
 class _Weight:
@@ -18,11 +13,7 @@ class _Weight:
 
     def __init__(self, weight: torch.Tensor, rows: int, columns: int) -> None:
         self.weight = weight.detach().contiguous()
-        if weight.dim() < 2:
-            shape = (1, weight.numel(), 1)
-        else:
-            shape = (weight.shape[0], weight.shape[1], math.prod(weight.shape[2:]))
-        self.first = (native_cuda.DTYPES[weight.dtype], _native.Blocks(*shape, rows, columns))
+        self.first = (extension.DTYPES[weight.dtype], extension.blocks(weight, rows, columns))
 
 
 class _Costs:
@@ -46,15 +37,15 @@ def masked_weight_forward(
 ) -> torch.Tensor:
     """theta * m * h."""
     w = _Weight(weight, rows, columns)
-    m, h = native_cuda.contiguous(soft), native_cuda.contiguous(hard)
+    m, h = extension.contiguous(soft), extension.contiguous(hard)
     result = torch.empty_like(w.weight)
-    native_cuda.call(
-        _native.cuda.masked_weight,
+    extension.call(
+        extension.native.cuda.masked_weight,
         weight,
         *w.first,
         w.weight.data_ptr(),
-        native.pointer(m),
-        native.pointer(h),
+        extension.pointer(m),
+        extension.pointer(h),
         result.data_ptr(),
     )
     return result
@@ -73,16 +64,16 @@ def masked_weight_backward(
 ) -> torch.Tensor:
     """G_i m_b + sign(theta_i) beta s_b g_b / a_b."""
     w, a = _Weight(weight, rows, columns), _Costs(costs)
-    g, m, h = grad.to(weight.dtype).contiguous(), native_cuda.contiguous(soft), native_cuda.contiguous(hard)
+    g, m, h = grad.to(weight.dtype).contiguous(), extension.contiguous(soft), extension.contiguous(hard)
     result = torch.empty_like(w.weight)
-    native_cuda.call(
-        _native.cuda.masked_weight_backward,
+    extension.call(
+        extension.native.cuda.masked_weight_backward,
         weight,
         *w.first,
         g.data_ptr(),
         w.weight.data_ptr(),
-        native.pointer(m),
-        native.pointer(h),
+        extension.pointer(m),
+        extension.pointer(h),
         beta.data_ptr(),
         *a.arguments,
         straight_through,
@@ -104,9 +95,9 @@ def masked_weight_coupling(
     w, a = _Weight(weight, rows, columns), _Costs(costs)
     g, m = grad.contiguous(), soft.contiguous()
     sums = torch.empty(2, dtype=torch.float64, device=weight.device)
-    workspace = torch.empty(_native.cuda.coupling_workspace, dtype=torch.float64, device=weight.device)
-    native_cuda.call(
-        _native.cuda.masked_weight_coupling,
+    workspace = torch.empty(extension.native.cuda.coupling_workspace, dtype=torch.float64, device=weight.device)
+    extension.call(
+        extension.native.cuda.masked_weight_coupling,
         weight,
         *w.first,
         g.data_ptr(),
@@ -126,8 +117,8 @@ def masked_weight_correct_(
     """grad_i -= sign(theta_i) s_b scale."""
     w = _Weight(weight, rows, columns)
     g, m = grad.contiguous(), soft.contiguous()
-    native_cuda.call(
-        _native.cuda.masked_weight_correct,
+    extension.call(
+        extension.native.cuda.masked_weight_correct,
         weight,
         *w.first,
         g.data_ptr(),
@@ -144,5 +135,5 @@ def block_scores(weight: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     w = _Weight(weight, rows, columns)
     grid = block_grid(weight.shape, (rows, columns))
     scores = torch.empty(grid, dtype=weight.dtype, device=weight.device)
-    native_cuda.call(_native.cuda.block_scores, weight, *w.first, w.weight.data_ptr(), scores.data_ptr())
+    extension.call(extension.native.cuda.block_scores, weight, *w.first, w.weight.data_ptr(), scores.data_ptr())
     return scores

@@ -1,5 +1,7 @@
 // Soft and hard top-k by rows. Each thread takes whole rows: short ones many at once, in the lanes of a vector; others one by
 // one, read from memory once and solved in cache. Rows beyond that go through the passes over a list of one tensor.
+#pragma once
+
 #include <atomic>
 #include <exception>
 #include <type_traits>
@@ -11,7 +13,6 @@
 #include "short_rows.h"
 
 namespace spartan::cpu {
-namespace {
 
 template <class S>
 constexpr bool kNarrow = sizeof(S) == 2;
@@ -294,14 +295,14 @@ class RowSolver {
   int team_;
 };
 
-constexpr int64_t kMostStaged = 5;  // values, costs and gradients of a row, widened
+inline constexpr int64_t kMostStaged = 5;  // values, costs and gradients of a row, widened
 
-int64_t piece_bytes(int64_t length, int element_size) {
+inline int64_t piece_bytes(int64_t length, int element_size) {
   const int64_t one = workspace_bytes(1, length, std::max(element_size, 4));
   return element_size == 2 ? one + kMostStaged * (length * 4 + 64) : one;
 }
 
-bool piece_fits_cache(int64_t length, int element_size) {
+inline bool piece_fits_cache(int64_t length, int element_size) {
   return element_size == 8 ? fits_cache<double>(length) : fits_cache<float>(length);
 }
 
@@ -334,41 +335,9 @@ void for_rows(const Rows& rows, Workspace workspace, int threads, F&& f) {
   if (error) std::rethrow_exception(error);
 }
 
-void advise_fresh(Dtype dtype, const Rows& rows, void* output) {
+inline void advise_fresh(Dtype dtype, const Rows& rows, void* output) {
   const int64_t bytes = dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
   advise_huge_pages(output, rows.rows * rows.length * bytes);
-}
-
-}  // namespace
-
-int64_t rows_workspace_bytes(int64_t length, int element_size, int threads) {
-  if (!piece_fits_cache(length, element_size)) return workspace_bytes(1, length, std::max(element_size, 4));
-  return piece_bytes(length, element_size) * std::max(threads, 1);
-}
-
-void soft_topk_rows(Dtype dtype, Rows rows, RowBudgets budget, double beta, void* mask, double* threshold,
-                    Workspace workspace, int threads) {
-  advise_fresh(dtype, rows, mask);
-  SPARTAN_DISPATCH_STORAGE(for_rows<S>(rows, workspace, threads, [&](const RowSolver<S>& solver, int64_t first, int64_t last) {
-    solver.soft(first, last, budget, beta, static_cast<S*>(mask), threshold);
-  }))
-}
-
-void soft_topk_rows_backward(Dtype dtype, Rows rows, const void* grad, double beta, RowGradient gradient, void* grad_values,
-                             void* grad_costs, Workspace workspace, int threads) {
-  advise_fresh(dtype, rows, grad_values);
-  if (grad_costs != nullptr) advise_fresh(dtype, rows, grad_costs);
-  SPARTAN_DISPATCH_STORAGE(for_rows<S>(rows, workspace, threads, [&](const RowSolver<S>& solver, int64_t first, int64_t last) {
-    solver.soft_backward(first, last, static_cast<const S*>(grad), beta, gradient, static_cast<S*>(grad_values),
-                         static_cast<S*>(grad_costs));
-  }))
-}
-
-void hard_topk_rows(Dtype dtype, Rows rows, RowBudgets budget, uint8_t* mask, Workspace workspace, int threads) {
-  advise_huge_pages(mask, rows.rows * rows.length);
-  SPARTAN_DISPATCH_STORAGE(for_rows<S>(rows, workspace, threads, [&](const RowSolver<S>& solver, int64_t first, int64_t last) {
-    solver.hard(first, last, budget, mask);
-  }))
 }
 
 }  // namespace spartan::cpu

@@ -1,4 +1,4 @@
-"""Convolution with active blocks alone, as products over windows of pixels (native_conv_windows)."""
+"""Convolution with active blocks alone, as products over windows of pixels (conv_windows)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional
 
 from spartan_kernels.arguments import memory_format
-from spartan_kernels.backends import native_weight
-from spartan_kernels.backends.native_conv_windows import (
+from spartan_kernels.backends.native.block_matrix import BlockMatrix
+from spartan_kernels.backends.native.conv_windows import (
     Geometry,
     geometry,
     image_of,
@@ -18,8 +18,8 @@ from spartan_kernels.backends.native_conv_windows import (
     tokens_of_input,
     windows,
 )
-from spartan_kernels.backends.native_matmul import _Matrix
-from spartan_kernels.backends.reference.masked_conv import parameter_gradients
+from spartan_kernels.backends.native.masked_weight import masked_weight_forward
+from spartan_kernels.backends.shared import parameter_gradients
 from spartan_kernels.break_even import dense_convolution_wins
 
 __all__ = ["masked_conv2d_backward", "masked_conv2d_forward"]
@@ -77,12 +77,12 @@ class _Places(NamedTuple):
         """The gates of these blocks, [n, 1, 1] in float32."""
         return gate.flatten(2)[self.row, self.column, self.position].float()[:, None, None]
 
-    def matrix(self, blocks: torch.Tensor, shape: tuple[int, int]) -> _Matrix:
+    def matrix(self, blocks: torch.Tensor, shape: tuple[int, int]) -> BlockMatrix:
         """The matrix of this shape that has these blocks; its index by columns is empty: only dx would read it."""
         size = (blocks.shape[1], blocks.shape[2])
         no_columns = torch.zeros(shape[1] // size[1] + 1, dtype=torch.int32)
         none = torch.zeros_like(self.at)
-        return _Matrix(blocks, shape, size, [self.offsets, self.at, no_columns, none], positions=none)
+        return BlockMatrix(blocks, shape, size, [self.offsets, self.at, no_columns, none], positions=none)
 
 
 def _offsets(active: torch.Tensor) -> torch.Tensor:
@@ -168,7 +168,7 @@ def masked_conv2d_backward(
         else:
             unused = gate.new_ones(())  # what the gradient of a masked weight takes
             operands = dense.contiguous(), gate.float(), backward_mask, unused, unused, rows, columns, True
-            results[1] = native_weight.masked_weight_forward(*operands)
+            results[1] = masked_weight_forward(*operands)
     if needs[3]:
         results[3] = grad.sum((0, 2, 3))
     return results

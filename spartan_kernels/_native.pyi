@@ -1,0 +1,5 @@
+"""What the compiled extension holds: functions over raw pointers, without types of their own."""
+
+from typing import Any
+
+def __getattr__(name: str) -> Any: ...

@@ -1,0 +1,1 @@
+"""The extension's CUDA kernels: tensors to pointers, shapes and the current stream."""

@@ -1,0 +1,133 @@
+"""The compiled extension and what its callers share: pointers, workspaces, streams. Nothing else imports `_native`."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+native: Any = None
+_import_error: str | None = None
+try:
+    from spartan_kernels import _native as native
+except ImportError as error:
+    _import_error = str(error)
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # ops.h, Dtype
+TF32 = 4
+ACTIVATIONS = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}  # ops.h, Activation
+
+
+@cache
+def unavailable() -> str | None:
+    """Why the extension cannot be used, or None."""
+    if native is not None:
+        return None
+    record = Path(__file__).resolve().parent.parent / "_build.json"
+    reason = json.loads(record.read_text())["reason"] if record.exists() else None
+    return f"the extension was not built: {reason}" if reason else f"the extension does not load: {_import_error}"
+
+
+@cache
+def cuda_unavailable() -> str | None:
+    """Why the CUDA kernels cannot be used, or None."""
+    if native is None:
+        return unavailable()
+    if native.cuda_version is None:
+        return f"the extension was built without CUDA kernels: {native.cuda_reason}"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device"
+    if problem := native.cuda.problem():
+        return f"the CUDA {native.cuda_version} runtime of the extension cannot work here: {problem}"
+    built = [(int(arch[:-1]), int(arch[-1])) for arch in native.cuda_archs.split(",")]
+    devices = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    if any(_runs(device, built) for device in devices):
+        return None
+    found = ", ".join(f"{major}.{minor}" for major, minor in devices)
+    return f"the extension was built for CUDA architectures {native.cuda_archs}; the devices here are {found}"
+
+
+def _runs(device: tuple[int, int], built: list[tuple[int, int]]) -> bool:
+    """Binary code runs on later minor versions; of the newest there is PTX, which later devices compile."""
+    return device >= max(built) or any(device[0] == major and device[1] >= minor for major, minor in built)
+
+
+def build_info() -> dict[str, Any]:
+    """How the extension was built and what it runs on here."""
+    if native is None:
+        return {"available": False, "reason": unavailable()}
+    return {
+        "available": True,
+        "reason": None,
+        "compiler": native.compiler,
+        "instruction_set": native.cpu.instruction_set(),
+        "openmp": native.cpu.parallel_available(),
+        "cuda": native.cuda_version,
+        "cuda_archs": native.cuda_archs,
+        "cuda_reason": native.cuda_reason,
+    }
+
+
+def compute(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous, in the dtype the CPU kernels compute in: float64, or float32 for everything narrower."""
+    return tensor.detach().to(computed_in(tensor.dtype)).contiguous()
+
+
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the CPU kernels compute numbers of another."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """Without its graph, each element beside the next."""
+    return None if tensor is None else tensor.detach().contiguous()
+
+
+def pointer(tensor: torch.Tensor | None) -> int:
+    """Address of the first element; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def blocks(weight: torch.Tensor, rows: int, columns: int) -> Any:
+    """A weight in blocks as the kernels take it: as [out, in, kernel positions]; one of fewer dimensions is one row."""
+    if weight.dim() < 2:
+        shape = (1, weight.numel(), 1)
+    else:
+        shape = (weight.shape[0], weight.shape[1], math.prod(weight.shape[2:]))
+    return native.Blocks(*shape, rows, columns)
+
+
+class _Scratch(threading.local):
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+
+
+_scratch = _Scratch()
+_KEPT_BYTES = 16 << 20
+
+
+def workspace(size: int, use: str = "kernel") -> torch.Tensor:
+    """Scratch of this thread, kept up to 16 MiB for each use: fresh pages cost as much as a pass over the data."""
+    if size > _KEPT_BYTES:
+        return torch.empty(size, dtype=torch.uint8)
+    tensor = _scratch.tensors.get(use)
+    if tensor is None or tensor.numel() < size:
+        tensor = _scratch.tensors[use] = torch.empty(size, dtype=torch.uint8)
+    return tensor
+
+
+def stream(like: torch.Tensor) -> tuple[int, int]:
+    """Current stream of the tensor's device, and the device's number."""
+    return torch.cuda.current_stream(like.device).cuda_stream, like.device.index
+
+
+def call(function: Callable[..., None], like: torch.Tensor, *arguments: Any) -> None:
+    """Launch on the device and current stream of `like`, and leave the caller's current device as it was."""
+    with torch.cuda.device_of(like):
+        function(*arguments, *stream(like))

@@ -1,0 +1,1 @@
+"""The extension's CPU kernels: tensors to pointers, sizes and strides."""

@@ -1,0 +1,28 @@
+"""Where the active blocks of a matrix lie, on the compiled extension."""
+
+from __future__ import annotations
+
+import torch
+
+from spartan_kernels.backends import extension
+
+
+def block_layout(gate: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """The blocks whose gate and mask are not zero, by rows and by columns of blocks."""
+    gate = gate.detach().contiguous()
+    mask = None if mask is None else mask.contiguous()
+    grid_rows, grid_columns = gate.shape
+    lines = grid_rows + grid_columns
+    sizes = (lines + 2, grid_rows + 1, gate.numel(), grid_columns + 1, gate.numel(), lines)
+    # tensors of their own, not parts of one: what an operator returns may share no memory
+    counts, *parts = (torch.empty(size, dtype=torch.int32) for size in sizes)
+    extension.native.cpu.block_layout(
+        gate.data_ptr(),
+        gate.element_size(),
+        0 if mask is None else mask.data_ptr(),
+        grid_rows,
+        grid_columns,
+        counts.data_ptr(),
+        *(part.data_ptr() for part in parts),
+    )
+    return tuple(parts)

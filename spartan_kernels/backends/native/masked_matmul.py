@@ -1,0 +1,66 @@
+"""Products with block-masked matrices on the compiled extension."""
+
+from __future__ import annotations
+
+import torch
+
+from spartan_kernels.backends.native.block_matrix import BlockMatrix
+from spartan_kernels.backends.shared import before_activation, bias_gradient
+
+
+def masked_linear_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    gate: torch.Tensor,
+    layout: list[torch.Tensor],
+    bias: torch.Tensor | None,
+    activation: str,
+    rows: int,
+    columns: int,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """act(z), z = x (theta * gate on the layout's blocks)^T + b, and z when it is to be saved."""
+    matrix = BlockMatrix(weight, (weight.shape[0], weight.shape[1]), (rows, columns), layout, gate)
+    return matrix.forward(x, bias, activation, save)
+
+
+def masked_linear_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    gate: torch.Tensor,
+    layout: list[torch.Tensor],
+    backward_layout: list[torch.Tensor],
+    saved: torch.Tensor,
+    activation: str,
+    rows: int,
+    columns: int,
+    needs: list[bool],
+) -> list[torch.Tensor]:
+    """Gradients of x, weight, gate and bias; empty where not needed."""
+    shape, block = (weight.shape[0], weight.shape[1]), (rows, columns)
+    dz = before_activation(grad, saved, activation)
+    results = [x.new_empty(0) for _ in range(4)]
+    if needs[0]:
+        results[0] = BlockMatrix(weight, shape, block, layout, gate).input_gradient(dz)
+    if needs[1] or needs[2]:
+        raw = torch.empty(shape, dtype=torch.float32)
+        grad_gate = torch.empty(gate.shape, dtype=torch.float32) if needs[2] else None
+        BlockMatrix(weight, shape, block, backward_layout, gate).sampled(dz, x, raw, grad_gate)
+        if needs[1]:
+            results[1] = raw.to(weight.dtype)
+        if grad_gate is not None:
+            results[2] = grad_gate.to(gate.dtype)
+    if needs[3]:
+        results[3] = bias_gradient(dz)
+    return results
+
+
+def sampled_matmul_forward(
+    a: torch.Tensor, b: torch.Tensor, layout: list[torch.Tensor], rows: int, columns: int
+) -> torch.Tensor:
+    """a b on the layout's blocks, zero elsewhere."""
+    shape = (a.shape[0], b.shape[1])
+    raw = torch.empty(shape, dtype=torch.float32)
+    BlockMatrix(raw.to(a.dtype), shape, (rows, columns), layout).sampled(a.mT, b, raw, None)
+    return raw.to(a.dtype)

@@ -1,0 +1,97 @@
+"""The block-sparse matrix of a product on Triton: launches and their sizes. Kernels are in masked_matmul_kernels.py."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from spartan_kernels.backends.triton import launches
+from spartan_kernels.backends.triton import masked_matmul_kernels as kernels
+from spartan_kernels.backends.triton.launches import Launch, start
+from spartan_kernels.backends.triton.product_launches import pointer_or, product_launches
+from spartan_kernels.backends.triton.product_plan import kind_of, precision_of, sampled_tile
+from spartan_kernels.tiles import tile_for
+
+
+class BlockMatrix:
+    """The block-sparse matrix of a product: dense in memory, or its blocks alone with `positions`."""
+
+    def __init__(
+        self,
+        data: torch.Tensor,
+        shape: tuple[int, int],
+        block: tuple[int, int],
+        layout: list[torch.Tensor],
+        gate: torch.Tensor | None,
+        positions: torch.Tensor | None,
+    ) -> None:
+        self.data = data if positions is None and data.stride(-1) == 1 else data.contiguous()
+        self.shape, self.block, self.layout, self.positions = shape, block, layout, positions
+        self.gate = None if gate is None else dense_float(gate)
+
+    def product(
+        self, x: torch.Tensor, forward: bool, bias: torch.Tensor | None = None, activation: str = "", save: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """act(x w^T + b) by rows of blocks, or x w by columns of blocks, and the sums before the activation."""
+        flat = _tokens(x)
+        extent = self.shape[0] if forward else self.shape[1]
+        device, dtype, packed = x.device, x.dtype, self.positions is not None
+        y = torch.empty((*x.shape[:-1], extent), dtype=dtype, device=device)
+        saved = torch.empty_like(y) if save else torch.empty(0, dtype=dtype, device=device)
+        if y.numel() == 0:
+            return y, saved
+        offsets, indices = self.layout[:2] if forward else self.layout[2:4]
+        order = self.layout[4] if forward else self.layout[4][self.layout[0].shape[0] - 1 :]
+        tokens, stride = flat.shape[0], flat.stride(0)
+        span, other = self.block if forward else self.block[::-1]
+        precision = precision_of(x)
+        tile = tile_for(device, tokens, span, other, kind_of(dtype, precision))
+        row = self.block[1] if packed else self.data.stride(0)
+        product = product_launches(
+            device, dtype, tokens, stride, self.shape, self.block, row, forward, packed,
+            self.gate is not None, bias is not None, activation, save, precision, tile,
+        )  # fmt: skip
+        out = y if product.split == 1 else torch.empty((product.split, y.numel()), dtype=torch.float32, device=device)
+        index = order, offsets, indices
+        pointers = [flat, self.data, out, *index]
+        pointers += [p for p in (self.gate, bias, self.positions) if p is not None]
+        pointers += [saved] * save + [y] * (out is not y)
+        operands = flat, self.data, self.gate, bias, out, y, saved, index, self.positions
+        launches.run(product.recording, pointers, lambda: product.launches(*operands))
+        return y, saved
+
+    def sampled(
+        self, dz: torch.Tensor, x: torch.Tensor, out: torch.Tensor, grad_gate: torch.Tensor | None
+    ) -> torch.Tensor:
+        """dz^T x on the active blocks of `out`, times the gate; `grad_gate`: its products with the data before that."""
+        left = dz if dz.dim() == 2 else dz.reshape(dz.shape[:-1].numel(), dz.shape[-1])
+        right = _tokens(x)
+        rows, columns = self.block
+        grid_columns = triton.cdiv(self.shape[1], columns)
+        programs = triton.cdiv(self.shape[0], rows) * grid_columns
+        precision = precision_of(x)
+        if programs == 0 or left.shape[0] == 0:
+            return out
+        arguments = (
+            left, right, self.data, pointer_or(self.gate, right), out, pointer_or(grad_gate, right), *self.layout[:2],
+            left.shape[0], *self.shape, grid_columns, left.stride(0), left.stride(1), right.stride(0),
+            self.data.stride(0), 0 if self.positions is not None else out.stride(0),
+        )  # fmt: skip
+        options = {
+            "ROWS": rows, "COLUMNS": columns, "PACKED": self.positions is not None, "HAS_GATE": self.gate is not None,
+            "GATE_GRAD": grad_gate is not None, "PRECISION": precision,
+            **sampled_tile(rows, columns, kind_of(x.dtype, precision) != "float32", x.element_size()),
+        }  # fmt: skip
+        start(Launch(kernels._sampled_kernel, programs, arguments, options))
+        return out
+
+
+def _tokens(x: torch.Tensor) -> torch.Tensor:
+    """x as [tokens, features] whose features lie side by side."""
+    flat = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
+def dense_float(gate: torch.Tensor) -> torch.Tensor:
+    """A gate in float32, without gaps."""
+    return gate if gate.dtype == torch.float32 and gate.is_contiguous() else gate.to(torch.float32).contiguous()

@@ -37,7 +37,7 @@ def test_a_capture_refuses_what_waits_inside_a_backend(monkeypatch: pytest.Monke
     from spartan_kernels.backends.reference import masked_weight
 
     right = masked_weight.block_scores
-    monkeypatch.setattr(masked_weight, "block_scores", lambda w, r, c: right(w, r, c) + w.nonzero().shape[0] * 0)
+    monkeypatch.setattr(masked_weight, "block_scores", lambda o: right(o) + o.weight.nonzero().shape[0] * 0)
     dispatch.implementation.cache_clear()
     try:
         with pytest.raises(RuntimeError, match=r"nonzero.* waits for the device"):

@@ -24,7 +24,7 @@ def test_smoke_passes_on_this_machine(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_smoke_sees_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     right = masked_weight.block_scores
-    wrong_on_float32 = lambda w, r, c: right(w, r, c) * (1.001 if w.dtype == torch.float32 else 1)  # noqa: E731
+    wrong_on_float32 = lambda o: right(o) * (1.001 if o.weight.dtype == torch.float32 else 1)  # noqa: E731
     dispatch.implementation.cache_clear()
     monkeypatch.setattr(masked_weight, "block_scores", wrong_on_float32)
     try:

@@ -31,6 +31,7 @@ from spartan_kernels.backends.triton import (
 from spartan_kernels.backends.triton.global_solve import GlobalGradient, GlobalSolve
 from spartan_kernels.backends.triton.product_plan import ProductPlan
 from spartan_kernels.backends.triton.tensor_list import TensorList, list_shape
+from spartan_kernels.operands import MaskedLinear, SoftTopk, SoftTopkBackward
 from spartan_kernels.testing import make_values, oracle_hard_topk
 from spartan_kernels.tiles import default_tile
 
@@ -83,10 +84,10 @@ def test_bytes_of_rows(dtype: torch.dtype, size: int) -> None:
     """Rows in registers move no more than their limit: 8 in float32, 12 backwards."""
     values, budget = torch.empty(50, 24, dtype=dtype), torch.ones(50).double()
     threshold = torch.ones(50, 2).double()
-    forward = soft_topk_rows.forward_launch(values, budget, None, SCALAR, values, threshold)
+    forward = soft_topk_rows.forward_launch(SoftTopk(values, budget, None, SCALAR), values, threshold)
     assert launches.bytes_moved([forward], "always") == 2 * size * values.numel()
     grads = values, values.new_empty(0), budget, budget
-    backward = soft_topk_rows.backward_launch(values, values, threshold, None, SCALAR, grads)
+    backward = soft_topk_rows.backward_launch(SoftTopkBackward(values, values, threshold, None, SCALAR, False), grads)
     assert launches.bytes_moved([backward], "always") == 3 * size * values.numel()
 
 
@@ -194,9 +195,8 @@ def test_a_product_asks_for_what_its_tile_says(monkeypatch: pytest.MonkeyPatch) 
     gate = torch.ones(6, 4)
     sizes = (7, 24, 5, 24, 10)
     layout = [torch.zeros(n, dtype=torch.int32) for n in sizes]
-    masked_matmul.masked_linear_forward(
-        torch.zeros(3000, 256), torch.zeros(1536, 256), gate, layout, None, "", 256, 64, False
-    )
+    x, weight = torch.zeros(3000, 256), torch.zeros(1536, 256)
+    masked_matmul.masked_linear_forward(MaskedLinear(x, weight, gate, layout, [], None, "", 256, 64, save=False))
     grid, options = launched[0]
     tile = default_tile(0, 3000, 256, "float32")
     assert grid == (-(-3000 // tile.BLOCK_M) * 6 * (256 // tile.BLOCK_N), 1)

@@ -70,7 +70,6 @@ def differentiable(name: str, setup: Callable[[Any, Any, Any], None], backward: 
     operator = OPERATORS[name]
     overload = operator.overload
     rule = _Rule(overload, setup, backward)
-    returns_list = len(overload._schema.returns) == 1 and str(overload._schema.returns[0].type) == "List[Tensor]"
 
     def apply(call: Any, lengths: Any, flat: Any) -> Any:
         output_lengths: list[Any] = []
@@ -78,7 +77,7 @@ def differentiable(name: str, setup: Callable[[Any, Any, Any], None], backward: 
         if isinstance(output, torch.Tensor):
             return output
         nested = _nested(output, output_lengths)
-        return list(nested) if returns_list else nested
+        return list(nested) if operator.returns_list else nested
 
     def kernel(keyset: Any, *operands: Any) -> Any:
         if not _recorded(operands):

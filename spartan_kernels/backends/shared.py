@@ -1,9 +1,18 @@
-"""What backends share, in plain PyTorch: gradients of activations and biases, and sums over blocks."""
+"""What backends share, in plain PyTorch: gradients around a product, sums over blocks, checks of a top-k's operands.
+
+A backend states what it computes itself: a product, its gradient for the input, a product on some blocks alone.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch.nn import functional
+
+from spartan_kernels.arguments import clamp_budget, inspectable, require_beta, require_costs, require_finite
+from spartan_kernels.operands import MaskedConvBackward, MaskedLinearBackward, PackedLinearBackward
 
 _aten = torch.ops.aten
 
@@ -21,7 +30,70 @@ def before_activation(grad: torch.Tensor, saved: torch.Tensor, activation: str) 
 
 def bias_gradient(dz: torch.Tensor) -> torch.Tensor:
     """dL/db [out] from dL/dz [..., out]."""
-    return dz.reshape(dz.shape[:-1].numel(), dz.shape[-1]).sum(0)
+    return flat(dz).sum(0)
+
+
+class LayerNeeds(NamedTuple):
+    """Which operands of a masked layer want a gradient."""
+
+    x: bool
+    weight: bool
+    gate: bool
+    bias: bool
+
+
+class PackedNeeds(NamedTuple):
+    """Which operands of a packed layer want a gradient."""
+
+    x: bool
+    values: bool
+    bias: bool
+
+
+Gradient = torch.Tensor | None
+
+
+def layer_gradients(
+    o: MaskedLinearBackward,
+    of_input: Callable[[torch.Tensor], torch.Tensor],
+    of_parameters: Callable[[torch.Tensor, LayerNeeds], tuple[Gradient, Gradient]],
+) -> list[torch.Tensor]:
+    """Gradients of x, weight, gate and bias; empty where not needed.
+
+    Args:
+        o: what the operator takes.
+        of_input: dL/dx from dL/dz.
+        of_parameters: the gradients of weight and gate from dL/dz, those at least that are needed.
+    """
+    needs = LayerNeeds(*o.needs)
+    dz = before_activation(o.grad, o.saved, o.activation)
+    dx = of_input(dz) if needs.x else None
+    dweight, dgate = of_parameters(dz, needs) if needs.weight or needs.gate else (None, None)
+    dweight = dweight if needs.weight else None
+    dgate = dgate.to(o.gate.dtype) if needs.gate and dgate is not None else None
+    return _present(o.x, dx, dweight, dgate, bias_gradient(dz) if needs.bias else None)
+
+
+def packed_gradients(
+    o: PackedLinearBackward,
+    of_input: Callable[[torch.Tensor], torch.Tensor],
+    of_values: Callable[[torch.Tensor], torch.Tensor],
+) -> list[torch.Tensor]:
+    """Gradients of x, values and bias, each from dL/dz; empty where not needed."""
+    needs = PackedNeeds(*o.needs)
+    dz = before_activation(o.grad, o.saved, o.activation)
+    dx = of_input(dz) if needs.x else None
+    values = of_values(dz) if needs.values else None
+    return _present(o.x, dx, values, bias_gradient(dz) if needs.bias else None)
+
+
+def _present(like: torch.Tensor, *gradients: Gradient) -> list[torch.Tensor]:
+    return [like.new_empty(0) if gradient is None else gradient for gradient in gradients]
+
+
+def flat(x: torch.Tensor) -> torch.Tensor:
+    """[..., features] as [tokens, features]."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def expand(grid: torch.Tensor, shape: torch.Size, rows: int, columns: int) -> torch.Tensor:
@@ -44,21 +116,63 @@ def block_sum(tensor: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 
 def parameter_gradients(
-    dense: torch.Tensor,
-    weight: torch.Tensor,
-    gate: torch.Tensor,
-    backward_mask: torch.Tensor | None,
-    rows: int,
-    columns: int,
-    needs: list[bool],
+    dense: torch.Tensor, keep: torch.Tensor | None, o: MaskedLinearBackward | MaskedConvBackward
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of weight and gate from that of their product; empty where not needed."""
-    if backward_mask is not None:
-        dense = torch.where(expand(backward_mask, weight.shape, rows, columns), dense, 0.0)
-    dweight = dgate = weight.new_empty(0)
-    if needs[1]:
-        dweight = (dense * expand(gate, weight.shape, rows, columns)).to(weight.dtype).contiguous()
-    if needs[2]:
-        wide = torch.promote_types(gate.dtype, torch.float32)
-        dgate = block_sum(dense.to(wide) * weight, rows, columns).to(gate.dtype).contiguous()
+    """Gradients of weight and gate from that of their product, where `keep` is set; empty where not needed."""
+    needs = LayerNeeds(*o.needs)
+    if keep is not None:
+        dense = torch.where(keep, dense, 0.0)
+    dweight = dgate = o.weight.new_empty(0)
+    if needs.weight:
+        dweight = (dense * expand(o.gate, o.weight.shape, o.rows, o.columns)).to(o.weight.dtype).contiguous()
+    if needs.gate:
+        wide = torch.promote_types(o.gate.dtype, torch.float32)
+        dgate = block_sum(dense.to(wide) * o.weight, o.rows, o.columns).to(o.gate.dtype).contiguous()
     return dweight, dgate
+
+
+def check_rows(
+    values: torch.Tensor, budget: torch.Tensor, costs: torch.Tensor | None, beta: torch.Tensor | None
+) -> None:
+    """Raise for values [rows, n], budgets [rows], costs or beta that cannot be used, where the host may look."""
+    if not inspectable(values):
+        return
+    require_finite("values", values)
+    if beta is not None:
+        require_beta(beta)
+    a = values.new_ones(()) if costs is None else costs
+    require_costs(a)
+    clamp_budget(budget, a.expand_as(values).sum(-1, dtype=torch.float64))
+
+
+def check_list(
+    values: list[torch.Tensor], budget: torch.Tensor, costs: list[torch.Tensor], beta: torch.Tensor | None
+) -> None:
+    """The same for a list that shares one budget."""
+    if not inspectable(values[0]):
+        return
+    if beta is not None:
+        require_beta(beta)
+    for index, v in enumerate(values):
+        require_finite(f"values[{index}]", v)
+    for cost in costs:
+        require_costs(cost)
+    each = [c.expand_as(v).sum(dtype=torch.float64) for v, c in zip(values, costs, strict=True)] if costs else []
+    clamp_budget(budget, torch.stack(each).sum() if each else float(sum(v.numel() for v in values)))
+
+
+def costs_of_row(costs: torch.Tensor | None, row: int) -> list[torch.Tensor]:
+    """The costs of one row as those of a list that holds this row alone."""
+    if costs is None:
+        return []
+    return [costs[row] if costs.dim() == 2 else costs]
+
+
+def row_gradients(
+    values: torch.Tensor, cost_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Room for the gradients of values and costs (empty unless `cost_grad`) and, by row, of budget and beta."""
+    grad_values = torch.empty(values.shape, dtype=values.dtype, device=values.device)
+    grad_costs = torch.empty_like(grad_values) if cost_grad else values.new_empty(0)
+    grad_budget, grad_beta = (torch.empty(values.shape[0], dtype=torch.float64, device=values.device) for _ in range(2))
+    return grad_values, grad_costs, grad_budget, grad_beta

@@ -7,7 +7,6 @@ the operators itself: a wrong operand is then an error with its name, not memory
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -17,6 +16,26 @@ import torch
 
 from spartan_kernels.arguments import block_grid, inspectable
 from spartan_kernels.layout import INDEX, active_blocks, longest_first
+from spartan_kernels.operands import (
+    AddBlockSigns,
+    BlockLayoutOf,
+    HardTopkGlobal,
+    MaskedConv,
+    MaskedConvBackward,
+    MaskedLinear,
+    MaskedLinearBackward,
+    MaskedWeight,
+    MaskedWeightBackward,
+    MaskedWeightCorrection,
+    MaskedWeightCoupling,
+    PackedLinear,
+    PackedLinearBackward,
+    SampledMatmul,
+    SoftTopkBackward,
+    SoftTopkGlobal,
+    SoftTopkGlobalBackward,
+    SolveMasks,
+)
 
 __all__ = ["CHECKS", "checked"]
 
@@ -31,13 +50,13 @@ def checked(name: str, serve: Callable[..., Any]) -> Callable[..., Any]:
         return serve
 
     @wraps(serve)
-    def call(*operands: Any) -> Any:
+    def call(o: Any) -> Any:
         try:
             if enabled:
-                CHECKS[name](*operands[:-1])
+                CHECKS[name](o)
         except ValueError as error:
             raise ValueError(f"torch.ops.spartan.{name}: {error}") from None
-        return serve(*operands)
+        return serve(o)
 
     return call
 
@@ -93,31 +112,42 @@ def _masks(weight: Any, soft: Any, hard: Any, grid: Any) -> None:
         _tensor("hard", hard, grid, torch.bool, weight.device)
 
 
-def _masked_weight(weight: Any, soft: Any, hard: Any, beta: Any, costs: Any, rows: int, columns: int, _: Any) -> None:
-    grid = _blocks(weight, rows, columns)
-    _masks(weight, soft, hard, grid)
-    _scalar("beta", beta, weight.device)
-    _tensor("costs", costs, grid if costs.dim() else (), _FLOAT, weight.device)
+def _masked_weight(o: MaskedWeight | MaskedWeightBackward) -> None:
+    grid = _blocks(o.weight, o.rows, o.columns)
+    _masks(o.weight, o.soft, o.hard, grid)
+    _prices(o.beta, o.costs, grid, o.weight.device)
 
 
-def _masked_weight_backward(grad: Any, weight: Any, *rest: Any) -> None:
-    _masked_weight(weight, *rest)
+def _prices(beta: Any, costs: Any, grid: Any, device: torch.device) -> None:
+    _scalar("beta", beta, device)
+    _tensor("costs", costs, grid if costs.dim() else (), _FLOAT, device)
+
+
+def _gradient(grad: Any, weight: Any) -> None:
     _tensor("grad", grad, weight.shape, _FLOAT, weight.device)
 
 
-def _coupling(grad: Any, weight: Any, soft: Any, beta: Any, costs: Any, rows: int, columns: int) -> None:
-    _masked_weight_backward(grad, weight, soft, None, beta, costs, rows, columns, True)
+def _masked_weight_backward(o: MaskedWeightBackward) -> None:
+    _masked_weight(o)
+    _gradient(o.grad, o.weight)
 
 
-def _correct(grad: Any, weight: Any, soft: Any, scale: Any, rows: int, columns: int) -> None:
-    _masks(weight, soft, None, _blocks(weight, rows, columns))
-    _tensor("grad", grad, weight.shape, _FLOAT, weight.device)
-    _scalar("scale", scale, weight.device)
+def _coupling(o: MaskedWeightCoupling) -> None:
+    grid = _blocks(o.weight, o.rows, o.columns)
+    _masks(o.weight, o.soft, None, grid)
+    _prices(o.beta, o.costs, grid, o.weight.device)
+    _gradient(o.grad, o.weight)
 
 
-def _signs(grad: Any, weight: Any, pull: Any, rows: int, columns: int) -> None:
-    _tensor("pull", pull, _blocks(weight, rows, columns), _FLOAT, weight.device)
-    _tensor("grad", grad, weight.shape, _FLOAT, weight.device)
+def _correct(o: MaskedWeightCorrection) -> None:
+    _masks(o.weight, o.soft, None, _blocks(o.weight, o.rows, o.columns))
+    _gradient(o.grad, o.weight)
+    _scalar("scale", o.scale, o.weight.device)
+
+
+def _signs(o: AddBlockSigns) -> None:
+    _tensor("pull", o.pull, _blocks(o.weight, o.rows, o.columns), _FLOAT, o.weight.device)
+    _gradient(o.grad, o.weight)
 
 
 # --- products
@@ -155,55 +185,54 @@ def _features(name: str, x: Any, features: int, like: Any) -> None:
     _tensor(name, x, None, like.dtype, like.device)
 
 
-def _linear(x: Any, weight: Any, gate: Any, layout: Any, backward_layout: Any, rows: int, columns: int) -> None:
+def _linear(o: MaskedLinear | MaskedLinearBackward) -> None:
+    """What both passes take, but x and the layout of the gradient."""
+    weight = o.weight
     _tensor("weight", weight, (weight.shape if weight.dim() == 2 else ("out", "in")), _FLOAT)
-    grid = _blocks(weight, rows, columns)
-    grid = (math.ceil(weight.shape[0] / rows), math.ceil(weight.shape[1] / columns)) if len(grid) != 2 else grid
-    _features("x", x, weight.shape[1], weight)
-    _tensor("gate", gate, grid, _FLOAT, weight.device)
-    _index("layout", layout, grid, weight)
-    if len(backward_layout):  # none: every block
-        _index("backward_layout", backward_layout, grid, weight)
+    grid = _blocks(weight, o.rows, o.columns)
+    _tensor("gate", o.gate, grid, _FLOAT, weight.device)
+    _index("layout", o.layout, grid, weight)
+    _activation(o.activation)
+    if o.slope is not None:
+        _tensor("slope", o.slope, o.gate.shape, _FLOAT, weight.device)
 
 
-def _linear_forward(
-    x: Any, weight: Any, gate: Any, layout: Any, backward_layout: Any, bias: Any, activation: str,
-    rows: int, columns: int, save: bool, density: float, slope: Any,
-) -> None:  # fmt: skip
-    _linear(x, weight, gate, layout, backward_layout, rows, columns)
-    _activation(activation)
-    if bias is not None:
-        _tensor("bias", bias, weight.shape[:1], weight.dtype, weight.device)
-    if slope is not None:
-        _tensor("slope", slope, gate.shape, _FLOAT, weight.device)
+def _backward_index(o: MaskedLinear | MaskedLinearBackward) -> None:
+    if len(o.backward_layout):  # none: every block
+        _index("backward_layout", o.backward_layout, _blocks(o.weight, o.rows, o.columns), o.weight)
 
 
-def _linear_backward(
-    grad: Any, x: Any, weight: Any, gate: Any, layout: Any, backward_layout: Any, saved: Any, activation: str,
-    rows: int, columns: int, needs: Any, density: float, slope: Any,
-) -> None:  # fmt: skip
-    _length("needs", needs, 4)
-    _activation(activation)
-    if not (needs[1] or needs[2]):  # x and its layout are not read
-        x, backward_layout = weight.new_empty(weight.shape[1:]) if weight.dim() == 2 else x, []
-    _linear(x, weight, gate, layout, backward_layout, rows, columns)
-    _features("grad", grad, weight.shape[0], weight)
-    if needs[1] or needs[2]:
-        _tensor("x", x, (*grad.shape[:-1], weight.shape[1]), weight.dtype, weight.device)
-    if activation:
-        _tensor("saved", saved, grad.shape, weight.dtype, weight.device)
-    if slope is not None:
-        _tensor("slope", slope, gate.shape, _FLOAT, weight.device)
+def _linear_forward(o: MaskedLinear) -> None:
+    _linear(o)
+    _features("x", o.x, o.weight.shape[1], o.weight)
+    _backward_index(o)
+    if o.bias is not None:
+        _tensor("bias", o.bias, o.weight.shape[:1], o.weight.dtype, o.weight.device)
 
 
-def _sampled(a: Any, b: Any, layout: Any, rows: int, columns: int) -> None:
+def _linear_backward(o: MaskedLinearBackward) -> None:
+    _length("needs", o.needs, 4)
+    _linear(o)
+    _features("grad", o.grad, o.weight.shape[0], o.weight)
+    _, of_weight, of_gate, _ = o.needs
+    if of_weight or of_gate:  # else x and its layout are not read
+        _tensor("x", o.x, (*o.grad.shape[:-1], o.weight.shape[1]), o.weight.dtype, o.weight.device)
+        _backward_index(o)
+    if o.activation:
+        _tensor("saved", o.saved, o.grad.shape, o.weight.dtype, o.weight.device)
+
+
+def _sampled(o: SampledMatmul) -> None:
+    a, b = o.a, o.b
     _tensor("a", a, a.shape if a.dim() == 2 else ("m", "k"), _FLOAT)
     _tensor("b", b, (a.shape[1], *b.shape[1:]) if b.dim() == 2 else (a.shape[1], "n"), a.dtype, a.device)
     product = a.new_empty((a.shape[0], b.shape[1]), device="meta")
-    _index("layout", layout, _blocks(product, rows, columns, "product"), a)
+    _index("layout", o.layout, _blocks(product, o.rows, o.columns, "product"), a)
 
 
-def _packed(x: Any, values: Any, layout: Any, positions: Any, out: int) -> None:
+def _packed(o: PackedLinear | PackedLinearBackward, out: int) -> None:
+    x, values, layout, positions = o.x, o.values, o.layout, o.positions
+    _activation(o.activation)
     _number("out", out, 0)
     _tensor("values", values, values.shape if values.dim() == 3 and all(values.shape[1:]) else ("n", "r", "c"), _FLOAT)
     if x.dim() < 1:
@@ -216,29 +245,24 @@ def _packed(x: Any, values: Any, layout: Any, positions: Any, out: int) -> None:
         raise ValueError("positions must say where each entry by columns is stored")
 
 
-def _packed_forward(
-    x: Any, values: Any, layout: Any, positions: Any, bias: Any, activation: str, out: int, save: bool
-) -> None:
-    _packed(x, values, layout, positions, out)
-    _activation(activation)
-    if bias is not None:
-        _tensor("bias", bias, (out,), values.dtype, values.device)
+def _packed_forward(o: PackedLinear) -> None:
+    _packed(o, o.out)
+    if o.bias is not None:
+        _tensor("bias", o.bias, (o.out,), o.values.dtype, o.values.device)
 
 
-def _packed_backward(
-    grad: Any, x: Any, values: Any, layout: Any, positions: Any, saved: Any, activation: str, needs: Any
-) -> None:
-    _length("needs", needs, 3)
-    _activation(activation)
-    if grad.dim() < 1:
-        raise ValueError(f"grad must have shape [..., out]; got {tuple(grad.shape)}")
-    _packed(x, values, layout, positions, grad.shape[-1])
-    _tensor("grad", grad, (*x.shape[:-1], grad.shape[-1]), values.dtype, values.device)
-    if activation:
-        _tensor("saved", saved, grad.shape, values.dtype, values.device)
+def _packed_backward(o: PackedLinearBackward) -> None:
+    _length("needs", o.needs, 3)
+    if o.grad.dim() < 1:
+        raise ValueError(f"grad must have shape [..., out]; got {tuple(o.grad.shape)}")
+    _packed(o, o.grad.shape[-1])
+    _tensor("grad", o.grad, (*o.x.shape[:-1], o.grad.shape[-1]), o.values.dtype, o.values.device)
+    if o.activation:
+        _tensor("saved", o.saved, o.grad.shape, o.values.dtype, o.values.device)
 
 
-def _layout(gate: Any, mask: Any) -> None:
+def _layout(o: BlockLayoutOf) -> None:
+    gate, mask = o.gate, o.mask
     _tensor("gate", gate, gate.shape if gate.dim() == 2 else ("rows", "columns"), (*_FLOAT, torch.bool))
     if mask is not None:
         _tensor("mask", mask, gate.shape, torch.bool, gate.device)
@@ -247,20 +271,19 @@ def _layout(gate: Any, mask: Any) -> None:
 # --- convolutions
 
 
-def _convolution(
-    x: Any, weight: Any, gate: Any, forward_mask: Any, backward_mask: Any, stride: Any, padding: Any, dilation: Any,
-    groups: int, rows: int, columns: int,
-) -> tuple[int, ...]:  # fmt: skip
+def _convolution(o: MaskedConv | MaskedConvBackward) -> tuple[int, ...]:
+    """The shape of the result."""
+    x, weight, groups = o.x, o.weight, o.groups
     _tensor("weight", weight, weight.shape if weight.dim() == 4 else ("out", "in / groups", "h", "w"), _FLOAT)
-    grid = _blocks(weight, rows, columns)
-    _tensor("gate", gate, grid, _FLOAT, weight.device)
-    for name, mask in (("forward_mask", forward_mask), ("backward_mask", backward_mask)):
+    grid = _blocks(weight, o.rows, o.columns)
+    _tensor("gate", o.gate, grid, _FLOAT, weight.device)
+    for name, mask in (("forward_mask", o.forward_mask), ("backward_mask", o.backward_mask)):
         if mask is not None:
             _tensor(name, mask, grid, torch.bool, weight.device)
     _number("groups", groups, 1)
     if weight.shape[0] % groups:
         raise ValueError(f"groups must divide {weight.shape[0]} outputs; got {groups}")
-    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+    for name, pair, least in (("stride", o.stride, 1), ("padding", o.padding, 0), ("dilation", o.dilation, 1)):
         _length(name, pair, 2)
         for side in pair:
             _number(name, side, least)
@@ -268,25 +291,22 @@ def _convolution(
     _tensor("x", x, channels, weight.dtype, weight.device)
     spatial = [
         (size + 2 * p - d * (kernel - 1) - 1) // s + 1
-        for size, p, d, kernel, s in zip(x.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True)
+        for size, p, d, kernel, s in zip(x.shape[2:], o.padding, o.dilation, weight.shape[2:], o.stride, strict=True)
     ]
     if min(spatial) < 1:
         raise ValueError(f"x must be at least as large as the kernel; got {tuple(x.shape)} for {tuple(weight.shape)}")
     return (x.shape[0], weight.shape[0], *spatial)
 
 
-def _convolution_forward(
-    x: Any, weight: Any, gate: Any, forward_mask: Any, backward_mask: Any, bias: Any, *settings: Any
-) -> None:
-    _convolution(x, weight, gate, forward_mask, backward_mask, *settings)
-    if bias is not None:
-        _tensor("bias", bias, weight.shape[:1], weight.dtype, weight.device)
+def _convolution_forward(o: MaskedConv) -> None:
+    _convolution(o)
+    if o.bias is not None:
+        _tensor("bias", o.bias, o.weight.shape[:1], o.weight.dtype, o.weight.device)
 
 
-def _convolution_backward(grad: Any, x: Any, weight: Any, *rest: Any) -> None:
-    *settings, needs = rest
-    _tensor("grad", grad, _convolution(x, weight, *settings), weight.dtype, weight.device)
-    _length("needs", needs, 4)
+def _convolution_backward(o: MaskedConvBackward) -> None:
+    _tensor("grad", o.grad, _convolution(o), o.weight.dtype, o.weight.device)
+    _length("needs", o.needs, 4)
 
 
 # --- top-k
@@ -302,9 +322,10 @@ def _rows(values: Any, budget: Any, costs: Any, beta: Any = None) -> None:
         _scalar("beta", beta, values.device)
 
 
-def _rows_backward(grad: Any, values: Any, threshold: Any, costs: Any, beta: Any, cost_grad: bool) -> None:
-    _rows(values, threshold.new_empty(values.shape[:1]), costs, beta)
-    _tensor("grad", grad, values.shape, values.dtype, values.device)
+def _rows_backward(o: SoftTopkBackward) -> None:
+    values, threshold = o.values, o.threshold
+    _rows(values, threshold.new_empty(values.shape[:1]), o.costs, o.beta)
+    _tensor("grad", o.grad, values.shape, values.dtype, values.device)
     _tensor("threshold", threshold, (values.shape[0], 2), torch.float64, values.device)
 
 
@@ -328,48 +349,46 @@ def _list(values: Any, costs: Any, beta: Any = None, shapes: Any = None) -> None
         _scalar("beta", beta, first.device)
 
 
-def _global(values: Any, budget: Any, costs: Any, beta: Any, group: str) -> None:
-    _list(values, costs, beta)
-    _scalar("budget", budget, values[0].device)
+def _global(o: SoftTopkGlobal) -> None:
+    _list(o.values, o.costs, o.beta)
+    _scalar("budget", o.budget, o.values[0].device)
 
 
-def _hard_global(values: Any, budget: Any, costs: Any, absolute: bool, group: str) -> None:
-    _list(values, costs)
-    _scalar("budget", budget, values[0].device)
+def _hard_global(o: HardTopkGlobal) -> None:
+    _list(o.values, o.costs)
+    _scalar("budget", o.budget, o.values[0].device)
 
 
-def _global_backward(grads: Any, values: Any, threshold: Any, costs: Any, beta: Any, *_: Any) -> None:
-    _list(values, costs, beta)
-    _alike("grads", grads, values)
-    _tensor("threshold", threshold, (2,), torch.float64, values[0].device)
+def _global_backward(o: SoftTopkGlobalBackward) -> None:
+    _list(o.values, o.costs, o.beta)
+    _alike("grads", o.grads, o.values)
+    _tensor("threshold", o.threshold, (2,), torch.float64, o.values[0].device)
 
 
-def _solve_masks(
-    values: Any, budget: Any, costs: Any, beta: Any, absolute: bool, block_sizes: Any, soft: Any, hard: Any,
-    state: Any, group: str,
-) -> None:  # fmt: skip
+def _solve_masks(o: SolveMasks) -> None:
+    values, block_sizes = o.values, o.block_sizes
     _length("block_sizes", block_sizes, 0, 2 * len(values))
     sides = list(zip(block_sizes[::2], block_sizes[1::2], strict=True)) or [(1, 1)] * len(values)
     grids = [_blocks(v, *pair, f"values[{i}]") for i, (v, pair) in enumerate(zip(values, sides, strict=True))]
-    _list(values, costs, beta, grids)
+    _list(values, o.costs, o.beta, grids)
     device = values[0].device
-    _scalar("budget", budget, device)
-    for name, masks, dtype in (("soft", soft, values[0].dtype), ("hard", hard, torch.bool)):
+    _scalar("budget", o.budget, device)
+    for name, masks, dtype in (("soft", o.soft, values[0].dtype), ("hard", o.hard, torch.bool)):
         _length(name, masks, len(values))
         for index, (mask, grid) in enumerate(zip(masks, grids, strict=True)):
             _tensor(f"{name}[{index}]", mask, grid, dtype, device)
             if not mask.is_contiguous():
                 raise ValueError(f"{name}[{index}] must be contiguous; got strides {mask.stride()}")
-    _tensor("state", state, (8,), torch.float64, device)
+    _tensor("state", o.state, (8,), torch.float64, device)
 
 
 CHECKS: dict[str, Callable[..., Any]] = {
-    "soft_topk_forward": _rows,
+    "soft_topk_forward": lambda o: _rows(o.values, o.budget, o.costs, o.beta),
     "soft_topk_backward": _rows_backward,
     "soft_topk_global_forward": _global,
     "soft_topk_global_backward": _global_backward,
     "solve_masks_": _solve_masks,
-    "hard_topk_forward": _rows,
+    "hard_topk_forward": lambda o: _rows(o.values, o.budget, o.costs),
     "hard_topk_global_forward": _hard_global,
     "masked_weight_forward": _masked_weight,
     "masked_weight_backward": _masked_weight_backward,
@@ -377,7 +396,7 @@ CHECKS: dict[str, Callable[..., Any]] = {
     "masked_weight_coupling": _coupling,
     "masked_weight_correct_": _correct,
     "add_block_signs_": _signs,
-    "block_scores": _blocks,
+    "block_scores": lambda o: _blocks(o.weight, o.rows, o.columns),
     "masked_linear_forward": _linear_forward,
     "masked_linear_backward": _linear_backward,
     "sampled_matmul_forward": _sampled,

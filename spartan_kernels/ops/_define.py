@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
 from spartan_kernels import dispatch
+from spartan_kernels.operands import schema
 from spartan_kernels.ops._checked import checked
 from spartan_kernels.ops._vmap import Rule, loop
 
@@ -26,11 +27,13 @@ class Operator:
     Attributes:
         overload: the operator as PyTorch knows it.
         serve: its kernel.
+        structure: the declaration of its operands.
+        returns_list: whether what it returns is one list of tensors.
         record: the kernel with a gradient, for operands that need one: whoever defines the gradient sets it.
     """
 
-    def __init__(self, overload: Any, serve: Callable[..., Any]) -> None:
-        self.overload, self.serve = overload, serve
+    def __init__(self, overload: Any, serve: Callable[..., Any], structure: Any, returns_list: bool) -> None:
+        self.overload, self.serve, self.structure, self.returns_list = overload, serve, structure, returns_list
         self.record: Callable[..., Any] | None = None
 
     def __call__(self, *operands: Any) -> Any:
@@ -66,36 +69,51 @@ def _eager(operands: tuple[Any, ...]) -> bool:
 
 
 def define(
-    schema: str,
-    fake: Callable[..., Any],
-    vmap: Callable[[Any], Rule] = loop,
-    serve: Callable[..., Any] | None = None,
+    name: str,
+    structure: Any,
+    returns: str,
+    fake: Callable[[Any], Any],
+    vmap: Callable[[Any, Any], Rule] = loop,
+    serve: Callable[[Any], Any] | None = None,
+    writes: Sequence[str] = (),
 ) -> Operator:
-    """Define `spartan::<schema>`, whose last argument is the backend's name, and return the callable operator.
-
-    One over a process group has the group's name (empty: this process alone) before it.
+    """Define `spartan::<name>` and return the callable operator.
 
     The backend is chosen when the operator runs, not when it is traced: a compiled graph obeys the `backend` block.
-    `vmap` makes the operator's rule for `torch.vmap`; operators that write into their arguments have none. `serve`
-    runs the operator where its backends do not take its arguments as they are, or are not all there is to choose from.
 
     The operator is private: it trusts its operands, which the public functions have checked. SPARTAN_CHECK_OPERANDS=1
     has it check them again (`_checked.py`).
+
+    Args:
+        name: of the operator, and of the functions of the backends that compute it.
+        structure: the declaration of its operands (`spartan_kernels.operands`), of which `fake`, `serve` and the
+            backends take one.
+        returns: what its schema says after the arrow.
+        fake: what it returns, without the numbers.
+        vmap: makes its rule for `torch.vmap`; operators that write into their operands have none.
+        serve: runs it where its backends do not take its operands as they are, or are not all there is to choose from.
+        writes: the operands that it writes to.
     """
-    name = schema.split("(", 1)[0]
-    over_group = "str group, str backend)" in schema
+    first, over_group = structure._fields[0], "group" in structure._fields
 
-    def call(*arguments: Any) -> Any:
-        *operands, backend = arguments
-        first = operands[0][0] if isinstance(operands[0], (list, tuple)) else operands[0]
-        return dispatch.resolve(name, first, backend, over_group and bool(operands[-1]))(*operands)
+    def resolved(o: Any) -> Any:
+        like = getattr(o, first)
+        like = like[0] if isinstance(like, (list, tuple)) else like
+        return dispatch.resolve(name, like, o.backend, over_group and bool(o.group))(o)
 
-    kernel = checked(name, serve or call)
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"spartan::{name}", fake, lib=LIBRARY)
+    run = checked(name, serve or resolved)
+
+    def call(*operands: Any) -> Any:
+        return run(structure(*operands))
+
+    def faked(*operands: Any, **named: Any) -> Any:
+        return fake(structure(*operands, **named))
+
+    LIBRARY.define(schema(name, structure, returns, writes), tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, call, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"spartan::{name}", faked, lib=LIBRARY)
     overload = getattr(torch.ops.spartan, name).default
-    if not overload._schema.is_mutable:
-        torch.library.register_vmap(f"spartan::{name}", vmap(overload), lib=LIBRARY)
-    operator = OPERATORS[name] = Operator(overload, kernel)
+    if not writes:
+        torch.library.register_vmap(f"spartan::{name}", vmap(overload, structure), lib=LIBRARY)
+    operator = OPERATORS[name] = Operator(overload, call, structure, returns == "Tensor[]")
     return operator

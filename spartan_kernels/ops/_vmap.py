@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 Rule = Callable[..., tuple[Any, Any]]
 
 
-def loop(operator: Any) -> Rule:
+def loop(operator: Any, structure: Any) -> Rule:
     """Call `operator` once for each entry of the batch and stack what it returns."""
 
     def rule(info: Any, in_dims: Any, *operands: Any) -> tuple[Any, Any]:
@@ -31,32 +31,33 @@ def loop(operator: Any) -> Rule:
     return rule
 
 
-def fold_rows(by_row: int) -> Callable[[Any], Rule]:
-    """Fold the batch into the rows of an operator whose first `by_row` operands have one entry for each row.
+def fold_rows(*by_row: str) -> Callable[[Any, Any], Rule]:
+    """Fold the batch into the rows of an operator whose operands of these names have one entry for each row.
 
     Costs follow them, shared or not. What else may be batched (beta) is one number for the whole call: then `loop`.
     """
 
-    def make(operator: Any) -> Rule:
-        one_by_one = loop(operator)
+    def make(operator: Any, structure: Any) -> Rule:
+        one_by_one = loop(operator, structure)
 
         def rule(info: Any, in_dims: Any, *operands: Any) -> tuple[Any, Any]:
-            if any(dim is not None for dim in in_dims[by_row + 1 :]):
+            o, dims = structure(*operands), structure(*in_dims)._asdict()
+            if any(dim is not None for name, dim in dims.items() if name not in (*by_row, "costs")):
                 return one_by_one(info, in_dims, *operands)
             size = info.batch_size
-            batched = [
-                x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-                for x, dim in zip(operands[:by_row], in_dims, strict=False)
-            ]
-            rows, length = next(x.shape[1:] for x in batched if x.dim() == 3)
-            folded = [x.reshape(size * rows, *x.shape[2:]) for x in batched]
-            costs = _fold_costs(operands[by_row], in_dims[by_row], size, rows, length)
-            result = operator(*folded, costs, *operands[by_row + 1 :])
+            batched = {}
+            for name in by_row:
+                x, dim = getattr(o, name), dims[name]
+                batched[name] = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            rows, length = batched["values"].shape[1:]
+            folded = {name: x.reshape(size * rows, *x.shape[2:]) for name, x in batched.items()}
+            costs = _fold_costs(o.costs, dims["costs"], size, rows, length)
+            result = operator(*o._replace(**folded, costs=costs))
             outputs = result if isinstance(result, tuple) else (result,)
             # an output that was not asked for is empty and belongs to no row
             unfolded = tuple(x.unflatten(0, (size, rows)) if x.shape[0] == size * rows else x for x in outputs)
-            dims = tuple(0 if x.shape[0] == size * rows else None for x in outputs)
-            return (unfolded, dims) if isinstance(result, tuple) else (unfolded[0], dims[0])
+            dims_out = tuple(0 if x.shape[0] == size * rows else None for x in outputs)
+            return (unfolded, dims_out) if isinstance(result, tuple) else (unfolded[0], dims_out[0])
 
         return rule
 

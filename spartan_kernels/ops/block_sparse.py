@@ -8,6 +8,7 @@ import torch
 
 from spartan_kernels.arguments import require_float
 from spartan_kernels.block_sparse import BlockSparseWeight
+from spartan_kernels.operands import PackedLinear, PackedLinearBackward
 from spartan_kernels.ops._define import define
 from spartan_kernels.ops.masked_matmul import (
     SAVES_INPUT,
@@ -18,31 +19,19 @@ from spartan_kernels.ops.masked_matmul import (
 )
 
 
-def _fake_forward(
-    x: Any, values: Any, layout: Any, positions: Any, bias: Any, activation: str, out: int, save: bool, backend: str
-) -> Any:
-    shape = (*x.shape[:-1], out)
-    return x.new_empty(shape), x.new_empty(shape if save else 0)
+def _fake_forward(o: PackedLinear) -> Any:
+    shape = (*o.x.shape[:-1], o.out)
+    return o.x.new_empty(shape), o.x.new_empty(shape if o.save else 0)
 
 
-def _fake_backward(
-    grad: Any, x: Any, values: Any, layout: Any, positions: Any, saved: Any, activation: str, needs: Any, backend: str
-) -> Any:
-    shapes = (x.shape, values.shape, grad.shape[-1:])
-    return [x.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True)]
+def _fake_backward(o: PackedLinearBackward) -> Any:
+    shapes = (o.x.shape, o.values.shape, o.grad.shape[-1:])
+    return [o.x.new_empty(shape if need else 0) for shape, need in zip(shapes, o.needs, strict=True)]
 
 
-block_sparse_linear_forward = define(
-    "block_sparse_linear_forward(Tensor x, Tensor values, Tensor[] layout, Tensor positions, Tensor? bias,"
-    " str activation, int out, bool save, str backend) -> (Tensor, Tensor)",
-    _fake_forward,
-)
+block_sparse_linear_forward = define("block_sparse_linear_forward", PackedLinear, "(Tensor, Tensor)", _fake_forward)
 # -> gradients of x, values, bias; empty where not needed
-block_sparse_linear_backward = define(
-    "block_sparse_linear_backward(Tensor grad, Tensor x, Tensor values, Tensor[] layout, Tensor positions,"
-    " Tensor saved, str activation, bool[] needs, str backend) -> Tensor[]",
-    _fake_backward,
-)
+block_sparse_linear_backward = define("block_sparse_linear_backward", PackedLinearBackward, "Tensor[]", _fake_backward)
 
 
 def block_sparse_linear(

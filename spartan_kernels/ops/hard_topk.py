@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from spartan_kernels.arguments import scalar
 from spartan_kernels.groups import group_name
+from spartan_kernels.operands import HardTopk, HardTopkGlobal
 from spartan_kernels.ops._define import define
 from spartan_kernels.ops._problem import global_problem, row_problem
 from spartan_kernels.ops._shards import shards
@@ -22,23 +23,11 @@ def _like(values: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(values, dtype=torch.bool, memory_format=torch.contiguous_format)
 
 
-def _fake_forward(values: Any, budget: Any, costs: Any, backend: str) -> Any:
-    return _like(values)
-
-
-def _fake_global(values: Any, budget: Any, costs: Any, absolute: bool, group: str, backend: str) -> Any:
-    return [_like(v) for v in values]
-
-
 hard_topk_forward = define(
-    "hard_topk_forward(Tensor values, Tensor budget, Tensor? costs, str backend) -> Tensor",
-    _fake_forward,
-    fold_rows(2),
+    "hard_topk_forward", HardTopk, "Tensor", lambda o: _like(o.values), fold_rows("values", "budget")
 )
 hard_topk_global_forward = define(
-    "hard_topk_global_forward(Tensor[] values, Tensor budget, Tensor[] costs, bool absolute, str group, str backend)"
-    " -> Tensor[]",
-    _fake_global,
+    "hard_topk_global_forward", HardTopkGlobal, "Tensor[]", lambda o: [_like(v) for v in o.values]
 )
 
 

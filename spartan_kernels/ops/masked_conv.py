@@ -9,24 +9,22 @@ import torch
 from spartan_kernels import dispatch
 from spartan_kernels.arguments import block_grid, block_shape, clip_block, memory_format, require_device, require_float
 from spartan_kernels.break_even import dense_convolution_wins
+from spartan_kernels.operands import MaskedConv, MaskedConvBackward, MaskedWeight
 from spartan_kernels.ops._define import define
 from spartan_kernels.ops.masked_matmul import in_autocast, require_bias
 
 
-def _fake_forward(x: Any, weight: Any, gate: Any, forward_mask: Any, backward_mask: Any, bias: Any, *rest: Any) -> Any:
-    stride, padding, dilation = rest[:3]
-    shape = _output_size(x.shape, weight.shape, stride, padding, dilation)
-    return x.new_empty(shape).to(memory_format=memory_format(x))
+def _fake_forward(o: MaskedConv) -> Any:
+    shape = _output_size(o.x.shape, o.weight.shape, o.stride, o.padding, o.dilation)
+    return o.x.new_empty(shape).to(memory_format=memory_format(o.x))
 
 
-def _fake_backward(grad: Any, x: Any, weight: Any, gate: Any, *rest: Any) -> Any:
-    needs = rest[-2]
-    empty = x.new_empty(0)
+def _fake_backward(o: MaskedConvBackward) -> Any:
+    plain = torch.contiguous_format
+    like = (o.x, memory_format(o.x)), (o.weight, plain), (o.gate, plain), (o.x.new_empty(o.weight.shape[0]), plain)
     return [
-        torch.empty_like(x, memory_format=memory_format(x)) if needs[0] else empty,
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else x.new_empty(0),
-        torch.empty_like(gate, memory_format=torch.contiguous_format) if needs[2] else x.new_empty(0),
-        x.new_empty(weight.shape[0]) if needs[3] else x.new_empty(0),
+        torch.empty_like(tensor, memory_format=layout) if need else o.x.new_empty(0)
+        for (tensor, layout), need in zip(like, o.needs, strict=True)
     ]
 
 
@@ -38,66 +36,52 @@ def _output_size(x: Any, weight: Any, stride: Any, padding: Any, dilation: Any) 
     return (x[0], weight[0], *spatial)
 
 
-def _serve_forward(x: Any, weight: Any, gate: Any, forward_mask: Any, *rest: Any) -> Any:
-    *operands, backend = rest
-    groups, rows = operands[5:7]
-    function = _dense_forward
-    if not _goes_dense(x, weight, gate, forward_mask, groups, rows, backend):
-        function = dispatch.resolve("masked_conv2d_forward", x, backend)
-    return function(x, weight, gate, forward_mask, *operands).contiguous(memory_format=memory_format(x))
+def _serve_forward(o: MaskedConv) -> Any:
+    function = _dense_forward if _goes_dense(o, o.rows) else dispatch.resolve("masked_conv2d_forward", o.x, o.backend)
+    return function(o).contiguous(memory_format=memory_format(o.x))
 
 
-def _serve_backward(grad: Any, x: Any, weight: Any, gate: Any, forward_mask: Any, *rest: Any) -> Any:
-    *operands, backend = rest
-    groups, _, columns = operands[4:7]
-    function = _dense_backward
-    if not _goes_dense(x, weight, gate, forward_mask, groups, columns, backend):
-        function = dispatch.resolve("masked_conv2d_backward", x, backend)
-    dx, *others = function(grad, x, weight, gate, forward_mask, *operands)
+def _serve_backward(o: MaskedConvBackward) -> Any:
+    dense = _goes_dense(o, o.columns)
+    function = _dense_backward if dense else dispatch.resolve("masked_conv2d_backward", o.x, o.backend)
+    dx, *others = function(o)
     if dx.numel():
-        dx = dx.contiguous(memory_format=memory_format(x))
+        dx = dx.contiguous(memory_format=memory_format(o.x))
     return [dx, *others]
 
 
-def _goes_dense(
-    x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, mask: Any, groups: int, side: int, backend: str
-) -> bool:
+def _goes_dense(o: MaskedConv | MaskedConvBackward, side: int) -> bool:
     """In "auto", whether PyTorch's own convolution takes the masked weight: for groups and where that is faster."""
-    return dispatch.requested(backend) == "auto" and (groups != 1 or dense_wins(x, weight, gate, side, mask))
+    if dispatch.requested(o.backend) != "auto":
+        return False
+    return o.groups != 1 or dense_wins(o.x, o.weight, o.gate, side, o.forward_mask)
 
 
-def _dense_forward(
-    x: Any, weight: Any, gate: Any, mask: Any, backward_mask: Any, bias: Any, stride: Any, padding: Any, dilation: Any,
-    groups: int, rows: int, columns: int,
-) -> Any:  # fmt: skip
-    masked = _gated(weight, gate, _active(gate, mask), rows, columns)
-    return torch.conv2d(x, masked, bias, stride, padding, dilation, groups)
+def _dense_forward(o: MaskedConv) -> Any:
+    masked = _gated(o.weight, _active(o.gate, o.forward_mask), o)
+    return torch.conv2d(o.x, masked, o.bias, o.stride, o.padding, o.dilation, o.groups)
 
 
-def _dense_backward(
-    grad: Any, x: Any, weight: Any, gate: Any, mask: Any, backward_mask: Any, stride: Any, padding: Any, dilation: Any,
-    groups: int, rows: int, columns: int, needs: Any,
-) -> Any:  # fmt: skip
-    if needs[2]:  # sums over blocks
-        function = dispatch.implementation("masked_conv2d_backward", "reference")
-        masks = mask, backward_mask
-        return function(grad, x, weight, gate, *masks, stride, padding, dilation, groups, rows, columns, needs)
-    masked = _gated(weight, gate, _active(gate, mask), rows, columns) if needs[0] else weight
-    wanted, geometry = [needs[0], needs[1], needs[3]], (stride, padding, dilation, False, [0, 0], groups)
-    dx, dense, dbias = torch.ops.aten.convolution_backward(grad, x, masked, [weight.shape[0]], *geometry, wanted)
-    if needs[1]:
-        dense = _gated(dense.contiguous(), gate, backward_mask, rows, columns)
-    empty = x.new_empty(0)
-    return [part if need else empty for part, need in zip((dx, dense, empty, dbias), needs, strict=True)]
+def _dense_backward(o: MaskedConvBackward) -> Any:
+    of_x, of_weight, of_gate, of_bias = o.needs
+    if of_gate:  # sums over blocks
+        return dispatch.implementation("masked_conv2d_backward", "reference")(o)
+    masked = _gated(o.weight, _active(o.gate, o.forward_mask), o) if of_x else o.weight
+    wanted, geometry = [of_x, of_weight, of_bias], (o.stride, o.padding, o.dilation, False, [0, 0], o.groups)
+    dx, dense, dbias = torch.ops.aten.convolution_backward(o.grad, o.x, masked, [o.weight.shape[0]], *geometry, wanted)
+    if of_weight:
+        dense = _gated(dense.contiguous(), o.backward_mask, o)
+    empty = o.x.new_empty(0)
+    return [part if need else empty for part, need in zip((dx, dense, empty, dbias), o.needs, strict=True)]
 
 
-def _gated(weight: torch.Tensor, gate: torch.Tensor, mask: torch.Tensor | None, rows: int, columns: int) -> Any:
+def _gated(weight: torch.Tensor, mask: torch.Tensor | None, o: MaskedConv | MaskedConvBackward) -> Any:
     """weight * gate by blocks, on the fastest backend; zero where the mask is not set, whatever the weight is."""
-    gate = gate.to(torch.promote_types(weight.dtype, torch.float32))
+    gate = o.gate.to(torch.promote_types(weight.dtype, torch.float32))
     unused = gate.new_ones(())  # what a gradient would take
     name = "reference" if torch._C._are_functorch_transforms_active() else "auto"
     function = dispatch.resolve("masked_weight_forward", weight, name)
-    return function(weight, gate, mask, unused, unused, rows, columns, True)
+    return function(MaskedWeight(weight, gate, mask, unused, unused, o.rows, o.columns, True))
 
 
 def _active(gate: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -118,20 +102,10 @@ def dense_wins(
 
 
 # backward_mask is there for the gradient alone
-masked_conv2d_forward = define(
-    "masked_conv2d_forward(Tensor x, Tensor weight, Tensor gate, Tensor? forward_mask, Tensor? backward_mask,"
-    " Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, int rows, int columns, str backend)"
-    " -> Tensor",
-    _fake_forward,
-    serve=_serve_forward,
-)
+masked_conv2d_forward = define("masked_conv2d_forward", MaskedConv, "Tensor", _fake_forward, serve=_serve_forward)
 # -> gradients of x, weight, gate, bias; empty where not needed
 masked_conv2d_backward = define(
-    "masked_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor gate, Tensor? forward_mask,"
-    " Tensor? backward_mask, int[] stride, int[] padding, int[] dilation, int groups, int rows, int columns,"
-    " bool[] needs, str backend) -> Tensor[]",
-    _fake_backward,
-    serve=_serve_backward,
+    "masked_conv2d_backward", MaskedConvBackward, "Tensor[]", _fake_backward, serve=_serve_backward
 )
 
 

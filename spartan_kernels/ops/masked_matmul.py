@@ -10,82 +10,65 @@ from spartan_kernels import dispatch
 from spartan_kernels.arguments import block_grid, block_shape, clip_block, require_device, require_float
 from spartan_kernels.break_even import dense_wins
 from spartan_kernels.layout import BlockLayout, require_mask
+from spartan_kernels.operands import AddBlockSigns, BlockLayoutOf, MaskedLinear, MaskedLinearBackward, SampledMatmul
 from spartan_kernels.ops._define import define
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 SAVES_INPUT = ("gelu", "gelu_tanh", "silu")  # activations whose gradient is of what went in; relu's is of what came out
 
 
-def _fake_layout(gate: torch.Tensor, mask: torch.Tensor | None, backend: str) -> tuple[torch.Tensor, ...]:
-    rows, columns = gate.shape
+def _fake_layout(o: BlockLayoutOf) -> tuple[torch.Tensor, ...]:
+    rows, columns = o.gate.shape
     lengths = (rows + 1, rows * columns, columns + 1, rows * columns, rows + columns)
-    return tuple(gate.new_empty(n, dtype=torch.int32) for n in lengths)
+    return tuple(o.gate.new_empty(n, dtype=torch.int32) for n in lengths)
 
 
-def _fake_forward(
-    x: Any,
-    weight: Any,
-    gate: Any,
-    layout: Any,
-    backward_layout: Any,
-    bias: Any,
-    activation: str,
-    rows: int,
-    columns: int,
-    save: bool,
-    density: float,
-    slope: Any,
-    backend: str,
-) -> Any:
-    shape = (*x.shape[:-1], weight.shape[0])
-    return x.new_empty(shape), x.new_empty(shape if save else 0)
+def _fake_forward(o: MaskedLinear) -> Any:
+    shape = (*o.x.shape[:-1], o.weight.shape[0])
+    return o.x.new_empty(shape), o.x.new_empty(shape if o.save else 0)
 
 
-def _fake_backward(grad: Any, x: Any, weight: Any, gate: Any, *rest: Any) -> Any:
-    needs = rest[-4]
-    shapes = ((*grad.shape[:-1], weight.shape[1]), weight.shape, gate.shape, weight.shape[:1])
-    dtypes = (grad.dtype, grad.dtype, gate.dtype, grad.dtype)
+def _fake_backward(o: MaskedLinearBackward) -> Any:
+    shapes = ((*o.grad.shape[:-1], o.weight.shape[1]), o.weight.shape, o.gate.shape, o.weight.shape[:1])
+    dtypes = (o.grad.dtype, o.grad.dtype, o.gate.dtype, o.grad.dtype)
     return [
-        grad.new_empty(shape, dtype=dtype) if need else grad.new_empty(0)
-        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
+        o.grad.new_empty(shape, dtype=dtype) if need else o.grad.new_empty(0)
+        for shape, dtype, need in zip(shapes, dtypes, o.needs, strict=True)
     ]
 
 
-def _fake_sampled(a: Any, b: Any, *rest: Any) -> Any:
-    return a.new_empty((a.shape[0], b.shape[1]))
+def _fake_sampled(o: SampledMatmul) -> torch.Tensor:
+    return o.a.new_empty((o.a.shape[0], o.b.shape[1]))
 
 
-def _serve_forward(x: Any, weight: Any, gate: Any, layout: Any, backward_layout: Any, *rest: Any) -> Any:
-    *operands, density, _, backend = rest
-    function = _serving("masked_linear_forward", x, layout, operands[2:4], density, backend)
-    return function(x, weight, gate, layout, *operands)
+def _serve_forward(o: MaskedLinear) -> Any:
+    return _serving("masked_linear_forward", o)(o)
 
 
-def _serve_backward(grad: Any, x: Any, weight: Any, gate: Any, layout: Any, *rest: Any) -> Any:
-    *operands, needs, density, slope, backend = rest
-    rows, columns = operands[3:5]
-    function = _serving("masked_linear_backward", x, layout, (rows, columns), density, backend)
-    of_weight, of_gate = needs[1:3]
-    pulls = slope is not None and of_weight
-    needs = [needs[0], of_weight, of_gate or pulls, needs[3]]
-    grads = function(grad, x, weight, gate, layout, *operands, needs)
-    if pulls:
-        add = dispatch.resolve("add_block_signs_", weight, "auto")
-        add(grads[1], weight, slope * grads[2], rows, columns)
-        if not of_gate:
-            grads[2] = grad.new_empty(0)
+def _serve_backward(o: MaskedLinearBackward) -> Any:
+    function = _serving("masked_linear_backward", o)
+    of_x, of_weight, of_gate, of_bias = o.needs
+    if o.slope is None or not of_weight:
+        return function(o)
+    grads = function(o._replace(needs=[of_x, of_weight, True, of_bias]))
+    named = dispatch.requested(o.backend)
+    signs = named if named in dispatch.SUPPORT["add_block_signs_"] else "auto"  # not every backend adds them
+    add = dispatch.resolve("add_block_signs_", o.weight, signs)
+    add(AddBlockSigns(grads[1], o.weight, o.slope * grads[2], o.rows, o.columns))
+    if not of_gate:
+        grads[2] = o.grad.new_empty(0)
     return grads
 
 
-def _serving(name: str, x: Any, layout: Any, block: Any, density: float, backend: str) -> Any:
+def _serving(operator: str, o: MaskedLinear | MaskedLinearBackward) -> Any:
     """The backend's function; in "auto" the dense product where so many blocks are active that it is faster."""
-    requested = dispatch.requested(backend)
+    requested = dispatch.requested(o.backend)
     if requested == "auto":
-        density = _counted(layout) if density < 0 else density
-        tokens = x.shape[:-1].numel()
-        if density >= 0 and dense_wins(density, x.device, x.dtype, (block[0], block[1]), tokens):
-            return dispatch.implementation(name, "reference")
-    return dispatch.resolve(name, x, requested)
+        density = _counted(o.layout) if o.density < 0 else o.density
+        tokens = o.x.shape[:-1].numel()
+        if density >= 0 and dense_wins(density, o.x.device, o.x.dtype, (o.rows, o.columns), tokens):
+            return dispatch.implementation(operator, "reference")
+    return dispatch.resolve(operator, o.x, requested)
 
 
 def _counted(layout: Any) -> float:
@@ -95,29 +78,15 @@ def _counted(layout: Any) -> float:
     return int(layout[0][-1]) / layout[1].shape[0]
 
 
-block_layout = define(
-    "block_layout(Tensor gate, Tensor? mask, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _fake_layout
-)
-# backward_layout and slope are there for the gradient alone
+block_layout = define("block_layout", BlockLayoutOf, "(Tensor, Tensor, Tensor, Tensor, Tensor)", _fake_layout)
 masked_linear_forward = define(
-    "masked_linear_forward(Tensor x, Tensor weight, Tensor gate, Tensor[] layout, Tensor[] backward_layout,"
-    " Tensor? bias, str activation, int rows, int columns, bool save, float density,"
-    " Tensor? slope, str backend) -> (Tensor, Tensor)",
-    _fake_forward,
-    serve=_serve_forward,
+    "masked_linear_forward", MaskedLinear, "(Tensor, Tensor)", _fake_forward, serve=_serve_forward
 )
-# -> gradients of x, weight, gate, bias; empty where not needed. Only those of weight and gate read x.
+# -> gradients of x, weight, gate, bias; empty where not needed
 masked_linear_backward = define(
-    "masked_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor gate, Tensor[] layout,"
-    " Tensor[] backward_layout, Tensor saved, str activation, int rows, int columns, bool[] needs, float density,"
-    " Tensor? slope, str backend) -> Tensor[]",
-    _fake_backward,
-    serve=_serve_backward,
+    "masked_linear_backward", MaskedLinearBackward, "Tensor[]", _fake_backward, serve=_serve_backward
 )
-sampled_matmul_forward = define(
-    "sampled_matmul_forward(Tensor a, Tensor b, Tensor[] layout, int rows, int columns, str backend) -> Tensor",
-    _fake_sampled,
-)
+sampled_matmul_forward = define("sampled_matmul_forward", SampledMatmul, "Tensor", _fake_sampled)
 
 
 def masked_linear(

@@ -7,61 +7,41 @@ from typing import Any
 import torch
 
 from spartan_kernels.arguments import block_grid, block_shape, clip_block, require_device, require_float, scalar
+from spartan_kernels.operands import (
+    AddBlockSigns,
+    BlockScores,
+    MaskedWeight,
+    MaskedWeightBackward,
+    MaskedWeightCorrection,
+    MaskedWeightCoupling,
+)
 from spartan_kernels.ops._define import define
 
 
-def _fake_forward(weight: Any, *rest: Any) -> Any:
-    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+def _fake_weight(o: MaskedWeight | MaskedWeightBackward) -> torch.Tensor:
+    return torch.empty_like(o.weight, memory_format=torch.contiguous_format)
 
 
-def _fake_backward(grad: Any, weight: Any, *rest: Any) -> Any:
-    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+def _fake_sums(o: MaskedWeightCoupling) -> torch.Tensor:
+    return o.weight.new_empty(2, dtype=torch.float64)
 
 
-def _fake_coupling(grad: Any, weight: Any, *rest: Any) -> Any:
-    return weight.new_empty(2, dtype=torch.float64)
+def _fake_scores(o: BlockScores) -> torch.Tensor:
+    return o.weight.new_empty(block_grid(o.weight.shape, (o.rows, o.columns)))
 
 
-def _fake_correct(*arguments: Any) -> None:
+def _fake_nothing(o: Any) -> None:
     return None
 
 
-def _fake_scores(weight: Any, rows: int, columns: int, backend: str) -> Any:
-    return weight.new_empty(block_grid(weight.shape, (rows, columns)))
-
-
-masked_weight_forward = define(
-    "masked_weight_forward(Tensor weight, Tensor? soft, Tensor? hard, Tensor beta, Tensor costs, int rows, int columns,"
-    " bool straight_through, str backend) -> Tensor",
-    _fake_forward,
-)
-masked_weight_backward = define(
-    "masked_weight_backward(Tensor grad, Tensor weight, Tensor? soft, Tensor? hard, Tensor beta, Tensor costs,"
-    " int rows, int columns, bool straight_through, str backend) -> Tensor",
-    _fake_backward,
-)
+masked_weight_forward = define("masked_weight_forward", MaskedWeight, "Tensor", _fake_weight)
+masked_weight_backward = define("masked_weight_backward", MaskedWeightBackward, "Tensor", _fake_weight)
 # the same, in the memory of grad
-masked_weight_backward_ = define(
-    "masked_weight_backward_(Tensor(a!) grad, Tensor weight, Tensor? soft, Tensor? hard, Tensor beta, Tensor costs,"
-    " int rows, int columns, bool straight_through, str backend) -> ()",
-    _fake_correct,
-)
-_coupling = define(
-    "masked_weight_coupling(Tensor grad, Tensor weight, Tensor soft, Tensor beta, Tensor costs, int rows, int columns,"
-    " str backend) -> Tensor",
-    _fake_coupling,
-)
-_correct = define(
-    "masked_weight_correct_(Tensor(a!) grad, Tensor weight, Tensor soft, Tensor scale, int rows, int columns,"
-    " str backend) -> ()",
-    _fake_correct,
-)
-# grad_i += sign(theta_i) pull_b
-add_block_signs_ = define(
-    "add_block_signs_(Tensor(a!) grad, Tensor weight, Tensor pull, int rows, int columns, str backend) -> ()",
-    _fake_correct,
-)
-_scores = define("block_scores(Tensor weight, int rows, int columns, str backend) -> Tensor", _fake_scores)
+masked_weight_backward_ = define("masked_weight_backward_", MaskedWeightBackward, "()", _fake_nothing, writes=("grad",))
+_coupling = define("masked_weight_coupling", MaskedWeightCoupling, "Tensor", _fake_sums)
+_correct = define("masked_weight_correct_", MaskedWeightCorrection, "()", _fake_nothing, writes=("grad",))
+add_block_signs_ = define("add_block_signs_", AddBlockSigns, "()", _fake_nothing, writes=("grad",))
+_scores = define("block_scores", BlockScores, "Tensor", _fake_scores)
 
 
 def block_costs(shape: tuple[int, ...] | torch.Size, block_size: int | tuple[int, int]) -> float | torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from spartan_kernels.arguments import block_grid, block_shape, clip_block, require_device, scalar
 from spartan_kernels.groups import group_name
+from spartan_kernels.operands import SoftTopk, SoftTopkBackward, SoftTopkGlobal, SoftTopkGlobalBackward, SolveMasks
 from spartan_kernels.ops._define import define
 from spartan_kernels.ops._problem import as_in_autocast, global_problem, list_in_autocast, row_problem
 from spartan_kernels.ops._shards import shards
@@ -21,63 +22,49 @@ if TYPE_CHECKING:
 SOLVER_STATE_SIZE = 8
 
 
-def _fake_forward(values: Any, budget: Any, costs: Any, beta: Any, backend: str) -> Any:
-    return torch.empty_like(values, memory_format=torch.contiguous_format), beta.new_empty((values.shape[0], 2))
+def _fake_forward(o: SoftTopk) -> Any:
+    return _like(o.values), o.beta.new_empty((o.values.shape[0], 2))
 
 
-def _fake_backward(grad: Any, values: Any, threshold: Any, costs: Any, beta: Any, cost_grad: bool, backend: str) -> Any:
-    grad_costs = torch.empty_like(values, memory_format=torch.contiguous_format) if cost_grad else values.new_empty(0)
-    rows = beta.new_empty(values.shape[0])
-    return torch.empty_like(values, memory_format=torch.contiguous_format), grad_costs, rows, rows.clone()
+def _fake_backward(o: SoftTopkBackward) -> Any:
+    rows = o.beta.new_empty(o.values.shape[0])
+    return _like(o.values), _like(o.values) if o.cost_grad else o.values.new_empty(0), rows, rows.clone()
 
 
-def _fake_global_forward(values: Any, budget: Any, costs: Any, beta: Any, group: str, backend: str) -> Any:
-    masks = [torch.empty_like(v, memory_format=torch.contiguous_format) for v in values]
-    return masks, beta.new_empty(2)
+def _fake_global_forward(o: SoftTopkGlobal) -> Any:
+    return [_like(v) for v in o.values], o.beta.new_empty(2)
 
 
-def _fake_global_backward(
-    grads: Any, values: Any, threshold: Any, costs: Any, beta: Any, cost_grad: bool, group: str, backend: str
-) -> Any:
-    like = [torch.empty_like(v, memory_format=torch.contiguous_format) for v in values]
-    grad_costs = [torch.empty_like(v, memory_format=torch.contiguous_format) for v in values] if cost_grad else []
-    return like, grad_costs, beta.new_empty(()), beta.new_empty(())
+def _fake_global_backward(o: SoftTopkGlobalBackward) -> Any:
+    grad_costs = [_like(v) for v in o.values] if o.cost_grad else []
+    return [_like(v) for v in o.values], grad_costs, o.beta.new_empty(()), o.beta.new_empty(())
 
 
-def _fake_solve(*arguments: Any) -> None:
-    return None
+def _like(values: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(values, memory_format=torch.contiguous_format)
 
 
-# values [rows, n]; budget float64 [rows]; costs None, [], [n] or [rows, n]; beta float64 [].
-# threshold float64 [rows, 2] is (centre c, shift d) of the solution m = sigmoid(beta (values/costs - c) + d).
 soft_topk_forward = define(
-    "soft_topk_forward(Tensor values, Tensor budget, Tensor? costs, Tensor beta, str backend) -> (Tensor, Tensor)",
-    _fake_forward,
-    fold_rows(2),
+    "soft_topk_forward", SoftTopk, "(Tensor, Tensor)", _fake_forward, fold_rows("values", "budget")
 )
 # -> gradients of values [rows, n], costs (elementwise, empty unless cost_grad), budget [rows] and beta [rows]
 soft_topk_backward = define(
-    "soft_topk_backward(Tensor grad, Tensor values, Tensor threshold, Tensor? costs, Tensor beta, bool cost_grad,"
-    " str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "soft_topk_backward",
+    SoftTopkBackward,
+    "(Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
-    fold_rows(3),
+    fold_rows("grad", "values", "threshold"),
 )
-# The same over a list: costs is empty or holds one tensor, [] or shaped like its values, for each.
 soft_topk_global_forward = define(
-    "soft_topk_global_forward(Tensor[] values, Tensor budget, Tensor[] costs, Tensor beta, str group, str backend)"
-    " -> (Tensor[], Tensor)",
-    _fake_global_forward,
+    "soft_topk_global_forward", SoftTopkGlobal, "(Tensor[], Tensor)", _fake_global_forward
 )
 soft_topk_global_backward = define(
-    "soft_topk_global_backward(Tensor[] grads, Tensor[] values, Tensor threshold, Tensor[] costs, Tensor beta,"
-    " bool cost_grad, str group, str backend) -> (Tensor[], Tensor[], Tensor, Tensor)",
+    "soft_topk_global_backward",
+    SoftTopkGlobalBackward,
+    "(Tensor[], Tensor[], Tensor, Tensor)",
     _fake_global_backward,
 )
-_solve_masks = define(
-    "solve_masks_(Tensor[] values, Tensor budget, Tensor[] costs, Tensor beta, bool absolute, int[] block_sizes,"
-    " Tensor(a!)[] soft, Tensor(b!)[] hard, Tensor(c!) state, str group, str backend) -> ()",
-    _fake_solve,
-)
+_solve_masks = define("solve_masks_", SolveMasks, "()", lambda o: None, writes=("soft", "hard", "state"))
 
 
 def soft_topk(

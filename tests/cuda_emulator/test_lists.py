@@ -14,6 +14,7 @@ import torch
 from spartan_kernels import new_solver_state, ops, solve_masks_
 from spartan_kernels.backends import extension
 from spartan_kernels.backends.cuda import lists, soft_topk
+from spartan_kernels.operands import SoftTopkGlobal, SoftTopkGlobalBackward
 from spartan_kernels.testing import assert_within_error_budget, oracle_soft_topk, plain_soft_topk
 
 pytestmark = pytest.mark.skipif(not os.environ.get("SPARTAN_EMULATED"), reason="needs the emulated CUDA extension")
@@ -77,9 +78,11 @@ def test_the_gradient_moves_what_its_launch_plan_says(dtype: torch.dtype) -> Non
     assert sum(launch.read + launch.written for launch in plan) == BACKWARD * dtype.itemsize / 4
     values = torch.randn(N).to(dtype).requires_grad_()
     (mask,) = ops.soft_topk_global([values], budget_of(0.1 * N), None, BETA, backend="cuda")
-    _, threshold = soft_topk.soft_topk_global_forward([values], budget_of(0.1 * N), [], BETA, "")
+    _, threshold = soft_topk.soft_topk_global_forward(SoftTopkGlobal([values], budget_of(0.1 * N), [], BETA))
     moved()
-    soft_topk.soft_topk_global_backward([torch.randn_like(mask)], [values], threshold, [], BETA, False, "")
+    soft_topk.soft_topk_global_backward(
+        SoftTopkGlobalBackward([torch.randn_like(mask)], [values], threshold, [], BETA, False)
+    )
     for found, each in zip(moved(), (sum(p.read for p in plan), sum(p.written for p in plan)), strict=True):
         assert 0.99 * each * N <= found <= 1.001 * each * N
 
@@ -150,7 +153,7 @@ def test_the_same_bits_twice() -> None:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_value_that_is_not_finite_leaves_no_plausible_mask(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lists, "inspect_list", lambda *_: None)  # as on a GPU, where the host does not look
+    monkeypatch.setattr(lists, "check_list", lambda *_: None)  # as on a GPU, where the host does not look
     values = torch.randn(N)
     values[73_457] = bad
     for k in (0.1 * N, float(N)):

@@ -23,6 +23,14 @@ from spartan_kernels.backends.cuda.masked_matmul import (
     sampled_matmul_forward,
 )
 from spartan_kernels.layout import longest_first
+from spartan_kernels.operands import (
+    BlockLayoutOf,
+    MaskedLinear,
+    MaskedLinearBackward,
+    PackedLinear,
+    PackedLinearBackward,
+    SampledMatmul,
+)
 from spartan_kernels.testing import make_values, oracle_block_sum, oracle_expand_blocks
 
 pytestmark = pytest.mark.skipif(not os.environ.get("SPARTAN_EMULATED"), reason="needs the emulated CUDA extension")
@@ -97,7 +105,7 @@ def test_layout(grid_rows: int, grid_columns: int, density: float, dtype: torch.
     mask = make_values("uniform", gate.shape, seed=3) < 0.8
     for given in (None, mask):
         active = (gate != 0) if given is None else (gate != 0) & given
-        found = block_layout(gate, given)
+        found = block_layout(BlockLayoutOf(gate, given))
         for lines, (offsets, indices) in ((active, found[:2]), (active.mT, found[2:4])):
             expected = [line.nonzero().flatten() for line in lines]
             counts = torch.tensor([0, *(len(e) for e in expected)]).cumsum(0)
@@ -109,7 +117,9 @@ def test_layout(grid_rows: int, grid_columns: int, density: float, dtype: torch.
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0)])
 def test_layout_of_nothing(shape: tuple[int, int]) -> None:
-    row_offsets, column_indices, column_offsets, row_indices, order = block_layout(torch.ones(shape), None)
+    row_offsets, column_indices, column_offsets, row_indices, order = block_layout(
+        BlockLayoutOf(torch.ones(shape), None)
+    )
     assert row_offsets.tolist() == [0] * (shape[0] + 1) and column_offsets.tolist() == [0] * (shape[1] + 1)
     assert column_indices.numel() == row_indices.numel() == 0
     assert order.tolist() == [*range(shape[0]), *range(shape[1])]
@@ -121,17 +131,22 @@ def test_masked_linear(tokens: int, out: int, in_: int, block: tuple[int, int], 
     p = problem(out, in_, block, 0.6, dtype)
     x = make_values("normal", (tokens, in_), seed=1).to(dtype)
     grad = make_values("normal", (tokens, out), seed=8).to(dtype)
-    layout, back = list(block_layout(p["gate"], None)), make_values("uniform", p["gate"].shape, seed=9) < 0.5
-    backward = list(block_layout(back, None))
+    layout, back = (
+        list(block_layout(BlockLayoutOf(p["gate"], None))),
+        make_values("uniform", p["gate"].shape, seed=9) < 0.5,
+    )
+    backward = list(block_layout(BlockLayoutOf(back, None)))
     w = masked(p, block)
     z = x.double() @ w.T + p["bias"].double()
     for activation in ACTIVATIONS:
-        y, saved = masked_linear_forward(x, p["weight"], p["gate"], layout, p["bias"], activation, *block, True)
+        y, saved = masked_linear_forward(
+            MaskedLinear(x, p["weight"], p["gate"], layout, [], p["bias"], activation, *block, True)
+        )
         close(y, ACTIVATIONS[activation](z), in_, f"y after {activation}")
         close(saved, z, in_, f"z before {activation}")
     for each in ([], backward):
         dx, grad_weight, grad_gate, grad_bias = masked_linear_backward(
-            grad, x, p["weight"], p["gate"], layout, each, grad, "", *block, [True] * 4
+            MaskedLinearBackward(grad, x, p["weight"], p["gate"], layout, each, grad, "", *block, [True] * 4)
         )
         raw = grad.double().T @ x.double()
         raw *= oracle_expand_blocks(back.double(), raw.shape, block) if each else 1.0
@@ -154,12 +169,12 @@ def test_products_of_tf32_are_those_of_rounded_numbers(tokens: int, out: int, in
     """To float32's precision, so that no operand is cut off in place of being rounded, or rounded twice."""
     p = problem(out, in_, block, 0.6, torch.float32)
     x, grad = (make_values("normal", (tokens, n), seed=i) for n, i in ((in_, 1), (out, 8)))
-    layout = list(block_layout(p["gate"], None))
+    layout = list(block_layout(BlockLayoutOf(p["gate"], None)))
     w = rounded_to_tf32(masked(p, block))
-    y, _ = masked_linear_forward(x, p["weight"], p["gate"], layout, p["bias"], "", *block, False)
+    y, _ = masked_linear_forward(MaskedLinear(x, p["weight"], p["gate"], layout, [], p["bias"], "", *block, False))
     close(y, rounded_to_tf32(x) @ w.T + p["bias"].double(), in_, "y")
     dx, grad_weight, _, _ = masked_linear_backward(
-        grad, x, p["weight"], p["gate"], layout, layout, grad, "", *block, [True] * 4
+        MaskedLinearBackward(grad, x, p["weight"], p["gate"], layout, layout, grad, "", *block, [True] * 4)
     )
     close(dx, rounded_to_tf32(grad) @ w, out, "grad x")
     raw = rounded_to_tf32(grad).T @ rounded_to_tf32(x)
@@ -167,7 +182,7 @@ def test_products_of_tf32_are_those_of_rounded_numbers(tokens: int, out: int, in
     special = x.clone()
     special[0, 0] = torch.nan
     special[-1, -1] = torch.inf
-    y, _ = masked_linear_forward(special, p["weight"], p["gate"], layout, None, "", *block, False)
+    y, _ = masked_linear_forward(MaskedLinear(special, p["weight"], p["gate"], layout, [], None, "", *block, False))
     active = oracle_expand_blocks((p["gate"] != 0).double(), (out, in_), block)
     assert torch.equal(y.isfinite(), (~special.isfinite()).double() @ active.T == 0)
 
@@ -183,15 +198,17 @@ def test_packed_blocks(tokens: int, out: int, in_: int, block: tuple[int, int], 
     padded = functional.pad(p["weight"], (0, -in_ % columns, 0, -out % rows))
     blocks = padded.unflatten(0, (-1, rows)).unflatten(2, (-1, columns)).transpose(1, 2)
     values, n = blocks[active], int(active.sum())
-    layout = list(block_layout(active, None))
+    layout = list(block_layout(BlockLayoutOf(active, None)))
     order = torch.full(active.shape, -1, dtype=torch.int32)
     order[active] = torch.arange(n, dtype=torch.int32)
     positions = order.T[active.T].contiguous()
     layout = [layout[0], layout[1][:n], layout[2], layout[3][:n], layout[4]]
     w = p["weight"].double() * oracle_expand_blocks(active.double(), (out, in_), block)
-    y, _ = block_sparse_linear_forward(x, values, layout, positions, p["bias"], "", out, False)
+    y, _ = block_sparse_linear_forward(PackedLinear(x, values, layout, positions, p["bias"], "", out, False))
     close(y, x.double() @ w.T + p["bias"].double(), in_, "y")
-    dx, grad_values, grad_bias = block_sparse_linear_backward(grad, x, values, layout, positions, grad, "", [True] * 3)
+    dx, grad_values, grad_bias = block_sparse_linear_backward(
+        PackedLinearBackward(grad, x, values, layout, positions, grad, "", [True] * 3)
+    )
     close(dx, grad.double() @ w, out, "grad x")
     raw = functional.pad(grad.double().T @ x.double(), (0, -in_ % columns, 0, -out % rows))
     expected = raw.unflatten(0, (-1, rows)).unflatten(2, (-1, columns)).transpose(1, 2)[active]
@@ -204,7 +221,7 @@ def test_sampled_matmul(dtype: torch.dtype) -> None:
     for m, k, n, block in ((48, 70, 64, (16, 32)), (33, 5, 41, (8, 7)), (64, 0, 64, (32, 32))):
         a, b = make_values("normal", (m, k), seed=1).to(dtype), make_values("normal", (k, n), seed=2).to(dtype)
         active = make_values("uniform", (-(-m // block[0]), -(-n // block[1])), seed=3) < 0.5
-        found = sampled_matmul_forward(a, b, list(block_layout(active, None)), *block)
+        found = sampled_matmul_forward(SampledMatmul(a, b, list(block_layout(BlockLayoutOf(active, None))), *block))
         close(found, a.double() @ b.double() * oracle_expand_blocks(active.double(), (m, n), block), k, "a b")
 
 
@@ -215,30 +232,30 @@ def test_hidden_blocks_are_never_read_and_nan_gates_are_never_skipped(block: tup
     hidden = oracle_expand_blocks((p["gate"] == 0).double(), (40, 48), block) != 0
     expected = masked(p, block)
     p["weight"][hidden] = torch.nan
-    layout = list(block_layout(p["gate"], None))
-    y, _ = masked_linear_forward(x, p["weight"], p["gate"], layout, None, "", *block, False)
+    layout = list(block_layout(BlockLayoutOf(p["gate"], None)))
+    y, _ = masked_linear_forward(MaskedLinear(x, p["weight"], p["gate"], layout, [], None, "", *block, False))
     close(y, x.double() @ expected.T, 48, "y")
     dx = masked_linear_backward(
-        grad, x, p["weight"], p["gate"], layout, [], grad, "", *block, [True, False, False, False]
+        MaskedLinearBackward(grad, x, p["weight"], p["gate"], layout, [], grad, "", *block, [True, False, False, False])
     )[0]
     close(dx, grad.double() @ expected, 40, "grad x")
     p["gate"][1, 0] = torch.nan
-    layout = list(block_layout(p["gate"], None))
+    layout = list(block_layout(BlockLayoutOf(p["gate"], None)))
     ones = torch.ones_like(p["weight"])
-    y, _ = masked_linear_forward(x, ones, p["gate"], layout, None, "relu", *block, False)
+    y, _ = masked_linear_forward(MaskedLinear(x, ones, p["gate"], layout, [], None, "relu", *block, False))
     rows = torch.arange(40) // block[0] == 1
     assert y[:, rows].isnan().all() and not y[:, ~rows].isnan().any()
 
 
 def test_strided_operands_and_no_tokens() -> None:
     p = problem(32, 64, (16, 16), 0.5, torch.float32)
-    layout = list(block_layout(p["gate"], None))
+    layout = list(block_layout(BlockLayoutOf(p["gate"], None)))
     wide = make_values("normal", (6, 5, 80), seed=1)
     weight = functional.pad(p["weight"], (3, 6))[:, 3:67]
     for x in (wide[..., :64], wide[::2, :, 8:72], wide.transpose(0, 1)[..., 1:65], wide[:0, :, :64]):
-        y, _ = masked_linear_forward(x, weight, p["gate"], layout, p["bias"], "", 16, 16, False)
+        y, _ = masked_linear_forward(MaskedLinear(x, weight, p["gate"], layout, [], p["bias"], "", 16, 16, False))
         close(y, x.double() @ masked(p, (16, 16)).T + p["bias"].double(), 64, "y")
         dx, grad_weight, _, _ = masked_linear_backward(
-            y, x, weight, p["gate"], layout, layout, y, "", 16, 16, [True] * 4
+            MaskedLinearBackward(y, x, weight, p["gate"], layout, layout, y, "", 16, 16, [True] * 4)
         )
         assert dx.shape == x.shape and not dx.isnan().any() and not grad_weight.isnan().any()

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from spartan_kernels.arguments import clamp_budget, inspectable, require_beta, require_costs, require_finite
 from spartan_kernels.backends import extension
+from spartan_kernels.backends.shared import check_list
 from spartan_kernels.counts import SolveCounts
 
 
@@ -34,22 +34,6 @@ class TensorList:
         return words, workspace, (self.dtype, words.data_ptr(), len(words))
 
 
-def inspect_list(
-    values: list[torch.Tensor], budget: torch.Tensor, costs: list[torch.Tensor], beta: torch.Tensor | None
-) -> None:
-    """Raise for values, costs, a budget or beta that cannot be used, where the host may look at them."""
-    if not inspectable(values[0]):
-        return
-    if beta is not None:
-        require_beta(beta)
-    for index, tensor in enumerate(values):
-        require_finite(f"values[{index}]", tensor)
-    for cost in costs:
-        require_costs(cost)
-    entries = zip(costs or [v.new_ones(()) for v in values], values, strict=True)
-    clamp_budget(budget, sum(float(c.expand_as(v).sum(dtype=torch.float64)) for c, v in entries))
-
-
 def solve_list(
     values: list[torch.Tensor],
     budget: torch.Tensor,
@@ -61,7 +45,7 @@ def solve_list(
     threshold: torch.Tensor | None,
 ) -> None:
     """Check what the host may look at, then launch."""
-    inspect_list(values, budget, costs, beta)
+    check_list(values, budget, costs, beta)
     launch_list(values, budget, costs, beta, absolute, masks, state, threshold)
 
 

@@ -8,64 +8,39 @@ from __future__ import annotations
 import torch
 
 from spartan_kernels.backends.cuda.block_matrix import BlockMatrix, tokens_of
-from spartan_kernels.backends.shared import before_activation, bias_gradient
+from spartan_kernels.backends.shared import LayerNeeds, layer_gradients
+from spartan_kernels.operands import MaskedLinear, MaskedLinearBackward, SampledMatmul
 
 
-def masked_linear_forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    gate: torch.Tensor,
-    layout: list[torch.Tensor],
-    bias: torch.Tensor | None,
-    activation: str,
-    rows: int,
-    columns: int,
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def masked_linear_forward(o: MaskedLinear) -> tuple[torch.Tensor, torch.Tensor]:
     """act(z), z = x (theta * gate on the layout's blocks)^T + b, and z when it is to be saved."""
-    matrix = BlockMatrix(weight, (weight.shape[0], weight.shape[1]), (rows, columns), layout, gate)
-    return matrix.forward(x, bias, activation, save)
+    matrix = BlockMatrix(o.weight, (o.weight.shape[0], o.weight.shape[1]), (o.rows, o.columns), o.layout, o.gate)
+    return matrix.forward(o.x, o.bias, o.activation, o.save)
 
 
-def masked_linear_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    gate: torch.Tensor,
-    layout: list[torch.Tensor],
-    backward_layout: list[torch.Tensor],
-    saved: torch.Tensor,
-    activation: str,
-    rows: int,
-    columns: int,
-    needs: list[bool],
-) -> list[torch.Tensor]:
+def masked_linear_backward(o: MaskedLinearBackward) -> list[torch.Tensor]:
     """Gradients of x, weight, gate and bias; empty where not needed."""
-    shape, block = (weight.shape[0], weight.shape[1]), (rows, columns)
-    dz = before_activation(grad, saved, activation)
-    results = [x.new_empty(0)] * 4
-    if needs[0]:
-        results[0] = BlockMatrix(weight, shape, block, layout, gate).input_gradient(dz)
-    if needs[1] or needs[2]:
-        matrix = BlockMatrix(weight, shape, block, backward_layout, gate)
-        grad_gate = torch.zeros(gate.shape, dtype=torch.float32, device=gate.device)
-        if backward_layout:
-            result = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-            matrix.sampled(dz, x, result, grad_gate)
+    shape, block = (o.weight.shape[0], o.weight.shape[1]), (o.rows, o.columns)
+
+    def of_input(dz: torch.Tensor) -> torch.Tensor:
+        return BlockMatrix(o.weight, shape, block, o.layout, o.gate).input_gradient(dz)
+
+    def of_parameters(dz: torch.Tensor, needs: LayerNeeds) -> tuple[torch.Tensor, torch.Tensor]:
+        matrix = BlockMatrix(o.weight, shape, block, o.backward_layout, o.gate)
+        grad_gate = torch.zeros(o.gate.shape, dtype=torch.float32, device=o.gate.device)
+        if o.backward_layout:
+            result = torch.zeros(shape, dtype=o.weight.dtype, device=o.weight.device)
+            matrix.sampled(dz, o.x, result, grad_gate)
         else:
-            result = (tokens_of(dz).mT @ tokens_of(x)).contiguous()
+            result = (tokens_of(dz).mT @ tokens_of(o.x)).contiguous()
             matrix.gate_gradient(result, grad_gate)
-        results[1] = result if needs[1] else results[1]
-        results[2] = grad_gate.to(gate.dtype) if needs[2] else results[2]
-    if needs[3]:
-        results[3] = bias_gradient(dz)
-    return results
+        return result, grad_gate
+
+    return layer_gradients(o, of_input, of_parameters)
 
 
-def sampled_matmul_forward(
-    a: torch.Tensor, b: torch.Tensor, layout: list[torch.Tensor], rows: int, columns: int
-) -> torch.Tensor:
+def sampled_matmul_forward(o: SampledMatmul) -> torch.Tensor:
     """a b on the layout's blocks, zero elsewhere."""
-    result = torch.zeros((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device)
-    BlockMatrix(result, (a.shape[0], b.shape[1]), (rows, columns), layout).sampled(a.mT, b, result, None)
+    result = torch.zeros((o.a.shape[0], o.b.shape[1]), dtype=o.a.dtype, device=o.a.device)
+    BlockMatrix(result, (o.a.shape[0], o.b.shape[1]), (o.rows, o.columns), o.layout).sampled(o.a.mT, o.b, result, None)
     return result

@@ -6,6 +6,13 @@ import torch
 
 from spartan_kernels.arguments import block_grid
 from spartan_kernels.backends import extension
+from spartan_kernels.operands import (
+    BlockScores,
+    MaskedWeight,
+    MaskedWeightBackward,
+    MaskedWeightCorrection,
+    MaskedWeightCoupling,
+)
 
 
 class _Weight:
@@ -25,23 +32,14 @@ class _Costs:
         self.arguments = (0, pointer) if costs.dim() == 0 else (pointer, 0)
 
 
-def masked_weight_forward(
-    weight: torch.Tensor,
-    soft: torch.Tensor | None,
-    hard: torch.Tensor | None,
-    beta: torch.Tensor,
-    costs: torch.Tensor,
-    rows: int,
-    columns: int,
-    straight_through: bool,
-) -> torch.Tensor:
+def masked_weight_forward(o: MaskedWeight) -> torch.Tensor:
     """theta * m * h."""
-    w = _Weight(weight, rows, columns)
-    m, h = extension.contiguous(soft), extension.contiguous(hard)
+    w = _Weight(o.weight, o.rows, o.columns)
+    m, h = extension.contiguous(o.soft), extension.contiguous(o.hard)
     result = torch.empty_like(w.weight)
     extension.call(
         extension.native.cuda.masked_weight,
-        weight,
+        o.weight,
         *w.first,
         w.weight.data_ptr(),
         extension.pointer(m),
@@ -51,59 +49,41 @@ def masked_weight_forward(
     return result
 
 
-def masked_weight_backward(
-    grad: torch.Tensor,
-    weight: torch.Tensor,
-    soft: torch.Tensor | None,
-    hard: torch.Tensor | None,
-    beta: torch.Tensor,
-    costs: torch.Tensor,
-    rows: int,
-    columns: int,
-    straight_through: bool,
-) -> torch.Tensor:
+def masked_weight_backward(o: MaskedWeightBackward) -> torch.Tensor:
     """G_i m_b + sign(theta_i) beta s_b g_b / a_b."""
-    w, a = _Weight(weight, rows, columns), _Costs(costs)
-    g, m, h = grad.to(weight.dtype).contiguous(), extension.contiguous(soft), extension.contiguous(hard)
+    w, a = _Weight(o.weight, o.rows, o.columns), _Costs(o.costs)
+    g, m, h = o.grad.to(o.weight.dtype).contiguous(), extension.contiguous(o.soft), extension.contiguous(o.hard)
     result = torch.empty_like(w.weight)
     extension.call(
         extension.native.cuda.masked_weight_backward,
-        weight,
+        o.weight,
         *w.first,
         g.data_ptr(),
         w.weight.data_ptr(),
         extension.pointer(m),
         extension.pointer(h),
-        beta.data_ptr(),
+        o.beta.data_ptr(),
         *a.arguments,
-        straight_through,
+        o.straight_through,
         result.data_ptr(),
     )
     return result
 
 
-def masked_weight_coupling(
-    grad: torch.Tensor,
-    weight: torch.Tensor,
-    soft: torch.Tensor,
-    beta: torch.Tensor,
-    costs: torch.Tensor,
-    rows: int,
-    columns: int,
-) -> torch.Tensor:
+def masked_weight_coupling(o: MaskedWeightCoupling) -> torch.Tensor:
     """[sum_b (1 - m_b) g_b m_b, sum_b a_b s_b] of this weight."""
-    w, a = _Weight(weight, rows, columns), _Costs(costs)
-    g, m = grad.contiguous(), soft.contiguous()
-    sums = torch.empty(2, dtype=torch.float64, device=weight.device)
-    workspace = torch.empty(extension.native.cuda.coupling_workspace, dtype=torch.float64, device=weight.device)
+    w, a = _Weight(o.weight, o.rows, o.columns), _Costs(o.costs)
+    g, m = o.grad.contiguous(), o.soft.contiguous()
+    sums = torch.empty(2, dtype=torch.float64, device=o.weight.device)
+    workspace = torch.empty(extension.native.cuda.coupling_workspace, dtype=torch.float64, device=o.weight.device)
     extension.call(
         extension.native.cuda.masked_weight_coupling,
-        weight,
+        o.weight,
         *w.first,
         g.data_ptr(),
         w.weight.data_ptr(),
         m.data_ptr(),
-        beta.data_ptr(),
+        o.beta.data_ptr(),
         *a.arguments,
         sums.data_ptr(),
         workspace.data_ptr(),
@@ -111,29 +91,27 @@ def masked_weight_coupling(
     return sums
 
 
-def masked_weight_correct_(
-    grad: torch.Tensor, weight: torch.Tensor, soft: torch.Tensor, scale: torch.Tensor, rows: int, columns: int
-) -> None:
+def masked_weight_correct_(o: MaskedWeightCorrection) -> None:
     """grad_i -= sign(theta_i) s_b scale."""
-    w = _Weight(weight, rows, columns)
-    g, m = grad.contiguous(), soft.contiguous()
+    w = _Weight(o.weight, o.rows, o.columns)
+    g, m = o.grad.contiguous(), o.soft.contiguous()
     extension.call(
         extension.native.cuda.masked_weight_correct,
-        weight,
+        o.weight,
         *w.first,
         g.data_ptr(),
         w.weight.data_ptr(),
         m.data_ptr(),
-        scale.data_ptr(),
+        o.scale.data_ptr(),
     )
-    if g.data_ptr() != grad.data_ptr():
-        grad.copy_(g)
+    if g.data_ptr() != o.grad.data_ptr():
+        o.grad.copy_(g)
 
 
-def block_scores(weight: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+def block_scores(o: BlockScores) -> torch.Tensor:
     """Sum of |theta| over each block."""
-    w = _Weight(weight, rows, columns)
-    grid = block_grid(weight.shape, (rows, columns))
-    scores = torch.empty(grid, dtype=weight.dtype, device=weight.device)
-    extension.call(extension.native.cuda.block_scores, weight, *w.first, w.weight.data_ptr(), scores.data_ptr())
+    w = _Weight(o.weight, o.rows, o.columns)
+    grid = block_grid(o.weight.shape, (o.rows, o.columns))
+    scores = torch.empty(grid, dtype=o.weight.dtype, device=o.weight.device)
+    extension.call(extension.native.cuda.block_scores, o.weight, *w.first, w.weight.data_ptr(), scores.data_ptr())
     return scores

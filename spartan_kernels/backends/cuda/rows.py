@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from spartan_kernels.arguments import clamp_budget, inspectable, require_beta, require_costs, require_finite
 from spartan_kernels.backends import extension
 
 
@@ -24,20 +23,6 @@ class Rows:
         )
 
 
-def inspect_rows(
-    values: torch.Tensor, budget: torch.Tensor, costs: torch.Tensor | None, beta: torch.Tensor | None
-) -> None:
-    """Raise for values, costs, budgets or beta that cannot be used, where the host may look at them."""
-    if not inspectable(values):
-        return
-    require_finite("values", values)
-    if beta is not None:
-        require_beta(beta)
-    a = values.new_ones(()) if costs is None else costs
-    require_costs(a)
-    clamp_budget(budget, a.expand_as(values).sum(-1, dtype=torch.float64))
-
-
 # Longer rows, where they are too few to give every multiprocessor one, are each solved by the whole device.
 _LONGEST_ROW = 131_072
 
@@ -47,10 +32,3 @@ _FEW_ROWS = 64
 def as_lists(values: torch.Tensor) -> bool:
     """Whether the rows are few and long."""
     return values.shape[1] > _LONGEST_ROW and values.shape[0] <= _FEW_ROWS
-
-
-def row_costs(costs: torch.Tensor | None, row: int) -> list[torch.Tensor]:
-    """The costs of one row as those of a list that holds this row alone."""
-    if costs is None:
-        return []
-    return [costs[row] if costs.dim() == 2 else costs]

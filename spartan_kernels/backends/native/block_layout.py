@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 
 from spartan_kernels.backends import extension
+from spartan_kernels.operands import BlockLayoutOf
 
 
-def block_layout(gate: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+def block_layout(o: BlockLayoutOf) -> tuple[torch.Tensor, ...]:
     """The blocks whose gate and mask are not zero, by rows and by columns of blocks."""
+    gate, mask = o.gate, o.mask
     gate = gate.detach().contiguous()
     mask = None if mask is None else mask.contiguous()
     grid_rows, grid_columns = gate.shape

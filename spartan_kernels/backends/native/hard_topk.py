@@ -7,24 +7,23 @@ import torch
 from spartan_kernels.backends import extension
 from spartan_kernels.backends.native.lists import TensorList
 from spartan_kernels.backends.native.rows import Rows
+from spartan_kernels.operands import HardTopk, HardTopkGlobal
 
 
-def hard_topk_forward(values: torch.Tensor, budget: torch.Tensor, costs: torch.Tensor | None) -> torch.Tensor:
+def hard_topk_forward(o: HardTopk) -> torch.Tensor:
     """h for each row of values [rows, n]."""
-    rows = Rows(values, costs)
-    mask = torch.empty(values.shape, dtype=torch.bool)
+    rows = Rows(o.values, o.costs)
+    mask = torch.empty(o.values.shape, dtype=torch.bool)
     extension.native.cpu.hard_topk_rows(
-        *rows.arguments, budget.data_ptr(), budget.stride(0), mask.data_ptr(), *rows.rest
+        *rows.arguments, o.budget.data_ptr(), o.budget.stride(0), mask.data_ptr(), *rows.rest
     )
     return mask
 
 
-def hard_topk_global_forward(
-    values: list[torch.Tensor], budget: torch.Tensor, costs: list[torch.Tensor], absolute: bool, group: str
-) -> list[torch.Tensor]:
+def hard_topk_global_forward(o: HardTopkGlobal) -> list[torch.Tensor]:
     """h for a list that shares one budget."""
-    problem = TensorList(values, costs, group)
+    problem = TensorList(o.values, o.costs, o.group)
     hard = [torch.empty(v.shape, dtype=torch.bool) for v in problem.values]
     _table, first = problem.first(hard)
-    extension.native.cpu.hard_topk_global(*first, float(budget), absolute, *problem.rest())
+    extension.native.cpu.hard_topk_global(*first, float(o.budget), o.absolute, *problem.rest())
     return hard

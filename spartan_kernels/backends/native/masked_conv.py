@@ -19,8 +19,9 @@ from spartan_kernels.backends.native.conv_windows import (
     windows,
 )
 from spartan_kernels.backends.native.masked_weight import masked_weight_forward
-from spartan_kernels.backends.shared import parameter_gradients
+from spartan_kernels.backends.shared import LayerNeeds, expand, parameter_gradients
 from spartan_kernels.break_even import dense_convolution_wins
+from spartan_kernels.operands import MaskedConv, MaskedConvBackward, MaskedWeight
 
 __all__ = ["masked_conv2d_backward", "masked_conv2d_forward"]
 
@@ -105,83 +106,59 @@ def _spaced(blocks: int, size: int) -> int:
     return blocks + (blocks * size % _PAGE_FLOATS == 0)
 
 
-def masked_conv2d_forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    gate: torch.Tensor,
-    forward_mask: torch.Tensor | None,
-    backward_mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    rows: int,
-    columns: int,
-) -> torch.Tensor:
+def masked_conv2d_forward(o: MaskedConv) -> torch.Tensor:
     """Convolution of x with theta * gate on the active blocks, plus b."""
-    _require_one_group(groups)
-    g, out = geometry(x, weight, stride, padding, dilation), weight.shape[0]
+    _require_one_group(o.groups)
+    g, out = geometry(o.x, o.weight, o.stride, o.padding, o.dilation), o.weight.shape[0]
     shape = (g.images, g.height.out, g.width.out, out)
     if 0 in shape:
-        return x.new_empty(shape[0], out, *shape[1:3])
-    rows_of_x, places = _over_windows(x, _active(gate, forward_mask), g, columns)
-    blocks = places.blocks(weight, (rows, columns)) * places.gates(gate)
+        return o.x.new_empty(shape[0], out, *shape[1:3])
+    rows_of_x, places = _over_windows(o.x, _active(o.gate, o.forward_mask), g, o.columns)
+    blocks = places.blocks(o.weight, (o.rows, o.columns)) * places.gates(o.gate)
     matrix = places.matrix(blocks, (out, rows_of_x.shape[1]))
-    y = result_memory(x, g, g.tokens, out)
-    matrix.forward(rows_of_x, None if bias is None else bias.float(), "", False, y)
+    y = result_memory(o.x, g, g.tokens, out)
+    matrix.forward(rows_of_x, None if o.bias is None else o.bias.float(), "", False, y)
     strides = (g.height.pitch * g.width.pitch * out, g.width.pitch * out, out, 1)
-    return image_of(y.as_strided(shape, strides), x, g)
+    return image_of(y.as_strided(shape, strides), o.x, g)
 
 
-def masked_conv2d_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    gate: torch.Tensor,
-    forward_mask: torch.Tensor | None,
-    backward_mask: torch.Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    rows: int,
-    columns: int,
-    needs: list[bool],
-) -> list[torch.Tensor]:
+def masked_conv2d_backward(o: MaskedConvBackward) -> list[torch.Tensor]:
     """Gradients of x, weight, gate and bias; empty where not needed."""
-    _require_one_group(groups)
-    g, block = geometry(x, weight, stride, padding, dilation), (rows, columns)
-    results = [x.new_empty(0) for _ in range(4)]
-    sampled = (needs[1] or needs[2]) and _samples(backward_mask, grad, x, weight, block)
-    flat = tokens_of_grad(grad, g, _spaced(gate.shape[0], rows) * rows) if needs[0] or sampled else grad
-    if needs[0]:
-        results[0] = _input_gradient(flat, x, weight, gate, forward_mask, g, block)
-    if sampled:
-        assert backward_mask is not None
-        results[1:3] = _sampled_gradients(flat, x, weight, gate, backward_mask, g, block, needs)
-    elif needs[1] or needs[2]:
-        rest = stride, padding, dilation, False, [0, 0], groups
-        dense = torch.ops.aten.convolution_backward(grad, x, weight, None, *rest, [False, True, False])[1]
-        if needs[2]:  # sums over blocks
-            results[1:3] = parameter_gradients(dense, weight, gate, backward_mask, rows, columns, needs)
-        else:
-            unused = gate.new_ones(())  # what the gradient of a masked weight takes
-            operands = dense.contiguous(), gate.float(), backward_mask, unused, unused, rows, columns, True
-            results[1] = masked_weight_forward(*operands)
-    if needs[3]:
-        results[3] = grad.sum((0, 2, 3))
-    return results
+    _require_one_group(o.groups)
+    needs, g = LayerNeeds(*o.needs), geometry(o.x, o.weight, o.stride, o.padding, o.dilation)
+    mask = o.backward_mask if needs.weight or needs.gate else None
+    sampled = mask is not None and _samples(mask, o)
+    flat = tokens_of_grad(o.grad, g, _spaced(o.gate.shape[0], o.rows) * o.rows) if needs.x or sampled else o.grad
+    dweight = dgate = o.x.new_empty(0)
+    if sampled and mask is not None:
+        dweight, dgate = _sampled_gradients(flat, mask, g, o)
+    elif needs.weight or needs.gate:
+        dweight, dgate = _dense_gradients(o)
+    dx = _input_gradient(flat, g, o) if needs.x else o.x.new_empty(0)
+    return [dx, dweight, dgate, o.grad.sum((0, 2, 3)) if needs.bias else o.x.new_empty(0)]
 
 
-def _samples(
-    mask: torch.Tensor | None, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, block: tuple[int, int]
-) -> bool:
+def _dense_gradients(o: MaskedConvBackward) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of weight and gate from PyTorch's gradient of all of the weight."""
+    geometry = o.stride, o.padding, o.dilation, False, [0, 0], o.groups
+    dense = torch.ops.aten.convolution_backward(o.grad, o.x, o.weight, None, *geometry, [False, True, False])[1]
+    if LayerNeeds(*o.needs).gate:  # sums over blocks
+        mask = o.backward_mask
+        keep = None if mask is None else expand(mask, o.weight.shape, o.rows, o.columns)
+        return parameter_gradients(dense, keep, o)
+    unused = o.gate.new_ones(())  # what the gradient of a masked weight takes
+    operands = MaskedWeight(
+        dense.contiguous(), o.gate.float(), o.backward_mask, unused, unused, o.rows, o.columns, True
+    )
+    return masked_weight_forward(operands), o.x.new_empty(0)
+
+
+def _samples(mask: torch.Tensor, o: MaskedConvBackward) -> bool:
     """Whether to make the weight's gradient on the blocks of the mask alone: where that is faster than all of it."""
-    if mask is None or grad.numel() == 0:
+    if o.grad.numel() == 0:
         return False
     density = int(mask.sum()) / mask.numel()
-    return not dense_convolution_wins(x, weight, _SAMPLED_COST * density, min(block))
+    return not dense_convolution_wins(o.x, o.weight, _SAMPLED_COST * density, min(o.rows, o.columns))
 
 
 def _over_windows(x: torch.Tensor, active: torch.Tensor, g: Geometry, columns: int) -> tuple[torch.Tensor, _Places]:
@@ -193,26 +170,20 @@ def _over_windows(x: torch.Tensor, active: torch.Tensor, g: Geometry, columns: i
 
 
 def _sampled_gradients(
-    flat: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    gate: torch.Tensor,
-    mask: torch.Tensor,
-    g: Geometry,
-    block: tuple[int, int],
-    needs: list[bool],
+    flat: torch.Tensor, mask: torch.Tensor, g: Geometry, o: MaskedConvBackward
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of weight and gate from products of the upstream gradient and x on the blocks of `mask` alone."""
+    x, weight, gate, block, needs = o.x, o.weight, o.gate, (o.rows, o.columns), LayerNeeds(*o.needs)
     rows_of_x, places = _over_windows(x, mask, g, block[1])
     raw = torch.empty(len(places.row), *block)
     matrix = places.matrix(raw, (weight.shape[0], rows_of_x.shape[1]))
     matrix.sampled(flat[g.reach : g.reach + g.tokens], rows_of_x, raw, None)
     dweight = dgate = weight.new_empty(0)
-    if needs[2]:
+    if needs.gate:
         sums = (raw.double() * places.blocks(weight, block)).sum((1, 2))
         dgate = torch.zeros_like(gate, memory_format=torch.contiguous_format)
         dgate.flatten(2)[places.row, places.column, places.position] = sums.to(gate.dtype)
-    if needs[1]:
+    if needs.weight:
         down, across = gate.shape[:2]
         whole = weight.new_zeros(down * block[0], across * block[1], *weight.shape[2:])
         tiles = (raw * places.gates(gate)).to(weight.dtype)
@@ -221,23 +192,15 @@ def _sampled_gradients(
     return dweight, dgate
 
 
-def _input_gradient(
-    flat: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    gate: torch.Tensor,
-    mask: torch.Tensor | None,
-    g: Geometry,
-    block: tuple[int, int],
-) -> torch.Tensor:
+def _input_gradient(flat: torch.Tensor, g: Geometry, o: MaskedConvBackward) -> torch.Tensor:
     """dx: transposed blocks over the upstream gradient; its outputs are the channels of x, phase by phase."""
-    rows, columns = block
+    x, weight, gate, rows, columns = o.x, o.weight, o.gate, o.rows, o.columns
     if x.numel() == 0 or flat.numel() == 0:
         return torch.zeros_like(x, memory_format=memory_format(x))
     across = gate.shape[1]
-    places = _Places.for_input(_active(gate, mask), g, flat.shape[1] // rows)
+    places = _Places.for_input(_active(gate, o.forward_mask), g, flat.shape[1] // rows)
     rows_of_grad = windows(flat, g.pixels, g.reach + 1)
-    blocks = (places.blocks(weight, block) * places.gates(gate)).mT.contiguous()
+    blocks = (places.blocks(weight, (rows, columns)) * places.gates(gate)).mT.contiguous()
     out = g.phases * across * columns
     tokens = result_memory(x, g, g.pixels, out)
     places.matrix(blocks, (out, rows_of_grad.shape[1])).forward(rows_of_grad, None, "", False, tokens)

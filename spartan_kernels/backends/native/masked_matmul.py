@@ -5,62 +5,35 @@ from __future__ import annotations
 import torch
 
 from spartan_kernels.backends.native.block_matrix import BlockMatrix
-from spartan_kernels.backends.shared import before_activation, bias_gradient
+from spartan_kernels.backends.shared import LayerNeeds, layer_gradients
+from spartan_kernels.operands import MaskedLinear, MaskedLinearBackward, SampledMatmul
 
 
-def masked_linear_forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    gate: torch.Tensor,
-    layout: list[torch.Tensor],
-    bias: torch.Tensor | None,
-    activation: str,
-    rows: int,
-    columns: int,
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def masked_linear_forward(o: MaskedLinear) -> tuple[torch.Tensor, torch.Tensor]:
     """act(z), z = x (theta * gate on the layout's blocks)^T + b, and z when it is to be saved."""
-    matrix = BlockMatrix(weight, (weight.shape[0], weight.shape[1]), (rows, columns), layout, gate)
-    return matrix.forward(x, bias, activation, save)
+    matrix = BlockMatrix(o.weight, (o.weight.shape[0], o.weight.shape[1]), (o.rows, o.columns), o.layout, o.gate)
+    return matrix.forward(o.x, o.bias, o.activation, o.save)
 
 
-def masked_linear_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    gate: torch.Tensor,
-    layout: list[torch.Tensor],
-    backward_layout: list[torch.Tensor],
-    saved: torch.Tensor,
-    activation: str,
-    rows: int,
-    columns: int,
-    needs: list[bool],
-) -> list[torch.Tensor]:
+def masked_linear_backward(o: MaskedLinearBackward) -> list[torch.Tensor]:
     """Gradients of x, weight, gate and bias; empty where not needed."""
-    shape, block = (weight.shape[0], weight.shape[1]), (rows, columns)
-    dz = before_activation(grad, saved, activation)
-    results = [x.new_empty(0) for _ in range(4)]
-    if needs[0]:
-        results[0] = BlockMatrix(weight, shape, block, layout, gate).input_gradient(dz)
-    if needs[1] or needs[2]:
+    shape, block = (o.weight.shape[0], o.weight.shape[1]), (o.rows, o.columns)
+
+    def of_input(dz: torch.Tensor) -> torch.Tensor:
+        return BlockMatrix(o.weight, shape, block, o.layout, o.gate).input_gradient(dz)
+
+    def of_parameters(dz: torch.Tensor, needs: LayerNeeds) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         raw = torch.empty(shape, dtype=torch.float32)
-        grad_gate = torch.empty(gate.shape, dtype=torch.float32) if needs[2] else None
-        BlockMatrix(weight, shape, block, backward_layout, gate).sampled(dz, x, raw, grad_gate)
-        if needs[1]:
-            results[1] = raw.to(weight.dtype)
-        if grad_gate is not None:
-            results[2] = grad_gate.to(gate.dtype)
-    if needs[3]:
-        results[3] = bias_gradient(dz)
-    return results
+        grad_gate = torch.empty(o.gate.shape, dtype=torch.float32) if needs.gate else None
+        BlockMatrix(o.weight, shape, block, o.backward_layout, o.gate).sampled(dz, o.x, raw, grad_gate)
+        return raw.to(o.weight.dtype) if needs.weight else None, grad_gate
+
+    return layer_gradients(o, of_input, of_parameters)
 
 
-def sampled_matmul_forward(
-    a: torch.Tensor, b: torch.Tensor, layout: list[torch.Tensor], rows: int, columns: int
-) -> torch.Tensor:
+def sampled_matmul_forward(o: SampledMatmul) -> torch.Tensor:
     """a b on the layout's blocks, zero elsewhere."""
-    shape = (a.shape[0], b.shape[1])
+    shape = (o.a.shape[0], o.b.shape[1])
     raw = torch.empty(shape, dtype=torch.float32)
-    BlockMatrix(raw.to(a.dtype), shape, (rows, columns), layout).sampled(a.mT, b, raw, None)
-    return raw.to(a.dtype)
+    BlockMatrix(raw.to(o.a.dtype), shape, (o.rows, o.columns), o.layout).sampled(o.a.mT, o.b, raw, None)
+    return raw.to(o.a.dtype)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from spartan_kernels.arguments import block_grid
 from spartan_kernels.backends import extension
+from spartan_kernels.operands import (
+    AddBlockSigns,
+    BlockScores,
+    MaskedWeight,
+    MaskedWeightBackward,
+    MaskedWeightCorrection,
+    MaskedWeightCoupling,
+)
 
 
 class _Weight:
@@ -32,19 +38,10 @@ def _cost_arguments(costs: torch.Tensor) -> tuple[torch.Tensor | None, float]:
     return (None, float(costs)) if costs.dim() == 0 else (extension.compute(costs), 1.0)
 
 
-def masked_weight_forward(
-    weight: torch.Tensor,
-    soft: torch.Tensor | None,
-    hard: torch.Tensor | None,
-    beta: torch.Tensor,
-    costs: torch.Tensor,
-    rows: int,
-    columns: int,
-    straight_through: bool,
-) -> torch.Tensor:
+def masked_weight_forward(o: MaskedWeight) -> torch.Tensor:
     """theta * m * h."""
-    w = _Weight(weight, rows, columns)
-    m, h = _mask_arguments(soft, hard)
+    w = _Weight(o.weight, o.rows, o.columns)
+    m, h = _mask_arguments(o.soft, o.hard)
     result = torch.empty_like(w.weight)
     extension.native.cpu.masked_weight(
         w.element,
@@ -55,49 +52,28 @@ def masked_weight_forward(
         result.data_ptr(),
         torch.get_num_threads(),
     )
-    return result.to(weight.dtype)
+    return result.to(o.weight.dtype)
 
 
-def masked_weight_backward(
-    grad: torch.Tensor,
-    weight: torch.Tensor,
-    soft: torch.Tensor | None,
-    hard: torch.Tensor | None,
-    beta: torch.Tensor,
-    costs: torch.Tensor,
-    rows: int,
-    columns: int,
-    straight_through: bool,
-) -> torch.Tensor:
+def masked_weight_backward(o: MaskedWeightBackward) -> torch.Tensor:
     """G_i m_b + sign(theta_i) beta s_b g_b / a_b."""
-    result = torch.empty_like(weight, dtype=extension.computed_in(weight.dtype), memory_format=torch.contiguous_format)
-    _backward_into(result, extension.compute(grad), weight, soft, hard, beta, costs, rows, columns, straight_through)
-    return result.to(weight.dtype)
+    dtype = extension.computed_in(o.weight.dtype)
+    result = torch.empty_like(o.weight, dtype=dtype, memory_format=torch.contiguous_format)
+    _backward_into(result, extension.compute(o.grad), o)
+    return result.to(o.weight.dtype)
 
 
-def masked_weight_backward_(grad: torch.Tensor, *operands: Any) -> None:
+def masked_weight_backward_(o: MaskedWeightBackward) -> None:
     """The same, in the memory of grad."""
-    g = extension.compute(grad)
-    _backward_into(g, g, *operands)
-    if g.data_ptr() != grad.data_ptr():
-        grad.copy_(g)
+    g = extension.compute(o.grad)
+    _backward_into(g, g, o)
+    _write_back(g, o.grad)
 
 
-def _backward_into(
-    result: torch.Tensor,
-    grad: torch.Tensor,
-    weight: torch.Tensor,
-    soft: torch.Tensor | None,
-    hard: torch.Tensor | None,
-    beta: torch.Tensor,
-    costs: torch.Tensor,
-    rows: int,
-    columns: int,
-    straight_through: bool,
-) -> None:
-    w = _Weight(weight, rows, columns)
-    m, h = _mask_arguments(soft, hard)
-    array, unit = _cost_arguments(costs)
+def _backward_into(result: torch.Tensor, grad: torch.Tensor, o: MaskedWeightBackward) -> None:
+    w = _Weight(o.weight, o.rows, o.columns)
+    m, h = _mask_arguments(o.soft, o.hard)
+    array, unit = _cost_arguments(o.costs)
     workspace = w.workspace()
     extension.native.cpu.masked_weight_backward(
         w.element,
@@ -106,10 +82,10 @@ def _backward_into(
         w.weight.data_ptr(),
         extension.pointer(m),
         extension.pointer(h),
-        float(beta),
+        float(o.beta),
         extension.pointer(array),
         unit,
-        straight_through,
+        o.straight_through,
         result.data_ptr(),
         workspace.data_ptr(),
         workspace.numel(),
@@ -117,19 +93,17 @@ def _backward_into(
     )
 
 
-def masked_weight_coupling(
-    grad: torch.Tensor,
-    weight: torch.Tensor,
-    soft: torch.Tensor,
-    beta: torch.Tensor,
-    costs: torch.Tensor,
-    rows: int,
-    columns: int,
-) -> torch.Tensor:
+def _write_back(computed: torch.Tensor, grad: torch.Tensor) -> None:
+    """Bring to `grad` what was computed in a copy of it."""
+    if computed.data_ptr() != grad.data_ptr():
+        grad.copy_(computed)
+
+
+def masked_weight_coupling(o: MaskedWeightCoupling) -> torch.Tensor:
     """[sum_b (1 - m_b) g_b m_b, sum_b a_b s_b] of this weight."""
-    w = _Weight(weight, rows, columns)
-    g, m = extension.compute(grad), extension.compute(soft)
-    array, unit = _cost_arguments(costs)
+    w = _Weight(o.weight, o.rows, o.columns)
+    g, m = extension.compute(o.grad), extension.compute(o.soft)
+    array, unit = _cost_arguments(o.costs)
     sums, workspace = torch.empty(2, dtype=torch.float64), w.workspace()
     extension.native.cpu.masked_weight_coupling(
         w.element,
@@ -137,7 +111,7 @@ def masked_weight_coupling(
         g.data_ptr(),
         w.weight.data_ptr(),
         m.data_ptr(),
-        float(beta),
+        float(o.beta),
         extension.pointer(array),
         unit,
         sums.data_ptr(),
@@ -148,35 +122,31 @@ def masked_weight_coupling(
     return sums
 
 
-def masked_weight_correct_(
-    grad: torch.Tensor, weight: torch.Tensor, soft: torch.Tensor, scale: torch.Tensor, rows: int, columns: int
-) -> None:
+def masked_weight_correct_(o: MaskedWeightCorrection) -> None:
     """grad_i -= sign(theta_i) s_b scale."""
-    w = _Weight(weight, rows, columns)
-    g, m = extension.compute(grad), extension.compute(soft)
+    w = _Weight(o.weight, o.rows, o.columns)
+    g, m = extension.compute(o.grad), extension.compute(o.soft)
     extension.native.cpu.masked_weight_correct(
-        w.element, w.blocks, g.data_ptr(), w.weight.data_ptr(), m.data_ptr(), float(scale), torch.get_num_threads()
+        w.element, w.blocks, g.data_ptr(), w.weight.data_ptr(), m.data_ptr(), float(o.scale), torch.get_num_threads()
     )
-    if g.data_ptr() != grad.data_ptr():
-        grad.copy_(g)
+    _write_back(g, o.grad)
 
 
-def add_block_signs_(grad: torch.Tensor, weight: torch.Tensor, pull: torch.Tensor, rows: int, columns: int) -> None:
+def add_block_signs_(o: AddBlockSigns) -> None:
     """grad_i += sign(theta_i) pull_b."""
-    w = _Weight(weight, rows, columns)
-    g, p = extension.compute(grad), extension.compute(pull).to(w.weight.dtype)
+    w = _Weight(o.weight, o.rows, o.columns)
+    g, p = extension.compute(o.grad), extension.compute(o.pull).to(w.weight.dtype)
     extension.native.cpu.add_block_signs(
         w.element, w.blocks, g.data_ptr(), w.weight.data_ptr(), p.data_ptr(), torch.get_num_threads()
     )
-    if g.data_ptr() != grad.data_ptr():
-        grad.copy_(g)
+    _write_back(g, o.grad)
 
 
-def block_scores(weight: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+def block_scores(o: BlockScores) -> torch.Tensor:
     """Sum of |theta| over each block."""
-    w = _Weight(weight, rows, columns)
-    scores = torch.empty(block_grid(weight.shape, (rows, columns)), dtype=w.weight.dtype)
+    w = _Weight(o.weight, o.rows, o.columns)
+    scores = torch.empty(block_grid(o.weight.shape, (o.rows, o.columns)), dtype=w.weight.dtype)
     extension.native.cpu.block_scores(
         w.element, w.blocks, w.weight.data_ptr(), scores.data_ptr(), torch.get_num_threads()
     )
-    return scores.to(weight.dtype)
+    return scores.to(o.weight.dtype)

@@ -6,11 +6,12 @@ import torch
 from torch.nn import functional
 
 from spartan_kernels.layout import longest_first
+from spartan_kernels.operands import BlockLayoutOf
 
 
-def block_layout(gate: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+def block_layout(o: BlockLayoutOf) -> tuple[torch.Tensor, ...]:
     """The blocks whose gate and mask are not zero, by rows and by columns of blocks; no host waits for their number."""
-    active = gate != 0 if mask is None else (gate != 0) & mask
+    active = o.gate != 0 if o.mask is None else (o.gate != 0) & o.mask
     rows, columns = _compressed(active), _compressed(active.mT)
     return *rows, *columns, longest_first(rows[0], columns[0])
 

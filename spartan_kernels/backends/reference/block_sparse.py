@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional
 
 from spartan_kernels.backends.reference.activations import ACTIVATIONS
-from spartan_kernels.backends.shared import before_activation, bias_gradient
+from spartan_kernels.backends.shared import flat, packed_gradients
+from spartan_kernels.operands import PackedLinear, PackedLinearBackward
 
 
 def _rows_of(layout: list[torch.Tensor]) -> torch.Tensor:
@@ -25,43 +26,20 @@ def _dense(values: torch.Tensor, layout: list[torch.Tensor], out: int, in_: int)
     return tiles.movedim(2, 1).reshape(grid[0] * rows, grid[1] * columns)[:out, :in_]
 
 
-def block_sparse_linear_forward(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    layout: list[torch.Tensor],
-    positions: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: str,
-    out: int,
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def block_sparse_linear_forward(o: PackedLinear) -> tuple[torch.Tensor, torch.Tensor]:
     """act(z), z = x w^T + b with w given by its blocks, and z when it is to be saved."""
-    z = functional.linear(x, _dense(values, layout, out, x.shape[-1]), bias).contiguous()
-    return ACTIVATIONS[activation](z), z if save else x.new_empty(0)
+    z = functional.linear(o.x, _dense(o.values, o.layout, o.out, o.x.shape[-1]), o.bias).contiguous()
+    return ACTIVATIONS[o.activation](z), z if o.save else o.x.new_empty(0)
 
 
-def block_sparse_linear_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    values: torch.Tensor,
-    layout: list[torch.Tensor],
-    positions: torch.Tensor,
-    saved: torch.Tensor,
-    activation: str,
-    needs: list[bool],
-) -> list[torch.Tensor]:
+def block_sparse_linear_backward(o: PackedLinearBackward) -> list[torch.Tensor]:
     """Gradients of x, values and bias; empty where not needed. Values past the matrix's edge have none: zero."""
-    dz = before_activation(grad, saved, activation)
-    out, in_ = grad.shape[-1], x.shape[-1]
-    _, rows, columns = values.shape
-    results = [x.new_empty(0)] * 3
-    if needs[0]:
-        results[0] = (dz @ _dense(values, layout, out, in_)).contiguous()
-    if needs[1]:
-        dense = dz.reshape(dz.shape[:-1].numel(), out).mT @ x.reshape(x.shape[:-1].numel(), in_)
-        padded = functional.pad(dense, (0, -in_ % columns, 0, -out % rows))
+    out, in_ = o.grad.shape[-1], o.x.shape[-1]
+    _, rows, columns = o.values.shape
+
+    def of_values(dz: torch.Tensor) -> torch.Tensor:
+        padded = functional.pad(flat(dz).mT @ flat(o.x), (0, -in_ % columns, 0, -out % rows))
         tiles = padded.reshape(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns).movedim(1, 2)
-        results[1] = tiles[_rows_of(layout), layout[1].long()].contiguous()
-    if needs[2]:
-        results[2] = bias_gradient(dz)
-    return results
+        return tiles[_rows_of(o.layout), o.layout[1].long()].contiguous()
+
+    return packed_gradients(o, lambda dz: (dz @ _dense(o.values, o.layout, out, in_)).contiguous(), of_values)

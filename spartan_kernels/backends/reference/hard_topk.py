@@ -6,6 +6,7 @@ import torch
 
 from spartan_kernels.backends.reference.survey import ratio, survey
 from spartan_kernels.groups import sum_before, summed
+from spartan_kernels.operands import HardTopk, HardTopkGlobal
 
 _DIGIT_BITS = 8
 
@@ -49,20 +50,20 @@ def _ordered_bits(ratio: torch.Tensor) -> tuple[torch.Tensor, int]:
     return torch.where(bits < 0, ~bits, bits ^ torch.iinfo(integer).min).to(torch.int64), 8 * size
 
 
-def hard_topk_forward(
-    values: torch.Tensor, budget: torch.Tensor, costs: torch.Tensor | None, group: str = ""
-) -> torch.Tensor:
+def hard_topk_forward(o: HardTopk, group: str = "") -> torch.Tensor:
     """h for each row of values [rows, n]."""
-    u, a = ratio(values, costs)
-    return select(u, a, survey(values, u, costs, budget, None, group).allowance, group)
+    u, a = ratio(o.values, o.costs)
+    return select(u, a, survey(o.values, u, o.costs, o.budget, None, group).allowance, group)
 
 
-def hard_topk_global_forward(
-    values: list[torch.Tensor], budget: torch.Tensor, costs: list[torch.Tensor], absolute: bool, group: str
-) -> list[torch.Tensor]:
+def hard_topk_global_forward(o: HardTopkGlobal) -> list[torch.Tensor]:
     """h for a list that shares one budget: one row, concatenated."""
-    row = torch.cat([v.reshape(-1) for v in values])[None]
-    a = torch.cat([c.expand_as(v).reshape(-1) for v, c in zip(values, costs, strict=True)])[None] if costs else None
-    mask = hard_topk_forward(row.abs() if absolute else row, budget[None], a, group)
-    parts = mask[0].split([v.numel() for v in values])
-    return [part.reshape(v.shape).clone() for part, v in zip(parts, values, strict=True)]
+    row = torch.cat([v.reshape(-1) for v in o.values])[None]
+    a = (
+        torch.cat([c.expand_as(v).reshape(-1) for v, c in zip(o.values, o.costs, strict=True)])[None]
+        if o.costs
+        else None
+    )
+    mask = hard_topk_forward(HardTopk(row.abs() if o.absolute else row, o.budget[None], a), o.group)
+    parts = mask[0].split([v.numel() for v in o.values])
+    return [part.reshape(v.shape).clone() for part, v in zip(parts, o.values, strict=True)]

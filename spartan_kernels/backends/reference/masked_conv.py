@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from spartan_kernels.backends.shared import expand, parameter_gradients
+from spartan_kernels.backends.shared import LayerNeeds, expand, parameter_gradients
+from spartan_kernels.operands import MaskedConv, MaskedConvBackward
 
 
 def _masked(
@@ -17,46 +18,22 @@ def _masked(
     return torch.where(expand(active, weight.shape, rows, columns), gated, 0.0)
 
 
-def masked_conv2d_forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    gate: torch.Tensor,
-    forward_mask: torch.Tensor | None,
-    backward_mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    rows: int,
-    columns: int,
-) -> torch.Tensor:
+def masked_conv2d_forward(o: MaskedConv) -> torch.Tensor:
     """Convolution of x with theta * gate on the active blocks, plus b."""
-    masked = _masked(weight, gate, forward_mask, rows, columns)
-    return functional.conv2d(x, masked, bias, stride, padding, dilation, groups)
+    masked = _masked(o.weight, o.gate, o.forward_mask, o.rows, o.columns)
+    return functional.conv2d(o.x, masked, o.bias, o.stride, o.padding, o.dilation, o.groups)
 
 
-def masked_conv2d_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    gate: torch.Tensor,
-    forward_mask: torch.Tensor | None,
-    backward_mask: torch.Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    rows: int,
-    columns: int,
-    needs: list[bool],
-) -> list[torch.Tensor]:
+def masked_conv2d_backward(o: MaskedConvBackward) -> list[torch.Tensor]:
     """Gradients of x, weight, gate and bias; empty where not needed. No backward mask means every block."""
-    masked = _masked(weight, gate, forward_mask, rows, columns)
-    wanted = [needs[0], needs[1] or needs[2], needs[3]]
-    geometry = stride, padding, dilation, False, [0, 0], groups
-    dx, dense, dbias = torch.ops.aten.convolution_backward(grad, x, masked, [weight.shape[0]], *geometry, wanted)
-    dweight = dgate = empty = x.new_empty(0)
-    if wanted[1]:
-        dweight, dgate = parameter_gradients(dense, weight, gate, backward_mask, rows, columns, needs)
-    return [dx if needs[0] else empty, dweight, dgate, dbias if needs[3] else empty]
+    needs = LayerNeeds(*o.needs)
+    masked = _masked(o.weight, o.gate, o.forward_mask, o.rows, o.columns)
+    wanted = [needs.x, needs.weight or needs.gate, needs.bias]
+    geometry = o.stride, o.padding, o.dilation, False, [0, 0], o.groups
+    dx, dense, dbias = torch.ops.aten.convolution_backward(o.grad, o.x, masked, [o.weight.shape[0]], *geometry, wanted)
+    dweight = dgate = empty = o.x.new_empty(0)
+    if needs.weight or needs.gate:
+        mask = o.backward_mask
+        keep = None if mask is None else expand(mask, o.weight.shape, o.rows, o.columns)
+        dweight, dgate = parameter_gradients(dense, keep, o)
+    return [dx if needs.x else empty, dweight, dgate, dbias if needs.bias else empty]

@@ -6,7 +6,8 @@ import torch
 from torch.nn import functional
 
 from spartan_kernels.backends.reference.activations import ACTIVATIONS
-from spartan_kernels.backends.shared import before_activation, bias_gradient, block_sum, expand
+from spartan_kernels.backends.shared import LayerNeeds, expand, flat, layer_gradients, parameter_gradients
+from spartan_kernels.operands import MaskedLinear, MaskedLinearBackward, SampledMatmul
 
 
 def _active(layout: list[torch.Tensor], shape: torch.Size, rows: int, columns: int) -> torch.Tensor:
@@ -28,57 +29,26 @@ def _masked(
     return torch.where(_active(layout, weight.shape, rows, columns), gated, 0.0)
 
 
-def masked_linear_forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    gate: torch.Tensor,
-    layout: list[torch.Tensor],
-    bias: torch.Tensor | None,
-    activation: str,
-    rows: int,
-    columns: int,
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def masked_linear_forward(o: MaskedLinear) -> tuple[torch.Tensor, torch.Tensor]:
     """act(z), z = x (theta * gate on the layout's blocks)^T + b, and z when it is to be saved."""
-    z = functional.linear(x, _masked(weight, gate, layout, rows, columns), bias).contiguous()
-    return ACTIVATIONS[activation](z), z if save else x.new_empty(0)
+    z = functional.linear(o.x, _masked(o.weight, o.gate, o.layout, o.rows, o.columns), o.bias).contiguous()
+    return ACTIVATIONS[o.activation](z), z if o.save else o.x.new_empty(0)
 
 
-def masked_linear_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    gate: torch.Tensor,
-    layout: list[torch.Tensor],
-    backward_layout: list[torch.Tensor],
-    saved: torch.Tensor,
-    activation: str,
-    rows: int,
-    columns: int,
-    needs: list[bool],
-) -> list[torch.Tensor]:
+def masked_linear_backward(o: MaskedLinearBackward) -> list[torch.Tensor]:
     """Gradients of x, weight, gate and bias; empty where not needed. No backward layout means every block."""
-    dz = before_activation(grad, saved, activation)
-    results = [x.new_empty(0)] * 4
-    if needs[0]:
-        results[0] = (dz @ _masked(weight, gate, layout, rows, columns)).contiguous()
-    if needs[1] or needs[2]:
-        dense = dz.reshape(dz.shape[:-1].numel(), weight.shape[0]).mT @ x.reshape(x.shape[:-1].numel(), weight.shape[1])
-        if backward_layout:
-            dense = torch.where(_active(backward_layout, weight.shape, rows, columns), dense, 0.0)
-        if needs[1]:
-            results[1] = (dense * expand(gate, weight.shape, rows, columns)).to(weight.dtype).contiguous()
-        if needs[2]:
-            wide = torch.promote_types(gate.dtype, torch.float32)
-            results[2] = block_sum(dense.to(wide) * weight, rows, columns).to(gate.dtype).contiguous()
-    if needs[3]:
-        results[3] = bias_gradient(dz)
-    return results
+
+    def of_input(dz: torch.Tensor) -> torch.Tensor:
+        return (dz @ _masked(o.weight, o.gate, o.layout, o.rows, o.columns)).contiguous()
+
+    def of_parameters(dz: torch.Tensor, needs: LayerNeeds) -> tuple[torch.Tensor, torch.Tensor]:
+        keep = _active(o.backward_layout, o.weight.shape, o.rows, o.columns) if o.backward_layout else None
+        return parameter_gradients(flat(dz).mT @ flat(o.x), keep, o)
+
+    return layer_gradients(o, of_input, of_parameters)
 
 
-def sampled_matmul_forward(
-    a: torch.Tensor, b: torch.Tensor, layout: list[torch.Tensor], rows: int, columns: int
-) -> torch.Tensor:
+def sampled_matmul_forward(o: SampledMatmul) -> torch.Tensor:
     """a b on the layout's blocks, zero elsewhere."""
-    product = a @ b
-    return torch.where(_active(layout, product.shape, rows, columns), product, 0.0)
+    product = o.a @ o.b
+    return torch.where(_active(o.layout, product.shape, o.rows, o.columns), product, 0.0)

@@ -2,92 +2,69 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from spartan_kernels.backends.shared import block_sum, expand
+from spartan_kernels.operands import (
+    AddBlockSigns,
+    BlockScores,
+    MaskedWeight,
+    MaskedWeightBackward,
+    MaskedWeightCorrection,
+    MaskedWeightCoupling,
+)
 
 
-def masked_weight_forward(
-    weight: torch.Tensor,
-    soft: torch.Tensor | None,
-    hard: torch.Tensor | None,
-    beta: torch.Tensor,
-    costs: torch.Tensor,
-    rows: int,
-    columns: int,
-    straight_through: bool,
-) -> torch.Tensor:
+def masked_weight_forward(o: MaskedWeight) -> torch.Tensor:
     """theta * m * h."""
-    result = weight.clone(memory_format=torch.contiguous_format)
-    if soft is not None:
-        result = (result * expand(soft, weight.shape, rows, columns)).to(weight.dtype)
-    if hard is not None:
-        result = torch.where(expand(hard, weight.shape, rows, columns), result, 0.0)
+    result = o.weight.clone(memory_format=torch.contiguous_format)
+    if o.soft is not None:
+        result = (result * expand(o.soft, o.weight.shape, o.rows, o.columns)).to(o.weight.dtype)
+    if o.hard is not None:
+        result = torch.where(expand(o.hard, o.weight.shape, o.rows, o.columns), result, 0.0)
     return result
 
 
-def masked_weight_backward(
-    grad: torch.Tensor,
-    weight: torch.Tensor,
-    soft: torch.Tensor | None,
-    hard: torch.Tensor | None,
-    beta: torch.Tensor,
-    costs: torch.Tensor,
-    rows: int,
-    columns: int,
-    straight_through: bool,
-) -> torch.Tensor:
+def masked_weight_backward(o: MaskedWeightBackward) -> torch.Tensor:
     """G_i m_b + sign(theta_i) beta s_b g_b / a_b, the local part of equation (2)."""
-    if soft is None:
-        result = grad.clone(memory_format=torch.contiguous_format)
+    if o.soft is None:
+        result = o.grad.clone(memory_format=torch.contiguous_format)
     else:
-        g = block_sum(grad * weight, rows, columns)
-        pull = (beta * soft * (1 - soft) * g / costs).to(weight.dtype)
-        result = grad * expand(soft, weight.shape, rows, columns)
-        result = result + torch.sign(weight) * expand(pull, weight.shape, rows, columns)
-    if hard is not None and not straight_through:
-        result = torch.where(expand(hard, weight.shape, rows, columns), result, 0.0)
+        g = block_sum(o.grad * o.weight, o.rows, o.columns)
+        pull = (o.beta * o.soft * (1 - o.soft) * g / o.costs).to(o.weight.dtype)
+        result = o.grad * expand(o.soft, o.weight.shape, o.rows, o.columns)
+        result = result + torch.sign(o.weight) * expand(pull, o.weight.shape, o.rows, o.columns)
+    if o.hard is not None and not o.straight_through:
+        result = torch.where(expand(o.hard, o.weight.shape, o.rows, o.columns), result, 0.0)
     return result
 
 
-def masked_weight_backward_(grad: torch.Tensor, *operands: Any) -> None:
+def masked_weight_backward_(o: MaskedWeightBackward) -> None:
     """The same, in the memory of grad."""
-    grad.copy_(masked_weight_backward(grad, *operands))
+    o.grad.copy_(masked_weight_backward(o))
 
 
-def masked_weight_coupling(
-    grad: torch.Tensor,
-    weight: torch.Tensor,
-    soft: torch.Tensor,
-    beta: torch.Tensor,
-    costs: torch.Tensor,
-    rows: int,
-    columns: int,
-) -> torch.Tensor:
+def masked_weight_coupling(o: MaskedWeightCoupling) -> torch.Tensor:
     """[sum_b (1 - m_b) g_b m_b, sum_b a_b s_b] of this weight."""
     wide = torch.float64
-    q = block_sum((grad * weight).to(wide), rows, columns)
-    v = block_sum(weight.abs().to(wide), rows, columns)
-    m, a = soft.to(wide), costs.to(wide)
-    gm = q / (1 + beta * (1 - m) * v / a)
+    q = block_sum((o.grad * o.weight).to(wide), o.rows, o.columns)
+    v = block_sum(o.weight.abs().to(wide), o.rows, o.columns)
+    m, a = o.soft.to(wide), o.costs.to(wide)
+    gm = q / (1 + o.beta * (1 - m) * v / a)
     return torch.stack([((1 - m) * gm).sum(), (a * m * (1 - m)).sum()])
 
 
-def masked_weight_correct_(
-    grad: torch.Tensor, weight: torch.Tensor, soft: torch.Tensor, scale: torch.Tensor, rows: int, columns: int
-) -> None:
+def masked_weight_correct_(o: MaskedWeightCorrection) -> None:
     """grad_i -= sign(theta_i) s_b scale."""
-    pull = (soft * (1 - soft) * scale).to(weight.dtype)
-    grad.sub_(torch.sign(weight) * expand(pull, weight.shape, rows, columns))
+    pull = (o.soft * (1 - o.soft) * o.scale).to(o.weight.dtype)
+    o.grad.sub_(torch.sign(o.weight) * expand(pull, o.weight.shape, o.rows, o.columns))
 
 
-def add_block_signs_(grad: torch.Tensor, weight: torch.Tensor, pull: torch.Tensor, rows: int, columns: int) -> None:
+def add_block_signs_(o: AddBlockSigns) -> None:
     """grad_i += sign(theta_i) pull_b."""
-    grad.add_(torch.sign(weight) * expand(pull, weight.shape, rows, columns).to(grad.dtype))
+    o.grad.add_(torch.sign(o.weight) * expand(o.pull, o.weight.shape, o.rows, o.columns).to(o.grad.dtype))
 
 
-def block_scores(weight: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+def block_scores(o: BlockScores) -> torch.Tensor:
     """Sum of |theta| over each block."""
-    return block_sum(weight.abs(), rows, columns).contiguous()
+    return block_sum(o.weight.abs(), o.rows, o.columns).contiguous()

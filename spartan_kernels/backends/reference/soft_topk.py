@@ -19,6 +19,7 @@ from spartan_kernels.backends.reference.masked_weight import block_scores
 from spartan_kernels.backends.reference.survey import Survey, ratio, survey
 from spartan_kernels.blocks import score_list
 from spartan_kernels.groups import gather, summed
+from spartan_kernels.operands import SoftTopk, SoftTopkBackward, SoftTopkGlobal, SoftTopkGlobalBackward, SolveMasks
 
 MAX_STEPS = 300
 _FINEST_LOGIT = 1e-16  # a bracket that moves no logit by more is resolved
@@ -158,37 +159,25 @@ def _mask(u: torch.Tensor, threshold: torch.Tensor, beta: torch.Tensor) -> torch
     return torch.sigmoid(_logits(u, threshold[:, 0], threshold[:, 1], beta))
 
 
-def soft_topk_forward(
-    values: torch.Tensor,
-    budget: torch.Tensor,
-    costs: torch.Tensor | None,
-    beta: torch.Tensor,
-    group: str = "",
-) -> tuple[torch.Tensor, torch.Tensor]:
+def soft_topk_forward(o: SoftTopk, group: str = "") -> tuple[torch.Tensor, torch.Tensor]:
     """m and (c, d) for each row of values [rows, n]."""
-    u, a = ratio(values, costs)
-    known = survey(values, u, costs, budget, beta, group)
-    threshold = solve(u, a, select(u, a, known.allowance, group), known, beta, group)
-    return _mask(u, threshold, beta).to(values.dtype), threshold
+    u, a = ratio(o.values, o.costs)
+    known = survey(o.values, u, o.costs, o.budget, o.beta, group)
+    threshold = solve(u, a, select(u, a, known.allowance, group), known, o.beta, group)
+    return _mask(u, threshold, o.beta).to(o.values.dtype), threshold
 
 
 def soft_topk_backward(
-    grad: torch.Tensor,
-    values: torch.Tensor,
-    threshold: torch.Tensor,
-    costs: torch.Tensor | None,
-    beta: torch.Tensor,
-    cost_grad: bool,
-    group: str = "",
+    o: SoftTopkBackward, group: str = ""
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for values, costs (elementwise), budget and beta (by row).
 
     D = sum a s, r = sum g s / D:  dv = beta s (g / a - r),  dk = r,
     da = -(g - a r) s beta v / a^2 - r m,  dbeta = sum (g - a r) s v / a.
     """
-    u, a = ratio(values, costs)
-    g = grad.to(u.dtype)
-    x = _logits(u, threshold[:, 0], threshold[:, 1], beta)
+    u, a = ratio(o.values, o.costs)
+    g = o.grad.to(u.dtype)
+    x = _logits(u, o.threshold[:, 0], o.threshold[:, 1], o.beta)
     m = torch.sigmoid(x)
     s = m * torch.sigmoid(-x)
     wide = torch.float64
@@ -196,12 +185,12 @@ def soft_topk_backward(
     numerator, denominator = summed(sums, group)
     r = torch.where(denominator > 0, numerator / denominator, 0.0)
     r_ = r.to(u.dtype)[:, None]
-    b = beta.to(u.dtype)
+    b = o.beta.to(u.dtype)
     grad_values = b * s * (g / a - r_)
     # sum (g - a r) s vanishes, so u may be measured from the threshold: nothing cancels where values are far from zero
-    grad_beta = ((g - a * r_) * s * (u - threshold[:, :1].to(u.dtype))).sum(-1, dtype=wide)
-    grad_costs = -(g - a * r_) * s * b * u / a - r_ * m if cost_grad else values.new_empty(0)
-    return grad_values.to(values.dtype), grad_costs.to(values.dtype), r, summed(grad_beta, group)
+    grad_beta = ((g - a * r_) * s * (u - o.threshold[:, :1].to(u.dtype))).sum(-1, dtype=wide)
+    grad_costs = -(g - a * r_) * s * b * u / a - r_ * m if o.cost_grad else o.values.new_empty(0)
+    return grad_values.to(o.values.dtype), grad_costs.to(o.values.dtype), r, summed(grad_beta, group)
 
 
 def _concatenated(values: list[torch.Tensor], costs: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -216,61 +205,44 @@ def _split(row: torch.Tensor, values: list[torch.Tensor]) -> list[torch.Tensor]:
     return [part.reshape(v.shape).clone() for part, v in zip(parts, values, strict=True)]
 
 
-def soft_topk_global_forward(
-    values: list[torch.Tensor], budget: torch.Tensor, costs: list[torch.Tensor], beta: torch.Tensor, group: str
-) -> tuple[list[torch.Tensor], torch.Tensor]:
+def soft_topk_global_forward(o: SoftTopkGlobal) -> tuple[list[torch.Tensor], torch.Tensor]:
     """m for a list that shares one budget: one row, concatenated."""
-    row, a = _concatenated(values, costs)
-    mask, threshold = soft_topk_forward(row, budget[None], a, beta, group)
-    return _split(mask, values), threshold[0]
+    row, a = _concatenated(o.values, o.costs)
+    mask, threshold = soft_topk_forward(SoftTopk(row, o.budget[None], a, o.beta), o.group)
+    return _split(mask, o.values), threshold[0]
 
 
 def soft_topk_global_backward(
-    grads: list[torch.Tensor],
-    values: list[torch.Tensor],
-    threshold: torch.Tensor,
-    costs: list[torch.Tensor],
-    beta: torch.Tensor,
-    cost_grad: bool,
-    group: str,
+    o: SoftTopkGlobalBackward,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """Gradients for values, costs (elementwise), budget and beta of a list that shares one budget."""
-    row, a = _concatenated(values, costs)
-    grad, _ = _concatenated(grads, [])
-    grad_values, grad_costs, r, grad_beta = soft_topk_backward(grad, row, threshold[None], a, beta, cost_grad, group)
-    return _split(grad_values, values), _split(grad_costs, values) if cost_grad else [], r[0], grad_beta[0]
+    row, a = _concatenated(o.values, o.costs)
+    grad, _ = _concatenated(o.grads, [])
+    grad_values, grad_costs, r, grad_beta = soft_topk_backward(
+        SoftTopkBackward(grad, row, o.threshold[None], a, o.beta, o.cost_grad), o.group
+    )
+    return _split(grad_values, o.values), _split(grad_costs, o.values) if o.cost_grad else [], r[0], grad_beta[0]
 
 
-def solve_masks_(
-    values: list[torch.Tensor],
-    budget: torch.Tensor,
-    costs: list[torch.Tensor],
-    beta: torch.Tensor,
-    absolute: bool,
-    block_sizes: list[int],
-    soft: list[torch.Tensor],
-    hard: list[torch.Tensor],
-    state: torch.Tensor,
-    group: str,
-) -> None:
+def solve_masks_(o: SolveMasks) -> None:
     """Soft and hard mask of a training step, in place."""
-    values, absolute = score_list(values, block_sizes, absolute, block_scores)
-    row, costs_row = _concatenated(values, costs)
+    values, absolute = score_list(o, block_scores)
+    row, costs_row = _concatenated(values, o.costs)
     row = row.abs() if absolute else row
     u, a = ratio(row, costs_row)
-    known = survey(row, u, costs_row, budget[None], beta, group)
-    kept = select(u, a, known.allowance, group)
-    threshold = solve(u, a, kept, known, beta, group)
-    mask = _mask(u, threshold, beta).to(row.dtype)
-    for source, targets in ((mask, soft), (kept, hard)):
+    known = survey(row, u, costs_row, o.budget[None], o.beta, o.group)
+    kept = select(u, a, known.allowance, o.group)
+    threshold = solve(u, a, kept, known, o.beta, o.group)
+    mask = _mask(u, threshold, o.beta).to(row.dtype)
+    for source, targets in ((mask, o.soft), (kept, o.hard)):
         for part, target in zip(_split(source, values), targets, strict=True):
             target.copy_(part)
     centre, shift = threshold[0]
-    state[1], state[3] = state[0].clone(), state[2].clone()
+    o.state[1], o.state[3] = o.state[0].clone(), o.state[2].clone()
     # the largest value not wholly kept; when all are, there is none and the last one stands
     dropped = torch.cat([u.masked_fill(kept, -torch.inf).flatten(), u.new_full((1,), -torch.inf)])
-    runs_out = gather(dropped.amax().to(torch.float64), group).amax()
-    state[2] = torch.where(torch.isfinite(runs_out), runs_out, state[2])
-    soft_threshold = centre - shift / beta
-    state[0] = torch.where(torch.isfinite(soft_threshold), soft_threshold, state[2])
-    state[4] += 1
+    runs_out = gather(dropped.amax().to(torch.float64), o.group).amax()
+    o.state[2] = torch.where(torch.isfinite(runs_out), runs_out, o.state[2])
+    soft_threshold = centre - shift / o.beta
+    o.state[0] = torch.where(torch.isfinite(soft_threshold), soft_threshold, o.state[2])
+    o.state[4] += 1

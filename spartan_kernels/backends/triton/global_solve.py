@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
-from spartan_kernels.arguments import clamp_budget, inspectable, require_beta, require_costs, require_finite
+from spartan_kernels.backends.shared import check_list
 from spartan_kernels.backends.triton import global_passes as passes
 from spartan_kernels.backends.triton import global_steps as steps
 from spartan_kernels.backends.triton import launches
@@ -46,6 +46,7 @@ from spartan_kernels.backends.triton.tensor_list import ListShape, Table, Tensor
 from spartan_kernels.blocks import score_list
 from spartan_kernels.counts import SolveCounts
 from spartan_kernels.groups import refuse_group
+from spartan_kernels.operands import HardTopkGlobal, SoftTopkGlobal, SoftTopkGlobalBackward, SolveMasks
 
 ROUNDS = 4  # exact for any hard cut: a range that misses costs one round, all 32 bits of the key three
 _STEP_WARPS = 8
@@ -203,93 +204,57 @@ def _walk(shape: ListShape) -> dict[str, Any]:
     return {"CHUNK": CHUNK, "LANES": LANES, "VECTOR": vector, "num_warps": chunk_warps()} | register_limit()
 
 
-def _check(
-    values: list[torch.Tensor], budget: torch.Tensor, costs: list[torch.Tensor], beta: torch.Tensor | None
-) -> None:
-    if not inspectable(values[0]):
-        return
-    if beta is not None:
-        require_beta(beta)
-    for index, v in enumerate(values):
-        require_finite(f"values[{index}]", v)
-    for cost in costs:
-        require_costs(cost)
-    each = [c.expand_as(v).sum(dtype=torch.float64) for v, c in zip(values, costs, strict=True)] if costs else []
-    clamp_budget(budget, torch.stack(each).sum() if each else float(sum(v.numel() for v in values)))
-
-
 def _empty(values: list[torch.Tensor], dtype: torch.dtype | None = None) -> list[torch.Tensor]:
     return [torch.empty(v.shape, dtype=dtype or v.dtype, device=v.device) for v in values]
 
 
-def soft_topk_global_forward(
-    values: list[torch.Tensor], budget: torch.Tensor, costs: list[torch.Tensor], beta: torch.Tensor, group: str
-) -> tuple[list[torch.Tensor], torch.Tensor]:
+def soft_topk_global_forward(o: SoftTopkGlobal) -> tuple[list[torch.Tensor], torch.Tensor]:
     """m and (c, d) for a list that shares one budget."""
-    refuse_group(group, "triton")
-    _check(values, budget, costs, beta)
-    masks = _empty(values)
-    problem = TensorList(values, costs)
+    refuse_group(o.group, "triton")
+    check_list(o.values, o.budget, o.costs, o.beta)
+    masks = _empty(o.values)
+    problem = TensorList(o.values, o.costs)
     if problem.shape.length == 0:
-        return masks, budget.new_zeros(2)
+        return masks, o.budget.new_zeros(2)
     solve = global_solve(problem.shape, False, True, False)
-    return masks, solve.run(problem.table(masks), budget, beta)
+    return masks, solve.run(problem.table(masks), o.budget, o.beta)
 
 
-def solve_masks_(
-    values: list[torch.Tensor],
-    budget: torch.Tensor,
-    costs: list[torch.Tensor],
-    beta: torch.Tensor,
-    absolute: bool,
-    block_sizes: list[int],
-    soft: list[torch.Tensor],
-    hard: list[torch.Tensor],
-    state: torch.Tensor,
-    group: str,
-) -> None:
+def solve_masks_(o: SolveMasks) -> None:
     """Soft and hard mask of a training step, in place."""
-    values, absolute = score_list(values, block_sizes, absolute, block_scores)
-    refuse_group(group, "triton")
-    _check(values, budget, costs, beta)
-    problem = TensorList(values, costs)
+    values, absolute = score_list(o, block_scores)
+    refuse_group(o.group, "triton")
+    check_list(values, o.budget, o.costs, o.beta)
+    problem = TensorList(values, o.costs)
     if problem.shape.length:
         solve = global_solve(problem.shape, absolute, True, True)
-        solve.run(problem.table(soft, hard), budget, beta, state)
+        solve.run(problem.table(o.soft, o.hard), o.budget, o.beta, o.state)
 
 
-def hard_topk_global_forward(
-    values: list[torch.Tensor], budget: torch.Tensor, costs: list[torch.Tensor], absolute: bool, group: str
-) -> list[torch.Tensor]:
+def hard_topk_global_forward(o: HardTopkGlobal) -> list[torch.Tensor]:
     """h for a list that shares one budget."""
-    refuse_group(group, "triton")
-    _check(values, budget, costs, None)
-    masks = _empty(values, torch.bool)
-    problem = TensorList(values, costs)
+    refuse_group(o.group, "triton")
+    check_list(o.values, o.budget, o.costs, None)
+    masks = _empty(o.values, torch.bool)
+    problem = TensorList(o.values, o.costs)
     if problem.shape.length:
-        solve = global_solve(problem.shape, absolute, False, True)
-        solve.run(problem.table(masks, masks), budget, torch.ones_like(budget))
+        solve = global_solve(problem.shape, o.absolute, False, True)
+        solve.run(problem.table(masks, masks), o.budget, torch.ones_like(o.budget))
     return masks
 
 
 def soft_topk_global_backward(
-    grads: list[torch.Tensor],
-    values: list[torch.Tensor],
-    threshold: torch.Tensor,
-    costs: list[torch.Tensor],
-    beta: torch.Tensor,
-    cost_grad: bool,
-    group: str,
+    o: SoftTopkGlobalBackward,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """Gradients for values, costs (elementwise), budget and beta of a list that shares one budget."""
-    refuse_group(group, "triton")
-    problem = TensorList(values, costs)
-    grad_values, grad_costs = _empty(values), _empty(values) if cost_grad else []
+    refuse_group(o.group, "triton")
+    problem = TensorList(o.values, o.costs)
+    grad_values, grad_costs = _empty(o.values), _empty(o.values) if o.cost_grad else []
     scalars = torch.zeros(2, dtype=torch.float64, device=problem.shape.device)
     if problem.shape.length:
-        table = problem.table(contiguous(grads), grad_values, *([grad_costs] if cost_grad else []))
-        gradient = global_gradient(problem.shape, cost_grad, table.aligned)
-        gradient.run(table, threshold.contiguous(), beta, scalars)
+        table = problem.table(contiguous(o.grads), grad_values, *([grad_costs] if o.cost_grad else []))
+        gradient = global_gradient(problem.shape, o.cost_grad, table.aligned)
+        gradient.run(table, o.threshold.contiguous(), o.beta, scalars)
     return grad_values, grad_costs, scalars[0], scalars[1]
 
 

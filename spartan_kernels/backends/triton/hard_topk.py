@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from spartan_kernels.arguments import clamp_budget, inspectable, require_costs, require_finite
+from spartan_kernels.backends.shared import check_rows, costs_of_row
 from spartan_kernels.backends.triton import long_rows
 from spartan_kernels.backends.triton.configs import (
     MAX_RESIDENT_ROW,
@@ -21,8 +21,8 @@ from spartan_kernels.backends.triton.configs import (
 )
 from spartan_kernels.backends.triton.global_solve import hard_topk_global_forward
 from spartan_kernels.backends.triton.primitives import clamped_budget, ordered_key
-from spartan_kernels.backends.triton.soft_topk import rows_of_costs
 from spartan_kernels.backends.triton.soft_topk_rows import cost_strides, dense, load_rows, row_totals
+from spartan_kernels.operands import HardTopk, HardTopkGlobal
 
 __all__ = ["hard_topk_forward", "hard_topk_global_forward"]
 
@@ -65,31 +65,27 @@ def _hard_topk_forward_kernel(
     tl.store(mask_ptr + offsets, keep.to(tl.uint8), live)
 
 
-def hard_topk_forward(values: torch.Tensor, budget: torch.Tensor, costs: torch.Tensor | None) -> torch.Tensor:
+def hard_topk_forward(o: HardTopk) -> torch.Tensor:
     """h for each row of values [rows, n]."""
-    if inspectable(values):
-        require_finite("values", values)
-        a = values.new_ones(()) if costs is None else costs
-        require_costs(a)
-        clamp_budget(budget, a.expand_as(values).sum(-1, dtype=torch.float64))
-    rows, n = values.shape
-    mask = torch.empty((rows, n), dtype=torch.bool, device=values.device)
+    check_rows(o.values, o.budget, o.costs, None)
+    rows, n = o.values.shape
+    mask = torch.empty((rows, n), dtype=torch.bool, device=o.values.device)
     if mask.numel() == 0:
         return mask
-    if not fits_in_registers(values, costs) and fits_one_program(values):
-        return long_rows.hard_forward(values, budget, costs, mask)
-    if not fits_in_registers(values, costs):
+    if not fits_in_registers(o.values, o.costs) and fits_one_program(o.values):
+        return long_rows.hard_forward(o.values, o.budget, o.costs, mask)
+    if not fits_in_registers(o.values, o.costs):
         masks = [
-            hard_topk_global_forward([row], k, cost, False, "")[0]
-            for row, k, cost in zip(values, budget, rows_of_costs(costs, values), strict=True)
+            hard_topk_global_forward(HardTopkGlobal([row], o.budget[i], costs_of_row(o.costs, i), False))[0]
+            for i, row in enumerate(o.values)
         ]
         return torch.stack(masks)
     block_m, block_n, warps = row_tile(n)
-    with torch.cuda.device_of(values):
+    with torch.cuda.device_of(o.values):
         _hard_topk_forward_kernel[(triton.cdiv(rows, block_m),)](
-            values, values if costs is None else costs, budget, mask.view(torch.uint8),
-            rows, n, *values.stride(), *cost_strides(costs), budget.stride(0),
-            HAS_COSTS=costs is not None, DENSE=dense(block_n, values),
+            o.values, o.values if o.costs is None else o.costs, o.budget, mask.view(torch.uint8),
+            rows, n, *o.values.stride(), *cost_strides(o.costs), o.budget.stride(0),
+            HAS_COSTS=o.costs is not None, DENSE=dense(block_n, o.values),
             BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
         )  # fmt: skip
     return mask

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from spartan_kernels.backends.shared import row_gradients
 from spartan_kernels.backends.triton.configs import (
     LANES,
     LONG_ROW_TILE,
@@ -32,6 +33,7 @@ from spartan_kernels.backends.triton.primitives import (
     smaller_side,
 )
 from spartan_kernels.backends.triton.soft_topk_rows import MAX_TRIALS, TOLERANCE, cost_strides
+from spartan_kernels.operands import SoftTopk, SoftTopkBackward
 
 
 @triton.jit
@@ -250,41 +252,31 @@ def _options(values: torch.Tensor, costs: torch.Tensor | None) -> dict[str, Any]
     return kind | {"num_warps": LONG_ROW_WARPS}
 
 
-def forward(
-    values: torch.Tensor, budget: torch.Tensor, costs: torch.Tensor | None, beta: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(o: SoftTopk) -> tuple[torch.Tensor, torch.Tensor]:
     """m and (c, d) for each row of values [rows, n]."""
-    rows, n = values.shape
-    mask = torch.empty((rows, n), dtype=values.dtype, device=values.device)
-    threshold = torch.empty((rows, 2), dtype=torch.float64, device=values.device)
-    with torch.cuda.device_of(values):
+    rows, n = o.values.shape
+    mask = torch.empty((rows, n), dtype=o.values.dtype, device=o.values.device)
+    threshold = torch.empty((rows, 2), dtype=torch.float64, device=o.values.device)
+    with torch.cuda.device_of(o.values):
         _long_soft_topk_forward_kernel[(rows,)](
-            values, values if costs is None else costs, budget, beta, mask, threshold,
-            n, *values.stride(), *cost_strides(costs), budget.stride(0), **_options(values, costs),
+            o.values, o.values if o.costs is None else o.costs, o.budget, o.beta, mask, threshold,
+            n, *o.values.stride(), *cost_strides(o.costs), o.budget.stride(0), **_options(o.values, o.costs),
         )  # fmt: skip
     return mask, threshold
 
 
-def backward(
-    grad: torch.Tensor,
-    values: torch.Tensor,
-    threshold: torch.Tensor,
-    costs: torch.Tensor | None,
-    beta: torch.Tensor,
-    cost_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def backward(o: SoftTopkBackward) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for values, costs (elementwise), budget and beta (by row)."""
-    rows, n = values.shape
-    grad_values = torch.empty((rows, n), dtype=values.dtype, device=values.device)
-    grad_costs = torch.empty_like(grad_values) if cost_grad else values.new_empty(0)
-    grad_budget, grad_beta = torch.empty((2, rows), dtype=torch.float64, device=values.device).unbind()
-    with torch.cuda.device_of(values):
+    rows, n = o.values.shape
+    grads = row_gradients(o.values, o.cost_grad)
+    with torch.cuda.device_of(o.values):
         _long_soft_topk_backward_kernel[(rows,)](
-            grad, values, threshold.contiguous(), values if costs is None else costs, beta,
-            grad_values, grad_costs, grad_budget, grad_beta,
-            n, *grad.stride(), *values.stride(), *cost_strides(costs), COST_GRAD=cost_grad, **_options(values, costs),
+            o.grad, o.values, o.threshold.contiguous(), o.values if o.costs is None else o.costs, o.beta,
+            *grads,
+            n, *o.grad.stride(), *o.values.stride(), *cost_strides(o.costs),
+            COST_GRAD=o.cost_grad, **_options(o.values, o.costs),
         )  # fmt: skip
-    return grad_values, grad_costs, grad_budget, grad_beta
+    return grads
 
 
 def hard_forward(

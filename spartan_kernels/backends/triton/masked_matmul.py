@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from spartan_kernels.backends.shared import before_activation, bias_gradient
+from spartan_kernels.backends.shared import flat, layer_gradients
 from spartan_kernels.backends.triton import masked_matmul_kernels as kernels
 from spartan_kernels.backends.triton.block_layout import LAYOUT_BLOCK
 from spartan_kernels.backends.triton.block_matrix import BlockMatrix, dense_float
@@ -15,65 +15,35 @@ from spartan_kernels.backends.triton.configs import CompileCase, name_of, power_
 from spartan_kernels.backends.triton.launches import Launch, start
 from spartan_kernels.backends.triton.product_launches import JOIN_BLOCK
 from spartan_kernels.backends.triton.product_plan import kind_of, sampled_tile
+from spartan_kernels.operands import MaskedLinear, MaskedLinearBackward, SampledMatmul
 from spartan_kernels.tiles import Tile, default_tile
 
 _WIDEST = 128  # of a block that one program sums
 
 
-def masked_linear_forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    gate: torch.Tensor,
-    layout: list[torch.Tensor],
-    bias: torch.Tensor | None,
-    activation: str,
-    rows: int,
-    columns: int,
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def masked_linear_forward(o: MaskedLinear) -> tuple[torch.Tensor, torch.Tensor]:
     """act(z), z = x (theta * gate on the layout's blocks)^T + b, and z when it is to be saved."""
-    shape = (weight.shape[0], weight.shape[1])
-    return BlockMatrix(weight, shape, (rows, columns), layout, gate, None).product(x, True, bias, activation, save)
+    shape = (o.weight.shape[0], o.weight.shape[1])
+    return BlockMatrix(o.weight, shape, (o.rows, o.columns), o.layout, o.gate, None).product(
+        o.x, True, o.bias, o.activation, o.save
+    )
 
 
-def masked_linear_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    gate: torch.Tensor,
-    layout: list[torch.Tensor],
-    backward_layout: list[torch.Tensor],
-    saved: torch.Tensor,
-    activation: str,
-    rows: int,
-    columns: int,
-    needs: list[bool],
-) -> list[torch.Tensor]:
+def masked_linear_backward(o: MaskedLinearBackward) -> list[torch.Tensor]:
     """Gradients of x, weight, gate and bias; empty where not needed."""
-    dz = before_activation(grad, saved, activation)
-    shape, block = (weight.shape[0], weight.shape[1]), (rows, columns)
-    results: list[torch.Tensor | None] = [None] * 4
-    if needs[0]:
-        results[0] = BlockMatrix(weight, shape, block, layout, gate, None).product(dz, False)[0]
-    if needs[1] or needs[2]:
-        grad_weight, grad_gate = _weight_gradient(dz, x, weight, gate, backward_layout, block, needs[2])
-        results[1] = grad_weight if needs[1] else None
-        results[2] = grad_gate.to(gate.dtype) if needs[2] and grad_gate is not None else None
-    if needs[3]:
-        results[3] = bias_gradient(dz)
-    return [x.new_empty(0) if result is None else result for result in results]
+    shape, block = (o.weight.shape[0], o.weight.shape[1]), (o.rows, o.columns)
+
+    def of_input(dz: torch.Tensor) -> torch.Tensor:
+        return BlockMatrix(o.weight, shape, block, o.layout, o.gate, None).product(dz, False)[0]
+
+    return layer_gradients(o, of_input, lambda dz, needs: _parameter_gradients(dz, o, needs.gate))
 
 
-def _weight_gradient(
-    dz: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    gate: torch.Tensor,
-    layout: list[torch.Tensor],
-    block: tuple[int, int],
-    of_gate: bool,
+def _parameter_gradients(
+    dz: torch.Tensor, o: MaskedLinearBackward, of_gate: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """On the layout's blocks one program each; on all of them, or on blocks too large for one, the dense product."""
+    x, weight, gate, layout, block = o.x, o.weight, o.gate, o.backward_layout, (o.rows, o.columns)
     shape = (weight.shape[0], weight.shape[1])
     sampled = layout and max(block) <= _WIDEST
     grad_gate = torch.zeros(gate.shape, dtype=torch.float32, device=x.device) if of_gate or not sampled else None
@@ -81,7 +51,7 @@ def _weight_gradient(
         out = torch.zeros(shape, dtype=weight.dtype, device=x.device)
         return BlockMatrix(weight, shape, block, layout, gate, None).sampled(dz, x, out, grad_gate), grad_gate
     assert grad_gate is not None  # the kernel that scales the dense product by the gate writes both
-    raw = (dz.reshape(dz.shape[:-1].numel(), shape[0]).mT @ x.reshape(x.shape[:-1].numel(), shape[1])).contiguous()
+    raw = (flat(dz).mT @ flat(x)).contiguous()
     theta = weight if weight.stride(-1) == 1 else weight.contiguous()
     scale = dense_float(gate)
     if raw.numel():
@@ -104,13 +74,11 @@ def _gate_tile(rows: int, columns: int) -> dict[str, int]:
     return {"ROWS": rows, "COLUMNS": columns, "BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": 4}
 
 
-def sampled_matmul_forward(
-    a: torch.Tensor, b: torch.Tensor, layout: list[torch.Tensor], rows: int, columns: int
-) -> torch.Tensor:
+def sampled_matmul_forward(o: SampledMatmul) -> torch.Tensor:
     """a b on the layout's blocks, zero elsewhere."""
-    out = torch.zeros((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device)
-    operand = BlockMatrix(out, (a.shape[0], b.shape[1]), (rows, columns), layout, None, None)
-    return operand.sampled(a.mT, b, out, None)
+    out = torch.zeros((o.a.shape[0], o.b.shape[1]), dtype=o.a.dtype, device=o.a.device)
+    operand = BlockMatrix(out, (o.a.shape[0], o.b.shape[1]), (o.rows, o.columns), o.layout, None, None)
+    return operand.sampled(o.a.mT, o.b, out, None)
 
 
 # sizes and strides of layers as they are

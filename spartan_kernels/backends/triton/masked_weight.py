@@ -16,6 +16,13 @@ import triton.language as tl
 
 from spartan_kernels.backends.triton.configs import CompileCase, block_tile, name_of
 from spartan_kernels.backends.triton.primitives import all_loaded, sign_of
+from spartan_kernels.operands import (
+    BlockScores,
+    MaskedWeight,
+    MaskedWeightBackward,
+    MaskedWeightCorrection,
+    MaskedWeightCoupling,
+)
 
 WARPS = 8
 
@@ -220,91 +227,62 @@ def _bytes(hard: torch.Tensor | None, stand_in: torch.Tensor) -> torch.Tensor:
     return stand_in if hard is None else hard.contiguous().view(torch.uint8)
 
 
-def masked_weight_forward(
-    weight: torch.Tensor,
-    soft: torch.Tensor | None,
-    hard: torch.Tensor | None,
-    beta: torch.Tensor,
-    costs: torch.Tensor,
-    rows: int,
-    columns: int,
-    straight_through: bool,
-) -> torch.Tensor:
+def masked_weight_forward(o: MaskedWeight) -> torch.Tensor:
     """theta * m * h."""
-    weight = weight.contiguous()
+    weight = o.weight.contiguous()
     result = torch.empty_like(weight)
-    _Blocks(weight.shape, rows, columns).launch(
+    _Blocks(weight.shape, o.rows, o.columns).launch(
         _masked_weight_forward_kernel,
-        weight, weight if soft is None else soft.contiguous(), _bytes(hard, weight), result,
-        HAS_SOFT=soft is not None, HAS_HARD=hard is not None,
+        weight, weight if o.soft is None else o.soft.contiguous(), _bytes(o.hard, weight), result,
+        HAS_SOFT=o.soft is not None, HAS_HARD=o.hard is not None,
     )  # fmt: skip
     return result
 
 
-def masked_weight_backward(
-    grad: torch.Tensor,
-    weight: torch.Tensor,
-    soft: torch.Tensor | None,
-    hard: torch.Tensor | None,
-    beta: torch.Tensor,
-    costs: torch.Tensor,
-    rows: int,
-    columns: int,
-    straight_through: bool,
-) -> torch.Tensor:
+def masked_weight_backward(o: MaskedWeightBackward) -> torch.Tensor:
     """G_i m_b + sign(theta_i) beta s_b g_b / a_b, the local part of equation (2)."""
-    weight, grad = weight.contiguous(), grad.contiguous()
+    weight, grad = o.weight.contiguous(), o.grad.contiguous()
     result = torch.empty_like(weight)
-    hard = None if straight_through else hard
-    _Blocks(weight.shape, rows, columns).launch(
+    soft, hard = o.soft, None if o.straight_through else o.hard
+    _Blocks(weight.shape, o.rows, o.columns).launch(
         _masked_weight_backward_kernel,
-        grad, weight, weight if soft is None else soft.contiguous(), _bytes(hard, weight), beta, costs.contiguous(),
+        grad, weight, weight if soft is None else soft.contiguous(), _bytes(hard, weight), o.beta, o.costs.contiguous(),
         result,
-        HAS_SOFT=soft is not None, HAS_HARD=hard is not None, HAS_COSTS=costs.dim() > 0,
+        HAS_SOFT=soft is not None, HAS_HARD=hard is not None, HAS_COSTS=o.costs.dim() > 0,
     )  # fmt: skip
     return result
 
 
-def masked_weight_coupling(
-    grad: torch.Tensor,
-    weight: torch.Tensor,
-    soft: torch.Tensor,
-    beta: torch.Tensor,
-    costs: torch.Tensor,
-    rows: int,
-    columns: int,
-) -> torch.Tensor:
+def masked_weight_coupling(o: MaskedWeightCoupling) -> torch.Tensor:
     """[sum_b (1 - m_b) g_b m_b, sum_b a_b s_b] of this weight."""
-    blocks = _Blocks(weight.shape, rows, columns)
-    partial = torch.empty((blocks.programs, 2), dtype=torch.float64, device=weight.device)
+    blocks = _Blocks(o.weight.shape, o.rows, o.columns)
+    partial = torch.empty((blocks.programs, 2), dtype=torch.float64, device=o.weight.device)
     blocks.launch(
         _masked_weight_coupling_kernel,
-        grad.contiguous(), weight.contiguous(), soft.contiguous(), beta, costs.contiguous(), partial,
-        HAS_COSTS=costs.dim() > 0,
+        o.grad.contiguous(), o.weight.contiguous(), o.soft.contiguous(), o.beta, o.costs.contiguous(), partial,
+        HAS_COSTS=o.costs.dim() > 0,
     )  # fmt: skip
-    return partial.sum(0) if weight.numel() else partial.new_zeros(2)
+    return partial.sum(0) if o.weight.numel() else partial.new_zeros(2)
 
 
-def masked_weight_correct_(
-    grad: torch.Tensor, weight: torch.Tensor, soft: torch.Tensor, scale: torch.Tensor, rows: int, columns: int
-) -> None:
+def masked_weight_correct_(o: MaskedWeightCorrection) -> None:
     """grad_i -= sign(theta_i) s_b scale."""
-    dense = grad.contiguous()
-    _Blocks(weight.shape, rows, columns).launch(
-        _masked_weight_correct_kernel, dense, weight.contiguous(), soft.contiguous(), scale
+    dense = o.grad.contiguous()
+    _Blocks(o.weight.shape, o.rows, o.columns).launch(
+        _masked_weight_correct_kernel, dense, o.weight.contiguous(), o.soft.contiguous(), o.scale
     )
-    if dense is not grad:
-        grad.copy_(dense)
+    if dense is not o.grad:
+        o.grad.copy_(dense)
 
 
-def block_scores(weight: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+def block_scores(o: BlockScores) -> torch.Tensor:
     """Sum of |theta| over each block."""
-    blocks = _Blocks(weight.shape, rows, columns)
-    shape = weight.shape
-    if (rows, columns) != (1, 1):
-        shape = torch.Size((triton.cdiv(shape[0], rows), blocks.grid_columns, *shape[2:]))
-    scores = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-    blocks.launch(_block_scores_kernel, weight.contiguous(), scores)
+    blocks = _Blocks(o.weight.shape, o.rows, o.columns)
+    shape = o.weight.shape
+    if (o.rows, o.columns) != (1, 1):
+        shape = torch.Size((triton.cdiv(shape[0], o.rows), blocks.grid_columns, *shape[2:]))
+    scores = torch.empty(shape, dtype=o.weight.dtype, device=o.weight.device)
+    blocks.launch(_block_scores_kernel, o.weight.contiguous(), scores)
     return scores
 
 

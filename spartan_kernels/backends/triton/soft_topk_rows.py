@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from spartan_kernels.backends.shared import row_gradients
 from spartan_kernels.backends.triton.configs import (
     FORWARD_ENTRIES_PER_WARP,
     MAX_RESIDENT_ROW,
@@ -27,6 +28,7 @@ from spartan_kernels.backends.triton.primitives import (
     logit_at,
     smaller_side,
 )
+from spartan_kernels.operands import SoftTopk, SoftTopkBackward
 
 # |M - q| / q that ends a solve, about the rounding of a logit near 10, and a limit that only a bisection comes near.
 TOLERANCE = tl.constexpr(4e-7)
@@ -202,15 +204,9 @@ def dense(block_n: int, *tensors: torch.Tensor) -> bool:
     return all(t.shape[1] == block_n and t.is_contiguous() for t in tensors)
 
 
-def forward_launch(
-    values: torch.Tensor,
-    budget: torch.Tensor,
-    costs: torch.Tensor | None,
-    beta: torch.Tensor,
-    mask: torch.Tensor,
-    threshold: torch.Tensor,
-) -> Launch:
+def forward_launch(o: SoftTopk, mask: torch.Tensor, threshold: torch.Tensor) -> Launch:
     """Values read once, the mask written once."""
+    values, budget, costs = o.values, o.budget, o.costs
     rows, n = values.shape
     block_m, block_n, warps = row_tile(n, FORWARD_ENTRIES_PER_WARP)
     array_costs = 0 if costs is None or costs.dim() == 0 else costs.nbytes
@@ -218,7 +214,7 @@ def forward_launch(
         _soft_topk_forward_kernel,
         triton.cdiv(rows, block_m),
         (
-            values, values if costs is None else costs, budget, beta, mask, threshold,
+            values, values if costs is None else costs, budget, o.beta, mask, threshold,
             rows, n, *values.stride(), *cost_strides(costs), budget.stride(0),
         ),
         {
@@ -230,25 +226,19 @@ def forward_launch(
     )  # fmt: skip
 
 
-def forward(
-    values: torch.Tensor, budget: torch.Tensor, costs: torch.Tensor | None, beta: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(o: SoftTopk) -> tuple[torch.Tensor, torch.Tensor]:
     """m and (c, d) for each row of values [rows, n] with n at most `MAX_RESIDENT_ROW`."""
-    mask = torch.empty(values.shape, dtype=values.dtype, device=values.device)
-    threshold = torch.empty((values.shape[0], 2), dtype=torch.float64, device=values.device)
-    start(forward_launch(values, budget, costs, beta, mask, threshold))
+    mask = torch.empty(o.values.shape, dtype=o.values.dtype, device=o.values.device)
+    threshold = torch.empty((o.values.shape[0], 2), dtype=torch.float64, device=o.values.device)
+    start(forward_launch(o, mask, threshold))
     return mask, threshold
 
 
 def backward_launch(
-    grad: torch.Tensor,
-    values: torch.Tensor,
-    threshold: torch.Tensor,
-    costs: torch.Tensor | None,
-    beta: torch.Tensor,
-    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    o: SoftTopkBackward, grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 ) -> Launch:
     """Gradient and values read once, what goes to `grads` written once; no gradient of the costs where it is empty."""
+    grad, values, costs = o.grad, o.values, o.costs
     rows, n = values.shape
     block_m, block_n, warps = row_tile(n)
     array_costs = 0 if costs is None or costs.dim() == 0 else costs.nbytes
@@ -256,7 +246,7 @@ def backward_launch(
         _soft_topk_backward_kernel,
         triton.cdiv(rows, block_m),
         (
-            grad, values, threshold.contiguous(), values if costs is None else costs, beta, *grads,
+            grad, values, o.threshold.contiguous(), values if costs is None else costs, o.beta, *grads,
             rows, n, *grad.stride(), *values.stride(), *cost_strides(costs),
         ),
         {
@@ -268,20 +258,10 @@ def backward_launch(
     )  # fmt: skip
 
 
-def backward(
-    grad: torch.Tensor,
-    values: torch.Tensor,
-    threshold: torch.Tensor,
-    costs: torch.Tensor | None,
-    beta: torch.Tensor,
-    cost_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def backward(o: SoftTopkBackward) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for values, costs (elementwise), budget and beta (by row)."""
-    grad_values = torch.empty(values.shape, dtype=values.dtype, device=values.device)
-    grad_costs = torch.empty_like(grad_values) if cost_grad else values.new_empty(0)
-    grad_budget, grad_beta = torch.empty((2, values.shape[0]), dtype=torch.float64, device=values.device).unbind()
-    grads = grad_values, grad_costs, grad_budget, grad_beta
-    start(backward_launch(grad, values, threshold, costs, beta, grads))
+    grads = row_gradients(o.values, o.cost_grad)
+    start(backward_launch(o, grads))
     return grads
 
 

@@ -24,9 +24,9 @@ using Unlocked = py::call_guard<py::gil_scoped_release>;
 inline cuda::Stream stream_of(Address handle, int device) { return {at(handle), device}; }
 #endif
 
-// By subject: each adds its functions to `_native.cpu` and, where there is one, `_native.cuda`.
-void bind_topk(py::module_& cpu, py::module_* cuda);
-void bind_masked_weight(py::module_& cpu, py::module_* cuda);
+// By subject: each adds its functions to `_native.cpu` and, where there is one, `_native.cuda`; what both take to `_native`.
+void bind_topk(py::module_& both, py::module_& cpu, py::module_* cuda);
+void bind_masked_weight(py::module_& both, py::module_& cpu, py::module_* cuda);
 void bind_masked_matmul(py::module_& cpu, py::module_* cuda);
 
 }  // namespace spartan::bindings

@@ -8,10 +8,6 @@ using cpu::Blocks;
 Dtype dtype_of(int element_size) { return element_size == 8 ? Dtype::float64 : Dtype::float32; }
 
 void bind_cpu(py::module_& m) {
-  py::class_<Blocks>(m, "Blocks")
-      .def(py::init([](int64_t out, int64_t in, int64_t kernel, int64_t rows, int64_t columns) {
-        return Blocks{out, in, kernel, rows, columns};
-      }));
   m.def("blocks_workspace_bytes", &cpu::blocks_workspace_bytes);
   m.def(
       "masked_weight",
@@ -102,7 +98,11 @@ void bind_cuda(py::module_& m) {
 
 }  // namespace
 
-void bind_masked_weight(py::module_& cpu, [[maybe_unused]] py::module_* cuda) {
+void bind_masked_weight(py::module_& both, py::module_& cpu, [[maybe_unused]] py::module_* cuda) {
+  py::class_<Blocks>(both, "Blocks")
+      .def(py::init([](int64_t out, int64_t in, int64_t kernel, int64_t rows, int64_t columns) {
+        return Blocks{out, in, kernel, rows, columns};
+      }));
   bind_cpu(cpu);
 #ifdef SPARTAN_WITH_CUDA
   bind_cuda(*cuda);

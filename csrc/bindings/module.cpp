@@ -26,7 +26,7 @@ PYBIND11_MODULE(_native, m) {
   with_cuda.def("problem", &cuda::problem);
   cuda_module = &with_cuda;
 #endif
-  bindings::bind_topk(cpu_module, cuda_module);
-  bindings::bind_masked_weight(cpu_module, cuda_module);
+  bindings::bind_topk(m, cpu_module, cuda_module);
+  bindings::bind_masked_weight(m, cpu_module, cuda_module);
   bindings::bind_masked_matmul(cpu_module, cuda_module);
 }

@@ -33,7 +33,6 @@ void bind_cpu(py::module_& m) {
   static_assert(sizeof(TableRow) == 7 * 8, "backends/native/lists.py fills rows of seven 64-bit words");
   m.def("workspace_bytes", &cpu::workspace_bytes, py::arg("parts"), py::arg("length"), py::arg("element_size"),
                  py::arg("grouped") = false);
-  py::class_<Ranks>(m, "Ranks").def(py::init<int, int, py::function>());
   m.def("rows_workspace_bytes", &cpu::rows_workspace_bytes);
 
   m.def(
@@ -163,7 +162,8 @@ void bind_cuda(py::module_& m) {
 
 }  // namespace
 
-void bind_topk(py::module_& cpu, [[maybe_unused]] py::module_* cuda) {
+void bind_topk(py::module_& both, py::module_& cpu, [[maybe_unused]] py::module_* cuda) {
+  py::class_<Ranks>(both, "Ranks").def(py::init<int, int, py::function>());
   bind_cpu(cpu);
 #ifdef SPARTAN_WITH_CUDA
   bind_cuda(*cuda);

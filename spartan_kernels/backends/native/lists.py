@@ -23,7 +23,7 @@ class _Ranks:
     def __init__(self, name: str) -> None:
         self.name, self.last = name, torch.empty(0)
         group = process_group(name)
-        self.native = extension.native.cpu.Ranks(group.rank(), group.size(), self._gather)
+        self.native = extension.native.Ranks(group.rank(), group.size(), self._gather)
 
     def _gather(self, address: int, count: int) -> int:
         own = torch.frombuffer((ctypes.c_uint8 * count).from_address(address), dtype=torch.uint8)

@@ -13,10 +13,9 @@ from functools import wraps
 from typing import Any, Protocol
 
 import torch
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from spartan_kernels import dispatch
+from spartan_kernels.torch_private import TorchDispatchMode, busy, tree_leaves
 
 _WARM_UPS = 2
 _HEAD_START = 2_000_000  # cycles, about a millisecond: by then the host has enqueued what is to be timed
@@ -67,7 +66,7 @@ class Cuda:
         """Seconds between two events around `call`."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if queued:
-            torch.cuda._sleep(_HEAD_START)
+            busy(_HEAD_START)
         begin.record()
         call()
         end.record()
@@ -136,7 +135,7 @@ class StandIn:
             result = call()
 
         def replay() -> None:
-            for target, source in zip(pytree.tree_leaves(result), pytree.tree_leaves(call()), strict=True):
+            for target, source in zip(tree_leaves(result), tree_leaves(call()), strict=True):
                 if isinstance(target, torch.Tensor):
                     target.copy_(source)
 

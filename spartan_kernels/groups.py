@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from spartan_kernels.torch_private import process_group
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -35,14 +37,6 @@ def refuse_group(name: str, backend: str) -> None:
     """Raise ValueError where a backend that solves alone is given a group."""
     if name:
         raise ValueError(f"group is not served by this backend; got backend={backend!r}")
-
-
-def process_group(name: str) -> ProcessGroup:
-    """The process group called `name`."""
-    from torch.distributed import distributed_c10d
-
-    found: ProcessGroup = distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
-    return found
 
 
 def gather(tensor: torch.Tensor, name: str) -> torch.Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from spartan_kernels.arguments import block_grid, block_shape, require_index
+from spartan_kernels.torch_private import transforms_active
 
 __all__ = ["BlockLayout"]
 
@@ -160,7 +161,7 @@ def _require_grid(name: str, tensor: torch.Tensor, shape: tuple[int, int], block
 
 def _density(row_offsets: torch.Tensor, gate: torch.Tensor) -> float | None:
     """Active blocks / blocks, read where that waits for nothing and is not part of a graph or transform."""
-    if torch.compiler.is_compiling() or gate.device.type != "cpu" or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or gate.device.type != "cpu" or transforms_active():
         return None
     if type(row_offsets) is not torch.Tensor:  # a fake tensor holds no numbers
         return None

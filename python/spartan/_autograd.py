@@ -2,7 +2,8 @@
 
 `torch.library.register_autograd` does the same for eager and compiled code but refuses `torch.func.grad`: its function
 is not one that functorch can take apart. Here functorch does what it does for PyTorch's own operators: each of its
-levels calls the kernel below for itself, and the kernel hands the call on to the next.
+levels calls the kernel below for itself, and the kernel hands the call on to the next. That takes private parts of
+PyTorch (`spartan_kernels.torch_private`); where one is missing, `register_autograd` serves.
 """
 
 from __future__ import annotations
@@ -12,11 +13,18 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
-from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
-from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
 
-from spartan_kernels.ops._define import OPERATORS
+from spartan_kernels.ops._define import OPERATORS, Operator
+from spartan_kernels.torch_private import (
+    HAS_LEVELS,
+    any_requires_grad,
+    below_autograd,
+    forward_mode,
+    forward_mode_set,
+    single_level,
+    single_level_function,
+    transforms_active,
+)
 
 __all__ = ["differentiable", "differentiable_once"]
 
@@ -29,7 +37,7 @@ class _Rule(NamedTuple):
     backward: Callable[..., Any]
 
 
-class _Gradient(_SingleLevelFunction):
+class _Gradient(single_level_function):  # type: ignore[misc]
     """One call of an operator in the graph. Lists of tensors travel flat: autograd sees tensors only as arguments."""
 
     @staticmethod
@@ -54,10 +62,8 @@ class _Gradient(_SingleLevelFunction):
         result = ctx.rule.backward(ctx, *grads)
         spread: list[Any] = [None] * 4
         for grad, length in zip(result, ctx.lengths, strict=True):
-            if length is None:
-                spread.append(None if isinstance(grad, (list, tuple)) else grad)
-            else:
-                spread += [None] * length if grad is None else grad
+            entry = _spread(grad, length)
+            spread += [entry] if length is None else entry
         return tuple(spread)
 
 
@@ -68,12 +74,18 @@ def differentiable(name: str, setup: Callable[[Any, Any, Any], None], backward: 
     gradient, nested as they are.
     """
     operator = OPERATORS[name]
-    overload = operator.overload
-    rule = _Rule(overload, setup, backward)
+    if HAS_LEVELS:
+        _by_level(name, operator, _Rule(operator.overload, setup, backward))
+    else:
+        _registered(name, _Rule(operator.overload, setup, backward))
+
+
+def _by_level(name: str, operator: Operator, rule: _Rule) -> None:
+    """The gradient as a kernel that each level of torch.func calls."""
 
     def apply(call: Any, lengths: Any, flat: Any) -> Any:
         output_lengths: list[Any] = []
-        output = _Gradient.apply(rule, call, lengths, output_lengths, *flat)  # type: ignore[attr-defined]
+        output = _Gradient.apply(rule, call, lengths, output_lengths, *flat)
         if isinstance(output, torch.Tensor):
             return output
         nested = _nested(output, output_lengths)
@@ -81,15 +93,15 @@ def differentiable(name: str, setup: Callable[[Any, Any, Any], None], backward: 
 
     def kernel(keyset: Any, *operands: Any) -> Any:
         if not _recorded(operands):
-            return _below(overload, keyset, operands)
+            return below_autograd(rule.operator, keyset, operands)
 
         def call(operands: Any) -> Any:
             # Both modes are off inside a function's forward; functorch levels below this one must still record.
-            below = torch._C._are_functorch_transforms_active()
-            with torch.set_grad_enabled(below), forward_ad._set_fwd_grad_enabled(below):
-                return _below(overload, keyset, operands)
+            below = transforms_active()
+            with torch.set_grad_enabled(below), forward_mode_set(below):
+                return below_autograd(rule.operator, keyset, operands)
 
-        with enable_single_level_autograd_function():
+        with single_level():
             return apply(call, _lengths(operands), _flat(operands))
 
     def record(*operands: Any) -> Any:
@@ -97,6 +109,30 @@ def differentiable(name: str, setup: Callable[[Any, Any, Any], None], backward: 
 
     _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
     operator.record = record
+
+
+def _registered(name: str, rule: _Rule) -> None:
+    """The same through PyTorch's public way, whose functions torch.func refuses."""
+
+    def setup(ctx: Any, inputs: Any, output: Any) -> None:
+        tensors = [isinstance(x, (list, tuple)) and all(isinstance(t, torch.Tensor) for t in x) for x in inputs]
+        # what PyTorch takes apart: lists of tensors; other lists are one operand
+        ctx.lengths = tuple([len(x) if of_tensors else None for x, of_tensors in zip(inputs, tensors, strict=True)])
+        ctx.needs = _nested(ctx.needs_input_grad, ctx.lengths)
+        rule.setup(ctx, inputs, output)
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        result = zip(rule.backward(ctx, *grads), ctx.lengths, strict=True)
+        return tuple([_spread(grad, length) for grad, length in result])
+
+    torch.library.register_autograd(f"spartan::{name}", backward, setup_context=setup, lib=_LIBRARY)
+
+
+def _spread(grad: Any, length: int | None) -> Any:
+    """A gradient in the shape of its operand: one for each tensor of a list."""
+    if length is None:
+        return None if isinstance(grad, (list, tuple)) else grad
+    return [None] * length if grad is None else list(grad)
 
 
 def differentiable_once(name: str, of: str) -> None:
@@ -113,14 +149,7 @@ def differentiable_once(name: str, of: str) -> None:
 
 def _recorded(operands: Any) -> bool:
     """Whether autograd must see the call: for a graph, or to refuse the tangents of forward mode."""
-    if forward_ad._current_level >= 0:
-        return True
-    return torch.is_grad_enabled() and torch._C._any_requires_grad(*operands)
-
-
-def _below(operator: Any, keyset: Any, operands: Any) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *operands)
+    return forward_mode() or (torch.is_grad_enabled() and any_requires_grad(*operands))
 
 
 def _lengths(nested: Any) -> tuple[int | None, ...]:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
 from spartan.distributed import fsdp_modules, local, reshard
 from spartan.stacks import Stack
 from spartan_kernels import block_costs, block_grid
+from spartan_kernels.torch_private import TorchDispatchMode, is_traceable_wrapper_subclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

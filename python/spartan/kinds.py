@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from spartan.distributed import own_class
 
 __all__ = ["is_convolution", "is_norm", "is_transformers_linear", "stored_by_inputs"]
 
 _TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED_CONVOLUTIONS)
 
 
 def is_convolution(module: nn.Module) -> bool:
     """Whether its weight is [out, in, *kernel]: PyTorch's, or by the name of its class."""
-    return isinstance(module, _ConvNd) or "conv" in type(module).__name__.lower()
+    return isinstance(module, _CONVOLUTIONS) or "conv" in type(module).__name__.lower()
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -6,7 +6,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
@@ -15,6 +14,7 @@ from spartan_kernels import BlockLayout, block_grid, dispatch
 from spartan_kernels.break_even import whole_block
 from spartan_kernels.ops.masked_matmul import masked_linear_backward, masked_linear_forward
 from spartan_kernels.ops.masked_weight import masked_weight_arguments, masked_weight_backward_, masked_weight_forward
+from spartan_kernels.torch_private import forward_mode, transforms_active
 
 __all__ = ["linear_with_masked_weight"]
 
@@ -68,8 +68,8 @@ def _in_place(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and type(x) in _PLAIN
         and type(weight) in _PLAIN
         and not torch.is_autocast_enabled("cpu")
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
+        and not transforms_active()
+        and not forward_mode()
     )
 
 

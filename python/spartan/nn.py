@@ -20,6 +20,7 @@ from spartan.stacks import Stack
 from spartan_kernels import BlockLayout, BlockSparseWeight, block_grid, expand_blocks
 from spartan_kernels.break_even import dense_convolution_wins
 from spartan_kernels.layout import INDEX
+from spartan_kernels.torch_private import transforms_active
 
 __all__ = [
     "BlockSparseLinear",
@@ -316,7 +317,7 @@ class MaskedConv2d(MaskCarrier, nn.Conv2d):
         """Whether to form the masked weight: where there is only that, or it is faster and nothing is traced."""
         if input.device.type != "cpu":
             return True
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or transforms_active():
             return False
         if self.mask_kept is None:
             self.mask_kept = int(self.mask_hard.sum()) / max(1, self.mask_hard.numel())

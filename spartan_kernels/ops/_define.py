@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from spartan_kernels import dispatch
 from spartan_kernels.operands import schema
 from spartan_kernels.ops._checked import checked
 from spartan_kernels.ops._vmap import Rule, loop
+from spartan_kernels.torch_private import any_requires_grad, watched
 
 LIBRARY = torch.library.Library("spartan", "DEF")
 _SINGLE = frozenset((torch.Tensor, torch.nn.Parameter, int, float, bool, str, type(None)))
@@ -40,7 +40,7 @@ class Operator:
         """Call it; the last operand is the backend's name."""
         if torch.compiler.is_compiling() or not _eager(operands):
             return self.overload(*operands)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*operands):
+        if torch.is_grad_enabled() and any_requires_grad(*operands):
             return self.overload(*operands) if self.record is None else self.record(*operands)
         return self.serve(*operands)
 
@@ -50,15 +50,7 @@ OPERATORS: dict[str, Operator] = {}
 
 def _eager(operands: tuple[Any, ...]) -> bool:
     """Whether these are plain tensors and numbers, in a call that nothing watches, changes or keeps."""
-    if (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
-        or forward_ad._current_level >= 0
-        or torch.autograd.profiler._is_profiler_enabled
-    ):
-        return False
-    if not _OPERANDS.issuperset(map(type, operands)):
+    if watched() or not _OPERANDS.issuperset(map(type, operands)):
         return False
     for operand in operands:
         if isinstance(operand, (list, tuple)) and not _SINGLE.issuperset(map(type, operand)):

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from spartan_kernels.torch_private import tree_flatten, tree_unflatten
 
 # (info, in_dims, *operands) -> (outputs, out_dims), as torch.library.register_vmap wants it
 Rule = Callable[..., tuple[Any, Any]]

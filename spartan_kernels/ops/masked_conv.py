@@ -12,6 +12,7 @@ from spartan_kernels.break_even import dense_convolution_wins
 from spartan_kernels.operands import MaskedConv, MaskedConvBackward, MaskedWeight
 from spartan_kernels.ops._define import define
 from spartan_kernels.ops.masked_matmul import in_autocast, require_bias
+from spartan_kernels.torch_private import transforms_active
 
 
 def _fake_forward(o: MaskedConv) -> Any:
@@ -79,7 +80,7 @@ def _gated(weight: torch.Tensor, mask: torch.Tensor | None, o: MaskedConv | Mask
     """weight * gate by blocks, on the fastest backend; zero where the mask is not set, whatever the weight is."""
     gate = o.gate.to(torch.promote_types(weight.dtype, torch.float32))
     unused = gate.new_ones(())  # what a gradient would take
-    name = "reference" if torch._C._are_functorch_transforms_active() else "auto"
+    name = "reference" if transforms_active() else "auto"
     function = dispatch.resolve("masked_weight_forward", weight, name)
     return function(MaskedWeight(weight, gate, mask, unused, unused, o.rows, o.columns, True))
 
@@ -95,7 +96,7 @@ def dense_wins(
 
     `side`: outputs of a block, as `break_even.dense_convolution_wins` takes it.
     """
-    if x.device.type != "cpu" or not weight.numel() or torch._C._are_functorch_transforms_active():
+    if x.device.type != "cpu" or not weight.numel() or transforms_active():
         return False
     active = int(torch.count_nonzero(_active(gate, mask)))
     return dense_convolution_wins(x, weight, active / gate.numel(), side)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from spartan_kernels.backends import extension
-from spartan_kernels.groups import gather, process_group
+from spartan_kernels.groups import gather
+from spartan_kernels.torch_private import process_group
 
 __all__ = ["TensorList"]
 

@@ -1,6 +1,8 @@
 """Kernels for training sparse networks: soft and hard top-k, masked weights, masked products.
 
-This package computes. It has no autograd, no modules and no training: those are in the package `spartan`.
+This package computes. It has no autograd, no modules and no training: those are in the package `spartan`, whose import
+gives the operators here their gradients. Until then PyTorch warns in a backward
+pass and leaves the gradients out.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import torch
 native: Any = None
 _import_error: str | None = None
 try:
-    from spartan_kernels import _native as native
+    import spartan_kernels._native as native
 except ImportError as error:
     _import_error = str(error)
 
@@ -101,6 +101,41 @@ def blocks(weight: torch.Tensor, rows: int, columns: int) -> Any:
     else:
         shape = (weight.shape[0], weight.shape[1], math.prod(weight.shape[2:]))
     return native.Blocks(*shape, rows, columns)
+
+
+def tokens_of(x: torch.Tensor) -> torch.Tensor:
+    """x as [tokens, features] whose features lie side by side."""
+    flat = x.detach().reshape(x.shape[:-1].numel(), x.shape[-1])
+    return flat if flat.stride(-1) == 1 or flat.shape[-1] <= 1 else flat.contiguous()
+
+
+class BlockMatrix:
+    """A block-sparse matrix as the kernels take it; keeps what it points to."""
+
+    def __init__(
+        self,
+        data: torch.Tensor,
+        shape: tuple[int, int],
+        block: tuple[int, int],
+        layout: list[torch.Tensor],
+        gate: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> None:
+        packed, data = positions is not None, data.detach()
+        self.data = data.contiguous() if packed or data.stride(-1) != 1 else data
+        self.gate = None if gate is None else gate.detach().to(torch.float32).contiguous()
+        if positions is not None and positions.numel() == 0:
+            positions = positions.new_zeros(1)  # a null pointer would say that the matrix is not packed
+        self.layout = [part.contiguous() for part in layout]
+        self.positions = None if positions is None else positions.contiguous()
+        offsets = [part.data_ptr() for part in self.layout]
+        offsets += [0] * (5 - len(offsets))  # no index at all: every block; the CPU reads no order
+        stride, stored = (0, self.data.shape[0]) if packed else (self.data.stride(0), 0)
+        self.handle = native.cpu.BlockMatrix(
+            self.data.data_ptr(), *shape, *block, stride, pointer(self.gate), *offsets, pointer(self.positions), stored
+        )
+        self.dtype = DTYPES[data.dtype]
+        self.out, self.in_ = shape
 
 
 class _Scratch(threading.local):

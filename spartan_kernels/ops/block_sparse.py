@@ -55,7 +55,7 @@ def block_sparse_linear(
         backend: "auto" or the name of a backend.
 
     Returns:
-        y, [..., out_features]; differentiable (once) in x, packed.values and bias under `spartan`.
+        y, [..., out_features]; differentiable (once) in x, packed.values and bias once `spartan` is imported.
 
     Raises:
         TypeError: integer tensors, a weight that is not packed. ValueError: shapes, dtypes or devices that do not

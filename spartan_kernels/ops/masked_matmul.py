@@ -127,7 +127,7 @@ def masked_linear(
         backend: "auto" or the name of a backend. "auto" multiplies densely where that is faster: see `spartan.tune`.
 
     Returns:
-        y, [..., out_features]; differentiable (once) in x, weight, gate and bias under `spartan`.
+        y, [..., out_features]; differentiable (once) in x, weight, gate and bias once `spartan` is imported.
 
     Raises:
         TypeError: integer tensors or masks that are not bool. ValueError: shapes, dtypes or devices that do not match,
@@ -198,7 +198,7 @@ def sampled_matmul(
         backend: "auto" or the name of a backend.
 
     Returns:
-        c, [m, n], dtype of `a`; differentiable (once) in a and b under `spartan`.
+        c, [m, n], dtype of `a`; differentiable (once) in a and b once `spartan` is imported.
 
     Raises:
         TypeError: integer tensors. ValueError: shapes, dtypes or devices that do not match, a block size that is not

@@ -122,7 +122,7 @@ def masked_weight(
         backend: "auto" or the name of a backend.
 
     Returns:
-        w, shape and dtype of `weight`; differentiable in `weight` under `spartan`.
+        w, shape and dtype of `weight`; differentiable in `weight` once `spartan` is imported.
 
     Raises:
         TypeError: integer weights or a mask of the wrong dtype. ValueError: a mask or costs of the wrong shape.

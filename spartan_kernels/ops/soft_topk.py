@@ -89,7 +89,8 @@ def soft_topk(
         backend: "auto" or the name of a backend.
 
     Returns:
-        m in [0, 1], shape and dtype of `values`; differentiable in values, budget, costs and beta under `spartan`.
+        m in [0, 1], shape and dtype of `values`; differentiable in values, budget, costs and beta once
+            `spartan` is imported.
 
     Raises:
         TypeError: integer or non-tensor values, costs or beta of a wrong type.

@@ -10,42 +10,16 @@ import torch
 from spartan_kernels import precision
 from spartan_kernels.backends import extension
 
-__all__ = ["BlockMatrix", "tokens_of"]
+__all__ = ["BlockMatrix"]
 
 
-def tokens_of(x: torch.Tensor) -> torch.Tensor:
-    """x as [tokens, features] whose features lie side by side."""
-    flat = x.detach().reshape(x.shape[:-1].numel(), x.shape[-1])
-    return flat if flat.stride(-1) == 1 or flat.shape[-1] <= 1 else flat.contiguous()
+class BlockMatrix(extension.BlockMatrix):
+    """A block-sparse matrix, and its products."""
 
-
-class BlockMatrix:
-    """A block-sparse matrix as the extension takes it; keeps what it points to."""
-
-    def __init__(
-        self,
-        data: torch.Tensor,
-        shape: tuple[int, int],
-        block: tuple[int, int],
-        layout: list[torch.Tensor],
-        gate: torch.Tensor | None = None,
-        positions: torch.Tensor | None = None,
-    ) -> None:
-        self.data = data.detach()
-        if positions is not None or self.data.stride(-1) != 1:
-            self.data = self.data.contiguous()
-        self.gate = None if gate is None else gate.detach().to(torch.float32).contiguous()
-        self.layout = [part.contiguous() for part in layout]
-        self.positions = None if positions is None else positions.contiguous()
-        stride = 0 if positions is not None else self.data.stride(0)
-        offsets = [part.data_ptr() for part in self.layout] if layout else [0] * 5
-        packed = (0, 0) if self.positions is None else (self.positions.data_ptr(), self.data.shape[0])
-        self.handle = extension.native.cpu.BlockMatrix(
-            self.data.data_ptr(), *shape, *block, stride, extension.pointer(self.gate), *offsets, *packed
-        )
-        self.dtype = extension.DTYPES[data.dtype]
-        self.multiplied = extension.TF32 if data.dtype == torch.float32 and precision.tf32() else self.dtype
-        self.out, self.in_ = shape
+    @property
+    def multiplied(self) -> int:
+        """The dtype in which the tensor cores multiply."""
+        return extension.TF32 if self.data.dtype == torch.float32 and precision.tf32() else self.dtype
 
     def _workspace(self, tokens: int) -> torch.Tensor:
         size = extension.native.cuda.masked_matmul_workspace_bytes(self.multiplied, self.handle, tokens)
@@ -55,7 +29,7 @@ class BlockMatrix:
         self, x: torch.Tensor, bias: torch.Tensor | None, activation: str, save: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """act(z), and z if it is to be saved."""
-        flat = tokens_of(x)
+        flat = extension.tokens_of(x)
         y = x.new_empty((*x.shape[:-1], self.out))
         saved = torch.empty_like(y) if save else x.new_empty(0)
         b = None if bias is None else bias.detach().contiguous()
@@ -78,7 +52,7 @@ class BlockMatrix:
 
     def input_gradient(self, dz: torch.Tensor) -> torch.Tensor:
         """dz times the matrix."""
-        flat = tokens_of(dz)
+        flat = extension.tokens_of(dz)
         dx = dz.new_empty((*dz.shape[:-1], self.in_))
         scratch = self._workspace(flat.shape[0])
         extension.call(
@@ -96,7 +70,7 @@ class BlockMatrix:
 
     def sampled(self, dz: torch.Tensor, x: torch.Tensor, result: torch.Tensor, grad_gate: torch.Tensor | None) -> None:
         """The layout's blocks of dz^T x, times their gate; grad_gate: their products with the data before that."""
-        left, right = tokens_of(dz), tokens_of(x)
+        left, right = extension.tokens_of(dz), extension.tokens_of(x)
         extension.call(
             extension.native.cuda.sampled_matmul,
             x,

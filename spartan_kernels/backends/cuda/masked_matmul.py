@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from spartan_kernels.backends.cuda.block_matrix import BlockMatrix, tokens_of
-from spartan_kernels.backends.shared import LayerNeeds, layer_gradients
+from spartan_kernels.backends.cuda.block_matrix import BlockMatrix
+from spartan_kernels.backends.shared import LayerNeeds, flat, layer_gradients
 from spartan_kernels.operands import MaskedLinear, MaskedLinearBackward, SampledMatmul
 
 
@@ -32,7 +32,7 @@ def masked_linear_backward(o: MaskedLinearBackward) -> list[torch.Tensor]:
             result = torch.zeros(shape, dtype=o.weight.dtype, device=o.weight.device)
             matrix.sampled(dz, o.x, result, grad_gate)
         else:
-            result = (tokens_of(dz).mT @ tokens_of(o.x)).contiguous()
+            result = (flat(dz).mT @ flat(o.x)).contiguous()
             matrix.gate_gradient(result, grad_gate)
         return result, grad_gate
 

@@ -9,52 +9,14 @@ from spartan_kernels.backends import extension
 __all__ = ["BlockMatrix"]
 
 
-def _tokens(x: torch.Tensor) -> torch.Tensor:
-    """x as [tokens, features] whose features lie side by side."""
-    flat = x.detach().reshape(x.shape[:-1].numel(), x.shape[-1])
-    return flat if flat.stride(-1) == 1 or flat.shape[-1] <= 1 else flat.contiguous()
-
-
-class BlockMatrix:
-    """A block-sparse matrix as the extension takes it; keeps what it points to."""
-
-    def __init__(
-        self,
-        data: torch.Tensor,
-        shape: tuple[int, int],
-        block: tuple[int, int],
-        layout: list[torch.Tensor],
-        gate: torch.Tensor | None = None,
-        positions: torch.Tensor | None = None,
-    ) -> None:
-        self.data = data.detach()
-        if positions is not None or self.data.stride(-1) != 1:
-            self.data = self.data.contiguous()
-        self.gate = None if gate is None else gate.detach().to(torch.float32).contiguous()
-        if positions is not None and positions.numel() == 0:
-            positions = positions.new_zeros(1)  # a null pointer would say that the matrix is not packed
-        self.layout, self.positions = [part.contiguous() for part in layout[:4]], positions  # the order is for GPUs
-        stride = 0 if positions is not None else self.data.stride(0)
-        offsets = [part.data_ptr() for part in self.layout] if layout else [0] * 4
-        self.handle = extension.native.cpu.BlockMatrix(
-            self.data.data_ptr(),
-            *shape,
-            *block,
-            stride,
-            extension.pointer(self.gate),
-            *offsets,
-            0,
-            extension.pointer(positions),
-            0 if positions is None else self.data.shape[0],
-        )
-        self.dtype = extension.DTYPES[data.dtype]
-        self.out, self.in_ = shape
+class BlockMatrix(extension.BlockMatrix):
+    """A block-sparse matrix, and its products."""
 
     def forward(
         self, x: torch.Tensor, bias: torch.Tensor | None, activation: str, save: bool, y: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """act(z), written to `y` where that is given, and z if it is to be saved."""
-        flat, threads = _tokens(x), torch.get_num_threads()
+        flat, threads = extension.tokens_of(x), torch.get_num_threads()
         y = x.new_empty((*x.shape[:-1], self.out)) if y is None else y
         saved = torch.empty_like(y) if save else x.new_empty(0)
         b = None if bias is None else bias.detach().contiguous()
@@ -79,7 +41,7 @@ class BlockMatrix:
 
     def input_gradient(self, dz: torch.Tensor) -> torch.Tensor:
         """dz times the matrix."""
-        flat, threads = _tokens(dz), torch.get_num_threads()
+        flat, threads = extension.tokens_of(dz), torch.get_num_threads()
         dx = dz.new_empty((*dz.shape[:-1], self.in_))
         scratch = extension.workspace(
             extension.native.cpu.masked_matmul_workspace_bytes(self.handle, flat.shape[0], threads)
@@ -99,7 +61,7 @@ class BlockMatrix:
 
     def sampled(self, dz: torch.Tensor, x: torch.Tensor, raw: torch.Tensor, grad_gate: torch.Tensor | None) -> None:
         """raw = dz^T x on the blocks, times the gate; grad_gate = its products with the data before that."""
-        left, right = _tokens(dz), _tokens(x)
+        left, right = extension.tokens_of(dz), extension.tokens_of(x)
         scratch = extension.workspace(
             extension.native.cpu.sampled_matmul_workspace_bytes(self.handle, left.shape[0], right.stride(0))
         )

@@ -48,9 +48,9 @@ from spartan_kernels.counts import SolveCounts
 from spartan_kernels.groups import refuse_group
 from spartan_kernels.operands import HardTopkGlobal, SoftTopkGlobal, SoftTopkGlobalBackward, SolveMasks
 
-ROUNDS = 4  # exact for any hard cut: a range that misses costs one round, all 32 bits of the key three
 _STEP_WARPS = 8
 _BINS = 2048
+# Exact for any hard cut: a range that misses costs one survey, all 32 bits of the key three.
 _SURVEYS: tuple[When, ...] = ("always", "cold", "rare", "rare")
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 

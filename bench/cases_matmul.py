@@ -19,7 +19,7 @@ from bench.case import Settings, Work, case
 from bench.checks import check_close
 from bench.inputs import normal, rotating
 from bench.peers import eager, matmul
-from spartan_kernels import ops
+from spartan_kernels import BlockSparseWeight, ops
 
 _SHAPE = (768, 3072)  # the first layer of a transformer's MLP: in, out
 _OTHER_SHAPES = ((3072, 768), (1024, 4096))
@@ -28,6 +28,9 @@ _BLOCKS = (16, 32, 64)
 _SPARSITIES = (0.0, 0.05, 0.5, 0.8, 0.9, 0.95)
 _FEW_SPARSITIES = (0.5, 0.9, 0.95)
 _QUICK = {(32, 0.5), (32, 0.9)}
+_NARROW_BLOCKS = ((1, 1), (4, 1), (1, 16))  # single weights, and blocks of a few of them
+_NARROW_SPARSITIES = (0.5, 0.65, 0.8, 0.9, 0.95, 0.98)
+_NARROW_TOKENS = (1, 128, 2048)
 _SECONDS = 0.8  # for each implementation: the table has 24 cases
 _GPU_TOKENS = 8192
 _GPU_SHAPES = ((4096, 4096), (4096, 16384))
@@ -146,6 +149,18 @@ def _forward_backward(p: Problem, only: tuple[str, ...] | None = None) -> Work:
     )
 
 
+def _packed(p: Problem, only: tuple[str, ...] | None = None) -> Work:
+    weight = BlockSparseWeight.from_dense(p.masked, p.block, p.mask)
+    operands = rotating(p.s, p.x_bytes + p.y_bytes, lambda i: (p.x(i),)) if p.rows > 1 else [(p.x(0),)]
+    return p.work(
+        passes=1,
+        ours=lambda x: ops.block_sparse_linear(x, weight, backend=p.s.backend),
+        operands=operands,
+        check=lambda y, x: check_product(y, x, p.masked.mT, p.exact.mT, "y"),
+        peers=matmul.peers(p.masked, p.block, operands[0], only),
+    )
+
+
 def _input_gradient(p: Problem) -> Work:
     def ours(x: Tensor, y: Tensor, grad: Tensor) -> Tensor:
         return torch.autograd.grad(y, x, grad, retain_graph=True)[0]
@@ -218,6 +233,11 @@ for _size in _BLOCKS:
     _register("weight-gradient", _weight_gradient, _size, 0.9)
     for _shape in (_SHAPE, (4096, 4096)):
         _register("one-token", _forward, _size, 0.9, _shape, tokens=1, only=("dense", "torch BSR"))
+for _block, _sparsity, _tokens in itertools.product(_NARROW_BLOCKS, _NARROW_SPARSITIES, _NARROW_TOKENS):
+    _quick = _sparsity == 0.9 and _tokens == 128
+    _register(
+        f"packed-{_tokens}", _packed, _block, _sparsity, tokens=_tokens, quick=_quick, only=("dense", "torch CSR")
+    )
 for _block, _sparsity, _shape in itertools.product((*_GPU_BLOCKS, *_TALL_BLOCKS), _GPU_SPARSITIES, _GPU_SHAPES):
     _quick = _shape == _GPU_SHAPES[0] and (_block, _sparsity) in _GPU_QUICK
     _where: dict[str, Any] = {"shape": _shape, "tokens": _GPU_TOKENS, "quick": _quick, "gpu": True}

@@ -128,8 +128,8 @@ struct Tokens {
 void block_layout(const void* gate, int gate_bytes, const uint8_t* mask, int64_t grid_rows, int64_t grid_columns,
                   int32_t* counts, int32_t* row_offsets, int32_t* column_indices, int32_t* column_offsets,
                   int32_t* row_indices, int32_t* order);
-// Asked for before each product: it throws where the index does not lie within the matrix.
-int64_t masked_matmul_workspace_bytes(const BlockMatrix&, int64_t tokens, int threads);
+// Asked for before each product: it throws where the index that the product reads does not lie within the matrix.
+int64_t masked_matmul_workspace_bytes(const BlockMatrix&, int64_t tokens, bool input_gradient, int threads);
 // y = act(z), z = x w^T + bias, contiguous [tokens, out]; z is written to `saved` unless that is null.
 void masked_matmul(Dtype, const BlockMatrix&, Tokens x, const void* bias, Activation, void* y, void* saved, Workspace,
                    int threads);

@@ -63,6 +63,14 @@ def torch_bsr(weight: Tensor, block: Block) -> Layer:
     return Layer(lambda x: (packed @ x.mT).mT, packed)
 
 
+def torch_csr(weight: Tensor, block: Block) -> Layer:
+    """torch.sparse CSR: MKL on the CPU, cuSPARSE on a GPU."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the layout is in beta
+        packed = weight.to_sparse_csr()
+    return Layer(lambda x: (packed @ x.mT).mT, packed)
+
+
 def torch_bsr_triton(weight: Tensor, block: Block) -> Layer:
     """PyTorch's own Triton kernel for BSR."""
     from torch.sparse import _triton_ops
@@ -145,12 +153,14 @@ def blksprs_matmul(weight: Tensor, block: Block) -> Layer:
 CPU: dict[str, Builder] = {
     "dense": dense,
     "torch BSR": torch_bsr,
+    "torch CSR": torch_csr,
     "SciPy BSR": scipy_bsr,
     "gathered bmm": gathered_bmm,
 }
 GPU: dict[str, Builder] = {
     "dense": dense,
     "torch BSR": torch_bsr,
+    "torch CSR": torch_csr,
     "torch BSR, Triton": torch_bsr_triton,
     "torch 2:4": torch_semi_structured,
     "gathered bmm": gathered_bmm,

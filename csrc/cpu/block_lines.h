@@ -65,6 +65,19 @@ struct Lines {
   int64_t blocks() const { return offsets[count]; }
 };
 
+// The first line from which the lines up to `end` weigh at most the share `part` of `parts`; a line weighs its blocks and one
+// more for its outputs.
+inline int64_t split_lines(const Lines& lines, int64_t begin, int64_t end, int64_t part, int64_t parts) {
+  const auto weight = [&](int64_t line) { return static_cast<int64_t>(lines.offsets[line]) + line; };
+  const int64_t target = weight(begin) + (weight(end) - weight(begin)) * part / parts;
+  int64_t low = begin, high = end;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    weight(middle) < target ? low = middle + 1 : high = middle;
+  }
+  return low;
+}
+
 // Each worker takes items from one counter and has scratch of its own.
 template <class F>
 void for_items(int threads, int64_t items, F&& f) {
@@ -89,13 +102,9 @@ inline void require_fit(const Lines& lines) {
   const int64_t active = lines.offsets[lines.count];
   fits = fits && active <= stored;
   if (!fits) refuse_index();
-  const auto within = [active](const int32_t* entries, int64_t end) {
-    bool all = true;  // a plain loop over unsigned numbers, for the compiler's vectors
-    const uint32_t limit = static_cast<uint32_t>(std::min<int64_t>(end, std::numeric_limits<int32_t>::max()));
-    for (int64_t e = 0; e < active; ++e) all &= static_cast<uint32_t>(entries[e]) < limit;
-    return all;
-  };
-  fits = within(lines.indices, across) && (lines.by_row || w.positions == nullptr || within(w.positions, stored));
+  const MatmulPasses& passes = matmul_passes();
+  fits = passes.within(lines.indices, active, across) &&
+         (lines.by_row || w.positions == nullptr || passes.within(w.positions, active, stored));
   if (!fits) refuse_index();
 }
 

@@ -2,7 +2,8 @@
 
 #include "arena.h"
 #include "block_lines.h"
-#include "huge_pages.h"
+#include "narrow_product.h"
+#include "row_writer.h"
 
 namespace spartan::cpu {
 namespace {
@@ -12,28 +13,11 @@ constexpr int64_t kChunkFloats = 64 << 10;     // of tokens that stay in a core'
 constexpr int64_t kCacheWays = 8, kPage = 4096;
 constexpr int64_t kFewTokens = 4;              // for which weights are used where they lie
 constexpr int64_t kItemsPerThread = 4;
-constexpr int64_t kStreamBytes = 4 << 20;      // results larger than this are written around the cache
-
-// The first line from which the lines up to `end` weigh at most the share `part` of `parts`; a line weighs its blocks and one
-// more for its outputs.
-int64_t split_lines(const Lines& lines, int64_t begin, int64_t end, int64_t part, int64_t parts) {
-  const auto weight = [&](int64_t line) { return static_cast<int64_t>(lines.offsets[line]) + line; };
-  const int64_t target = weight(begin) + (weight(end) - weight(begin)) * part / parts;
-  int64_t low = begin, high = end;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    weight(middle) < target ? low = middle + 1 : high = middle;
-  }
-  return low;
-}
 
 class Product {
  public:
-  Product(Dtype dtype, const Lines& lines, Tokens x, const void* bias, Activation activation, void* y, void* saved,
-          Workspace workspace, int threads)
-      : passes_(matmul_passes()), dtype_(dtype), lines_(lines), x_(x), activation_(activation), y_(y), saved_(saved),
-        threads_(threads), stream_(x.count * lines.extent * element_bytes(dtype) > kStreamBytes),
-        direct_(dtype == Dtype::float32 && activation == Activation::none) {
+  Product(Dtype dtype, const Lines& lines, Tokens x, const void* bias, const RowWriter& writer, Workspace workspace, int threads)
+      : passes_(matmul_passes()), dtype_(dtype), lines_(lines), x_(x), writer_(writer), threads_(threads) {
     Arena arena(workspace);
     padded_ = lines.padded(passes_);
     chunk_ = chunk_tokens(passes_, lines);
@@ -53,7 +37,7 @@ class Product {
   }
 
   void run() {
-    if (stream_) advise_huge_pages(y_, x_.count * lines_.extent * element_bytes(dtype_));
+    writer_.prepare(x_.count);
     const int64_t line_floats = padded_ * lines_.other_span;
     for (int64_t begin = 0; begin < lines_.count;) {
       int64_t end = begin + 1;
@@ -146,7 +130,7 @@ class Product {
       const int64_t to = split_lines(lines_, begin, end, part + 1, parts);
       for (int64_t line = split_lines(lines_, begin, end, part, parts); line < to; ++line)
         multiply_line(line, begin, rows, token, tokens, tiles_ + worker * tile_floats(passes_, lines_));
-      if (stream_) passes_.settle();
+      writer_.settle();
     });
   }
 
@@ -179,37 +163,27 @@ class Product {
     const ActiveBlocks active = lines_.active(line);
     for_panels(line, first_line, [&](int64_t at, int width, int64_t columns, const float* panel) {
       const int64_t first = token * lines_.extent + line * lines_.span + at;
-      float* y = direct_ ? static_cast<float*>(y_) + first : tile;
-      const int64_t stride = direct_ ? lines_.extent : width;
+      float* own = writer_.direct(first);
+      float* y = own != nullptr ? own : tile;
+      const int64_t stride = own != nullptr ? lines_.extent : width;
       const float* bias = bias_ == nullptr ? nullptr : bias_ + line * padded_ + at;
       const int64_t step = passes_.tile_tokens(width);
       for (int64_t t = 0; t < tokens; t += step) {
         const int64_t count = std::min(step, tokens - t);
         passes_.product({rows.data + t * rows.stride, rows.stride, panel, bias, y + t * stride, stride, width,
-                         static_cast<int>(columns), direct_ && stream_},
+                         static_cast<int>(columns), own != nullptr && writer_.streams()},
                         active, count);
-        if (!direct_) write(y + t * stride, stride, count, columns, first + t * lines_.extent);
+        if (own == nullptr) writer_.write(y + t * stride, stride, count, columns, first + t * lines_.extent);
       }
     });
-  }
-
-  // From z in the cache: what the backward pass needs, the activation, the narrower numbers.
-  void write(float* z, int64_t stride, int64_t tokens, int64_t columns, int64_t first) {
-    for (int64_t t = 0; t < tokens; ++t, z += stride, first += lines_.extent) {
-      if (saved_ != nullptr) passes_.narrow(dtype_, z, offset_by(saved_, first, dtype_), columns, stream_);
-      passes_.activate(activation_, z, columns);
-      passes_.narrow(dtype_, z, offset_by(y_, first, dtype_), columns, stream_);
-    }
   }
 
   const MatmulPasses& passes_;
   Dtype dtype_;
   const Lines& lines_;
   Tokens x_;
-  Activation activation_;
-  void *y_, *saved_;
+  const RowWriter& writer_;
   int threads_;
-  bool stream_, direct_;
   int64_t padded_, chunk_, line_bytes_;
   float *panels_, *bias_, *chunks_, *tiles_;
 };
@@ -258,26 +232,30 @@ int64_t few_workspace_bytes(const Lines& lines, int64_t tokens) {
 
 }  // namespace
 
-int64_t masked_matmul_workspace_bytes(const BlockMatrix& w, int64_t tokens, int threads) {
-  const Lines rows(w, true), columns(w, false);
-  require_fit(rows);
-  require_fit(columns);
-  const int64_t most = std::max(Product::workspace_bytes(rows, threads), Product::workspace_bytes(columns, threads));
-  return std::max(most, few_workspace_bytes(rows, std::min(tokens, kFewTokens)));
+int64_t masked_matmul_workspace_bytes(const BlockMatrix& w, int64_t tokens, bool input_gradient, int threads) {
+  const Lines lines(w, !input_gradient);
+  require_fit(lines);
+  if (NarrowProduct::serves(lines)) return NarrowProduct::workspace_bytes(lines, tokens, threads);
+  const int64_t many = Product::workspace_bytes(lines, threads);
+  return input_gradient ? many : std::max(many, few_workspace_bytes(lines, std::min(tokens, kFewTokens)));
 }
 
 void masked_matmul(Dtype dtype, const BlockMatrix& w, Tokens x, const void* bias, Activation activation, void* y, void* saved,
                    Workspace workspace, int threads) {
   const Lines lines(w, true);
   if (x.count == 0 || w.out == 0) return;
+  const RowWriter writer(dtype, lines.extent, x.count, activation, y, saved);
+  if (NarrowProduct::serves(lines)) return NarrowProduct(dtype, lines, x, bias, writer, workspace, threads).run();
   if (x.count <= kFewTokens) return multiply_few(dtype, lines, x, bias, activation, y, saved, workspace, threads);
-  Product(dtype, lines, x, bias, activation, y, saved, workspace, threads).run();
+  Product(dtype, lines, x, bias, writer, workspace, threads).run();
 }
 
 void masked_matmul_input_gradient(Dtype dtype, const BlockMatrix& w, Tokens dz, void* dx, Workspace workspace, int threads) {
   const Lines lines(w, false);
   if (dz.count == 0 || w.in == 0) return;
-  Product(dtype, lines, dz, nullptr, Activation::none, dx, nullptr, workspace, threads).run();
+  const RowWriter writer(dtype, lines.extent, dz.count, Activation::none, dx, nullptr);
+  if (NarrowProduct::serves(lines)) return NarrowProduct(dtype, lines, dz, nullptr, writer, workspace, threads).run();
+  Product(dtype, lines, dz, nullptr, writer, workspace, threads).run();
 }
 
 }  // namespace spartan::cpu

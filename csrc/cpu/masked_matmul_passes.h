@@ -51,7 +51,41 @@ struct DotProduct {
   int64_t y_stride;
 };
 
+// y[h, t] = bias[h] + sum over the active blocks' columns k of values[k, h] * x[k, t] for t < tile: tokens side by side.
+struct NarrowSum {
+  const float* x;
+  int64_t tile;
+  const float *values, *bias;  // `height` numbers for each column of the blocks, one block after another; null: zeros
+  int height;                  // 1, 2 or 4
+  float* y;
+};
+
+// The blocks of a line, to be written one after another as `out`[column, output], times their gates. The block of entry e begins
+// `base + step * places[e]` into the data (null: e).
+struct NarrowBlocks {
+  const void* data;
+  int64_t base, step;
+  const int32_t* places;
+  int64_t height_stride, depth_stride, outputs;
+  int height;
+  const float* gates;  // at gate_step * the entry's index; null: ones
+  int64_t gate_step;
+  float* out;
+};
+
+// The blocks of a line of dz^T x: out[r * stride + c] (+)= sum_t rows[r, t] * x[column c of the block, t], t < tile, one block
+// `block_step` after another, or, where that is 0, each where its index says.
+struct NarrowDots {
+  const float *rows, *x;
+  int64_t tile;
+  int height;  // rows of the line: at most 4
+  float* out;
+  int64_t stride, block_step;
+  bool add;
+};
+
 struct MatmulPasses {
+  bool (*within)(const int32_t* entries, int64_t count, int64_t end);  // whether all are in [0, end)
   // The width of the panel to cut next from `outputs` that remain, and the tokens that a product takes best at that width.
   int (*panel_width)(int64_t outputs);
   int (*tile_tokens)(int width);
@@ -66,6 +100,11 @@ struct MatmulPasses {
   void (*product)(const PanelProduct&, const ActiveBlocks&, int64_t tokens);
   void (*outer_sum)(const OuterSum&);
   void (*dot)(Dtype, const DotProduct&, const ActiveBlocks&);
+  void (*narrow_pack)(Dtype, const NarrowBlocks&, const ActiveBlocks&);
+  void (*narrow_sum)(const NarrowSum&, const ActiveBlocks&);
+  void (*narrow_dots)(const NarrowDots&, const ActiveBlocks&);
+  // out[t, r] = sums[r, t] for r < rows and t < tokens; rows of `sums` are `tile` apart and exist in whole vectors.
+  void (*turn_back)(const float* sums, int64_t tile, int64_t rows, int64_t tokens, float* out, int64_t stride);
   void (*activate)(Activation, float* z, int64_t count);
   // To or from float32.
   void (*widen)(Dtype, const void* from, float* to, int64_t count);

@@ -1,6 +1,7 @@
 #include "arena.h"
 #include "block_lines.h"
 #include "huge_pages.h"
+#include "narrow_sampled.h"
 
 namespace spartan::cpu {
 namespace {
@@ -30,12 +31,17 @@ class Sampled {
       : passes_(matmul_passes()), dtype_(dtype), w_(w), dz_(dz), x_(x), raw_(raw), grad_gate_(grad_gate), threads_(threads),
         grid_rows_(ceil_div(w.out, w.rows)), grid_columns_(ceil_div(w.in, w.columns)), panel_(w, x.stride),
         column_stride_(column_stride(passes_, w)), chunk_(chunk_tokens(w, panel_, dz.count)) {
+    if (NarrowSampled::serves(w)) {
+      workspace_ = workspace;
+      return;
+    }
     Arena arena(workspace);
     left_ = arena.take<float>(chunk_ * grid_rows_ * w.rows);
     right_ = arena.take<float>(column_floats() * panel_.across);
   }
 
   static int64_t workspace_bytes(const BlockMatrix& w, int64_t tokens, int64_t x_stride) {
+    if (NarrowSampled::serves(w)) return NarrowSampled::workspace_bytes(w, tokens);
     const PanelColumns panel(w, x_stride);
     const int64_t chunk = chunk_tokens(w, panel, tokens), stride = column_stride(matmul_passes(), w);
     const int64_t floats = chunk * ceil_div(w.out, w.rows) * w.rows + (chunk + panel.reach) * panel.across * stride;
@@ -46,6 +52,7 @@ class Sampled {
     if (!packed()) advise_huge_pages(raw_, w_.out * w_.in * 4);
     if (dz_.count == 0) std::fill_n(raw_, packed() ? blocks() * w_.rows * w_.columns : w_.out * w_.in, 0);
     else if (!everything()) clear_rest();
+    if (dz_.count != 0 && NarrowSampled::serves(w_)) return run_narrow();
     for (int64_t token = 0; token < dz_.count; token += chunk_) {
       const int64_t tokens = std::min(chunk_, dz_.count - token);
       pack_chunk(token, tokens);
@@ -79,6 +86,16 @@ class Sampled {
     });
   }
 
+  void run_narrow() {
+    NarrowSampled::run(dtype_, w_, dz_, x_, raw_, workspace_, threads_, [&](int64_t i) {
+      for (int64_t e = w_.layout.row_offsets[i]; e < w_.layout.row_offsets[i + 1]; ++e) {
+        const int64_t j = w_.layout.column_indices[e];
+        clear_edge(e, i, j);
+        finish_block(e, i, j);
+      }
+    });
+  }
+
   // left[i][t][r] and right[j][t][c].
   void pack_chunk(int64_t token, int64_t tokens) {
     for_items(threads_, grid_rows_ + panel_.across, [&](int64_t, int64_t item) {
@@ -107,21 +124,40 @@ class Sampled {
     });
   }
 
+  int64_t rows_of(int64_t i) const { return std::min(w_.rows, w_.out - i * w_.rows); }
+  int64_t columns_of(int64_t j) const { return std::min(w_.columns, w_.in - j * w_.columns); }
+  float* block_of(int64_t e, int64_t i, int64_t j) const {
+    return raw_ + (packed() ? e * w_.rows * w_.columns : i * w_.rows * w_.in + j * w_.columns);
+  }
+  int64_t stride() const { return packed() ? w_.columns : w_.in; }
+
   void add_block(int64_t e, int64_t i, int64_t j, int64_t tokens, bool first, bool last) {
-    const int64_t rows = std::min(w_.rows, w_.out - i * w_.rows), columns = std::min(w_.columns, w_.in - j * w_.columns);
-    const int64_t stride = packed() ? w_.columns : w_.in;
-    float* out = raw_ + (packed() ? e * w_.rows * w_.columns : i * w_.rows * w_.in + j * w_.columns);
-    if (packed() && first && (rows < w_.rows || columns < w_.columns))  // what lies past the edge
-      std::fill_n(out, w_.rows * w_.columns, 0);
+    if (first) clear_edge(e, i, j);
     const float* right = right_ + j % panel_.across * column_floats() + j / panel_.across * column_stride_;
-    passes_.outer_sum({left_ + i * chunk_ * w_.rows, w_.rows, rows, right, column_stride_, columns, tokens, out, stride, !first});
-    if (!last || (grad_gate_ == nullptr && w_.gate == nullptr)) return;
+    passes_.outer_sum({left_ + i * chunk_ * w_.rows, w_.rows, rows_of(i), right, column_stride_, columns_of(j), tokens,
+                       block_of(e, i, j), stride(), !first});
+    if (last) finish_block(e, i, j);
+  }
+
+  // Zeros where a packed block lies past the matrix.
+  void clear_edge(int64_t e, int64_t i, int64_t j) const {
+    const int64_t rows = rows_of(i), columns = columns_of(j);
+    if (!packed() || (rows == w_.rows && columns == w_.columns)) return;
+    float* out = block_of(e, i, j);
+    for (int64_t r = 0; r < w_.rows; ++r)
+      for (int64_t c = r < rows ? columns : 0; c < w_.columns; ++c) out[r * w_.columns + c] = 0;
+  }
+
+  // The gate's gradient, and the gate's part in the weight's.
+  void finish_block(int64_t e, int64_t i, int64_t j) const {
+    if (grad_gate_ == nullptr && w_.gate == nullptr) return;
     const float gate = w_.gate == nullptr ? 1.0f : w_.gate[i * grid_columns_ + j];
     double product = 0;
     const int64_t from = packed() ? e * w_.rows * w_.columns : i * w_.rows * w_.stride + j * w_.columns;
-    const int64_t data_stride = packed() ? w_.columns : w_.stride;
+    const int64_t data_stride = packed() ? w_.columns : w_.stride, rows = rows_of(i), columns = columns_of(j);
+    float* out = block_of(e, i, j);
     for (int64_t r = 0; r < rows; ++r)
-      product += passes_.finish(dtype_, offset_by(w_.data, from + r * data_stride, dtype_), out + r * stride, gate, columns);
+      product += passes_.finish(dtype_, offset_by(w_.data, from + r * data_stride, dtype_), out + r * stride(), gate, columns);
     if (grad_gate_ != nullptr) grad_gate_[i * grid_columns_ + j] = static_cast<float>(product);
   }
 
@@ -135,6 +171,7 @@ class Sampled {
   PanelColumns panel_;
   int64_t column_stride_, chunk_;
   float *left_, *right_;
+  Workspace workspace_{};
 };
 
 }  // namespace

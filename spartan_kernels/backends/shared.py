@@ -127,7 +127,8 @@ def parameter_gradients(
         dweight = (dense * expand(o.gate, o.weight.shape, o.rows, o.columns)).to(o.weight.dtype).contiguous()
     if needs.gate:
         wide = torch.promote_types(o.gate.dtype, torch.float32)
-        dgate = block_sum(dense.to(wide) * o.weight, o.rows, o.columns).to(o.gate.dtype).contiguous()
+        weight = o.weight if keep is None else torch.where(keep, o.weight, 0.0)  # dropped ones may be NaN
+        dgate = block_sum(dense.to(wide) * weight, o.rows, o.columns).to(o.gate.dtype).contiguous()
     return dweight, dgate
 
 

@@ -21,7 +21,7 @@ class BlockMatrix(extension.BlockMatrix):
         saved = torch.empty_like(y) if save else x.new_empty(0)
         b = None if bias is None else bias.detach().contiguous()
         scratch = extension.workspace(
-            extension.native.cpu.masked_matmul_workspace_bytes(self.handle, flat.shape[0], threads)
+            extension.native.cpu.masked_matmul_workspace_bytes(self.handle, flat.shape[0], False, threads)
         )
         extension.native.cpu.masked_matmul(
             self.dtype,
@@ -44,7 +44,7 @@ class BlockMatrix(extension.BlockMatrix):
         flat, threads = extension.tokens_of(dz), torch.get_num_threads()
         dx = dz.new_empty((*dz.shape[:-1], self.in_))
         scratch = extension.workspace(
-            extension.native.cpu.masked_matmul_workspace_bytes(self.handle, flat.shape[0], threads)
+            extension.native.cpu.masked_matmul_workspace_bytes(self.handle, flat.shape[0], True, threads)
         )
         extension.native.cpu.masked_matmul_input_gradient(
             self.dtype,

@@ -234,7 +234,7 @@ for _size in _BLOCKS:
     for _shape in (_SHAPE, (4096, 4096)):
         _register("one-token", _forward, _size, 0.9, _shape, tokens=1, only=("dense", "torch BSR"))
 for _block, _sparsity, _tokens in itertools.product(_NARROW_BLOCKS, _NARROW_SPARSITIES, _NARROW_TOKENS):
-    _quick = _sparsity == 0.9 and _tokens == 128
+    _quick = (_block, _sparsity, _tokens) == ((1, 1), 0.9, 128)
     _register(
         f"packed-{_tokens}", _packed, _block, _sparsity, tokens=_tokens, quick=_quick, only=("dense", "torch CSR")
     )

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
 
+import spartan
 import spartan_kernels
 from spartan_kernels import dispatch, ops
 
@@ -100,6 +102,26 @@ def test_block_argument_and_environment_choose(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("SPARTAN_BACKEND", "quick")
     with pytest.raises(ValueError, match="'quick'"):
         ops.soft_topk(VALUES, 1.0)
+
+
+@pytest.mark.parametrize("by_block", [True, False])
+def test_a_backward_pass_with_a_slope_runs_on_the_backend_named(
+    monkeypatch: pytest.MonkeyPatch, by_block: bool
+) -> None:
+    used: set[str] = set()
+    implementation = dispatch.implementation
+
+    def recording(operator: str, name: str) -> Callable[..., object]:
+        used.add(name)
+        return implementation(operator, name)
+
+    monkeypatch.setattr(dispatch, "implementation", recording)
+    weight, gate = torch.randn(8, 8, requires_grad=True), torch.ones(2, 2)
+    with spartan.backend("reference" if by_block else "auto"):
+        named = None if by_block else "reference"
+        y = spartan.masked_linear(torch.randn(3, 8), weight, gate, 4, slope=torch.ones(2, 2), backend=named)
+        y.sum().backward()
+    assert used == {"reference"}
 
 
 def test_block_ends_with_an_error_and_stays_in_its_thread() -> None:

@@ -5,7 +5,7 @@
 
 namespace spartan::cuda {
 
-constexpr int kSampleThreads = 512;
+constexpr int kSampleThreads = 256;
 constexpr int kSampleEach = 16;
 constexpr int kSample = kSampleThreads * kSampleEach;
 constexpr double kSampleMargin = 5.0;   // standard deviations of a rank in the sample, each side of the range

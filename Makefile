@@ -4,12 +4,14 @@ VENV ?= .venv
 DATA ?=
 OUT ?= spartan-demo
 ARGS ?=
+TORCH ?=
 
 BIN := $(VENV)/bin
 CREATED := $(VENV)/.created
 INSTALLED := $(VENV)/.installed
 TRAINERS := $(VENV)/.trainers
 SITE := $(VENV)/.docs
+CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints-torch-$(TORCH).txt,constraints-dev.txt)
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints-dev.txt \
 	$(shell find csrc -type f 2>/dev/null)
 
@@ -18,7 +20,7 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints-dev.txt \
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  Variables: PYTHON=$(PYTHON) VENV=$(VENV) DATA=folder OUT=$(OUT) ARGS='more arguments'"
+	@echo "  Variables: PYTHON=$(PYTHON) VENV=$(VENV) DATA=folder OUT=$(OUT) TORCH=version ARGS='more arguments'"
 
 demo: $(INSTALLED) ## train on Fashion-MNIST, dense and sparse, and compare (ARGS=--quick: under a minute)
 	$(BIN)/spartan demo --out "$(OUT)" $(if $(DATA),--data "$(DATA)") $(ARGS)
@@ -64,19 +66,23 @@ $(CREATED):
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
+# The same versions with another PyTorch (TORCH=2.9.1).
+$(VENV)/constraints-torch-%.txt: constraints-dev.txt $(CREATED)
+	sed 's/^torch==.*/torch==$*/' $< > $@
+
 # An editable install: Python files are used as they are, so only what is built or declared needs a new one.
-$(INSTALLED): $(CREATED) $(BUILD_INPUTS)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-dev.txt -e ".[demo,dev,bench]"
+$(INSTALLED): $(CREATED) $(CONSTRAINTS) $(BUILD_INPUTS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[demo,dev,bench]"
 	@touch $@
 
 # What builds the documentation; not part of the environment that `make demo` needs.
-$(SITE): $(INSTALLED) pyproject.toml constraints-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-dev.txt $$($(BIN)/python -m tests.extras docs)
+$(SITE): $(INSTALLED) pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) $$($(BIN)/python -m tests.extras docs)
 	@touch $@
 
 # The trainers of other packages that tests train with (about 200 MB, so `make demo` does without). Without a network, their
 # tests are skipped; in CI that is an error.
 $(TRAINERS): $(INSTALLED) pyproject.toml constraints-dev.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-dev.txt \
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) \
 		$$($(BIN)/python -m tests.extras integrations) && touch $@ \
 		|| { test -z "$$CI" && echo "Tests of spartan.integrations are skipped: its packages could not be installed."; }

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.gpu import build
+
 ROOT = Path(__file__).resolve().parent.parent
 
 pytestmark = pytest.mark.skipif(
@@ -23,29 +25,9 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def emulated() -> Path:
     """The extension with its CUDA kernels compiled as C++."""
-    import pybind11
-
-    build = tmp_path_factory.mktemp("emulated")
-    configure = [
-        "cmake",
-        "-S",
-        str(ROOT),
-        "-B",
-        str(build),
-        "-DSPARTAN_CUDA=emulated",
-        f"-DPython_EXECUTABLE={sys.executable}",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build}",
-    ]
-    if shutil.which("ninja"):
-        configure += ["-G", "Ninja"]
-    for step in (configure, ["cmake", "--build", str(build), "--parallel", "2"]):
-        done = subprocess.run(step, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    (extension,) = build.glob("_native*.so")
-    return extension
+    return build.emulated()
 
 
 def environment_of(extension: Path, seed: int) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -16,8 +17,8 @@ from bench.gpu.run import ROOT
 
 STEP = "build"
 _SHOWN = 6000  # characters of a failed build's output
-# stays, so that the next rehearsal builds nothing anew
-_REHEARSED = ROOT / "build" / "gpu-rehearsal" / f"emulated-{sys.implementation.cache_tag}"
+# stays, so that the next rehearsal and the tests build nothing anew
+_EMULATED = ROOT / "build" / "gpu-rehearsal" / f"emulated-{sys.implementation.cache_tag}"
 
 
 def architecture() -> str:
@@ -56,6 +57,18 @@ def build(folder: Path, cuda: str, archs: str) -> Path:
     return extension
 
 
+def emulated() -> Path:
+    """The extension with its CUDA kernels as C++ on the emulator; one process builds, others wait for it.
+
+    Raises:
+        RuntimeError: as in `build`.
+    """
+    _EMULATED.mkdir(parents=True, exist_ok=True)
+    with (_EMULATED / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return build(_EMULATED, "emulated", "90")
+
+
 def install(extension: Path) -> Path:
     """Put the extension beside the package's sources in one move: others import the package meanwhile."""
     package = ROOT / "spartan_kernels"
@@ -74,7 +87,7 @@ def main() -> int:
     start, rehearse = time.perf_counter(), records.rehearsing()
     try:
         if rehearse:
-            extension = build(_REHEARSED, "emulated", "90")
+            extension = emulated()
         else:
             with tempfile.TemporaryDirectory() as folder:
                 extension = install(build(Path(folder), "on", architecture()))

@@ -12,6 +12,8 @@ from dataclasses import replace
 
 import torch
 
+if "spartan_kernels._native" in sys.modules:  # pybind11 would give that back in place of the one to load here
+    raise RuntimeError("tests.cuda_emulator.plugin must be imported before spartan_kernels")
 os.environ.setdefault("SPARTAN_CHECK_OPERANDS", "1")
 specification = importlib.util.spec_from_file_location("spartan_kernels._native", os.environ["SPARTAN_EMULATED"])
 assert specification is not None and specification.loader is not None

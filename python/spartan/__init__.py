@@ -15,6 +15,7 @@ from spartan.functional import (
     soft_topk,
     soft_topk_global,
 )
+from spartan.functional.sparsity_pattern import sparsity_pattern
 from spartan.groups import Group
 from spartan.history import History, scalars_to
 from spartan.inspection import inspect_file
@@ -39,7 +40,6 @@ from spartan.methods import (
     TopKAST,
 )
 from spartan.pack_modules import PackingReport, packing_report, to_block_sparse, to_dense
-from spartan.patterns import sparsity_pattern
 from spartan.sltrain import SLTrainLinear, merge_sltrain, to_sltrain
 from spartan.sparsifier import Sparsifier
 from spartan.tuning import tune

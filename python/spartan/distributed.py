@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from spartan_kernels.groups import gather, summed
-from spartan_kernels.ops._shards import is_dtensor, joint_group
+from spartan_kernels.ops import is_dtensor, joint_group
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -16,11 +16,10 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from spartan.conv import masked_conv2d
 from spartan.costs import CostModel, PricedWeight, one_forward
 from spartan.distributed import own_class
 from spartan.files import require_regular
-from spartan.matmul import masked_linear
+from spartan.functional import masked_conv2d, masked_linear
 from spartan.selection import Candidate, Use, find_weights
 from spartan.tuning import Timer, median_seconds
 from spartan_kernels import block_grid

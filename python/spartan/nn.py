@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from spartan.conv import gate_of_weight, masked_conv2d
 from spartan.distributed import Seen, local, own_class, set_own_class
+from spartan.functional import block_sparse_linear, masked_conv2d, masked_linear
+from spartan.functional.masked_conv import gate_of_weight
 from spartan.kinds import is_transformers_linear
 from spartan.linear import linear_with_masked_weight
 from spartan.mask_carrier import MaskCarrier
 from spartan.masked_attribute import mask_attribute, masked_class, plain_class, unmask_attribute
-from spartan.matmul import block_sparse_linear, masked_linear
 from spartan.stacks import Stack
 from spartan_kernels import BlockLayout, BlockSparseWeight, block_grid, expand_blocks
 from spartan_kernels.break_even import dense_convolution_wins

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from spartan.matmul import masked_linear
+from spartan.functional import masked_linear
 from spartan_kernels import precision
 from spartan_kernels.arguments import block_grid, block_shape
 from spartan_kernels.break_even import Crossing, Surface, device_kind, store

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from spartan_kernels.arguments import block_grid, checks
+from spartan_kernels.ops._define import OPERATORS, Operator
+from spartan_kernels.ops._problem import as_in_autocast
+from spartan_kernels.ops._shards import is_dtensor, joint_group
 from spartan_kernels.ops.block_sparse import block_sparse_linear
 from spartan_kernels.ops.hard_topk import hard_topk, hard_topk_global
 from spartan_kernels.ops.masked_conv import masked_conv2d
@@ -18,6 +21,9 @@ from spartan_kernels.ops.masked_weight import (
 from spartan_kernels.ops.soft_topk import new_solver_state, soft_topk, soft_topk_global, solve_masks_
 
 __all__ = [
+    "OPERATORS",
+    "Operator",
+    "as_in_autocast",
     "block_costs",
     "block_grid",
     "block_scores",
@@ -26,6 +32,8 @@ __all__ = [
     "expand_blocks",
     "hard_topk",
     "hard_topk_global",
+    "is_dtensor",
+    "joint_group",
     "masked_conv2d",
     "masked_linear",
     "masked_weight",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from spartan.functional import hard_topk, soft_topk
+from spartan.functional.soft_topk import soft_topk
 from spartan_kernels.arguments import require_float
+from spartan_kernels.ops import hard_topk
 
 __all__ = ["sparsity_pattern"]
 

@@ -8,13 +8,13 @@ PyTorch (`spartan_kernels.torch_private`); where one is missing, `register_autog
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
 
-from spartan_kernels.ops._define import OPERATORS, Operator
+from spartan_kernels.ops import OPERATORS, Operator
 from spartan_kernels.torch_private import (
     HAS_LEVELS,
     any_requires_grad,
@@ -26,15 +26,26 @@ from spartan_kernels.torch_private import (
     transforms_active,
 )
 
-__all__ = ["differentiable", "differentiable_once"]
+__all__ = ["differentiable", "differentiable_once", "gradients", "wanted"]
 
 _LIBRARY = torch.library.Library("spartan", "FRAGMENT")
 
 
 class _Rule(NamedTuple):
     operator: Any
+    structure: Any
     setup: Callable[[Any, Any, Any], None]
-    backward: Callable[..., Any]
+    backward: Callable[..., dict[str, Any]]
+
+    def save(self, ctx: Any, operands: Any, needs: Any, output: Any) -> None:
+        """Set `ctx.needs`, and let `setup` save what the gradient is computed from."""
+        ctx.needs = self.structure(*needs)
+        self.setup(ctx, self.structure(*operands), output)
+
+    def gradients(self, ctx: Any, *grads: Any) -> list[Any]:
+        """One entry for each operand, None where `backward` gives none."""
+        found = self.backward(ctx, *grads)
+        return [found.get(field) for field in self.structure._fields]
 
 
 class _Gradient(single_level_function):  # type: ignore[misc]
@@ -45,8 +56,7 @@ class _Gradient(single_level_function):  # type: ignore[misc]
         operands = _nested(flat, lengths)
         output = call(operands)
         ctx.rule, ctx.lengths, ctx.output_lengths = rule, lengths, output_lengths
-        ctx.needs = _nested(ctx.needs_input_grad[4:], lengths)
-        rule.setup(ctx, operands, output)
+        rule.save(ctx, operands, _nested(ctx.needs_input_grad[4:], lengths), output)
         if isinstance(output, torch.Tensor):
             return output
         output_lengths += _lengths(output)
@@ -59,7 +69,7 @@ class _Gradient(single_level_function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, *flat_grads: Any) -> Any:
         grads = _nested(flat_grads, ctx.output_lengths) if ctx.output_lengths else flat_grads
-        result = ctx.rule.backward(ctx, *grads)
+        result = ctx.rule.gradients(ctx, *grads)
         spread: list[Any] = [None] * 4
         for grad, length in zip(result, ctx.lengths, strict=True):
             entry = _spread(grad, length)
@@ -67,17 +77,28 @@ class _Gradient(single_level_function):  # type: ignore[misc]
         return tuple(spread)
 
 
-def differentiable(name: str, setup: Callable[[Any, Any, Any], None], backward: Callable[..., Any]) -> None:
-    """Give `spartan::name` the gradient `backward(ctx, *grads)`, one entry or None for each operand.
+def differentiable(name: str, setup: Callable[[Any, Any, Any], None], backward: Callable[..., dict[str, Any]]) -> None:
+    """Give `spartan::name` the gradient `backward(ctx, *grads)`: by name of the operand, for those that have one.
 
-    `setup(ctx, operands, output)` saves what it needs; `ctx.needs` says, in both, which operands need a
-    gradient, nested as they are.
+    `setup(ctx, operands, output)` saves what it needs. `operands` is the operator's structure
+    (`spartan_kernels.operands`); `ctx.needs` is one too and says, in both, which operands need a gradient.
     """
     operator = OPERATORS[name]
+    rule = _Rule(operator.overload, operator.structure, setup, backward)
     if HAS_LEVELS:
-        _by_level(name, operator, _Rule(operator.overload, setup, backward))
+        _by_level(name, operator, rule)
     else:
-        _registered(name, _Rule(operator.overload, setup, backward))
+        _registered(name, rule)
+
+
+def wanted(needs: Any, names: Sequence[str]) -> list[bool]:
+    """Which of the operands `names` need a gradient, as the operators of gradients take it."""
+    return [getattr(needs, name) for name in names]
+
+
+def gradients(needs: Any, names: Sequence[str], grads: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The gradients of the operands `names` that need one, by name."""
+    return {name: grad for name, grad in zip(names, grads, strict=True) if getattr(needs, name)}
 
 
 def _by_level(name: str, operator: Operator, rule: _Rule) -> None:
@@ -118,11 +139,10 @@ def _registered(name: str, rule: _Rule) -> None:
         tensors = [isinstance(x, (list, tuple)) and all(isinstance(t, torch.Tensor) for t in x) for x in inputs]
         # what PyTorch takes apart: lists of tensors; other lists are one operand
         ctx.lengths = tuple([len(x) if of_tensors else None for x, of_tensors in zip(inputs, tensors, strict=True)])
-        ctx.needs = _nested(ctx.needs_input_grad, ctx.lengths)
-        rule.setup(ctx, inputs, output)
+        rule.save(ctx, inputs, _nested(ctx.needs_input_grad, ctx.lengths), output)
 
     def backward(ctx: Any, *grads: Any) -> Any:
-        result = zip(rule.backward(ctx, *grads), ctx.lengths, strict=True)
+        result = zip(rule.gradients(ctx, *grads), ctx.lengths, strict=True)
         return tuple([_spread(grad, length) for grad, length in result])
 
     torch.library.register_autograd(f"spartan::{name}", backward, setup_context=setup, lib=_LIBRARY)

@@ -1,4 +1,4 @@
-"""Convolution with a block-sparse weight as people import it: with gradients."""
+"""Gradients of the convolution with a block-sparse weight, and of a gate that follows its weight."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from typing import Any
 
 import torch
 
-from spartan._autograd import differentiable, differentiable_once
+from spartan.functional.autograd import differentiable, differentiable_once, gradients, wanted
+from spartan_kernels.operands import MaskedConv, MaskedConvBackward
 from spartan_kernels.ops import expand_blocks, masked_conv2d
 from spartan_kernels.ops.masked_conv import masked_conv2d_backward
 
 __all__ = ["gate_of_weight", "masked_conv2d"]
+
+_DIFFERENTIABLE = ("x", "weight", "gate", "bias")
+_SETTINGS = ("stride", "padding", "dilation", "groups", "rows", "columns", "backend")
 
 
 def gate_of_weight(
@@ -37,27 +41,27 @@ class _GateOfWeight(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(inputs[0], inputs[2])
-        ctx.block_size = inputs[3:]
+        weight, _, slope, *ctx.block_size = inputs
+        ctx.save_for_backward(weight, slope)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         weight, slope = ctx.saved_tensors
         pull = (slope * grad).to(weight.dtype)
-        return torch.sign(weight) * expand_blocks(pull, weight.shape, ctx.block_size), *[None] * 4
+        of_weight = torch.sign(weight) * expand_blocks(pull, weight.shape, tuple(ctx.block_size))
+        return of_weight, None, None, None, None
 
 
-def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, gate, forward_mask, backward_mask, _, *ctx.rest = inputs
-    ctx.save_for_backward(x, weight, gate, forward_mask, backward_mask)
+def _setup(ctx: Any, o: MaskedConv, output: Any) -> None:
+    ctx.save_for_backward(o.x, o.weight, o.gate, o.forward_mask, o.backward_mask)
+    ctx.settings = {name: getattr(o, name) for name in _SETTINGS}
 
 
-def _backward(ctx: Any, grad: torch.Tensor) -> Any:
-    *rest, backend = ctx.rest
-    needs = [ctx.needs[i] for i in (0, 1, 2, 5)]
-    grads = masked_conv2d_backward(grad, *ctx.saved_tensors, *rest, needs, backend)
-    dx, dweight, dgate, dbias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return dx, dweight, dgate, None, None, dbias, *[None] * 7
+def _backward(ctx: Any, grad: torch.Tensor) -> dict[str, Any]:
+    x, weight, gate, forward_mask, backward_mask = ctx.saved_tensors
+    needs = wanted(ctx.needs, _DIFFERENTIABLE)
+    o = MaskedConvBackward(grad, x, weight, gate, forward_mask, backward_mask, needs=needs, **ctx.settings)
+    return gradients(ctx.needs, _DIFFERENTIABLE, masked_conv2d_backward(*o))
 
 
 differentiable("masked_conv2d_forward", _setup, _backward)

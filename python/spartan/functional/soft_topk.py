@@ -1,6 +1,6 @@
-"""The operators as people import them: with gradients, and with the hard mask that takes the soft one's gradient.
+"""Soft top-k masks with gradients, and the hard mask that takes the soft one's gradient.
 
-The backward of a soft top-k saves the values themselves (no copy where rows are views of them), two float64 numbers
+The backward saves the values themselves (no copy where rows are views of them), two float64 numbers
 for each row or list, and costs given as a tensor. Never the mask: s = m (1 - m) cancels where m is near 1 (bfloat16
 rounds all m > 0.998 to 1), so the backward computes m and 1 - m again from the values and the threshold.
 """
@@ -12,29 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spartan._autograd import differentiable, differentiable_once
-from spartan.conv import masked_conv2d
-from spartan.matmul import block_sparse_linear, masked_linear, sampled_matmul
+from spartan.functional.autograd import differentiable, differentiable_once
 from spartan_kernels import ops
-from spartan_kernels.ops import hard_topk, hard_topk_global, masked_weight
-from spartan_kernels.ops._problem import as_in_autocast
-from spartan_kernels.ops.masked_weight import masked_weight_backward
+from spartan_kernels.operands import SoftTopk, SoftTopkBackward, SoftTopkGlobal, SoftTopkGlobalBackward
+from spartan_kernels.ops import as_in_autocast, hard_topk, hard_topk_global
 from spartan_kernels.ops.soft_topk import soft_topk_backward, soft_topk_global_backward
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = [
-    "block_sparse_linear",
-    "hard_topk",
-    "hard_topk_global",
-    "masked_conv2d",
-    "masked_linear",
-    "masked_weight",
-    "sampled_matmul",
-    "soft_topk",
-    "soft_topk_global",
-]
+__all__ = ["soft_topk", "soft_topk_global"]
 
 
 def soft_topk(
@@ -151,63 +138,47 @@ def _reduce_to(elementwise: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return elementwise.sum_to_size(like.shape)
 
 
-def _setup_rows(ctx: Any, inputs: Any, output: Any) -> None:
-    values, _, costs, beta, backend = inputs
-    ctx.save_for_backward(values, output[1], costs, beta)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # or each backward would fill zeros for the threshold
-    ctx.backend = backend
-
-
-def _backward_rows(ctx: Any, grad_mask: torch.Tensor | None, grad_threshold: None) -> Any:
-    if grad_mask is None:
-        return (None,) * 5
-    values, threshold, costs, beta = ctx.saved_tensors
-    grad_values, grad_costs, grad_budget, grad_beta = soft_topk_backward(
-        grad_mask, values, threshold, costs, beta, ctx.needs[2], ctx.backend
-    )
-    return (
-        grad_values,
-        grad_budget,
-        _reduce_to(grad_costs, costs) if ctx.needs[2] else None,
-        grad_beta.sum(),
-        None,
-    )
-
-
-def _setup_global(ctx: Any, inputs: Any, output: Any) -> None:
-    values, _, costs, beta, group, backend = inputs
-    threshold = output[1]
-    ctx.save_for_backward(*values, *costs, threshold, beta)
+def _setup_rows(ctx: Any, o: SoftTopk, output: Any) -> None:
+    _, threshold = output
+    ctx.save_for_backward(o.values, threshold, o.costs, o.beta)
     ctx.mark_non_differentiable(threshold)
-    ctx.count = len(values)
-    ctx.group, ctx.backend = group, backend
+    ctx.set_materialize_grads(False)  # or each backward would fill zeros for the threshold
+    ctx.backend = o.backend
 
 
-def _backward_global(ctx: Any, grad_masks: Any, grad_threshold: torch.Tensor) -> Any:
-    saved = list(ctx.saved_tensors)
-    values, costs, (threshold, beta) = saved[: ctx.count], saved[ctx.count : -2], saved[-2:]
-    cost_grad = any(ctx.needs[2])
-    grad_values, grad_costs, grad_budget, grad_beta = soft_topk_global_backward(
-        grad_masks, values, threshold, costs, beta, cost_grad, ctx.group, ctx.backend
-    )
-    reduced = [_reduce_to(g, c) for g, c in zip(grad_costs, costs, strict=True)] if cost_grad else None
-    return grad_values, grad_budget, reduced, grad_beta, None, None
+def _backward_rows(ctx: Any, grad_mask: torch.Tensor | None, grad_threshold: None) -> dict[str, Any]:
+    if grad_mask is None:
+        return {}
+    values, threshold, costs, beta = ctx.saved_tensors
+    o = SoftTopkBackward(grad_mask, values, threshold, costs, beta, ctx.needs.costs, ctx.backend)
+    of_values, of_costs, of_budget, of_beta = soft_topk_backward(*o)
+    return {
+        "values": of_values,
+        "budget": of_budget,
+        "costs": _reduce_to(of_costs, costs) if ctx.needs.costs else None,
+        "beta": of_beta.sum(),
+    }
 
 
-def _setup_weight(ctx: Any, inputs: Any, output: Any) -> None:
-    weight, soft, hard, beta, costs, rows, columns, straight_through, backend = inputs
-    ctx.save_for_backward(weight, soft, hard, beta, costs)
-    ctx.rest = rows, columns, straight_through, backend
+def _setup_global(ctx: Any, o: SoftTopkGlobal, output: Any) -> None:
+    _, threshold = output
+    ctx.save_for_backward(*o.values, *o.costs, threshold, o.beta)
+    ctx.mark_non_differentiable(threshold)
+    ctx.count = len(o.values)
+    ctx.group, ctx.backend = o.group, o.backend
 
 
-def _backward_weight(ctx: Any, grad: torch.Tensor) -> Any:
-    return (masked_weight_backward(grad, *ctx.saved_tensors, *ctx.rest), *[None] * 8)
+def _backward_global(ctx: Any, grad_masks: Any, grad_threshold: torch.Tensor) -> dict[str, Any]:
+    *lists, threshold, beta = ctx.saved_tensors
+    values, costs = lists[: ctx.count], lists[ctx.count :]
+    cost_grad = any(ctx.needs.costs)
+    o = SoftTopkGlobalBackward(grad_masks, values, threshold, costs, beta, cost_grad, ctx.group, ctx.backend)
+    of_values, of_costs, of_budget, of_beta = soft_topk_global_backward(*o)
+    reduced = [_reduce_to(g, c) for g, c in zip(of_costs, costs, strict=True)] if cost_grad else None
+    return {"values": of_values, "budget": of_budget, "costs": reduced, "beta": of_beta}
 
 
 differentiable("soft_topk_forward", _setup_rows, _backward_rows)
 differentiable("soft_topk_global_forward", _setup_global, _backward_global)
-differentiable("masked_weight_forward", _setup_weight, _backward_weight)
 differentiable_once("soft_topk_backward", "soft_topk")
 differentiable_once("soft_topk_global_backward", "soft_topk_global")
-differentiable_once("masked_weight_backward", "masked_weight")

@@ -16,8 +16,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import spartan
 from spartan import RigL, Sparsifier, Spartan, TopKAST
-from spartan.mask_carrier import MaskCarrier
 from spartan.methods import Method
+from spartan.nn.mask_carrier import MaskCarrier
 
 STEPS = 10
 METHODS: list[Method] = [

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-import spartan.linear
+import spartan.nn.linear
 from spartan.functional import masked_weight
 from spartan.nn import MaskedLinear, mask_weight
 from spartan_kernels.break_even import Crossing, using
@@ -160,7 +160,7 @@ def test_what_traces_or_transforms_takes_the_other_way(how: str, monkeypatch: py
             grad.sum().backward()
         return
     want = copy.deepcopy(module)(x).square().sum()
-    monkeypatch.setattr(spartan.linear._InPlace, "apply", None)
+    monkeypatch.setattr(spartan.nn.linear._InPlace, "apply", None)
     if how == "autocast":
         with torch.autocast("cpu", torch.bfloat16):
             assert module(x).dtype == torch.bfloat16

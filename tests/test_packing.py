@@ -84,8 +84,8 @@ def test_training_by_blocks_multiplies_only_kept_blocks_of_layers_stored_by_inpu
         with torch.no_grad():
             plain.get_parameter(name).mul_(mask.hard.repeat_interleave(8, 0).repeat_interleave(16, 1))
     seen = []
-    kept = spartan.nn.masked_linear
-    monkeypatch.setattr(spartan.nn, "masked_linear", lambda *a, **k: seen.append(a[3]) or kept(*a, **k))
+    kept = spartan.nn.modules.masked_linear
+    monkeypatch.setattr(spartan.nn.modules, "masked_linear", lambda *a, **k: seen.append(a[3]) or kept(*a, **k))
     x = torch.randn(7, 32)
     y, expected = model(x), plain(x)
     assert seen == [(16, 8)] * 2

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from spartan.distributed import heed_in_ddp, is_dtensor
-from spartan.mask_carrier import MaskCarrier
-from spartan.masked_attribute import masked_attributes, masks_of_attribute
 from spartan.masks import MaskedTensor
-from spartan.nn import MaskedWeight, unmask_weight
-from spartan.wrappers import named_owners
+from spartan.nn.mask_carrier import MaskCarrier
+from spartan.nn.masked_attribute import masked_attributes, masks_of_attribute
+from spartan.nn.modules import MaskedWeight, unmask_weight
+from spartan.nn.wrappers import named_owners
 
 __all__ = ["PlacedMasks", "disown", "finalize", "finalize_by", "give_masks", "has_masks", "kept", "own", "placed"]
 

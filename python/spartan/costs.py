@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from spartan.distributed import fsdp_modules, local, reshard
-from spartan.stacks import Stack
+from spartan.nn.stacks import Stack
 from spartan_kernels import block_costs, block_grid
 from spartan_kernels.torch_private import TorchDispatchMode, is_traceable_wrapper_subclass
 

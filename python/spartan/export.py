@@ -11,8 +11,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from spartan.kinds import is_transformers_linear
 from spartan.nn import BlockSparseLinear
+from spartan.nn.kinds import is_transformers_linear
+from spartan.nn.wrappers import unwrapped
 from spartan.pack_modules import replace_modules
 from spartan.packing import Packed, pack, pack_blocks, unpack, unpack_blocks
 from spartan.saved_model import (
@@ -26,7 +27,6 @@ from spartan.saved_model import (
     saved_weights,
     write_files,
 )
-from spartan.wrappers import unwrapped
 from spartan_kernels import BlockSparseWeight
 
 __all__ = [

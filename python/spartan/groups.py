@@ -12,18 +12,18 @@ from torch import nn
 from spartan.budgets import Distribution, LayerSize, distribute, kept_total, require_distribution, shares
 from spartan.costs import BlockCosts, CostModel, PricedWeight, PricePerBlock, price
 from spartan.distributed import Seen, is_dtensor, own_class, require_aligned, seen_weights
-from spartan.masked_attribute import mask_attribute
 from spartan.masks import MaskedTensor
 from spartan.methods.base import SparseMethod, require_number, require_pattern
-from spartan.nn import largest_block, mask_weight, swappable
-from spartan.pattern_group import require_divisible
-from spartan.selection import (
+from spartan.nn.masked_attribute import mask_attribute
+from spartan.nn.modules import largest_block, mask_weight, swappable
+from spartan.nn.selection import (
     Candidate,
     Selector,
     find_weights,
     select_weights,
     skipped_weights,
 )
+from spartan.pattern_group import require_divisible
 from spartan_kernels.arguments import block_shape
 
 __all__ = ["Group", "Part", "kept_by_part", "masked_tensor", "parts_of", "price_parts", "seen_of"]

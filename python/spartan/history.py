@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 
 from spartan.files import replacing
+from spartan.nn.wrappers import same_names
 from spartan.report import stability
 from spartan.sparsifier import Sparsifier
-from spartan.wrappers import same_names
 
 __all__ = ["History", "OnStep", "ScalarWriter", "scalars_to"]
 

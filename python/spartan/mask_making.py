@@ -11,8 +11,8 @@ from spartan.distributed import is_dtensor
 from spartan.groups import Part, kept_by_part, seen_of
 from spartan.masks import MaskGroup
 from spartan.methods.base import Method, SparseMethod
+from spartan.nn.selection import common_kind
 from spartan.pattern_group import PatternGroup
-from spartan.selection import common_kind
 
 __all__ = ["mask_groups", "require_takes_shards"]
 

@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from spartan.budgets import LayerSize
 from spartan.distributed import Seen, Shard, fill, local, shard_of, total_over, totals_over
-from spartan.mask_carrier import MaskCarrier
-from spartan.nn import largest_block, unmask_weight
-from spartan.stacks import Stack
+from spartan.nn.mask_carrier import MaskCarrier
+from spartan.nn.modules import largest_block, unmask_weight
+from spartan.nn.stacks import Stack
 from spartan_kernels import (
     block_grid,
     block_scores,

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from spartan.distributed import own_class
-from spartan.kinds import is_convolution, is_norm, is_transformers_linear
 from spartan.nn import BlockSparseLinear
+from spartan.nn.kinds import is_convolution, is_norm, is_transformers_linear
+from spartan.nn.selection import Candidate, find_weights
 from spartan.packing import block_activity
-from spartan.selection import Candidate, find_weights
 from spartan.tables import text_table
 from spartan_kernels import BlockSparseWeight
 from spartan_kernels.arguments import block_shape

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from spartan.distributed import own_class
-from spartan.heads import why_no_head
-from spartan.masked_attribute import plain_class
+from spartan.nn.heads import why_no_head
+from spartan.nn.masked_attribute import plain_class
 from spartan.tables import text_table
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from spartan.groups import Group, Part, parts_of, price_parts
 from spartan.mask_making import mask_groups, require_takes_shards
 from spartan.masks import Mask, MaskSet
 from spartan.methods.base import Method, require_keeps_zeros
+from spartan.nn.selection import Selector
 from spartan.report import Report, report_of
-from spartan.selection import Selector
 from spartan.state import check_state, load_state, mask_entries, state_of
 
 __all__ = ["Sparsifier"]

@@ -11,7 +11,7 @@ import torch
 from spartan.distributed import is_dtensor, local, placed_on
 from spartan.masks import MaskedTensor, MaskSet
 from spartan.methods.base import Method
-from spartan.wrappers import same_names
+from spartan.nn.wrappers import same_names
 from spartan_kernels.arguments import block_grid
 
 __all__ = ["VERSION", "check_state", "load_state", "mask_entries", "state_of"]

@@ -9,7 +9,7 @@ from torch import nn
 
 from spartan.distributed import placed_as
 from spartan.functional import masked_weight
-from spartan.stacks import Stack
+from spartan.nn.stacks import Stack
 from spartan_kernels import block_costs, block_grid
 
 __all__ = ["MaskCarrier"]

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from spartan.distributed import own_class
-from spartan.wrappers import named_owners
+from spartan.nn.wrappers import named_owners
 
 __all__ = ["adapter_of", "head_of", "why_no_head"]
 

@@ -13,10 +13,10 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.prune import BasePruningMethod
 
 from spartan.distributed import own_class
-from spartan.heads import adapter_of, head_of
-from spartan.kinds import is_norm, is_transformers_linear, stored_by_inputs
-from spartan.stacks import Stack, stack_of
-from spartan.wrappers import is_wrapper, named_owners
+from spartan.nn.heads import adapter_of, head_of
+from spartan.nn.kinds import is_norm, is_transformers_linear, stored_by_inputs
+from spartan.nn.stacks import Stack, stack_of
+from spartan.nn.wrappers import is_wrapper, named_owners
 
 __all__ = ["Candidate", "Selector", "Use", "common_kind", "find_weights", "select_weights", "skipped_weights"]
 

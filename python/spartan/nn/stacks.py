@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from spartan.distributed import Shard
-from spartan.kinds import is_convolution
+from spartan.nn.kinds import is_convolution
 
 __all__ = ["Stack", "stack_of"]
 

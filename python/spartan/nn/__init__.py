@@ -1,0 +1,16 @@
+"""Modules: masked while a model trains, packed afterwards; and which weights of a model are masked."""
+
+from __future__ import annotations
+
+from spartan.nn.block_sparse_linear import BlockSparseLinear
+from spartan.nn.modules import MaskedConv2d, MaskedLinear, MaskedWeight, mask_weight, swappable, unmask_weight
+
+__all__ = [
+    "BlockSparseLinear",
+    "MaskedConv2d",
+    "MaskedLinear",
+    "MaskedWeight",
+    "mask_weight",
+    "swappable",
+    "unmask_weight",
+]

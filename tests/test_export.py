@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from spartan.export import (
+from spartan.methods import StaticRandom
+from spartan.saving.encodings import Packed, pack, unpack
+from spartan.saving.export import (
     CONFIG_FILE,
     MODEL_FILE,
     describe_pretrained,
@@ -21,9 +23,7 @@ from spartan.export import (
     save_pretrained,
     sparsity_of,
 )
-from spartan.inspection import inspect_file
-from spartan.methods import StaticRandom
-from spartan.packing import Packed, pack, unpack
+from spartan.saving.inspection import inspect_file
 from spartan.sparsifier import Sparsifier
 
 
@@ -123,7 +123,7 @@ def test_a_failed_save_leaves_the_previous_files(tmp_path: Path, monkeypatch: py
         Path(path).write_bytes(b"half of it")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("spartan.saved_model.save_file", fail)
+    monkeypatch.setattr("spartan.saving.folder.save_file", fail)
     with pytest.raises(OSError, match="no space left"):
         save_pretrained(sparse(0.9), tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before

@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import spartan
-from spartan.export import CONFIG_FILE, MODEL_FILE, describe_pretrained
 from spartan.nn import BlockSparseLinear
+from spartan.saving.export import CONFIG_FILE, MODEL_FILE, describe_pretrained
 from spartan_kernels import BlockSparseWeight
 
 
@@ -291,7 +291,7 @@ def test_a_packed_model_travels_as_an_exported_program(tmp_path: Path) -> None:
 
 def _snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: Callable[[], None], folder: Path) -> list[Path]:
     """Copies of `folder` as they would be left by a kill before each change of a name, and half-way through a file."""
-    import spartan.saved_model as module
+    import spartan.saving.folder as module
 
     taken: list[Path] = []
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import spartan
-from spartan.export import CONFIG_FILE, MODEL_FILE
+from spartan.saving.export import CONFIG_FILE, MODEL_FILE
 
 
 def model(value: float = 1.0) -> nn.Linear:

@@ -14,7 +14,7 @@ from torch import nn
 import spartan
 from spartan import cli
 from spartan.report import stability
-from spartan.tables import text_table
+from spartan.saving.tables import text_table
 
 TOTAL = 20
 

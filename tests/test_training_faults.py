@@ -75,7 +75,7 @@ KILLED = """
 import json, os, signal, sys
 from spartan.training import trainer
 from spartan.training.config import config_from
-from spartan import files
+from spartan.saving import files
 
 settings, moment = json.loads(sys.argv[1]), sys.argv[2]
 original_step, original_disk = trainer.Trainer._train_step, files.to_disk

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import spartan
 from spartan import FLOPs, Group, History, Sparsifier, Spartan
-from spartan.export import describe_pretrained
+from spartan.saving.export import describe_pretrained
 
 if not dist.is_available():
     pytest.skip("PyTorch was built without torch.distributed", allow_module_level=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from spartan.copies import finalize
 from spartan.costs import CostModel, FLOPs
-from spartan.export import describe_pretrained, load_pretrained, save_pretrained, sparsity_of
 from spartan.functional import (
     block_sparse_linear,
     hard_topk,
@@ -18,7 +17,6 @@ from spartan.functional import (
 from spartan.functional.sparsity_pattern import sparsity_pattern
 from spartan.groups import Group
 from spartan.history import History, scalars_to
-from spartan.inspection import inspect_file
 from spartan.latency import LatencyTable
 from spartan.masks import Mask
 from spartan.methods import (
@@ -39,7 +37,9 @@ from spartan.methods import (
     StaticRandom,
     TopKAST,
 )
-from spartan.pack_modules import PackingReport, packing_report, to_block_sparse, to_dense
+from spartan.saving.export import describe_pretrained, load_pretrained, save_pretrained, sparsity_of
+from spartan.saving.inspection import inspect_file
+from spartan.saving.packing import PackingReport, packing_report, to_block_sparse, to_dense
 from spartan.sltrain import SLTrainLinear, merge_sltrain, to_sltrain
 from spartan.sparsifier import Sparsifier
 from spartan.tuning import tune

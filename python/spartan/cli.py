@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spartan.tables import text_table
+from spartan.saving.tables import text_table
 
 __all__ = ["main"]
 
@@ -118,7 +118,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from spartan.inspection import inspect_file
+    from spartan.saving.inspection import inspect_file
 
     print(inspect_file(options.file))
     return 0

@@ -18,9 +18,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from spartan.costs import CostModel, PricedWeight, one_forward
 from spartan.distributed import own_class
-from spartan.files import require_regular
 from spartan.functional import masked_conv2d, masked_linear
 from spartan.nn.selection import Candidate, Use, find_weights
+from spartan.saving.files import require_regular
 from spartan.tuning import Timer, median_seconds
 from spartan_kernels import block_grid
 from spartan_kernels.arguments import block_shape

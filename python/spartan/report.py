@@ -12,7 +12,7 @@ from torch import nn
 from spartan.distributed import own_class
 from spartan.nn.heads import why_no_head
 from spartan.nn.masked_attribute import plain_class
-from spartan.tables import text_table
+from spartan.saving.tables import text_table
 
 if TYPE_CHECKING:
     from spartan.masked_tensor import MaskedTensor

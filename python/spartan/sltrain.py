@@ -13,7 +13,7 @@ from torch.nn import functional
 from spartan.methods.base import require_number
 from spartan.methods.static_random import generator_at, require_seed
 from spartan.nn.selection import Candidate, Selector, find_weights, select_weights
-from spartan.pack_modules import replace_modules
+from spartan.saving.packing import replace_modules
 from spartan_kernels.ops.masked_matmul import in_autocast
 
 __all__ = ["SLTrainLinear", "merge_sltrain", "to_sltrain"]

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spartan.files import replacing
+from spartan.saving.files import replacing
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spartan.methods import Dense, Method
-from spartan.pack_modules import to_block_sparse
+from spartan.saving.packing import to_block_sparse
 from spartan.sparsifier import Sparsifier
 from spartan.training.images import ImageData
 from spartan.training.learning_rate import warmup_cosine

@@ -18,9 +18,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 
 from spartan.copies import has_masks
-from spartan.files import replacing
 from spartan.integrations.resuming import weights_kept
 from spartan.methods.base import Method
+from spartan.saving.files import replacing
 from spartan.sparsifier import Sparsifier
 
 __all__ = ["FILE", "SparsityCallback"]

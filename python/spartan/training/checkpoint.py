@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from spartan.files import replacing
+from spartan.saving.files import replacing
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from spartan.costs import FLOPs
-from spartan.export import load_pretrained, save_pretrained, sparsity_of
-from spartan.files import replacing
 from spartan.history import History, OnStep
+from spartan.saving.export import load_pretrained, save_pretrained, sparsity_of
+from spartan.saving.files import replacing
 from spartan.sparsifier import Sparsifier
 from spartan.training.checkpoint import load_checkpoint, save_checkpoint
 from spartan.training.config import Config

@@ -14,9 +14,8 @@ from torch import nn
 from spartan.nn import BlockSparseLinear
 from spartan.nn.kinds import is_transformers_linear
 from spartan.nn.wrappers import unwrapped
-from spartan.pack_modules import replace_modules
-from spartan.packing import Packed, pack, pack_blocks, unpack, unpack_blocks
-from spartan.saved_model import (
+from spartan.saving.encodings import Packed, pack, pack_blocks, unpack, unpack_blocks
+from spartan.saving.folder import (
     CONFIG_FILE,
     DTYPES,
     MODEL_FILE,
@@ -27,6 +26,7 @@ from spartan.saved_model import (
     saved_weights,
     write_files,
 )
+from spartan.saving.packing import replace_modules
 from spartan_kernels import BlockSparseWeight
 
 __all__ = [

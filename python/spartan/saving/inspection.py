@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from spartan.export import MODEL_FILE, SavedTensor, describe_pretrained
-from spartan.files import require_regular
-from spartan.packing import pack
-from spartan.saved_model import dtype_name, saved_weights
-from spartan.tables import text_table
+from spartan.saving.encodings import pack
+from spartan.saving.export import MODEL_FILE, SavedTensor, describe_pretrained
+from spartan.saving.files import require_regular
+from spartan.saving.folder import dtype_name, saved_weights
+from spartan.saving.tables import text_table
 
 __all__ = ["Inspection", "inspect_file"]
 

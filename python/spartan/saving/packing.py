@@ -13,8 +13,8 @@ from spartan.distributed import own_class
 from spartan.nn import BlockSparseLinear
 from spartan.nn.kinds import is_convolution, is_norm, is_transformers_linear
 from spartan.nn.selection import Candidate, find_weights
-from spartan.packing import block_activity
-from spartan.tables import text_table
+from spartan.saving.encodings import block_activity
+from spartan.saving.tables import text_table
 from spartan_kernels import BlockSparseWeight
 from spartan_kernels.arguments import block_shape
 from spartan_kernels.break_even import dense_wins, packed_time

@@ -26,8 +26,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from spartan.files import require_regular, temporary_beside, to_disk
-from spartan.packing import ENCODINGS, Packed, expected_parts
+from spartan.saving.encodings import ENCODINGS, Packed, expected_parts
+from spartan.saving.files import require_regular, temporary_beside, to_disk
 
 __all__ = [
     "CONFIG_FILE",

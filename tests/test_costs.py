@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from spartan import Group, Sparsifier, Spartan
-from spartan.costs import FLOPs, Parameters, PricedWeight, price
-from spartan.latency import LatencyEntry, LatencyTable
+from spartan.budgets import FLOPs, LatencyEntry, LatencyTable, Parameters, PricedWeight, price
 from spartan_kernels import block_costs
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spartan.schedules import Constant, Cosine, Cubic, Exponential, Linear
+from spartan.methods.schedules import Constant, Cosine, Cubic, Exponential, Linear
 
 RAMPS = [Linear, Cubic, Cosine]
 

@@ -26,8 +26,7 @@ from spartan import (
     TopKAST,
     soft_topk_global,
 )
-from spartan.costs import Parameters
-from spartan.latency import LatencyEntry
+from spartan.budgets import LatencyEntry, Parameters
 from spartan.methods import SparseMethod
 from spartan_kernels import expand_blocks
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from spartan.budgets import CostModel, FLOPs, LatencyTable
 from spartan.copies import finalize
-from spartan.costs import CostModel, FLOPs
 from spartan.functional import (
     block_sparse_linear,
     hard_topk,
@@ -17,7 +17,6 @@ from spartan.functional import (
 from spartan.functional.sparsity_pattern import sparsity_pattern
 from spartan.groups import Group
 from spartan.history import History, scalars_to
-from spartan.latency import LatencyTable
 from spartan.masks import Mask
 from spartan.methods import (
     DPF,

@@ -9,10 +9,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from spartan.budgets import Distribution, LayerSize, distribute, kept_total, require_distribution, shares
-from spartan.costs import BlockCosts, CostModel, PricedWeight, PricePerBlock, price
+from spartan.budgets import (
+    BlockCosts,
+    CostModel,
+    Distribution,
+    LayerSize,
+    PricedWeight,
+    PricePerBlock,
+    distribute,
+    kept_total,
+    price,
+    require_distribution,
+    shares,
+)
 from spartan.distributed import Seen, is_dtensor, own_class, require_aligned, seen_weights
-from spartan.masks import MaskedTensor
+from spartan.masks import MaskedTensor, require_divisible
 from spartan.methods.base import SparseMethod, require_number, require_pattern
 from spartan.nn.masked_attribute import mask_attribute
 from spartan.nn.modules import largest_block, mask_weight, swappable
@@ -23,7 +34,6 @@ from spartan.nn.selection import (
     select_weights,
     skipped_weights,
 )
-from spartan.pattern_group import require_divisible
 from spartan_kernels.arguments import block_shape
 
 __all__ = ["Group", "Part", "kept_by_part", "masked_tensor", "parts_of", "price_parts", "seen_of"]

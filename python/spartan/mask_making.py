@@ -9,10 +9,9 @@ from torch import nn
 from spartan.budgets import distribute, shares
 from spartan.distributed import is_dtensor
 from spartan.groups import Part, kept_by_part, seen_of
-from spartan.masks import MaskGroup
+from spartan.masks import MaskGroup, PatternGroup
 from spartan.methods.base import Method, SparseMethod
 from spartan.nn.selection import common_kind
-from spartan.pattern_group import PatternGroup
 
 __all__ = ["mask_groups", "require_takes_shards"]
 

@@ -15,7 +15,7 @@ from spartan.nn.masked_attribute import plain_class
 from spartan.saving.tables import text_table
 
 if TYPE_CHECKING:
-    from spartan.masked_tensor import MaskedTensor
+    from spartan.masks.masked_tensor import MaskedTensor
     from spartan.sparsifier import Sparsifier
 
 __all__ = ["LayerReport", "Report", "hidden_matrices", "kept_fractions", "report_of", "stability"]

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from spartan.attaching import Attachment, unwrapped_optimizers
+from spartan.budgets import CostModel, LayerCost, PricePerBlock
 from spartan.copies import PlacedMasks, disown, finalize_by, give_masks, kept, own, placed
-from spartan.costs import CostModel, LayerCost, PricePerBlock
 from spartan.distributed import heed_in_ddp, ignore_in_ddp, reshard
 from spartan.groups import Group, Part, parts_of, price_parts
 from spartan.mask_making import mask_groups, require_takes_shards

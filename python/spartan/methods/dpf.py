@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from spartan.methods.dual_averaging import DualAveraging
-from spartan.schedules import Cubic, Schedule
+from spartan.methods.schedules import Cubic, Schedule
 
 __all__ = ["DPF"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from spartan.masks import MaskSet
 from spartan.methods.base import SparseMethod, require_interval, require_number, require_order, steps_of, too_rare
-from spartan.schedules import Linear, Schedule
+from spartan.methods.schedules import Linear, Schedule
 
 __all__ = ["DualAveraging"]
 

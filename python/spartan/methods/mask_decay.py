@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from spartan.masks import MaskSet
 from spartan.methods.base import SparseMethod, changes_in, require_number, require_order
-from spartan.schedules import Exponential, Linear, Schedule
+from spartan.methods.schedules import Exponential, Linear, Schedule
 
 __all__ = ["MaskDecay"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from spartan.masks import MaskedTensor, MaskSet
 from spartan.methods.base import SparseMethod, changes_in, require_number, require_order
-from spartan.schedules import Cosine, Linear
+from spartan.methods.schedules import Cosine, Linear
 
 __all__ = ["Spartan"]
 

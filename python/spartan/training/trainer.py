@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spartan.costs import FLOPs
+from spartan.budgets import FLOPs
 from spartan.history import History, OnStep
 from spartan.saving.export import load_pretrained, save_pretrained, sparsity_of
 from spartan.saving.files import replacing

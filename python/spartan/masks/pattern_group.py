@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from spartan.distributed import total_over
-from spartan.masks import MaskedTensor, MaskGroup
+from spartan.masks.mask_set import MaskedTensor, MaskGroup
 from spartan_kernels import hard_topk, soft_topk
 
 __all__ = ["PatternGroup", "require_divisible"]

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from spartan.costs import CostModel, PricedWeight, one_forward
+from spartan.budgets.costs import CostModel, PricedWeight, one_forward
 from spartan.distributed import own_class
 from spartan.functional import masked_conv2d, masked_linear
 from spartan.nn.selection import Candidate, Use, find_weights

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from spartan.distributed import fill, largest, total_over, totals_over
-from spartan.masked_tensor import Mask, MaskedTensor
+from spartan.masks.masked_tensor import Mask, MaskedTensor
 from spartan_kernels import hard_topk_global, new_solver_state, solve_masks_
 
 __all__ = ["Mask", "MaskGroup", "MaskSet", "MaskedTensor"]

@@ -11,7 +11,7 @@ import torch
 from spartan.demo.plan import FULL
 from spartan.demo.train import Recipe, Training, accuracy, train
 from spartan.methods import Method
-from spartan.report import hidden_matrices, kept_fractions
+from spartan.sparsifier import hidden_matrices, kept_fractions
 from spartan.training.config import Config, config_from
 from spartan.training.images import ImageData
 from spartan.training.interrupt import StopRequest

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from spartan import benchmark, cli
+from spartan import cli
+from spartan.cli import benchmark
 from spartan_kernels import ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")

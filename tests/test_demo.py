@@ -25,7 +25,7 @@ from spartan.demo.results import RunResult, results_table, save_figure  # noqa: 
 from spartan.demo.run import CHECKPOINT, Demo, Interrupted  # noqa: E402
 from spartan.demo.train import DenseProbe, Recipe, Training, accuracy, inference_ratio, train  # noqa: E402
 from spartan.methods import Dense, Spartan  # noqa: E402
-from spartan.report import hidden_matrices, kept_fractions  # noqa: E402
+from spartan.sparsifier import hidden_matrices, kept_fractions  # noqa: E402
 from spartan.training.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from spartan.training.images import ImageData, load_folder  # noqa: E402
 from spartan.training.models import MODELS, VisionTransformer, multilayer_perceptron  # noqa: E402

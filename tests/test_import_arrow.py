@@ -1,4 +1,7 @@
-"""Imports run one way: spartan -> spartan_kernels.ops -> dispatch -> a backend, and no backend knows another."""
+"""Imports run one way: spartan -> spartan_kernels.ops -> dispatch -> a backend, and no backend knows another.
+
+In `spartan` they run one way too, from room to room: a room is a module or a package at its top.
+"""
 
 from __future__ import annotations
 
@@ -137,10 +140,119 @@ def test_only_extension_py_imports_the_compiled_module() -> None:
     assert callers == {"backends/extension.py"}
 
 
-def test_spartan_reaches_kernels_through_their_public_face() -> None:
-    for path, package in files(SPARTAN):
+def private_imports(root: Path) -> list[str]:
+    """What the files of a `spartan` import of the private parts of `spartan_kernels`, as "file: name"."""
+    return [
+        f"{path.relative_to(root).as_posix()}: {name}"
+        for path, package in files(root)
+        for name in sorted(imports(path, package))
+        if inside(name, "spartan_kernels.backends") or (inside(name, "spartan_kernels") and _private(name))
+    ]
+
+
+def _private(name: str) -> bool:
+    return any(part.startswith("_") and not part.endswith("__") for part in name.split("."))
+
+
+def test_spartan_imports_only_public_parts_of_the_kernels() -> None:
+    assert private_imports(SPARTAN) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from spartan_kernels.ops._shards import joint_group",
+        "from spartan_kernels.ops import _problem",
+        "def f():\n    from spartan_kernels.ops.masked_matmul import _serving",
+        "from spartan_kernels.backends.native import rows",
+        "import spartan_kernels._native",
+    ],
+)
+def test_a_planted_import_of_a_private_part_is_found(tmp_path: Path, source: str) -> None:
+    planted = tmp_path / "spartan" / "nn" / "modules.py"
+    planted.parent.mkdir(parents=True)
+    planted.write_text(source)
+    assert private_imports(tmp_path / "spartan") != []
+
+
+def file_graph(root: Path) -> dict[str, set[str]]:
+    """Which modules of a package each of its modules imports, by dotted name; not the package's own `__init__`."""
+    modules = {}
+    for path, package in files(root):
+        modules[package if path.stem == "__init__" else f"{package}.{path.stem}"] = path
+    del modules[root.name]
+    graph = {}
+    for module, path in modules.items():
+        package = module if path.stem == "__init__" else module.rpartition(".")[0]
         names = imports(path, package)
-        assert not [n for n in names if inside(n, "spartan_kernels.backends") or n.endswith("._native")], path
+        graph[module] = {_module_of(name, modules) for name in names if inside(name, root.name)} - {"", module}
+    return graph
+
+
+def _module_of(name: str, modules: dict[str, Path]) -> str:
+    while name and name not in modules:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def room_graph(root: Path) -> dict[str, set[str]]:
+    """Which rooms each room imports."""
+    rooms: dict[str, set[str]] = {}
+    for module, imported in file_graph(root).items():
+        own = module.split(".")[1]
+        rooms.setdefault(own, set()).update(name.split(".")[1] for name in imported)
+    rooms.pop("__main__", None)
+    return {room: imported - {room} for room, imported in rooms.items()}
+
+
+def floor_of(graph: dict[str, set[str]]) -> dict[str, int]:
+    """Floor of each node, 1 for those that import no other; ValueError names a circle."""
+    floors: dict[str, int] = {}
+
+    def climb(node: str, above: tuple[str, ...]) -> int:
+        if node in above:
+            raise ValueError(f"circle: {' -> '.join([*above[above.index(node) :], node])}")
+        if node not in floors:
+            floors[node] = 1 + max((climb(below, (*above, node)) for below in graph[node]), default=0)
+        return floors[node]
+
+    for node in graph:
+        climb(node, ())
+    return floors
+
+
+def test_spartan_has_few_rooms_and_no_circle() -> None:
+    rooms = room_graph(SPARTAN)
+    assert len(rooms) <= 16, sorted(rooms)
+    assert max(floor_of(rooms).values()) <= 10, floor_of(rooms)
+    floor_of(file_graph(SPARTAN))  # nor among files
+
+
+@pytest.mark.parametrize(
+    ("sources", "circle"),
+    [
+        ({"a.py": "from spartan.b import x", "b.py": "from spartan.a import y"}, "a -> b -> a"),
+        (
+            {"a/c.py": "import spartan.b", "a/d.py": "", "b.py": "def f():\n    from spartan.a.d import x"},
+            "a -> b -> a",
+        ),
+        (
+            {
+                "a.py": "if TYPE_CHECKING:\n    from spartan.b import x",
+                "b.py": "import spartan.c",
+                "c.py": "import spartan.a",
+            },
+            "a -> b -> c -> a",
+        ),
+    ],
+)
+def test_a_planted_circle_of_rooms_is_found(tmp_path: Path, sources: dict[str, str], circle: str) -> None:
+    for place, source in {"__init__.py": "", **sources}.items():
+        path = tmp_path / "spartan" / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    with pytest.raises(ValueError, match=circle):
+        floor_of(room_graph(tmp_path / "spartan"))
 
 
 @pytest.mark.parametrize(

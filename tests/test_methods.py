@@ -9,9 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from spartan.groups import Group
 from spartan.methods import DPF, GMP, Dense, DualAveraging, MaskDecay, OneShot, SparseMethod, Spartan, StaticRandom
-from spartan.sparsifier import Sparsifier
+from spartan.sparsifier import Group, Sparsifier
 from spartan_kernels import hard_topk_global, soft_topk_global
 
 pytestmark = pytest.mark.usefixtures("one_thread")

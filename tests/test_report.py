@@ -13,8 +13,8 @@ from torch import nn
 
 import spartan
 from spartan import cli
-from spartan.report import stability
 from spartan.saving.tables import text_table
+from spartan.sparsifier import stability
 
 TOTAL = 20
 

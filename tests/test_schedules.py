@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spartan.methods.schedules import Constant, Cosine, Cubic, Exponential, Linear
+from spartan.methods.schedules import Cosine, Cubic, Exponential, Linear
 
 RAMPS = [Linear, Cubic, Cosine]
 
@@ -25,7 +25,6 @@ def test_known_values() -> None:
     assert Linear(0.0, 8.0, 10, 14)(11) == 2.0
     assert Cubic(0.0, 1.0, 0, 4)(2) == 1 - 0.5**3
     assert math.isclose(Cosine(0.0, 2.0, 0, 3)(1), 0.5)
-    assert Constant(3.0)(17) == 3.0
     faded = Exponential(1.0, 0.0, 10, 20, 3.0)
     assert [faded(step) for step in (10, 20)] == [1.0, 0.0] and math.isclose(faded(15), math.exp(-1.5))
 
@@ -52,4 +51,4 @@ def test_end_before_begin_is_refused() -> None:
 
 def test_schedules_are_frozen() -> None:
     with pytest.raises(AttributeError):
-        Constant(1.0).value = 2.0  # type: ignore[misc]
+        Linear(1.0, 0.1, 10, 20).start = 2.0  # type: ignore[misc]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from spartan.budgets import CostModel, FLOPs, LatencyTable
-from spartan.copies import finalize
 from spartan.functional import (
     block_sparse_linear,
     hard_topk,
@@ -15,8 +14,6 @@ from spartan.functional import (
     soft_topk_global,
 )
 from spartan.functional.sparsity_pattern import sparsity_pattern
-from spartan.groups import Group
-from spartan.history import History, scalars_to
 from spartan.masks import Mask
 from spartan.methods import (
     DPF,
@@ -40,7 +37,7 @@ from spartan.saving.export import describe_pretrained, load_pretrained, save_pre
 from spartan.saving.inspection import inspect_file
 from spartan.saving.packing import PackingReport, packing_report, to_block_sparse, to_dense
 from spartan.sltrain import SLTrainLinear, merge_sltrain, to_sltrain
-from spartan.sparsifier import Sparsifier
+from spartan.sparsifier import Group, History, Sparsifier, finalize, scalars_to
 from spartan.tuning import tune
 from spartan_kernels import BlockLayout, BlockSparseWeight, __version__, backend, checks, info
 

@@ -18,8 +18,8 @@ from spartan import __version__
 from spartan.demo.plan import FULL, QUICK, Plan, Run
 from spartan.demo.results import RunResult, results_table, save_figure, save_json
 from spartan.demo.train import DenseProbe, Training, accuracy, inference_ratio, train
-from spartan.report import hidden_matrices, kept_fractions
 from spartan.saving.export import load_pretrained, save_pretrained
+from spartan.sparsifier import hidden_matrices, kept_fractions
 from spartan.training.checkpoint import load_checkpoint, save_checkpoint
 from spartan.training.images import ImageData, load_data
 from spartan.training.interrupt import StopRequest

@@ -12,10 +12,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from spartan.attaching import training
 from spartan.integrations.resuming import weights_kept
 from spartan.methods.base import Method
 from spartan.sparsifier import Sparsifier
+from spartan.sparsifier.attaching import training
 
 __all__ = ["SparsityCallback"]
 

@@ -17,11 +17,11 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from spartan.copies import has_masks
 from spartan.integrations.resuming import weights_kept
 from spartan.methods.base import Method
 from spartan.saving.files import replacing
 from spartan.sparsifier import Sparsifier
+from spartan.sparsifier.copies import has_masks
 
 __all__ = ["FILE", "SparsityCallback"]
 

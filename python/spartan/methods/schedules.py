@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-__all__ = ["Constant", "Cosine", "Cubic", "Exponential", "Linear", "Schedule"]
+__all__ = ["Cosine", "Cubic", "Exponential", "Linear", "Schedule"]
 
 
 @dataclass(frozen=True)
@@ -16,17 +16,6 @@ class Schedule(ABC):
     @abstractmethod
     def __call__(self, step: int) -> float:
         """Value at `step`, the number of optimizer steps made so far."""
-
-
-@dataclass(frozen=True)
-class Constant(Schedule):
-    """The same value at every step."""
-
-    value: float
-
-    def __call__(self, step: int) -> float:
-        """`value`."""
-        return self.value
 
 
 @dataclass(frozen=True)

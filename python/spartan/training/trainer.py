@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from spartan.budgets import FLOPs
-from spartan.history import History, OnStep
 from spartan.saving.export import load_pretrained, save_pretrained, sparsity_of
 from spartan.saving.files import replacing
-from spartan.sparsifier import Sparsifier
+from spartan.sparsifier import History, OnStep, Sparsifier
 from spartan.training.checkpoint import load_checkpoint, save_checkpoint
 from spartan.training.config import Config
 from spartan.training.interrupt import StopRequest, steps_to_next_look

@@ -1,4 +1,4 @@
-"""The command line: `spartan info | bench | demo | train | inspect`."""
+"""What the commands take, and what they run."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _version(parser: argparse.ArgumentParser, options: argparse.Namespace) -> in
 def _bench(options: argparse.Namespace) -> int:
     import torch
 
-    from spartan.benchmark import DTYPES, Measured, measure, table
+    from spartan.cli.benchmark import DTYPES, Measured, measure, table
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -159,7 +159,3 @@ def _backend_rows(facts: dict[str, Any]) -> tuple[list[tuple[str, ...]], list[st
             rows.append((operator, device, *cells))
     reasons = [f"({number}) {reason}" for reason, number in numbers.items()]
     return [("operator", "device", *names), *rows], reasons
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from spartan.budgets import LayerCost
 from spartan.distributed import own_class
-from spartan.nn.heads import why_no_head
+from spartan.masks import MaskedTensor
 from spartan.nn.masked_attribute import plain_class
 from spartan.saving.tables import text_table
 
-if TYPE_CHECKING:
-    from spartan.masks.masked_tensor import MaskedTensor
-    from spartan.sparsifier import Sparsifier
-
-__all__ = ["LayerReport", "Report", "hidden_matrices", "kept_fractions", "report_of", "stability"]
+__all__ = ["LayerReport", "Report", "dense_products", "hidden_matrices", "kept_fractions", "layer_reports", "stability"]
 
 
 @dataclass(frozen=True)
@@ -100,11 +96,12 @@ def _by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
     return names
 
 
-def report_of(sparsifier: Sparsifier, layers: Sequence[MaskedTensor], before: Mapping[str, torch.Tensor]) -> Report:
-    """A report on `layers`, whose churn is since the hard masks `before`, by name."""
-    costs = sparsifier.costs()
+def layer_reports(
+    layers: Sequence[MaskedTensor], costs: Mapping[str, LayerCost], before: Mapping[str, torch.Tensor]
+) -> tuple[LayerReport, ...]:
+    """A row for each of `layers`, with costs by name; churn is since the hard masks `before`, by name."""
     spent = sum(cost.kept for cost in costs.values())
-    rows = [
+    return tuple(
         LayerReport(
             layer.name,
             layer.size.shape,
@@ -114,23 +111,16 @@ def report_of(sparsifier: Sparsifier, layers: Sequence[MaskedTensor], before: Ma
             1 - stability(before[layer.name], layer.shown_mask.hard) if layer.name in before else None,
         )
         for layer in layers
-    ]
-    return Report(
-        sparsifier.method.name,
-        sparsifier.step_count,
-        sparsifier.total_steps,
-        sparsifier.sparsity,
-        sparsifier.beta,
-        sparsifier.frozen,
-        tuple(rows),
-        dict(sparsifier.skipped),
-        why_no_head(sparsifier.model),
-        {
-            layer.name: plain_class(own_class(layer.module)).__name__
-            for layer in layers
-            if not layer.unstructured and not layer.carrier.mask_multiplies_blocks
-        },
     )
+
+
+def dense_products(layers: Sequence[MaskedTensor]) -> dict[str, str]:
+    """The weights masked by blocks whose products are dense all the same, with the class of each."""
+    return {
+        layer.name: plain_class(own_class(layer.module)).__name__
+        for layer in layers
+        if not layer.unstructured and not layer.carrier.mask_multiplies_blocks
+    }
 
 
 def stability(before: torch.Tensor, now: torch.Tensor) -> float:

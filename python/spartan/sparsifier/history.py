@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 
 from spartan.nn.wrappers import same_names
-from spartan.report import stability
 from spartan.saving.files import replacing
-from spartan.sparsifier import Sparsifier
+from spartan.sparsifier.report import stability
+from spartan.sparsifier.sparsifier import Sparsifier
 
 __all__ = ["History", "OnStep", "ScalarWriter", "scalars_to"]
 

@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from spartan.attaching import Attachment, unwrapped_optimizers
 from spartan.budgets import CostModel, LayerCost, PricePerBlock
-from spartan.copies import PlacedMasks, disown, finalize_by, give_masks, kept, own, placed
 from spartan.distributed import heed_in_ddp, ignore_in_ddp, reshard
-from spartan.groups import Group, Part, parts_of, price_parts
-from spartan.mask_making import mask_groups, require_takes_shards
 from spartan.masks import Mask, MaskSet
 from spartan.methods.base import Method, require_keeps_zeros
+from spartan.nn.heads import why_no_head
 from spartan.nn.selection import Selector
-from spartan.report import Report, report_of
-from spartan.state import check_state, load_state, mask_entries, state_of
+from spartan.sparsifier.attaching import Attachment, unwrapped_optimizers
+from spartan.sparsifier.copies import PlacedMasks, disown, finalize_by, give_masks, kept, own, placed
+from spartan.sparsifier.mask_making import mask_groups, require_takes_shards
+from spartan.sparsifier.parts import Group, Part, parts_of, price_parts
+from spartan.sparsifier.report import Report, dense_products, layer_reports
+from spartan.sparsifier.state import check_state, load_state, mask_entries, state_of
 
 __all__ = ["Sparsifier"]
 
@@ -212,7 +213,18 @@ class Sparsifier:
         """
         if self._final_report is not None:
             return self._final_report
-        report = report_of(self, self._masks.tensors, self._reported)
+        report = Report(
+            self.method.name,
+            self.step_count,
+            self.total_steps,
+            self.sparsity,
+            self.beta,
+            self.frozen,
+            layer_reports(self._masks.tensors, self.costs(), self._reported),
+            dict(self.skipped),
+            why_no_head(self.model),
+            dense_products(self._masks.tensors),
+        )
         self._reported = {name: mask.hard.clone() for name, mask in self.masks().items()}
         return report
 
@@ -381,8 +393,12 @@ class Sparsifier:
 
     def _advance(self) -> None:
         self._masks.step += 1
-        with torch.no_grad():
-            self.method.update(self._masks)
+        try:
+            with torch.no_grad():
+                self.method.update(self._masks)
+        except BaseException:  # also Ctrl-C: a step whose masks were not made is not counted
+            self._masks.step -= 1
+            raise
 
     def _warn_if_early(self) -> None:
         masks, name = self._masks, self.method.name

@@ -8,10 +8,10 @@ from torch import nn
 
 from spartan.budgets import distribute, shares
 from spartan.distributed import is_dtensor
-from spartan.groups import Part, kept_by_part, seen_of
 from spartan.masks import MaskGroup, PatternGroup
 from spartan.methods.base import Method, SparseMethod
 from spartan.nn.selection import common_kind
+from spartan.sparsifier.parts import Part, kept_by_part, seen_of
 
 __all__ = ["mask_groups", "require_takes_shards"]
 

@@ -191,7 +191,7 @@ def report(demo: Demo, seconds: float) -> None:
 
 def _resume_command(quick: bool, data: Path | None, out: Path, seed: int) -> str:
     """The command as it can be pasted, whether or not the environment is activated."""
-    program = [sys.argv[0]] if Path(sys.argv[0]).name == "spartan" else [sys.executable, "-m", "spartan.cli"]
+    program = [sys.argv[0]] if Path(sys.argv[0]).name == "spartan" else [sys.executable, "-m", "spartan"]
     options = ["--out", str(out), "--seed", str(seed)]
     options += ["--quick"] if quick else []
     options += ["--data", str(data)] if data is not None else []

@@ -341,6 +341,38 @@ def test_weights_that_are_not_finite_raise_by_name(value: float, block: int) -> 
         sparsifier.step()
 
 
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("kind", [Spartan, GMP, DPF])
+def test_a_step_that_raises_is_not_counted_and_can_be_made_again(kind: Any, attached: bool) -> None:
+    runs = []
+    for fails in (False, True):
+        model = perceptron(20, 30, 25, 3)
+        sparsifier = Sparsifier(model, kind(sparsity=0.5), 10)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        if attached:
+            sparsifier.attach(optimizer)
+        step = optimizer.step if attached else sparsifier.step
+        step()
+        if fails:
+            weight = sparsifier.masked_weights()[1]
+            kept = weight.detach().clone()
+            with torch.no_grad():
+                weight[3, 4] = float("nan")
+            with pytest.raises(ValueError, match="must be finite"):
+                step()
+            assert sparsifier.step_count == 1
+            with torch.no_grad():
+                weight.copy_(kept)
+        for _ in range(3):
+            step()
+        runs.append(sparsifier)
+    well, failed = runs
+    assert failed.step_count == well.step_count == 4
+    assert failed.beta == well.beta
+    for name, mask in well.masks().items():
+        assert torch.equal(mask.hard, failed.masks()[name].hard), name
+
+
 def test_dense_changes_nothing() -> None:
     model = perceptron(20, 30, 3)
     reference = copy.deepcopy(model)

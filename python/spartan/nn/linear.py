@@ -12,6 +12,7 @@ from torch.nn import functional
 from spartan.functional import masked_weight
 from spartan_kernels import BlockLayout, block_grid, dispatch
 from spartan_kernels.break_even import whole_block
+from spartan_kernels.operands import MaskedLinear, MaskedLinearBackward, MaskedWeight, MaskedWeightBackward
 from spartan_kernels.ops.masked_matmul import masked_linear_backward, masked_linear_forward
 from spartan_kernels.ops.masked_weight import masked_weight_arguments, masked_weight_backward_, masked_weight_forward
 from spartan_kernels.torch_private import forward_mode, transforms_active
@@ -90,33 +91,38 @@ class _InPlace(torch.autograd.Function):
         scale: torch.Tensor | None,
         straight_through: bool,
     ) -> torch.Tensor:
-        operands = masked_weight_arguments(weight, soft, hard, 1, beta, costs)
-        ctx.rest = *operands[4:], straight_through, ""
-        ctx.save_for_backward(x, scale, weight, *operands[:4])
-        ctx.w = _masked(scale, weight, *operands[:4], *ctx.rest)
+        o = MaskedWeight(weight, *masked_weight_arguments(weight, soft, hard, 1, beta, costs), straight_through)
+        ctx.settings = o.rows, o.columns, straight_through
+        ctx.save_for_backward(x, scale, o.weight, o.soft, o.hard, o.beta, o.costs)
+        ctx.w = _masked(scale, o)
         ctx.block = whole_block(x.device, x.dtype, x.shape[:-1].numel())
         if ctx.block is None:
             return functional.linear(x, ctx.w, bias)
-        whole = _whole(weight.shape, ctx.block)
-        return masked_linear_forward(x, ctx.w, *whole, [], bias, "", *ctx.block, False, -1.0, None, "")[0]
+        gate, layout = _whole(weight.shape, ctx.block)
+        rows, columns = ctx.block
+        return masked_linear_forward(*MaskedLinear(x, ctx.w, gate, layout, [], bias, "", rows, columns, save=False))[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        x, scale, *operands = ctx.saved_tensors
+        x, scale, weight, soft, hard, beta, costs = ctx.saved_tensors
+        masked = MaskedWeight(weight, soft, hard, beta, costs, *ctx.settings)
         w, ctx.w = ctx.w, None
         if w is None:  # a graph that was retained goes backward again
-            w = _masked(scale, *operands, *ctx.rest)
+            w = _masked(scale, masked)
         of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
         if ctx.block is None:
             dx, dweight = _gradients(grad, x, w, of_x, of_weight)
         else:
-            rest = grad.new_empty(0), "", *ctx.block, [of_x, of_weight, False, False], -1.0, None, ""
-            dx, dweight, *_ = masked_linear_backward(grad, x, w, *_whole(w.shape, ctx.block), [], *rest)
+            needs, saved = [of_x, of_weight, False, False], grad.new_empty(0)
+            gate, layout = _whole(w.shape, ctx.block)
+            rows, columns = ctx.block
+            o = MaskedLinearBackward(grad, x, w, gate, layout, [], saved, "", rows, columns, needs)
+            dx, dweight, *_ = masked_linear_backward(*o)
         if of_weight:
             if scale is not None:
                 dweight.mul_(scale)
-            masked_weight_backward_(dweight, *operands, *ctx.rest)
+            masked_weight_backward_(*MaskedWeightBackward(dweight, *masked))
         dbias = grad.reshape(-1, grad.shape[-1]).sum(0) if of_bias else None
         return dx if of_x else None, dweight if of_weight else None, dbias, *[None] * 6
 
@@ -135,6 +141,6 @@ def _whole(shape: torch.Size, block: tuple[int, int]) -> tuple[torch.Tensor, lis
     return gate, BlockLayout.from_gate(gate, (shape[0], shape[1]), block).tensors()
 
 
-def _masked(scale: torch.Tensor | None, *operands: Any) -> torch.Tensor:
-    w: torch.Tensor = masked_weight_forward(*operands)
+def _masked(scale: torch.Tensor | None, o: MaskedWeight) -> torch.Tensor:
+    w: torch.Tensor = masked_weight_forward(*o)
     return w if scale is None else w.mul_(scale)

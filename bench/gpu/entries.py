@@ -138,7 +138,7 @@ def entries() -> list[Entry]:
         return [
             *found,
             *_products("triton", 0.9, few),
-            *_training(),
+            *(entry for entry in _training() if "128" not in entry.name),
             *_few_tokens("triton")[:1],
             *_products("cuda", 0.9, few),
         ]

@@ -19,7 +19,7 @@ from spartan_kernels import BlockLayout, ops
 from spartan_kernels.ops.masked_matmul import masked_linear_backward
 
 BLOCKS = (32, 128, 64, 16)
-_SHAPE, _SMALL_SHAPE = (4096, 4096), (256, 256)
+_SHAPE, _SMALL_SHAPE = (4096, 4096), (128, 96)
 _TOKENS, _FEW_TOKENS = 8192, 8
 _PEERS = ("dense", "torch BSR", "torch BSR, Triton")
 

@@ -24,10 +24,10 @@ Method = Callable[[bool], Any] | None
 
 
 def _spartan(block: int) -> Callable[[bool], Any]:
-    """In blocks of `block`; the small model has room for blocks of 8, most of them zero."""
+    """In blocks of `block`; the small model has room for blocks of 16, most of them zero."""
 
     def method(quick: bool) -> Any:
-        sparsity, side = (0.8, min(block, 8)) if quick else (0.9, block)
+        sparsity, side = (0.6, min(block, 16)) if quick else (0.9, block)
         return spartan.Spartan(sparsity=sparsity, block_size=side, distribution="uniform")
 
     return method

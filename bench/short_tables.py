@@ -36,7 +36,7 @@ _SPEED = (
 )
 _STEPS = {
     "mlp-9M-batch-512": "single weights",
-    "mlp-9M-batch-512-tuned": "single weights, after `spartan.tune()`",
+    "mlp-9M-batch-512-95": "single weights, 95%",
     "mlp-9M-batch-512-block-32": "blocks of 32",
     "mlp-9M-batch-512-block-32-top-kast": "blocks of 32, `TopKAST`",
     "mlp-9M-batch-512-block-32-tolerance-1e-2-beta-100": "blocks of 32, `backward_tolerance=0.01`, β = 100",

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from tempfile import TemporaryDirectory
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +14,6 @@ from bench.case import Settings, Work, case
 from bench.checks import check_budget_mask
 from bench.timing import peak_memory, seconds_of
 from spartan_kernels import block_scores
-from spartan_kernels.break_even import device_kind, load, using
 
 _TOTAL_STEPS = 120
 _RAMP = _TOTAL_STEPS // 5  # by then the kept fraction is at its target and beta still anneals
@@ -133,33 +130,10 @@ def training_step(s: Settings) -> Work:
     return _spartan_step(s, 1)
 
 
-@case("training_step", "mlp-9M-batch-512-tuned")
-def tuned_training_step(s: Settings) -> Work:
-    """The same after `spartan.tune`: by the product of blocks, if it is faster here even with all of them."""
-    import spartan
-
-    before = os.environ.get("SPARTAN_TUNE_CACHE")
-    with TemporaryDirectory() as folder:
-        os.environ["SPARTAN_TUNE_CACHE"] = f"{folder}/cache.json"
-        try:
-            spartan.tune(s.device, (s.dtype,), (32,))
-            surface = load()[device_kind(torch.device(s.device))]
-        finally:
-            del os.environ["SPARTAN_TUNE_CACHE"]
-            if before is not None:
-                os.environ["SPARTAN_TUNE_CACHE"] = before
-    with using(surface):
-        work = _spartan_step(s, 1)
-
-    def step() -> Tensor:
-        with using(surface):
-            loss: Tensor = work.ours()
-        return loss
-
-    many = next(crossing for crossing in surface if not crossing.few)
-    return replace(
-        work, ours=step, breakdown=None, notes={**work.notes, "all blocks / dense product": many.whole or 0.0}
-    )
+@case("training_step", "mlp-9M-batch-512-95")
+def training_step_of_few_weights(s: Settings) -> Work:
+    """The same at 95%."""
+    return _spartan_step(s, 1, sparsity=0.95)
 
 
 @case("training_step", "mlp-9M-batch-512-block-32")
@@ -236,10 +210,10 @@ def _synchronize(s: Settings) -> Callable[[], None]:
     return torch.cuda.synchronize if torch.device(s.device).type == "cuda" else lambda: None
 
 
-def _spartan_step(s: Settings, block: int, **settings: Any) -> Work:
+def _spartan_step(s: Settings, block: int, sparsity: float = 0.9, **settings: Any) -> Work:
     import spartan
 
-    sparse = _Trainer(s, spartan.Spartan.paper(sparsity=0.9, block_size=block, **settings))
+    sparse = _Trainer(s, spartan.Spartan.paper(sparsity=sparsity, block_size=block, **settings))
     dense = _Trainer(s, None)
     for _ in range(_RAMP):
         sparse.step()

@@ -122,12 +122,23 @@ struct Tokens {
   const void* data;
   int64_t count, stride;
 };
-// `mask`, null: none, takes part where it and the gate are not zero; NaN is not zero. Entries past the count are set to 0.
-// `order` [grid_rows + grid_columns] has the rows from the longest to the shortest, then the columns. `counts` holds
-// grid_rows + grid_columns + 2 numbers of scratch.
-void block_layout(const void* gate, int gate_bytes, const uint8_t* mask, int64_t grid_rows, int64_t grid_columns,
-                  int32_t* counts, int32_t* row_offsets, int32_t* column_indices, int32_t* column_offsets,
-                  int32_t* row_indices, int32_t* order);
+// A layout that is written.
+struct LayoutIndex {
+  int32_t *row_offsets, *column_indices, *column_offsets, *row_indices, *order;
+};
+// Which blocks take part: those where the gate is not zero (NaN is not) and the mask is set, unless that is null.
+struct ActiveGates {
+  const void* gate;
+  int gate_bytes;
+  const uint8_t* mask;
+  int64_t grid_rows, grid_columns;
+};
+// First the offsets of the rows, whose last entry is returned: as many blocks are active.
+int64_t block_layout_rows(const ActiveGates&, int32_t* row_offsets, int threads);
+// Then the rest. Entries past the count are set to 0 up to `capacity`. Null column_offsets: the rows alone; null order: none,
+// else the rows from the longest to the shortest, then the columns. `scratch` holds as many numbers as is said.
+int64_t block_layout_scratch(int64_t grid_rows, int64_t grid_columns, int threads);
+void block_layout(const ActiveGates&, const LayoutIndex&, int64_t capacity, int32_t* scratch, int threads);
 // Asked for before each product: it throws where the index that the product reads does not lie within the matrix.
 int64_t masked_matmul_workspace_bytes(const BlockMatrix&, int64_t tokens, bool input_gradient, int threads);
 // y = act(z), z = x w^T + bias, contiguous [tokens, out]; z is written to `saved` unless that is null.

@@ -43,11 +43,16 @@ Entry = TypeVar("Entry")
 # What a convolution over active blocks takes, in multiply-adds of a dense one: measured on an AVX-512 CPU, float32,
 # 64 to 256 channels, 1 x 1 and 3 x 3, 14 x 14 to 56 x 56 pixels, blocks of 2 to 32.
 _KEPT_COST = (1.0, 0.75, 1.4)  # of each that is left: 1 + 0.75 (16 / side)^1.4 in blocks with this many outputs
-# Time of a packed product with all its blocks / time of PyTorch's dense one, in squares of at least so many weights a
-# side, and what calling it takes besides, in multiply-adds of the dense one: measured on a CPU with AVX2, float32, one
-# thread, 768 x 768, 128 tokens, and rounded up by a tenth.
-_MODELLED_COSTS = ((64, 1.8), (32, 1.9), (16, 2.0), (1, 2.2))
+# Time of a packed product with all its blocks / time of PyTorch's dense one, by rows in blocks of few rows, else by the
+# shorter side, and what calling it takes besides, in multiply-adds of the dense one: measured on a CPU with AVX2,
+# float32, one thread, 768 x 768 and 3072 x 768, 8 to 2048 tokens, and rounded up.
+_FEW_ROWS = {1: 3.5, 2: 2.4, 3: 2.4, 4: 1.8}
+_MODELLED_COSTS = ((64, 1.8), (32, 1.9), (16, 2.0), (8, 3.0), (1, 6.0))
 _CALL = 2e6
+# The same where the mask moves and its blocks are found and gathered for each product, and what that takes besides, in
+# tokens of the dense one: mean of y and the gradient of x, single weights, 2048 x 2048 and 3072 x 768.
+_NARROW = 8  # a side of fewer weights than this
+_MOVING_COST, _MOVING_TOKENS = 3.6, 40
 _COPY_COST = 210.0  # of each value of x and y, which are copied
 _LAST_COST = 150.0  # of each where channels lie side by side already
 _PLACE_COST = 90.0  # of each where nothing is copied: 1 x 1 on a channels-last image
@@ -79,8 +84,15 @@ Surface = tuple[Crossing, ...]
 def dense_wins(
     density: float, device: torch.device, dtype: torch.dtype, block_size: tuple[int, int], tokens: int
 ) -> bool:
-    """Whether the dense product is the faster one here; without a measurement, the block-sparse one is taken."""
-    return density > _threshold(device.type, device.index, dtype, block_size, tokens <= FEW_TOKENS)
+    """Whether the dense product is the faster one here.
+
+    Without a measurement, the block-sparse one is taken, but for narrow blocks on a CPU, where a model decides.
+    """
+    crossing = _threshold(device.type, device.index, dtype, block_size, tokens <= FEW_TOKENS)
+    if crossing is not None:
+        return density > crossing
+    modelled = device.type == "cpu" and min(block_size) < _NARROW
+    return modelled and density * _MOVING_COST + _MOVING_TOKENS / max(tokens, 1) > 1
 
 
 def packed_time(
@@ -103,12 +115,11 @@ def packed_time(
     """
     few = tokens <= FEW_TOKENS
     crossing = _threshold(device.type, device.index, dtype, block_size, few)
-    if crossing < _NEVER:
-        cost = 1 / max(crossing, 1e-9)
-    elif _entries(device.type, device.index, dtype, few):  # measured: the dense one is never faster
-        cost = 1.0
+    if crossing is not None:
+        cost = 1 / max(crossing, 1e-9) if crossing < _NEVER else 1.0
     else:
-        cost = next(cost for side, cost in _MODELLED_COSTS if min(block_size) >= side)
+        wide = next(cost for side, cost in _MODELLED_COSTS if min(block_size) >= side)
+        cost = _FEW_ROWS.get(block_size[0], wide)
     return density * cost + _CALL / max(tokens * weights, 1)
 
 
@@ -151,12 +162,16 @@ def _entries(kind: str, index: int | None, dtype: torch.dtype, few: bool) -> lis
 
 
 @cache
-def _threshold(kind: str, index: int | None, dtype: torch.dtype, block_size: tuple[int, int], few: bool) -> float:
-    entries = _entries(kind, index, dtype, few)
-    if not entries:
-        return _NEVER
-    # the nearest block measured, by its area and then its shape
+def _threshold(
+    kind: str, index: int | None, dtype: torch.dtype, block_size: tuple[int, int], few: bool
+) -> float | None:
+    """The density above which the dense product is faster, _NEVER if it is not; None: it was not measured."""
     rows, columns = block_size
+    narrow = min(block_size) < _NARROW  # these have kernels of their own
+    entries = [c for c in _entries(kind, index, dtype, few) if (min(c.rows, c.columns) < _NARROW) == narrow]
+    if not entries:
+        return None
+    # the nearest block measured, by its area and then its shape
     nearest = min(entries, key=lambda c: (abs(math.log(c.rows / rows)) + abs(math.log(c.columns / columns)), c.rows))
     return _NEVER if nearest.density is None else nearest.density
 

@@ -202,7 +202,10 @@ class BlockLayoutOf(NamedTuple):
 
 
 class MaskedLinear(NamedTuple):
-    """`backward_layout` and `slope` are there for the gradient alone; `density`: active blocks / blocks, or -1."""
+    """`backward_layout` and `slope` are there for the gradient alone; `density`: active blocks / blocks, or -1.
+
+    No `layout`: the blocks whose gate is set. The gate is bool then, and scales nothing.
+    """
 
     x: Tensor
     weight: Tensor
@@ -220,7 +223,7 @@ class MaskedLinear(NamedTuple):
 
 
 class MaskedLinearBackward(NamedTuple):
-    """`needs`: of x, weight, gate, bias. Only the gradients of weight and gate read x."""
+    """`needs`: of x, weight, gate, bias. Only the gradients of weight and gate read x. No `layout`: as above."""
 
     grad: Tensor
     x: Tensor

@@ -185,3 +185,25 @@ def test_tune_with_a_timer() -> None:
     torch.testing.assert_close(calls[9], calls[0], rtol=1e-4, atol=1e-3)  # density 1 is the dense product
     with pytest.raises(ValueError, match=r"dtypes.*float64"):
         spartan.tune("cpu", (torch.float64,), timer=timer)
+
+
+def test_blocks_of_a_few_weights_are_measured_apart_from_the_others() -> None:
+    """They have kernels of their own; where only the others were measured, a model of a CPU decides."""
+    few, many = 16, 2048
+    single = (0.1, CPU, torch.float32, (1, 1))
+    assert not dense_wins(*single, many) and dense_wins(*single, few) and dense_wins(0.5, *single[1:], many)
+    assert not dense_wins(1.0, CPU, torch.float32, (8, 8), many)
+    store(KIND, (Crossing("float32", 16, 16, False, 0.0), Crossing("float32", 16, 16, True, 1.0)))
+    assert not dense_wins(*single, many) and dense_wins(*single, few)
+    assert break_even.packed_time(*single, many, 1 << 20) < 1
+    store(KIND, (Crossing("float32", 16, 16, False, 1.0), Crossing("float32", 1, 1, False, 0.05)))
+    assert dense_wins(*single, many) and dense_wins(0.1, CPU, torch.float32, (4, 1), many)
+    assert break_even.packed_time(*single, many, 1 << 20) > 1
+    assert not dense_wins(0.1, CPU, torch.float32, (16, 16), many)
+
+
+@pytest.mark.skipif(not spartan.info()["native"]["available"], reason="needs the compiled CPU kernels")
+def test_tuning_a_cpu_also_measures_single_weights() -> None:
+    spartan.tune("cpu", (torch.float32,), timer=lambda call, device: 1.0)
+    sides = {(entry.rows, entry.columns) for entry in load()[KIND]}
+    assert sides == {(16, 16), (32, 32), (64, 64), (128, 128), (4, 1), (1, 1)}

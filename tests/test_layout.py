@@ -42,7 +42,7 @@ def assert_describes(layout: BlockLayout, active: Tensor) -> None:
 
 @given(
     rows=st.integers(1, 40),
-    columns=st.integers(1, 40),
+    columns=st.integers(1, 40) | st.integers(60, 200),
     density=st.sampled_from([0.0, 0.02, 0.5, 0.98, 1.0]),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.bool]),
     seed=st.integers(0, 2**31),
@@ -66,6 +66,22 @@ def test_any_gate(
     assert_describes(layout, active)
     if target.device == "cpu":
         assert layout.density == pytest.approx(int(active.sum()) / active.numel())
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_a_gate_that_threads_share(target: Any, dtype: torch.dtype) -> None:
+    """By rows; the entries of a column still lie in the order of its rows."""
+    torch.manual_seed(0)
+    gate, mask = torch.rand(300, 801) < 0.1, torch.rand(300, 801) < 0.7
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        layout = BlockLayout.from_gate(
+            gate.to(target.device, dtype), (300, 801), 1, mask.to(target.device), backend=target.backend
+        )
+    finally:
+        torch.set_num_threads(before)
+    assert_describes(layout, gate & mask)
 
 
 @pytest.mark.parametrize("empty", ["rows", "columns", "everything", "nothing", "all but one"])

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+import spartan
 import spartan.nn.linear
 from spartan.functional import masked_weight
 from spartan.nn import MaskedLinear, mask_weight
@@ -48,13 +49,28 @@ def expected_gradients(module: Any, x: torch.Tensor, upstream: torch.Tensor) -> 
     return y, list(torch.autograd.grad(y, leaves, upstream))
 
 
-@pytest.fixture(params=[None, (4, 8)], ids=["dense", "blocks"])
-def product(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Both products that a layer may multiply with: PyTorch's, and that of all blocks."""
-    block = request.param
-    names = ("float32", "bfloat16") if block else ()
-    with using(tuple(Crossing(name, *block, few, None, 0.5) for name in names for few in (True, False))):
-        yield
+# what a machine may have measured, for the product that a layer then takes
+MEASURED: dict[str, tuple[tuple[int, int, float | None, float | None], ...]] = {
+    "dense": ((1, 1, 0.0, None),),
+    "blocks": ((8, 8, None, 0.5), (1, 1, 0.0, None)),
+    "kept": ((1, 1, None, None),),
+}
+
+
+def measured(product: str) -> tuple[Crossing, ...]:
+    return tuple(
+        Crossing(name, rows, columns, few, density, whole)
+        for name in ("float32", "bfloat16")
+        for few in (True, False)
+        for rows, columns, density, whole in MEASURED[product]
+    )
+
+
+@pytest.fixture(params=MEASURED)
+def product(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The products that a layer may multiply with: PyTorch's, that of all blocks, that of the kept weights."""
+    with using(measured(request.param)):
+        yield request.param
 
 
 @pytest.mark.usefixtures("product")
@@ -174,3 +190,40 @@ def test_what_traces_or_transforms_takes_the_other_way(how: str, monkeypatch: py
         torch._dynamo.reset()
         compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(x).square().sum(), want)
+
+
+@pytest.mark.skipif(not spartan.info()["native"]["available"], reason="needs the compiled CPU kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kept", [0.0, 0.03, 1.0])
+def test_only_kept_weights_are_multiplied(kept: float, dtype: torch.dtype) -> None:
+    """Whatever the shape: columns in and past whole words of the mask, and rows without a kept weight."""
+    torch.manual_seed(0)
+    for out, in_ in ((3, 1), (5, 64), (7, 200), (130, 67)):
+        module: Any = nn.Linear(in_, out, dtype=dtype)
+        carrier = mask_weight(module, (1, 1), soft=True)
+        carrier.mask_hard.copy_(torch.rand(out, in_) < kept)
+        carrier.mask_soft.copy_(torch.rand(out, in_))
+        with torch.no_grad():
+            module.weight[~carrier.mask_hard] = torch.nan  # not read by y and the gradient of x
+        x = torch.randn(33, in_, dtype=dtype, requires_grad=True)
+        upstream = torch.randn(33, out, dtype=dtype)
+        w = (module.weight.double() * carrier.mask_soft).nan_to_num() * carrier.mask_hard
+        with using(measured("kept")):
+            y = module(x)
+        assert y.grad_fn.block == (1, 1)
+        (dx,) = torch.autograd.grad(y, x, upstream)
+        tolerance = 1e-5 if dtype == torch.float32 else 0.05
+        torch.testing.assert_close(y.double(), x.double() @ w.mT + module.bias.double(), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(dx.double(), upstream.double() @ w, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.skipif(not spartan.info()["native"]["available"], reason="needs the compiled CPU kernels")
+def test_a_layer_multiplies_by_the_kept_weights_where_they_are_few() -> None:
+    """By a model of a CPU, where nothing was measured; with few tokens never."""
+    module = layer(True)
+    for kept, tokens, block in ((0.5, 2048, None), (0.1, 2048, (1, 1)), (0.1, 128, (1, 1)), (0.1, 16, None)):
+        module.mask_hard.copy_(torch.rand(13, 9) < kept)
+        with using(()):
+            assert module(torch.randn(tokens, 9)).grad_fn.block == block
+    with spartan.backend("reference"):
+        assert module(torch.randn(2048, 9)).grad_fn.block is None

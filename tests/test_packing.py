@@ -20,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 MANY = 1 << 16  # tokens, so that small layers are worth packing
+COMPILED = spartan.info()["native"]["available"]  # whose kernels multiply by single weights and by columns of few
 
 
 class Conv1D(nn.Module):
@@ -182,7 +183,7 @@ def test_layers_that_are_not_packed_are_named_with_the_reason() -> None:
         "own.weight": "Subclass is a class of its own",
         "first.weight": "it is shared with second.weight",
         "hooked.weight": "its layer has hooks",
-        "full.weight": "no block of 8 x 8 is all zeros",
+        "full.weight": "it has no zeros" if COMPILED else "no block of 8 x 8 is all zeros",
         "conv.weight": "it is of a convolution",
         "packed.weight": None,
     }
@@ -211,19 +212,55 @@ def test_the_training_report_names_products_that_are_dense_though_masked_by_bloc
 # ------------------------------------------------------------------------ never slower, never larger: the choice
 
 
-@pytest.mark.parametrize("sparsity", [0.9, 0.95, 0.97])
-def test_a_layer_whose_zeros_lie_one_by_one_stays_dense(sparsity: float, tmp_path: Path) -> None:
+def single_weights(sparsity: float) -> nn.Sequential:
+    """A layer whose zeros lie one by one."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 256))
     with torch.no_grad():
         model[0].weight.mul_(torch.rand(256, 256) > sparsity)
-    spartan.save_pretrained(model, tmp_path / "plain")
+    return model
+
+
+@pytest.mark.skipif(not COMPILED, reason="needs the compiled CPU kernels")
+@pytest.mark.parametrize("sparsity", [0.85, 0.9, 0.95, 0.97])
+def test_zeros_that_lie_one_by_one_are_packed_as_single_weights(sparsity: float) -> None:
+    model = single_weights(sparsity)
+    x, dense = torch.randn(300, 256), copy.deepcopy(model)
+    (row,) = spartan.packing_report(model, tokens=300).rows
+    assert row.block_size == (1, 1) and row.reason is None
+    assert (
+        row.speedup is not None
+        and row.speedup > 1
+        and f"{row.speedup:.1f}" in str(spartan.packing_report(model, tokens=300))
+    )
+    spartan.to_block_sparse(model, tokens=300)
+    torch.testing.assert_close(model(x), dense(x), rtol=1e-5, atol=1e-5)
+    stored = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    assert stored < sum(tensor.nbytes for tensor in dense.parameters())
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.6])
+def test_a_layer_of_few_zeros_stays_dense(sparsity: float) -> None:
+    model = single_weights(sparsity)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         spartan.to_block_sparse(model)
     assert type(model[0]) is nn.Linear
     assert "the dense product is faster" in str(rows(model)["0.weight"][1]) or "no block" in str(rows(model))
-    spartan.to_block_sparse(model, 8)  # asked for by its size, it is packed, and its file is no larger for it
+
+
+def test_blocks_that_are_faster_but_larger_are_not_packed() -> None:
+    surface = tuple(Crossing("float32", *size, False, 0.9) for size in ((1, 1), (4, 1)))
+    with break_even.using(surface):
+        size, reason = rows(single_weights(0.6))["0.weight"]
+    assert size is None and ("are larger: 1" in str(reason)) == COMPILED
+
+
+@pytest.mark.parametrize("sparsity", [0.9, 0.95, 0.97])
+def test_a_size_that_is_asked_for_is_packed_and_its_file_is_no_larger(sparsity: float, tmp_path: Path) -> None:
+    model = single_weights(sparsity)
+    spartan.save_pretrained(model, tmp_path / "plain")
+    spartan.to_block_sparse(model, 8)
     assert isinstance(model[0], BlockSparseLinear)
     spartan.save_pretrained(model, tmp_path / "packed")
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("plain", "packed")]
@@ -246,13 +283,14 @@ def test_a_packed_block_of_zeros_survives_its_file(tmp_path: Path) -> None:
     assert torch.equal(loaded[0].packed.layout.mask(), mask)
 
 
-def test_the_square_is_the_one_whose_product_takes_least_time() -> None:
+def test_the_block_is_the_one_whose_product_takes_least_time() -> None:
     """Blocks of 16 are not read as those of 8, which store no more but are slower, nor as 32, which store more."""
     torch.manual_seed(0)
     for side in (8, 16, 32, 64):
         model = nn.Sequential(nn.Linear(512, 512))
         drop_blocks(model[0].weight, side, 0.2)
-        assert rows(model)["0.weight"] == ((side, side), None)
+        expected = (4, 1) if COMPILED and side == 8 else (side, side)
+        assert rows(model)["0.weight"] == (expected, None)
 
 
 def test_a_small_layer_is_packed_where_it_sees_enough_tokens_to_be_worth_a_call() -> None:
@@ -272,7 +310,8 @@ def test_a_measured_machine_decides_by_its_measurements() -> None:
     drop_blocks(model[0].weight, 16, 0.3)
 
     def surface(density: float | None) -> tuple[Crossing, ...]:
-        return tuple(Crossing("float32", side, side, False, density) for side in (8, 16, 32, 64, 128))
+        sizes = (*((side, side) for side in (8, 16, 32, 64, 128)), (4, 1), (1, 1))
+        return tuple(Crossing("float32", *size, False, density) for size in sizes)
 
     with break_even.using(surface(0.1)):
         assert "the dense product is faster" in str(rows(model)["0.weight"][1])

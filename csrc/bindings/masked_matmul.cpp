@@ -13,13 +13,25 @@ void bind_cpu(py::module_& m) {
                                  at<const int32_t>(column_offsets), at<const int32_t>(row_indices), at<const int32_t>(order)},
                                 at<const int32_t>(positions), stored};
       }));
+  py::class_<cpu::ActiveGates>(m, "ActiveGates")
+      .def(py::init([](Address gate, int gate_bytes, Address mask, int64_t grid_rows, int64_t grid_columns) {
+        return cpu::ActiveGates{at(gate), gate_bytes, at<const uint8_t>(mask), grid_rows, grid_columns};
+      }));
+  m.def(
+      "block_layout_rows",
+      [](const cpu::ActiveGates& active, Address row_offsets, int threads) {
+        return cpu::block_layout_rows(active, at<int32_t>(row_offsets), threads);
+      },
+      Unlocked());
+  m.def("block_layout_scratch", &cpu::block_layout_scratch);
   m.def(
       "block_layout",
-      [](Address gate, int gate_bytes, Address mask, int64_t grid_rows, int64_t grid_columns, Address counts,
-         Address row_offsets, Address column_indices, Address column_offsets, Address row_indices, Address order) {
-        cpu::block_layout(at(gate), gate_bytes, at<const uint8_t>(mask), grid_rows, grid_columns, at<int32_t>(counts),
-                          at<int32_t>(row_offsets), at<int32_t>(column_indices), at<int32_t>(column_offsets),
-                          at<int32_t>(row_indices), at<int32_t>(order));
+      [](const cpu::ActiveGates& active, Address row_offsets, Address column_indices, Address column_offsets, Address row_indices,
+         Address order, int64_t capacity, Address scratch, int threads) {
+        cpu::block_layout(active,
+                          {at<int32_t>(row_offsets), at<int32_t>(column_indices), at<int32_t>(column_offsets),
+                           at<int32_t>(row_indices), at<int32_t>(order)},
+                          capacity, at<int32_t>(scratch), threads);
       },
       Unlocked());
   m.def("masked_matmul_workspace_bytes", &cpu::masked_matmul_workspace_bytes);

@@ -22,6 +22,8 @@ from spartan_kernels.tiles import TunedTile, architecture_of, candidates, store_
 __all__ = ["Timer", "median_seconds", "tune"]
 
 _SHAPE = (3072, 768)  # the first layer of a transformer's MLP
+_SQUARES: tuple[int | tuple[int, int], ...] = (16, 32, 64, 128)
+_NARROW: tuple[int | tuple[int, int], ...] = ((4, 1), 1)
 _DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 0.95, 1.0)
 _TOKENS = {True: 8, False: 2048}  # few, many
 _SEARCHED = 0.1  # of the blocks are active while tiles are searched
@@ -32,7 +34,7 @@ Timer = Callable[[Callable[[], object], torch.device], float]
 def tune(
     device: str | torch.device | None = None,
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
-    block_sizes: Sequence[int | tuple[int, int]] = (16, 32, 64, 128),
+    block_sizes: Sequence[int | tuple[int, int]] | None = None,
     *,
     tiles: bool = False,
     timer: Timer | None = None,
@@ -47,7 +49,8 @@ def tune(
     Args:
         device: None for the GPU where there is one, else the CPU.
         dtypes: dtypes to measure; one that only the reference serves is left out.
-        block_sizes: ints or (rows, columns); sizes between them take the nearest.
+        block_sizes: ints or (rows, columns); sizes between them take the nearest. None: 16, 32, 64 and 128, on a CPU
+            also (4, 1) and 1, which stand for the blocks with a side below 8.
         tiles: on a GPU with Triton, first search the tile of each of these products and of their input gradients, and
             store it beside: a dozen or two kernels each are compiled and timed, at a tenth of the blocks.
         timer: seconds of a call on a device; None measures the median of several.
@@ -63,7 +66,8 @@ def tune(
     kernel = next(
         (name for name in AUTO_ORDER.get(where.type, ()) if _serves(name, where.type, torch.float32)), "reference"
     )
-    sizes = [block_shape(size) for size in block_sizes]
+    narrow = _NARROW if where.type == "cpu" else ()
+    sizes = [block_shape(size) for size in (_SQUARES + narrow if block_sizes is None else block_sizes)]
     if tiles and kernel == "triton":
         kinds = [kind for dtype in dtypes if _serves(kernel, where.type, dtype) for kind in _kinds(dtype)]
         found = (

@@ -190,8 +190,11 @@ def _linear(o: MaskedLinear | MaskedLinearBackward) -> None:
     weight = o.weight
     _tensor("weight", weight, (weight.shape if weight.dim() == 2 else ("out", "in")), _FLOAT)
     grid = _blocks(weight, o.rows, o.columns)
-    _tensor("gate", o.gate, grid, _FLOAT, weight.device)
-    _index("layout", o.layout, grid, weight)
+    if len(o.layout):
+        _tensor("gate", o.gate, grid, _FLOAT, weight.device)
+        _index("layout", o.layout, grid, weight)
+    else:
+        _tensor("gate", o.gate, grid, torch.bool, weight.device)
     _activation(o.activation)
     if o.slope is not None:
         _tensor("slope", o.slope, o.gate.shape, _FLOAT, weight.device)

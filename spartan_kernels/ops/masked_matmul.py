@@ -73,7 +73,7 @@ def _serving(operator: str, o: MaskedLinear | MaskedLinearBackward) -> Any:
 
 def _counted(layout: Any) -> float:
     """Active blocks / blocks where reading it waits for nothing; else -1, for unknown."""
-    if not layout[0].is_cpu or not layout[1].shape[0]:
+    if not layout or not layout[0].is_cpu or not layout[1].shape[0]:
         return -1.0
     return int(layout[0][-1]) / layout[1].shape[0]
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from spartan.functional import masked_weight
 from spartan_kernels import BlockLayout, block_grid, dispatch
-from spartan_kernels.break_even import whole_block
+from spartan_kernels.break_even import dense_wins, whole_block
 from spartan_kernels.operands import MaskedLinear, MaskedLinearBackward, MaskedWeight, MaskedWeightBackward
 from spartan_kernels.ops.masked_matmul import masked_linear_backward, masked_linear_forward
 from spartan_kernels.ops.masked_weight import masked_weight_arguments, masked_weight_backward_, masked_weight_forward
@@ -34,7 +34,8 @@ def linear_with_masked_weight(
     """y = x w^T + b with w = theta * m * h (* scale), and the gradients of `spartan.masked_weight`.
 
     On the CPU the memory of w becomes that of its gradient, and then of theta's: at first touch a fresh result costs
-    more than what it is computed by, and so a step takes no more memory than a dense one besides the masks. Where
+    more than what it is computed by, and so a step takes no more memory than a dense one besides the masks. Where so
+    few weights are kept that a sparse product is faster, y and the gradient of x multiply by those alone. Where
     `spartan.tune` found the product of blocks faster than PyTorch's even with all of them, it is taken.
 
     Args:
@@ -95,10 +96,10 @@ class _InPlace(torch.autograd.Function):
         ctx.settings = o.rows, o.columns, straight_through
         ctx.save_for_backward(x, scale, o.weight, o.soft, o.hard, o.beta, o.costs)
         ctx.w = _masked(scale, o)
-        ctx.block = whole_block(x.device, x.dtype, x.shape[:-1].numel())
+        ctx.block = _block_of(x, hard)
         if ctx.block is None:
             return functional.linear(x, ctx.w, bias)
-        gate, layout = _whole(weight.shape, ctx.block)
+        gate, layout = _active(hard, ctx.block)
         rows, columns = ctx.block
         return masked_linear_forward(*MaskedLinear(x, ctx.w, gate, layout, [], bias, "", rows, columns, save=False))[0]
 
@@ -111,14 +112,7 @@ class _InPlace(torch.autograd.Function):
         if w is None:  # a graph that was retained goes backward again
             w = _masked(scale, masked)
         of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
-        if ctx.block is None:
-            dx, dweight = _gradients(grad, x, w, of_x, of_weight)
-        else:
-            needs, saved = [of_x, of_weight, False, False], grad.new_empty(0)
-            gate, layout = _whole(w.shape, ctx.block)
-            rows, columns = ctx.block
-            o = MaskedLinearBackward(grad, x, w, gate, layout, [], saved, "", rows, columns, needs)
-            dx, dweight, *_ = masked_linear_backward(*o)
+        dx, dweight = _gradients(grad, x, w, hard, ctx.block, of_x, of_weight)
         if of_weight:
             if scale is not None:
                 dweight.mul_(scale)
@@ -127,11 +121,46 @@ class _InPlace(torch.autograd.Function):
         return dx if of_x else None, dweight if of_weight else None, dbias, *[None] * 6
 
 
-def _gradients(grad: torch.Tensor, x: torch.Tensor, w: torch.Tensor, of_x: bool, of_w: bool) -> tuple[Any, Any]:
-    """Of x, and of w in the memory of w."""
+def _gradients(
+    grad: torch.Tensor, x: torch.Tensor, w: torch.Tensor, hard: torch.Tensor, block: Any, of_x: bool, of_w: bool
+) -> tuple[Any, Any]:
+    """Of x, and of w in the memory of w where PyTorch computes it: every weight's, so not in single weights."""
+    dx = dw = None
+    dense_w = of_w and block in (None, _SINGLE)
+    if block is not None and (of_x or not dense_w):
+        gate, layout = _active(hard, block)
+        needs, saved, (rows, columns) = [of_x, of_w and not dense_w, False, False], grad.new_empty(0), block
+        o = MaskedLinearBackward(grad, x, w, gate, layout, [], saved, "", rows, columns, needs)
+        dx, dw, *_ = masked_linear_backward(*o)
     flat = grad.reshape(-1, grad.shape[-1])
-    dx = (flat @ w).view(x.shape) if of_x else None
-    return dx, torch.mm(flat.t(), x.reshape(-1, x.shape[-1]), out=w) if of_w else None
+    if block is None and of_x:
+        dx = (flat @ w).view(x.shape)
+    if dense_w:
+        dw = torch.mm(flat.t(), x.reshape(-1, x.shape[-1]), out=w)
+    return dx, dw
+
+
+_SINGLE = (1, 1)
+
+
+def _block_of(x: torch.Tensor, hard: torch.Tensor) -> tuple[int, int] | None:
+    """The block of the fastest product: of the kept weights alone, of all in blocks, or (None) PyTorch's."""
+    tokens, density = x.shape[:-1].numel(), int(hard.count_nonzero()) / max(1, hard.numel())
+    if _sparse_serves(x.dtype, dispatch.requested(None)) and not dense_wins(
+        density, x.device, x.dtype, _SINGLE, tokens
+    ):
+        return _SINGLE
+    return whole_block(x.device, x.dtype, tokens)
+
+
+@lru_cache(maxsize=64)
+def _sparse_serves(dtype: torch.dtype, requested: str) -> bool:
+    return requested != "reference" and dispatch.refusal("masked_linear_forward", "native", "cpu", dtype) is None
+
+
+def _active(hard: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The gate and the index that the product takes."""
+    return (hard, []) if block == _SINGLE else _whole(hard.shape, block)
 
 
 @lru_cache(maxsize=64)

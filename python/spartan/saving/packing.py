@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +19,15 @@ from spartan.saving.tables import text_table
 from spartan_kernels import BlockSparseWeight
 from spartan_kernels.arguments import block_shape
 from spartan_kernels.break_even import dense_wins, packed_time
+from spartan_kernels.dispatch import refusal
 
 __all__ = ["PackingReport", "PackingRow", "packing_report", "replace_modules", "to_block_sparse", "to_dense"]
 
-_SQUARES = (128, 64, 32, 16, 8)
+# blocks to choose from; those of few weights where the compiled CPU kernels serve
+_SQUARES = tuple((side, side) for side in (128, 64, 32, 16, 8))
+_NARROW = ((4, 1), (1, 1))
+_AS_FAST = 1.25  # the largest blocks that take no longer than this beside the fastest: their index is smaller
+_INDEX_BYTES = 12  # of a packed block: its column, its row, and where it lies
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class PackingRow:
         block_size: (rows, columns) of its packed blocks; None: it is multiplied densely.
         density: stored blocks / blocks; 1 for a dense one.
         reason: why it is multiplied densely, else None.
+        speedup: time of the dense product / time of the packed one, as measured by `spartan.tune` or as the model
+            says; None for a dense one.
     """
 
     name: str
@@ -40,6 +48,7 @@ class PackingRow:
     block_size: tuple[int, int] | None
     density: float
     reason: str | None
+    speedup: float | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,11 +69,12 @@ class PackingReport:
                 "x".join(map(str, row.shape)),
                 "" if row.block_size is None else "x".join(map(str, row.block_size)),
                 "" if row.block_size is None else f"{row.density:.2%}",
+                "" if row.speedup is None else f"{row.speedup:.1f}",
                 row.reason or "",
             )
             for row in self.rows
         ]
-        headings = ("weight", "shape", "block", "stored", "multiplied densely because")
+        headings = ("weight", "shape", "block", "stored", "times as fast", "multiplied densely because")
         return text_table(f"{len(packed)} of {len(self.rows)} weights in packed blocks", headings, rows, [])
 
     __repr__ = __str__
@@ -93,9 +103,9 @@ def to_block_sparse(
     Args:
         model: plain modules, after `Sparsifier.finalize()`.
         block_size: an int or (rows, columns) of (outputs, inputs): layers are packed unless all blocks are kept or
-            `spartan.tune` measured the dense product as faster. None: for each layer the square of 8 to 128 whose
-            product takes least time, and none where the dense one takes less: as measured by `spartan.tune`, else by
-            a model of a CPU with AVX2.
+            `spartan.tune` measured the dense product as faster. None: for each layer the largest block whose product
+            takes about the least time, and none where the dense one takes less or is smaller. Squares of 8 to 128, on
+            CPUs also (4, 1) and single weights; as measured by `spartan.tune`, else by a model of a CPU with AVX2.
         tokens: rows of the input that a layer sees in a call, which that choice is for: a call with few, or of a small
             layer, takes its time whatever is multiplied.
 
@@ -141,11 +151,11 @@ def packing_report(
         if choice.present is not None:
             packed = choice.present.packed
             name = candidate.name.removesuffix("values") + "weight"
-            rows.append(PackingRow(name, tuple(packed.shape), packed.block_size, packed.density, None))
-            continue
-        size, density = (None, 1.0) if packed is None else (packed.block_size, packed.density)
-        reason = choice.reason if packed is None else None
-        rows.append(PackingRow(candidate.name, tuple(candidate.weight.shape), size, density, reason))
+            rows.append(_row(name, packed, tokens))
+        elif packed is not None:
+            rows.append(_row(candidate.name, packed, tokens))
+        else:
+            rows.append(PackingRow(candidate.name, tuple(candidate.weight.shape), None, 1.0, choice.reason))
     return PackingReport(tuple(rows))
 
 
@@ -210,6 +220,12 @@ def _hooked(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in hooks)
 
 
+def _row(name: str, packed: BlockSparseWeight, tokens: int) -> PackingRow:
+    values, shape = packed.values, packed.shape
+    time = packed_time(packed.density, values.device, values.dtype, packed.block_size, tokens, shape[0] * shape[1])
+    return PackingRow(name, tuple(shape), packed.block_size, packed.density, None, 1 / time)
+
+
 def _packed(weight: torch.Tensor, size: tuple[int, int] | None, tokens: int) -> BlockSparseWeight | str:
     """The weight in packed blocks, or why its dense product is taken."""
     if not weight.numel():
@@ -220,25 +236,28 @@ def _packed(weight: torch.Tensor, size: tuple[int, int] | None, tokens: int) -> 
             return f"no block of {_named(size)} is all zeros"
         slower = dense_wins(packed.density, weight.device, weight.dtype, size, tokens)
         return _slower(packed.density, size) if slower else packed
-    densities = _densities(weight)
+    compiled = refusal("block_sparse_linear_forward", "native", weight.device.type, weight.dtype) is None
+    sizes = _SQUARES + _NARROW if compiled else _SQUARES
+    densities = {size: _density(weight, size) for size in sizes}
     times = {
-        side: packed_time(density, weight.device, weight.dtype, (side, side), tokens, weight.numel())
-        for side, density in zip(_SQUARES, densities, strict=True)
+        size: packed_time(density, weight.device, weight.dtype, size, tokens, weight.numel())
+        for size, density in densities.items()
     }
-    best = min(times, key=lambda side: times[side])
-    density = densities[_SQUARES.index(best)]
-    if density == 1:
-        return "no block of 8 x 8 is all zeros"
-    if times[best] < 1:
-        return BlockSparseWeight.from_dense(weight, best)
-    return f"{_slower(density, (best, best))}, with {tokens} tokens"
+    best = next(size for size in sizes if times[size] <= _AS_FAST * min(times.values()))
+    if densities[sizes[-1]] == 1:
+        return f"no block of {_named(sizes[-1])} is all zeros" if sizes[-1] != (1, 1) else "it has no zeros"
+    if times[best] >= 1:
+        return f"{_slower(densities[best], best)}, with {tokens} tokens"
+    stored = densities[best] * (1 + _INDEX_BYTES / (math.prod(best) * weight.element_size()))
+    if stored > 1:
+        return f"its blocks of {_named(best)} with their index are larger: {stored:.0%} of it"
+    return BlockSparseWeight.from_dense(weight, best)
 
 
-def _densities(weight: torch.Tensor) -> Sequence[float]:
-    """Which part of a weight's entries the blocks take that hold anything but zeros, of each square."""
-    kept = [int(block_activity(weight != 0, (side, side)).sum()) for side in _SQUARES]
-    out, in_ = weight.shape
-    return [count / (-(-out // side) * -(-in_ // side)) for count, side in zip(kept, _SQUARES, strict=True)]
+def _density(weight: torch.Tensor, size: tuple[int, int]) -> float:
+    """Which part of a weight's blocks holds anything but zeros."""
+    activity = block_activity(weight != 0, size)
+    return int(activity.sum()) / activity.numel()
 
 
 def _slower(density: float, size: tuple[int, int]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from spartan_kernels.backends.native.block_layout import passing_layout
 from spartan_kernels.backends.native.block_matrix import BlockMatrix
 from spartan_kernels.backends.shared import LayerNeeds, layer_gradients
 from spartan_kernels.operands import MaskedLinear, MaskedLinearBackward, SampledMatmul
@@ -11,8 +12,7 @@ from spartan_kernels.operands import MaskedLinear, MaskedLinearBackward, Sampled
 
 def masked_linear_forward(o: MaskedLinear) -> tuple[torch.Tensor, torch.Tensor]:
     """act(z), z = x (theta * gate on the layout's blocks)^T + b, and z when it is to be saved."""
-    matrix = BlockMatrix(o.weight, (o.weight.shape[0], o.weight.shape[1]), (o.rows, o.columns), o.layout, o.gate)
-    return matrix.forward(o.x, o.bias, o.activation, o.save)
+    return _matrix(o, True).forward(o.x, o.bias, o.activation, o.save)
 
 
 def masked_linear_backward(o: MaskedLinearBackward) -> list[torch.Tensor]:
@@ -20,7 +20,7 @@ def masked_linear_backward(o: MaskedLinearBackward) -> list[torch.Tensor]:
     shape, block = (o.weight.shape[0], o.weight.shape[1]), (o.rows, o.columns)
 
     def of_input(dz: torch.Tensor) -> torch.Tensor:
-        return BlockMatrix(o.weight, shape, block, o.layout, o.gate).input_gradient(dz)
+        return _matrix(o, False).input_gradient(dz)
 
     def of_parameters(dz: torch.Tensor, needs: LayerNeeds) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         raw = torch.empty(shape, dtype=torch.float32)
@@ -29,6 +29,12 @@ def masked_linear_backward(o: MaskedLinearBackward) -> list[torch.Tensor]:
         return raw.to(o.weight.dtype) if needs.weight else None, grad_gate
 
     return layer_gradients(o, of_input, of_parameters)
+
+
+def _matrix(o: MaskedLinear | MaskedLinearBackward, by_row: bool) -> BlockMatrix:
+    """The weight on the layout's blocks; without a layout, where the gate is set."""
+    layout, gate = (o.layout, o.gate) if o.layout else (passing_layout(o.gate, by_row), None)
+    return BlockMatrix(o.weight, (o.weight.shape[0], o.weight.shape[1]), (o.rows, o.columns), layout, gate)
 
 
 def sampled_matmul_forward(o: SampledMatmul) -> torch.Tensor:

@@ -24,7 +24,9 @@ def _active(layout: list[torch.Tensor], shape: torch.Size, rows: int, columns: i
 def _masked(
     weight: torch.Tensor, gate: torch.Tensor, layout: list[torch.Tensor], rows: int, columns: int
 ) -> torch.Tensor:
-    """theta * gate on the layout's blocks."""
+    """theta * gate on the layout's blocks; without a layout, theta where the gate is set."""
+    if not layout:
+        return torch.where(expand(gate, weight.shape, rows, columns), weight, 0.0)
     gated = (weight * expand(gate, weight.shape, rows, columns)).to(weight.dtype)
     return torch.where(_active(layout, weight.shape, rows, columns), gated, 0.0)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from bench.timing import Sample, measure
+from spartan_kernels import info
 
 ROOT = Path(__file__).resolve().parent.parent
 _BUSY_LOAD = 0.5  # runnable processes beside this one, averaged over a minute
@@ -33,10 +34,13 @@ def device_name(device: str) -> str:
 
 
 def folder_name(device: str) -> str:
-    """Name of the results' folder of this device."""
+    """Name of the results' folder of this device; of a CPU also with what its kernels use of it."""
     kind = torch.device(device).type
     slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    return f"{kind}-{slug}-{torch.get_num_threads()}-threads" if kind == "cpu" else slug
+    if kind != "cpu":
+        return slug
+    instructions = info()["native"].get("instruction_set") or "reference"
+    return f"{kind}-{slug}-{instructions}-{torch.get_num_threads()}-threads"
 
 
 def cache_bytes(device: str) -> int:

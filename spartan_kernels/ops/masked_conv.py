@@ -150,8 +150,8 @@ def masked_conv2d(
         backend: "auto" or the name of a backend.
 
     Returns:
-        y, [batch, out, ...], laid out in memory as x is; differentiable (once) in x, weight, gate and bias under
-        `spartan`.
+        y, [batch, out, ...], laid out in memory as x is; differentiable (once) in x, weight, gate and bias once
+        `spartan` is imported.
 
     Raises:
         TypeError: integer tensors, a mask that is not bool. ValueError: shapes, dtypes or devices that do not match, a

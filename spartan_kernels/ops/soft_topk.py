@@ -131,7 +131,8 @@ def soft_topk_global(
 
     Returns:
         One mask for each tensor, of its shape and dtype; a DTensor placed as its values where they are one. A tensor
-        replicated over ranks of its mesh counts once.
+        replicated over ranks of its mesh counts once. Differentiable (once) in values, budget, costs and
+        beta once `spartan` is imported.
 
     Raises:
         TypeError, ValueError: as `soft_topk`; also for an empty list, for DTensors mixed with plain tensors, on several

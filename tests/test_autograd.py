@@ -230,6 +230,8 @@ def annealed_weight(v: Tensor, k: Any, b: Any, backend: str) -> Tensor:
 @pytest.mark.parametrize("kind", ["float", "tensor"])
 @pytest.mark.parametrize("function", [annealed, annealed_columns, annealed_list, annealed_hard, annealed_weight])
 def test_one_graph_for_every_shape_beta_and_budget(target: Any, function: Callable[..., Tensor], kind: str) -> None:
+    if (target.backend == "reference") != (kind == "tensor"):
+        pytest.skip("the graph is of operators, the same whatever backend serves them: each kind of number on one")
     torch._dynamo.reset()
     counters.clear()
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -276,6 +278,8 @@ def test_opcheck(target: Any, name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_autocast_reads_float32_as_softmax_does(target: Any, dtype: torch.dtype, compiled: bool) -> None:
+    if compiled and (target.backend == "reference") != (dtype in (torch.bfloat16, torch.float64)):
+        pytest.skip("the graph is of operators, the same whatever backend serves them: each dtype on one")
     values = make_values("normal", (3, 40), dtype=dtype, device=target.device)
     a = uniform(3, 40, seed=2, device=target.device)
     upstream = make_values("normal", (3, 40), seed=4, device=target.device)

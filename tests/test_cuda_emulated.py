@@ -33,16 +33,23 @@ def emulated() -> Path:
 def environment_of(extension: Path, seed: int) -> dict[str, str]:
     return {
         "SPARTAN_EMULATOR_SEED": str(seed),
+        "HYPOTHESIS_PROFILE": "slow",
         **os.environ,
         "SPARTAN_EMULATED": str(extension),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]),
     }
 
 
-def test_the_operators_pass_their_own_tests(emulated: Path) -> None:
+_FILES = {
+    "masks": ("masked_weight", "hard_topk", "hard_bits", "step_gradient"),
+    "soft": ("soft_topk", "soft_topk_global", "corners"),
+    "products": ("layout", "masked_linear", "block_sparse", "sampled_matmul"),
+}
+
+
+@pytest.mark.parametrize("files", _FILES.values(), ids=list(_FILES))
+def test_the_operators_pass_their_own_tests(emulated: Path, files: tuple[str, ...]) -> None:
     environment = environment_of(emulated, 1)
-    files = ("masked_weight", "soft_topk", "soft_topk_global", "hard_topk", "hard_bits", "step_gradient")
-    files += ("layout", "masked_linear", "block_sparse", "sampled_matmul", "corners")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.cuda_emulator.plugin", "-p", "no:cacheprovider"]
     # what only concerns torch.library and torch.compile is the same on every backend
     few = "1000000.0-1e-06-two_valued or 1000000.0-0.999999-quantised or 1.0-1e-06-normal"

@@ -22,7 +22,9 @@ TESTS = (
     "rows",
     "masked_weight",
     "masked_linear",
+    "layout",
     "block_sparse",
+    "narrow_blocks",
     "native",
 )
 # torch.library and torch.compile are not under test, and a child process would load the extension that is installed

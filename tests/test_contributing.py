@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md is true: each operator is in every place that the list "Add an op" names."""
+"""CONTRIBUTING.md is true: operators are in every place of the list "Add an op", and rooms stand in their order."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import spartan.functional
 from bench.cases import CASES
 from spartan_kernels import dispatch
 from spartan_kernels.ops import OPERATORS
+from tests.test_import_arrow import SPARTAN, room_graph
 
 ROOT = Path(__file__).resolve().parent.parent
 # Public operators; `hard_topk_global` is documented with the parts that training is made of.
@@ -116,3 +117,13 @@ def test_stems_that_share_kernels_are_named_in_the_list() -> None:
     assert f"{stems} have no kernels of their own in `csrc`: they call those of `masked_matmul`" in section()
     assert set(KERNELS_OF.values()) == {"masked_matmul"}
     assert not [path for stem in KERNELS_OF for path in (ROOT / "csrc").glob(f"*/{stem}.c*")]
+
+
+def test_rooms_of_spartan_are_listed_and_import_only_rooms_before_them() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = text[text.index("imports only rooms before it:\n") : text.index("\nbench/")].partition("\n")[2]
+    rooms = re.sub(r"\([^)]*\)", "", listed).split()
+    graph = room_graph(SPARTAN)
+    assert sorted(rooms) == sorted(graph)
+    for index, room in enumerate(rooms):
+        assert graph[room] <= set(rooms[:index]), room

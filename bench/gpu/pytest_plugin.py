@@ -13,7 +13,7 @@ from itertools import chain, zip_longest
 
 import pytest
 
-from bench.gpu import records
+from bench.gpu import interpreter, records
 
 _IN_FULL = 6  # failures whose whole report is printed and recorded
 _failures = 0
@@ -32,6 +32,12 @@ def choose(identifiers: list[str], count: int) -> list[str]:
 def _has_gpu_target(item: pytest.Item) -> bool:
     target = getattr(item, "callspec", None) and item.callspec.params.get("target")
     return target is not None and target.backend in ("triton", "cuda")
+
+
+def pytest_configure() -> None:
+    """In a rehearsal the interpreter runs the kernels."""
+    if records.rehearsing():
+        interpreter.mend()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -135,6 +135,7 @@ def main(
         typer.Option("--compare", metavar="FILE|REV", help="Judge against an earlier result or git revision."),
     ] = None,
     save_results: Annotated[bool, typer.Option("--save", help="Write bench/results/<device>/.")] = False,
+    modified: Annotated[bool, typer.Option("--modified", help="Save though files differ from the revision.")] = False,
     results: Annotated[Path, typer.Option(help="Folder of the results' folders.")] = save.RESULTS,
     trace_file: Annotated[Path | None, typer.Option("--trace", help="Write a Chrome trace per case.")] = None,
     list_cases: Annotated[bool, typer.Option("--list", help="List the cases and stop.")] = False,
@@ -161,6 +162,11 @@ def main(
             trace(c, settings, str(path))
             console.print(f"wrote {path}")
         return
+    if save_results and not modified and machine.modified():
+        raise typer.BadParameter(
+            "files differ from the revision that the results would name; commit them, or add --modified",
+            param_hint="--save",
+        )
     report = run_all(cases, settings, against or None, _progress)
     _print_report(report)
     folder = results / machine.folder_name(device)

@@ -55,6 +55,11 @@ def cache_bytes(device: str) -> int:
     return max(sizes, default=64 << 20)
 
 
+def modified() -> bool:
+    """Whether files differ from the revision that is checked out."""
+    return bool(_git("status", "--porcelain", "--untracked-files=no"))
+
+
 def _git(*arguments: str) -> str:
     try:
         result = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
@@ -83,7 +88,7 @@ def describe(device: str) -> dict[str, Any]:
         "spartan": report["version"],
         "native": report["native"],
         "revision": _git("rev-parse", "HEAD"),
-        "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "modified": modified(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 

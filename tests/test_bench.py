@@ -19,6 +19,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from bench import cases, save
+from bench import machine as bench_machine
 from bench.__main__ import main
 from bench.case import CASES, Case, Settings, Work, case, select
 from bench.checks import check_budget_mask, check_hard_mask
@@ -324,7 +325,11 @@ def test_command_line_times_saves_and_compares(tmp_path: Path, monkeypatch: pyte
         result = CliRunner().invoke(app, common)
         return result.exit_code, result.output
 
-    code, output = run(lambda x: (spin(1e-3), 2 * x)[1])
+    monkeypatch.setattr(bench_machine, "modified", lambda: True)
+    code, output = run(lambda x: 2 * x)
+    assert code == 2 and "--modified" in output and not list(tmp_path.iterdir())
+    code, output = run(lambda x: (spin(1e-3), 2 * x)[1], "--modified")
+    monkeypatch.setattr(bench_machine, "modified", lambda: False)
     assert code == 0 and "plain" in output and "other" not in output
     (written,) = tmp_path.glob("*/double-quick.json")
     machine = json.loads(written.read_text())["machine"]

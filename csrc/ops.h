@@ -2,12 +2,18 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
 #include <vector>
 
 namespace spartan {
 
 // tf32: float32 whose products the tensor cores may take of numbers rounded to 10 bits; of CUDA's products alone.
 enum class Dtype : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3, tf32 = 4 };
+
+// Values are refused. Of a list also those of -inf: its caller leaves them out and calls again; of rows only long ones.
+struct NotFinite : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
 
 // Scratch memory of the caller. The extension allocates none.
 struct Workspace {

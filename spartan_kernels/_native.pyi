@@ -2,4 +2,6 @@
 
 from typing import Any
 
+class NotFinite(ValueError): ...
+
 def __getattr__(name: str) -> Any: ...

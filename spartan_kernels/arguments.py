@@ -55,11 +55,11 @@ def require_index(name: str, tensor: torch.Tensor, length: int, device: torch.de
         )
 
 
-def require_finite(name: str, tensor: torch.Tensor) -> None:
-    """Raise ValueError when `tensor` can be inspected and holds NaN or infinity."""
-    if inspectable(tensor) and not bool(torch.isfinite(tensor).all()):
-        count = int((~torch.isfinite(tensor)).sum())
-        raise ValueError(f"{name} must be finite; {count} of {tensor.numel()} entries are NaN or infinite")
+def require_scores(name: str, tensor: torch.Tensor) -> None:
+    """Raise ValueError when `tensor` can be inspected and holds NaN or +infinity; -infinity masks an entry."""
+    if inspectable(tensor) and not bool((tensor < torch.inf).all()):
+        count = int((~(tensor < torch.inf)).sum())
+        raise ValueError(f"{name} must be finite, or -inf to be masked; {count} of {tensor.numel()} are NaN or +inf")
 
 
 def require_beta(beta: torch.Tensor) -> None:
@@ -75,7 +75,11 @@ def require_costs(costs: torch.Tensor) -> None:
 
 
 def clamp_budget(budget: torch.Tensor, total: torch.Tensor | float) -> torch.Tensor:
-    """`budget` limited to [0, total]; ValueError where it can be inspected and is outside by more than rounding."""
+    """`budget` limited to [0, total], the cost of what is not masked; above it by more than rounding NaN.
+
+    Raises:
+        ValueError: it can be inspected and is outside of [0, total] by more than rounding.
+    """
     total = torch.as_tensor(total, dtype=torch.float64, device=budget.device)
     if inspectable(budget):
         outside = ~((budget >= 0) & (budget <= total * (1 + BUDGET_SLACK)))
@@ -83,9 +87,11 @@ def clamp_budget(budget: torch.Tensor, total: torch.Tensor | float) -> torch.Ten
             worst = outside.broadcast_to(torch.broadcast_shapes(outside.shape, budget.shape)).nonzero()[0]
             limit = float(total.expand_as(outside)[tuple(worst)])
             raise ValueError(
-                f"budget must be in [0, {limit:g}], the sum of the costs; got {float(budget[tuple(worst)]):g}"
+                f"budget must be in [0, {limit:g}], the sum of the costs of entries that are not -inf; "
+                f"got {float(budget[tuple(worst)]):g}"
             )
-    return torch.where(budget >= total * (1 - BUDGET_ROUNDING), total, budget.clamp(min=0.0))
+    limited = torch.where(budget >= total * (1 - BUDGET_ROUNDING), total, budget.clamp(min=0.0))
+    return torch.where(budget > total * (1 + BUDGET_SLACK), torch.nan, limited)
 
 
 def scalar(name: str, value: float | torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -6,6 +6,7 @@ using namespace spartan;
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Compiled kernels over raw pointers. Call them through spartan_kernels.ops.";
+  py::register_exception<NotFinite>(m, "NotFinite", PyExc_ValueError);
   m.attr("compiler") = SPARTAN_COMPILER;
 #ifdef SPARTAN_WITH_CUDA
   m.attr("cuda_version") = SPARTAN_CUDA_VERSION;

@@ -244,6 +244,36 @@ struct LaneProblem {
       sum.add(a[j]);
       fine &= (a[j] > 0.0f) & (a[j] < static_cast<float>(INFINITY));
     }
+    set_total(sum);
+  }
+
+  // Gives entries of -inf no cost (the others' one cost is 1, in `unit`s), and a finite value: the least of their row, or 0.
+  // False where there are none.
+  bool leave_out_masked(int n) {
+    const V infinity = splat(static_cast<float>(INFINITY));
+    I any{};
+    V least = infinity;
+    for (int j = 0; j < n; ++j) {
+      const I masked = u[j] == -infinity;
+      any |= masked;
+      least = (u[j] < least) & ~masked ? u[j] : least;
+    }
+    if (bits(any) == 0) return false;
+    least = least < infinity ? least : V{};
+    LaneSum sum;
+    for (int j = 0; j < n; ++j) {
+      const I masked = u[j] == -infinity;
+      a[j] = masked ? V{} : priced ? a[j] : splat(1.0f);
+      u[j] = masked ? least : u[j];
+      sum.add(a[j]);
+    }
+    priced = true;
+    set_total(sum);
+    return true;
+  }
+
+ private:
+  void set_total(const LaneSum& sum) {
     for (int l = 0; l < kLanes; ++l) total[l] = static_cast<double>(sum.value[l]) + static_cast<double>(sum.dropped[l]);
   }
 };

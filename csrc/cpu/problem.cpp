@@ -44,8 +44,8 @@ int64_t workspace_bytes(int64_t parts, int64_t length, int element_size, bool gr
 double clamp_budget(double budget, double total) {
   constexpr double kSlack = 1e-6;  // the rounding of a float32 sum of costs
   if (!(budget >= 0 && budget <= total * (1 + kSlack))) {
-    throw std::invalid_argument("budget must be in [0, " + std::to_string(total) + "], the sum of the costs; got " +
-                                std::to_string(budget));
+    throw std::invalid_argument("budget must be in [0, " + std::to_string(total) +
+                                "], the sum of the costs of entries that are not -inf; got " + std::to_string(budget));
   }
   constexpr double kRounding = 1e-12;  // of a float64 sum in another order
   return budget >= total * (1 - kRounding) ? total : budget;

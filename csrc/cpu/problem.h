@@ -161,7 +161,7 @@ class Problem {
 double clamp_budget(double budget, double total);
 
 [[noreturn]] inline void refuse_values() {
-  throw std::invalid_argument("values must be finite; some entries are NaN or infinite");
+  throw NotFinite("values must be finite, or -inf to be masked; some entries are NaN or +inf");
 }
 
 template <class T>

@@ -171,6 +171,7 @@ RadixDescent<T> Problem<T>::descend_candidates(double budget) {
 
 template <class T>
 Cut<T> Problem<T>::cut_from_sample(const Sample<T>& sample, double budget) {
+  if (budget >= total_cost_) return Cut<T>::everything();  // which a sum in another order may exceed
   const RadixDescent<T> radix = sample.descend(budget, histogram());
   if (radix.everything) return Cut<T>::everything();
   Cut<T> cut{radix.ratio(), -1};

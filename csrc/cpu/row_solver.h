@@ -11,6 +11,7 @@
 #include "huge_pages.h"
 #include "problem.h"
 #include "short_rows.h"
+#include "unmasked.h"
 
 namespace spartan::cpu {
 
@@ -157,6 +158,12 @@ class RowSolver {
     if (std::isnan(extent->poison)) refuse_values();
     return clamp_budget(budget, extent->cost);
   }
+  // The same for the entries that are not masked; the costs of the others are checked too.
+  double checked_unmasked(const Span<T>& all, Extent of_all, const Span<T>& unmasked, Extent* extent, double budget) const {
+    of_all.poison = 0;
+    checked(all, &of_all, 0);
+    return checked(unmasked, extent, budget);
+  }
 
   void soft_row(int64_t row, double budget, double beta, S* mask, double* threshold) const {
     if (solved_as_list()) {
@@ -168,11 +175,31 @@ class RowSolver {
     const Span<T> entries = span(row, &arena);
     T* out = staging(mask, &arena);
     Extent extent = passes_.extent(entries);
-    ThresholdSearch search(checked(entries, &extent, budget), extent.cost, beta);
+    if (std::isnan(extent.poison)) {
+      soft_masked_row(entries, extent, budget, beta, out, threshold, &arena);
+    } else {
+      const double limit = checked(entries, &extent, budget);
+      solve(entries, extent, limit, beta, out, threshold);
+    }
+    narrowed(out, mask);
+  }
+
+  void soft_masked_row(const Span<T>& all, const Extent& of_all, double budget, double beta, T* out, double* threshold,
+                       Arena* arena) const {
+    const Unmasked<T> unmasked(all, arena);
+    T* mask = unmasked.template room<T>();
+    Extent extent = passes_.extent(unmasked.span());
+    const double limit = checked_unmasked(all, of_all, unmasked.span(), &extent, budget);
+    solve(unmasked.span(), extent, limit, beta, mask, threshold);
+    unmasked.scatter(mask, out);
+  }
+
+  void solve(const Span<T>& entries, const Extent& extent, double budget, double beta, T* out, double* threshold) const {
+    ThresholdSearch search(budget, extent.cost, beta);
     if (!search.constant()) solve_in_cache(entries, extent, &search);
     write(entries, &search, out);
-    narrowed(out, mask);
     save<T>(search, threshold);
+    if (extent.cost == 0) threshold[1] = -INFINITY;  // nothing is there to be kept
   }
 
   // Where the sum of the mask misses the budget, a staircase on which one Halley step is not the last, the search goes on to
@@ -205,27 +232,63 @@ class RowSolver {
     const T* g = widened(grad, &arena);
     T* of_values = staging(grad_values, &arena);
     T* of_costs = grad_costs != nullptr ? staging(grad_costs, &arena) : nullptr;
+    gradient(entries, g, beta, out, of_values, of_costs);
+    if (!std::isfinite(*out.beta)) gradient_of_unmasked(entries, g, beta, out, of_values, of_costs, &arena);
+    narrowed(of_values, grad_values);
+    if (grad_costs != nullptr) narrowed(of_costs, grad_costs);
+  }
+
+  // A masked entry, whose u is -inf, makes the gradient of beta infinite or NaN.
+  void gradient(const Span<T>& entries, const T* g, double beta, const RowGradient& out, T* of_values, T* of_costs) const {
     const Logit<T> logit = saved_logit<T>(out.threshold, beta);
     const GradientSums sums = passes_.gradient_sums(entries, g, logit);
     // a budget of nothing or everything saturates every entry; their logistic is cut off a little above zero
     *out.budget = sums.as > 0 && std::isfinite(out.threshold[1]) ? sums.gs / sums.as : 0.0;
     *out.beta = sums.gsu - *out.budget * sums.asu;
     passes_.gradient(entries, g, logit, static_cast<T>(*out.budget), of_values, of_costs, false);
-    narrowed(of_values, grad_values);
-    if (grad_costs != nullptr) narrowed(of_costs, grad_costs);
+  }
+
+  void gradient_of_unmasked(const Span<T>& all, const T* g, double beta, const RowGradient& out, T* of_values, T* of_costs,
+                            Arena* arena) const {
+    const Unmasked<T> unmasked(all, arena);
+    if (!unmasked.any()) return;
+    T* values = unmasked.template room<T>();
+    T* costs = of_costs != nullptr ? unmasked.template room<T>() : nullptr;
+    gradient(unmasked.span(), unmasked.gather(g), beta, out, values, costs);
+    unmasked.scatter(values, of_values);
+    if (of_costs != nullptr) unmasked.scatter(costs, of_costs);
   }
 
   void hard_row(int64_t row, double budget, uint8_t* mask) const {
     if (rows_.costs != nullptr || solved_as_list()) {
       const TableRow list = as_list(row, mask);
-      hard_topk_global(kDtype<S>, {&list, 1}, budget, false, workspace_, team_);
-      return;
+      try {
+        return hard_topk_global(kDtype<S>, {&list, 1}, budget, false, workspace_, team_);
+      } catch (const NotFinite&) {
+        if (solved_as_list()) throw;
+      }
     }
     Arena arena(workspace_);
     const Span<T> entries = span(row, &arena);
     Extent extent = passes_.extent(entries);
+    if (std::isnan(extent.poison)) return hard_masked_row(entries, extent, budget, mask, &arena);
     const double limit = checked(entries, &extent, budget);
     write_hard(entries, cut_by_counting(entries, extent, limit), mask);
+  }
+
+  void hard_masked_row(const Span<T>& all, const Extent& of_all, double budget, uint8_t* mask, Arena* arena) const {
+    const Unmasked<T> unmasked(all, arena);
+    const Span<T> entries = unmasked.span();
+    uint8_t* kept = unmasked.template room<uint8_t>();
+    Extent extent = passes_.extent(entries);
+    const double limit = checked_unmasked(all, of_all, entries, &extent, budget);
+    if (entries.costs == nullptr) {
+      write_hard(entries, cut_by_counting(entries, extent, limit), kept);
+    } else {
+      const TableRow list{entries.values, entries.costs, rows_.cost, entries.length, {kept, nullptr, nullptr}};
+      hard_topk_global(kDtype<T>, {&list, 1}, limit, false, arena->rest(), team_);
+    }
+    unmasked.scatter(kept, mask);
   }
 
   // Equal costs: the entries above a trial threshold are counted until it parts them exactly or only ties are left to part.
@@ -295,11 +358,12 @@ class RowSolver {
   int team_;
 };
 
-inline constexpr int64_t kMostStaged = 5;  // values, costs and gradients of a row, widened
+inline constexpr int64_t kMostStaged = 5;  // values, costs and gradients of a row: widened, and without masked entries
 
 inline int64_t piece_bytes(int64_t length, int element_size) {
-  const int64_t one = workspace_bytes(1, length, std::max(element_size, 4));
-  return element_size == 2 ? one + kMostStaged * (length * 4 + 64) : one;
+  const int element = std::max(element_size, 4);
+  const int64_t staged = kMostStaged * (length * element + 64);
+  return workspace_bytes(1, length, element) + staged * (element_size == 2 ? 2 : 1);
 }
 
 inline bool piece_fits_cache(int64_t length, int element_size) {

@@ -175,6 +175,15 @@ struct SoftBlock {
     shift = choose(solved, shift, search.shift());
     solved |= found;
   }
+
+  // Lanes that were not solved because entries are masked.
+  template <int N>
+  void search_unmasked(RowBudgets budgets, int n, float beta) {
+    if (!problem.leave_out_masked(n)) return;
+    budget = LaneBudget(problem, map, budgets);
+    search<N>(n, beta);
+    for (int j = 0; j < n; ++j) masks[j] = choose(problem.a[j] > 0.0f, masks[j], V{});
+  }
 };
 
 // Equal costs first go without exponentials; the lanes that this leaves are searched for.
@@ -207,7 +216,12 @@ uint32_t soft(const RowBlock<S>& block, RowBudgets budgets, double beta, S* mask
   // one block alone is solved twice: it ends a tensor
   const RowBudgets later{budgets.first + kLanes * budgets.stride, budgets.stride};
   SoftBlock one(first, budgets), other(second, both ? later : budgets);
-  const auto solved = [&]<int N>() { solve<N>(&one, &other, n, static_cast<float>(beta)); };
+  const auto solved = [&]<int N>() {
+    solve<N>(&one, &other, n, static_cast<float>(beta));
+    if (bits(~(one.solved & other.solved)) == 0) return;
+    one.search_unmasked<N>(budgets, n, static_cast<float>(beta));
+    if (both) other.search_unmasked<N>(later, n, static_cast<float>(beta));
+  };
   if (n == 2) solved.template operator()<2>();
   else if (n == 4) solved.template operator()<4>();
   else if (n == 8) solved.template operator()<8>();
@@ -220,6 +234,40 @@ uint32_t soft(const RowBlock<S>& block, RowBudgets budgets, double beta, S* mask
   uint32_t found = put(one, 0);
   if (both) found |= put(other, kLanes);
   return all & ~found;
+}
+
+// Gradients of the values in place of g, of the costs in place of u; returns those of budget and beta. Masked: entries
+// without cost have none.
+struct LaneScalars {
+  V of_budget, of_beta;
+};
+template <bool Masked>
+LaneScalars gradients(LaneProblem* problem, V* g, int n, float beta, V centre, V shift) {
+  const LaneLogistic logistic(beta, splat(1.0f), centre, shift);
+  const float unit = static_cast<float>(problem->unit);
+  const auto only_kept = [&](int j, V x) { return Masked ? choose(problem->a[j] > 0.0f, x, V{}) : x; };
+  const auto cost = [&](int j) {
+    if (Masked) return choose(problem->a[j] > 0.0f, problem->a[j] * unit, splat(1.0f));
+    return problem->priced ? problem->a[j] : splat(unit);
+  };
+  V gs{}, as{};
+  for (int j = 0; j < n; ++j) {
+    const V e = logistic.exponential(problem->u[j]), m = 1.0f / (1.0f + e), s = only_kept(j, e * m * m);
+    gs += g[j] * s;
+    as += cost(j) * s;
+  }
+  // a budget of nothing or everything has no finite threshold, and no gradient
+  const V r = choose((as > 0.0f) & (shift * 0.0f == 0.0f), gs / as, V{});
+  // sum (g - a r) s is zero: taken about the centre, sum (g - a r) s u loses nothing to cancellation
+  V of_beta{};
+  for (int j = 0; j < n; ++j) {
+    const V u = problem->u[j], e = logistic.exponential(u), m = 1.0f / (1.0f + e), s = only_kept(j, e * m * m);
+    const V gradient = s * (g[j] / cost(j) - r);
+    of_beta += cost(j) * gradient * (u - centre);
+    problem->u[j] = -beta * gradient * u - r * only_kept(j, m);
+    g[j] = beta * gradient;
+  }
+  return {r, of_beta};
 }
 
 template <class S>
@@ -235,32 +283,19 @@ void soft_backward(const RowBlock<S>& block, const S* grad, double beta, const R
     centre[l] = static_cast<float>(out.threshold[2 * map.row(l)]);
     shift[l] = static_cast<float>(out.threshold[2 * map.row(l) + 1]);
   }
-  const float b = static_cast<float>(beta);
-  const LaneLogistic logistic(b, splat(1.0f), centre, shift);
-  const float unit = static_cast<float>(problem.unit);
-  const auto cost = [&](int j) { return problem.priced ? problem.a[j] : splat(unit); };
-  V gs{}, as{};
-  for (int j = 0; j < n; ++j) {
-    const V e = logistic.exponential(problem.u[j]), m = 1.0f / (1.0f + e), s = e * m * m;
-    gs += g[j] * s;
-    as += cost(j) * s;
-  }
-  // a budget of nothing or everything has no finite threshold, and no gradient
-  const V r = choose((as > 0.0f) & (shift * 0.0f == 0.0f), gs / as, V{});
-  // sum (g - a r) s is zero: taken about the centre, sum (g - a r) s u loses nothing to cancellation
-  V of_beta{};
-  for (int j = 0; j < n; ++j) {
-    const V u = problem.u[j], e = logistic.exponential(u), m = 1.0f / (1.0f + e), s = e * m * m;
-    const V gradient = s * (g[j] / cost(j) - r);
-    of_beta += cost(j) * gradient * (u - centre);
-    problem.u[j] = -b * gradient * u - r * m;
-    g[j] = b * gradient;
+  LaneScalars found = gradients<false>(&problem, g, n, static_cast<float>(beta), centre, shift);
+  if (bits(found.of_beta * 0.0f == 0.0f) != first_lanes(kLanes)) {  // as an entry of -inf makes it
+    problem = LaneProblem(block, map);
+    if (problem.leave_out_masked(n)) {
+      map.gather(grad, block.length, block.length * block.count, g);
+      found = gradients<true>(&problem, g, n, static_cast<float>(beta), centre, shift);
+    }
   }
   map.scatter_to(g, grad_values);
   if (grad_costs != nullptr) map.scatter_to(problem.u, grad_costs);
   for (int l = 0; l < kLanes; ++l) {
-    out.budget[map.row(l)] = static_cast<double>(r[l]);
-    out.beta[map.row(l)] = static_cast<double>(of_beta[l]);
+    out.budget[map.row(l)] = static_cast<double>(found.of_budget[l]);
+    out.beta[map.row(l)] = static_cast<double>(found.of_beta[l]);
   }
 }
 
@@ -277,18 +312,24 @@ inline I key_of(V u) {
 }
 inline V value_of(I key) { return (V)(key ^ ((key >> 31) & 0x7fffffff)); }
 
-LaneCut cut(const V* u, int n, V keep) {
+// Of `live` entries of each lane, those that are not -inf.
+LaneCut cut(const V* u, int n, V keep, V live) {
+  const V infinity = splat(static_cast<float>(INFINITY));
   V low = u[0], high = u[0];
   for (int j = 1; j < n; ++j) {
     low = smaller(u[j], low);
     high = larger(u[j], high);
   }
+  if (bits(low == -infinity) != 0) {
+    low = infinity;
+    for (int j = 0; j < n; ++j) low = choose(u[j] > -infinity, smaller(u[j], low), low);
+  }
   // More than `keep` entries lie above `below`, at most `keep` above `top`.
   I below = key_of(low) - 1, top = key_of(high);
   V count{}, t = high;
-  I open = keep < static_cast<float>(n);
-  t = choose(open, t, splat(-static_cast<float>(INFINITY)));  // everything
-  count = choose(open, count, splat(static_cast<float>(n)));
+  I open = keep < live;
+  t = choose(open, t, -infinity);  // everything
+  count = choose(open, count, live);
   for (int i = 0;; ++i) {
     I middle = (below & top) + ((below ^ top) >> 1);
     open &= (middle != below) & (count < keep);
@@ -333,8 +374,8 @@ void keep_by_rank(V* u, V keep) {
   for (int i = 0; i < N; ++i) u[i] = choose(ahead[i] < keep, splat(1.0f), V{});
 }
 
-void keep_by_counting(V* u, int n, V keep) {
-  const LaneCut found = cut(u, n, keep);
+void keep_by_counting(V* u, int n, V keep, V live) {
+  const LaneCut found = cut(u, n, keep, live);
   V left = found.ties;
   for (int j = 0; j < n; ++j) {
     const I tied = (u[j] == found.above) & (left > 0.0f);
@@ -343,8 +384,8 @@ void keep_by_counting(V* u, int n, V keep) {
   }
 }
 
-// 1 in place of what is kept, 0 of the rest.
-void keep_best(V* u, int n, V keep) {
+// 1 in place of what is kept, 0 of the rest; at most `live` of them, which are not -inf.
+void keep_best(V* u, int n, V keep, V live) {
   switch (n) {
     case 2:
       return keep_by_rank<2>(u, keep);
@@ -353,7 +394,7 @@ void keep_best(V* u, int n, V keep) {
     case 8:
       return keep_by_rank<8>(u, keep);
     default:
-      return keep_by_counting(u, n, keep);
+      return keep_by_counting(u, n, keep, live);
   }
 }
 
@@ -364,16 +405,27 @@ uint32_t hard(const RowBlock<S>& block, RowBudgets budgets, uint8_t* mask) {
   LaneProblem problem(block, map);
   V poison{}, keep;
   for (int j = 0; j < n; ++j) poison += problem.u[j] * 0.0f;
-  I fine = problem.fine & (poison == 0.0f);
   const double cost = static_cast<double>(static_cast<float>(block.cost));
   if (budgets.stride == 0) {
     keep = splat(affordable(budgets.first[0], cost, n));
   } else {
     for (int l = 0; l < kLanes; ++l) keep[l] = affordable(budgets.first[map.row(l) * budgets.stride], cost, n);
   }
-  fine &= keep >= 0.0f;
+  V live = splat(static_cast<float>(n));
+  I fine = poison == 0.0f;
+  if (bits(fine) != first_lanes(kLanes)) {
+    const V infinity = splat(static_cast<float>(INFINITY));
+    fine = ~I{};
+    live = V{};
+    for (int j = 0; j < n; ++j) {
+      fine &= problem.u[j] < infinity;  // false for NaN
+      live += choose(problem.u[j] > -infinity, splat(1.0f), V{});
+    }
+    fine &= (keep < live) | (live == static_cast<float>(n));  // the budget may exceed what `live` cost by a part of one
+  }
+  fine &= problem.fine & (keep >= 0.0f);
   for (int j = 0; j < n; ++j) problem.u[j] = choose(fine, problem.u[j], V{});
-  keep_best(problem.u, n, larger(keep, V{}));
+  keep_best(problem.u, n, larger(keep, V{}), live);
   map.scatter(
       problem.u, [&](int64_t at, V v) { store_truth(mask + at, v > 0.0f); },
       [&](int64_t at, V v, int count) {

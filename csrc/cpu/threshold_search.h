@@ -125,7 +125,9 @@ struct ThresholdSearch {
   SPARTAN_HD Step bisect() {
     const Threshold half = middle();
     const bool resolved = (half.at == low.at || half.at == high.at) && beta * high.minus(low) <= kFinestLogit;
-    if (resolved || !within(half)) {
+    // the first trial may have been elsewhere, where the bracket was not known yet
+    const bool tried = !resolved || beta * std::fabs(t.minus(half)) <= kFinestLogit;
+    if (tried && (resolved || !within(half))) {
       settle();
       return Step::done;
     }

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from spartan_kernels.arguments import clamp_budget, inspectable, require_beta, require_costs, require_finite
+from spartan_kernels.arguments import clamp_budget, inspectable, require_beta, require_costs, require_scores
 from spartan_kernels.operands import MaskedConvBackward, MaskedLinearBackward, PackedLinearBackward
 
 _aten = torch.ops.aten
@@ -138,12 +138,12 @@ def check_rows(
     """Raise for values [rows, n], budgets [rows], costs or beta that cannot be used, where the host may look."""
     if not inspectable(values):
         return
-    require_finite("values", values)
+    require_scores("values", values)
     if beta is not None:
         require_beta(beta)
     a = values.new_ones(()) if costs is None else costs
     require_costs(a)
-    clamp_budget(budget, a.expand_as(values).sum(-1, dtype=torch.float64))
+    clamp_budget(budget, unmasked_cost(values, a))
 
 
 def check_list(
@@ -155,11 +155,17 @@ def check_list(
     if beta is not None:
         require_beta(beta)
     for index, v in enumerate(values):
-        require_finite(f"values[{index}]", v)
+        require_scores(f"values[{index}]", v)
     for cost in costs:
         require_costs(cost)
-    each = [c.expand_as(v).sum(dtype=torch.float64) for v, c in zip(values, costs, strict=True)] if costs else []
-    clamp_budget(budget, torch.stack(each).sum() if each else float(sum(v.numel() for v in values)))
+    ones = [v.new_ones(()) for v in values]
+    each = [unmasked_cost(v.reshape(-1), c.reshape(-1)) for v, c in zip(values, costs or ones, strict=True)]
+    clamp_budget(budget, torch.stack(each).sum())
+
+
+def unmasked_cost(values: torch.Tensor, costs: torch.Tensor) -> torch.Tensor:
+    """Sum of the costs along the last dimension, float64, of the entries that are not masked by -inf."""
+    return torch.where(values == -torch.inf, 0.0, costs).sum(-1, dtype=torch.float64)
 
 
 def costs_of_row(costs: torch.Tensor | None, row: int) -> list[torch.Tensor]:

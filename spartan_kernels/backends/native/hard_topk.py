@@ -7,6 +7,8 @@ import torch
 from spartan_kernels.backends import extension
 from spartan_kernels.backends.native.lists import TensorList
 from spartan_kernels.backends.native.rows import Rows
+from spartan_kernels.backends.native.unmasked import Unmasked
+from spartan_kernels.backends.shared import costs_of_row
 from spartan_kernels.operands import HardTopk, HardTopkGlobal
 
 
@@ -14,14 +16,29 @@ def hard_topk_forward(o: HardTopk) -> torch.Tensor:
     """h for each row of values [rows, n]."""
     rows = Rows(o.values, o.costs)
     mask = torch.empty(o.values.shape, dtype=torch.bool)
-    extension.native.cpu.hard_topk_rows(
-        *rows.arguments, o.budget.data_ptr(), o.budget.stride(0), mask.data_ptr(), *rows.rest
-    )
+    try:
+        extension.native.cpu.hard_topk_rows(
+            *rows.arguments, o.budget.data_ptr(), o.budget.stride(0), mask.data_ptr(), *rows.rest
+        )
+    except extension.native.NotFinite:
+        if not rows.long:
+            raise
+        for i, row in enumerate(o.values):
+            listed = HardTopkGlobal([row], o.budget[i], costs_of_row(o.costs, i), absolute=False)
+            (mask[i],) = hard_topk_global_forward(listed)
     return mask
 
 
 def hard_topk_global_forward(o: HardTopkGlobal) -> list[torch.Tensor]:
     """h for a list that shares one budget."""
+    try:
+        return _hard_of_list(o)
+    except extension.native.NotFinite:
+        rest = Unmasked(o.values, o.costs)
+        return rest.whole(_hard_of_list(o._replace(values=rest.values, costs=rest.costs)))
+
+
+def _hard_of_list(o: HardTopkGlobal) -> list[torch.Tensor]:
     problem = TensorList(o.values, o.costs, o.group)
     hard = [torch.empty(v.shape, dtype=torch.bool) for v in problem.values]
     _table, first = problem.first(hard)

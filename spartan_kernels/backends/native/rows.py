@@ -10,6 +10,7 @@ __all__ = ["Rows"]
 
 
 _LONGEST_STORED = 131_072  # longer rows of 16-bit numbers are widened whole
+_LONG = 65_536  # rows longer than this may be solved as lists, of which the caller leaves masked entries out
 
 
 class Rows:
@@ -17,7 +18,7 @@ class Rows:
 
     def __init__(self, values: torch.Tensor, costs: torch.Tensor | None) -> None:
         rows, length = values.shape
-        self.dtype = values.dtype
+        self.dtype, self.long = values.dtype, length > _LONG
         if self.dtype not in extension.DTYPES or (values.element_size() == 2 and length > _LONGEST_STORED):
             self.dtype = torch.float32
         self.values = self.brought(values)

@@ -9,6 +9,8 @@ from spartan_kernels.backends import extension
 from spartan_kernels.backends.native.lists import TensorList
 from spartan_kernels.backends.native.masked_weight import block_scores
 from spartan_kernels.backends.native.rows import Rows
+from spartan_kernels.backends.native.unmasked import Unmasked
+from spartan_kernels.backends.shared import costs_of_row
 from spartan_kernels.blocks import score_list
 from spartan_kernels.operands import SoftTopk, SoftTopkBackward, SoftTopkGlobal, SoftTopkGlobalBackward, SolveMasks
 
@@ -19,15 +21,22 @@ def soft_topk_forward(o: SoftTopk) -> tuple[torch.Tensor, torch.Tensor]:
     rows = Rows(o.values, o.costs)
     mask = rows.empty()
     threshold = torch.empty((o.values.shape[0], 2), dtype=torch.float64)
-    extension.native.cpu.soft_topk_rows(
-        *rows.arguments,
-        o.budget.data_ptr(),
-        o.budget.stride(0),
-        float(o.beta),
-        mask.data_ptr(),
-        threshold.data_ptr(),
-        *rows.rest,
-    )
+    try:
+        extension.native.cpu.soft_topk_rows(
+            *rows.arguments,
+            o.budget.data_ptr(),
+            o.budget.stride(0),
+            float(o.beta),
+            mask.data_ptr(),
+            threshold.data_ptr(),
+            *rows.rest,
+        )
+    except extension.native.NotFinite:
+        if not rows.long:
+            raise
+        for i, row in enumerate(o.values):
+            listed = SoftTopkGlobal([row], o.budget[i], costs_of_row(o.costs, i), o.beta)
+            (mask[i],), threshold[i] = soft_topk_global_forward(listed)
     return mask.to(o.values.dtype), threshold
 
 
@@ -49,12 +58,29 @@ def soft_topk_backward(o: SoftTopkBackward) -> tuple[torch.Tensor, torch.Tensor,
         grad_beta.data_ptr(),
         *rows.rest,
     )
+    if rows.long and not bool(torch.isfinite(grad_beta).all()):
+        for i, row in enumerate(o.values):
+            found = soft_topk_global_backward(
+                SoftTopkGlobalBackward([g[i]], [row], t[i], costs_of_row(o.costs, i), o.beta, o.cost_grad)
+            )
+            grad_values[i], grad_budget[i], grad_beta[i] = found[0][0], found[2], found[3]
+            if grad_costs is not None:
+                grad_costs[i] = found[1][0]
     returned = o.values.new_empty(0) if grad_costs is None else grad_costs.to(o.values.dtype)
     return grad_values.to(o.values.dtype), returned, grad_budget, grad_beta
 
 
 def soft_topk_global_forward(o: SoftTopkGlobal) -> tuple[list[torch.Tensor], torch.Tensor]:
     """m for a list that shares one budget."""
+    try:
+        return _soft_of_list(o)
+    except extension.native.NotFinite:
+        rest = Unmasked(o.values, o.costs)
+        masks, threshold = _soft_of_list(o._replace(values=rest.values, costs=rest.costs))
+        return rest.whole(masks), threshold
+
+
+def _soft_of_list(o: SoftTopkGlobal) -> tuple[list[torch.Tensor], torch.Tensor]:
     problem = TensorList(o.values, o.costs, o.group)
     masks = problem.empty()
     threshold = torch.empty(2, dtype=torch.float64)
@@ -69,6 +95,19 @@ def soft_topk_global_backward(
     o: SoftTopkGlobalBackward,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """Gradients for values, costs (elementwise), budget and beta of a list that shares one budget."""
+    found = _gradient_of_list(o)
+    if bool(torch.isfinite(found[3])):
+        return found
+    rest = Unmasked(o.values, o.costs)  # a masked entry makes the gradient of beta infinite or NaN
+    of_values, of_costs, of_budget, of_beta = _gradient_of_list(
+        o._replace(grads=rest.parts(o.grads), values=rest.values, costs=rest.costs)
+    )
+    return rest.whole(of_values), rest.whole(of_costs) if o.cost_grad else [], of_budget, of_beta
+
+
+def _gradient_of_list(
+    o: SoftTopkGlobalBackward,
+) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor]:
     problem = TensorList(o.values, o.costs, o.group)
     g = [grad.detach().to(problem.dtype).contiguous() for grad in o.grads]
     grad_values, grad_costs = problem.empty(), problem.empty() if o.cost_grad else []
@@ -83,9 +122,21 @@ def soft_topk_global_backward(
 def solve_masks_(o: SolveMasks) -> None:
     """Soft and hard mask of a training step, in place."""
     values, absolute = score_list(o, block_scores)
-    problem = TensorList(values, o.costs, o.group)
+    o = o._replace(values=values, absolute=absolute)
+    try:
+        _masks_of_list(o)
+    except extension.native.NotFinite:
+        rest = Unmasked(o.values, o.costs)
+        soft, hard = rest.parts(o.soft), rest.parts(o.hard)
+        _masks_of_list(o._replace(values=rest.values, costs=rest.costs, soft=soft, hard=hard))
+        for mask, found in zip([*o.soft, *o.hard], [*rest.whole(soft), *rest.whole(hard)], strict=True):
+            mask.copy_(found)
+
+
+def _masks_of_list(o: SolveMasks) -> None:
+    problem = TensorList(o.values, o.costs, o.group)
     threshold = torch.empty(2, dtype=torch.float64)
     _table, first = problem.first(o.soft, o.hard)
     extension.native.cpu.soft_topk_global(
-        *first, float(o.budget), float(o.beta), absolute, o.state.data_ptr(), threshold.data_ptr(), *problem.rest()
+        *first, float(o.budget), float(o.beta), o.absolute, o.state.data_ptr(), threshold.data_ptr(), *problem.rest()
     )

@@ -14,13 +14,15 @@ _DIGIT_BITS = 8
 def select(ratio: torch.Tensor, costs: torch.Tensor, budget: torch.Tensor, group: str = "") -> torch.Tensor:
     """The longest prefix of each row, in descending `ratio`, whose costs sum to at most its budget; bool [rows, n].
 
-    Ties go to the lowest index; over ranks to the lowest rank, then to the lowest index there.
+    Ties go to the lowest index; over ranks to the lowest rank, then to the lowest index there. -inf is never selected.
     """
+    unmasked = ratio != -torch.inf
     if group:
-        return _select_over_ranks(ratio[0], costs.expand_as(ratio)[0].to(torch.float64), budget[0], group)[None]
+        kept = _select_over_ranks(ratio[0], costs.expand_as(ratio)[0].to(torch.float64), budget[0], group)
+        return kept[None] & unmasked
     order = ratio.sort(dim=-1, descending=True, stable=True).indices
     spent = costs.expand_as(ratio).gather(-1, order).to(torch.float64).cumsum(-1)
-    return torch.zeros_like(ratio, dtype=torch.bool).scatter(-1, order, spent <= budget[:, None])
+    return torch.zeros_like(ratio, dtype=torch.bool).scatter(-1, order, spent <= budget[:, None]) & unmasked
 
 
 def _select_over_ranks(ratio: torch.Tensor, costs: torch.Tensor, budget: torch.Tensor, group: str) -> torch.Tensor:

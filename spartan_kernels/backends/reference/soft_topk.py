@@ -5,6 +5,7 @@
 The unknown is the threshold t = c - d / beta. The centre c is t rounded to the values' dtype, so u - c loses nothing
 near the threshold however large beta is; d carries the rest. The search keeps t in two parts for the same reason: by
 entries of 1e13 one float64 has no digits left for the fraction of 1 / beta that decides how much of them is kept.
+An entry of -inf is masked: it takes part as one of value and cost 0, and its mask is 0.
 """
 
 from __future__ import annotations
@@ -92,8 +93,10 @@ def solve(
     u: torch.Tensor, a: torch.Tensor, hard: torch.Tensor, known: Survey, beta: torch.Tensor, group: str
 ) -> torch.Tensor:
     """(c, d) of each row, float64 [rows, 2], for u = v / a [rows, n], costs a broadcastable to it and the hard mask."""
-    a = a.expand_as(u)
+    masked = u == -torch.inf
+    u, a = u.masked_fill(masked, 0.0), torch.where(masked, 0.0, a)
     target = torch.log(known.budget) - torch.log(known.total - known.budget)
+    target = torch.where((known.total == 0) & (known.budget == 0), -torch.inf, target)  # everything is masked
     centre = torch.zeros_like(target)
     bounds = known.lowest, known.highest
     if float(beta) < SMALLEST_BETA or bool((known.lowest > known.highest).all()):  # flat, or nothing on any rank
@@ -130,7 +133,7 @@ def solve(
         if bool(done.all()):
             break
     centre, shift = _position(u, t, beta, bounds)
-    return torch.stack([centre, torch.where(interior, shift, target)], -1)
+    return torch.stack([torch.where(interior, centre, 0.0), torch.where(interior, shift, target)], -1)
 
 
 def _halley(sums: torch.Tensor, target: torch.Tensor, beta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,7 +159,8 @@ def _start(u: torch.Tensor, hard: torch.Tensor, known: Survey, group: str) -> to
 
 
 def _mask(u: torch.Tensor, threshold: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-    return torch.sigmoid(_logits(u, threshold[:, 0], threshold[:, 1], beta))
+    poison = torch.where(threshold[:, 1:].isnan(), torch.nan, 0.0).to(u.dtype)
+    return torch.where(u == -torch.inf, poison, torch.sigmoid(_logits(u, threshold[:, 0], threshold[:, 1], beta)))
 
 
 def soft_topk_forward(o: SoftTopk, group: str = "") -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,9 +180,10 @@ def soft_topk_backward(
     da = -(g - a r) s beta v / a^2 - r m,  dbeta = sum (g - a r) s v / a.
     """
     u, a = ratio(o.values, o.costs)
-    g = o.grad.to(u.dtype)
+    masked = u == -torch.inf
+    u, g = u.masked_fill(masked, 0.0), o.grad.to(u.dtype).masked_fill(masked, 0.0)
     x = _logits(u, o.threshold[:, 0], o.threshold[:, 1], o.beta)
-    m = torch.sigmoid(x)
+    m = torch.sigmoid(x).masked_fill(masked, 0.0)
     s = m * torch.sigmoid(-x)
     wide = torch.float64
     sums = torch.stack([(g * s).sum(-1, dtype=wide), (a * s).sum(-1, dtype=wide)])

@@ -6,12 +6,15 @@ from typing import NamedTuple
 
 import torch
 
-from spartan_kernels.arguments import clamp_budget, inspectable, require_beta, require_costs, require_finite
+from spartan_kernels.arguments import clamp_budget, inspectable, require_beta, require_costs, require_scores
 from spartan_kernels.groups import gather, raise_together, refusal, require_shared, total
 
 
 class Survey(NamedTuple):
-    """For each row, over all ranks: u = v / a lies in [lowest, highest]; budget is limited to the sum of the costs."""
+    """For each row, over all ranks, of the entries that are not masked by -inf: u = v / a lies in [lowest, highest].
+
+    `total` is the sum of their costs, to which `budget` is limited; a larger one is NaN.
+    """
 
     lowest: torch.Tensor
     highest: torch.Tensor
@@ -20,8 +23,8 @@ class Survey(NamedTuple):
 
     @property
     def allowance(self) -> torch.Tensor:
-        """The budget of a selection: no limit where it is all, however a sum in another order is rounded."""
-        return torch.where(self.budget >= self.total, torch.inf, self.budget)
+        """The budget of a selection: no limit where it is all or more, however a sum in another order is rounded."""
+        return torch.where(self.budget < self.total, self.budget, torch.inf)
 
 
 def ratio(values: torch.Tensor, costs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,7 +49,7 @@ def survey(
     """
 
     def check() -> None:
-        require_finite("values", values)
+        require_scores("values", values)
         if costs is not None:
             require_costs(costs)
         if beta is not None:
@@ -55,14 +58,16 @@ def survey(
     refused = refusal(check)
     wide = torch.float64
     a = torch.ones((), dtype=u.dtype, device=u.device) if costs is None else costs.to(u.dtype)
+    a = a.expand_as(u)
+    unmasked = u != -torch.inf
     infinite = torch.full_like(budget, torch.inf)  # the edges of an empty part
     facts = torch.stack(
         [
             budget.new_full(budget.shape, float(bool(refused))),
             budget,
             torch.zeros_like(budget) if beta is None else beta.to(wide).expand_as(budget),
-            a.expand_as(u).sum(-1, dtype=wide),
-            u.amin(-1).to(wide) if u.shape[1] else infinite,
+            torch.where(unmasked, a, 0.0).sum(-1, dtype=wide),
+            torch.where(unmasked, u, torch.inf).amin(-1).to(wide) if u.shape[1] else infinite,
             u.amax(-1).to(wide) if u.shape[1] else -infinite,
         ]
     )

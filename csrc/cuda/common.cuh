@@ -103,6 +103,9 @@ inline unsigned blocks_for(int64_t items, int64_t per_block, int64_t limit = 0x7
   return static_cast<unsigned>(std::clamp<int64_t>((items + per_block - 1) / per_block, 1, limit));
 }
 
+// An entry of -inf is as if it were not there: its mask is 0, and it costs nothing of the budget.
+__device__ inline bool masked(float u) { return u == -INFINITY; }
+
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline float to_float(__half x) { return __half2float(x); }

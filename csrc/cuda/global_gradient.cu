@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) gradient_sums_kernel(P
         const auto g = list.load(static_cast<const T*>(list.extra[0]), x.first, x.live);
 #pragma unroll
         for (int j = 0; j < Lanes<T>::kCount; ++j) {
-          if (j < x.live) sums.add(p, x.u[j], x.a[j], to_float(g.lane[j]));
+          if (j < x.live && !masked(x.u[j])) sums.add(p, x.u[j], x.a[j], to_float(g.lane[j]));
         }
       },
       [&] { sums.flush(); });
@@ -46,9 +46,9 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) gradient_kernel(Plan p
 #pragma unroll
         for (int j = 0; j < Lanes<T>::kCount; ++j) {
           const Sigmoid sig(logit_at(p, x.u[j]));
-          const float out = p.beta * sig.slope() * (to_float(g.lane[j]) / x.a[j] - r);
+          const float pull = p.beta * sig.slope() * (to_float(g.lane[j]) / x.a[j] - r), out = masked(x.u[j]) ? 0.0f : pull;
           of_values.lane[j] = from_float<T>(out);
-          of_costs.lane[j] = from_float<T>(-out * x.u[j] - r * sig.m);
+          of_costs.lane[j] = from_float<T>(masked(x.u[j]) ? 0.0f : -out * x.u[j] - r * sig.m);
         }
         list.store(static_cast<T*>(list.extra[1]), x, of_values);
         if (list.extra[2] != nullptr) list.store(static_cast<T*>(list.extra[2]), x, of_costs);

@@ -19,7 +19,8 @@ struct Solve {
   Selection cut;
   double total, cheapest, dearest, poison;  // of the costs
   double window;                            // half the width of the range looked at first
-  bool searching, pending, again;
+  double masked;                            // cost of the entries of -inf, which the first pass finds
+  bool soft, searching, pending, again;
   int rounds;                               // of counting
   unsigned candidates;
   unsigned ticket;

@@ -34,12 +34,12 @@ class Sample {
       const Entries<T> entries(plan, *part);
       a_[j] = entries.cost(at - part->first_index);
       u_[j] = entries.ratio_at(at - part->first_index, a_[j]);
-      live_ |= 1u << j;
+      live_ |= masked(u_[j]) ? 0u : 1u << j;
     }
   }
   __device__ float cost(int64_t j) const { return a_[j]; }
   template <class F, class Flush>
-  __device__ void walk(F f, Flush flush) const {
+  __device__ void walk_unmasked(F f, Flush flush) const {
 #pragma unroll
     for (int j = 0; j < kSampleEach; ++j) {
       if (live_ >> j & 1u) f(j, u_[j]);
@@ -54,7 +54,7 @@ class Sample {
     for (int bit = 31; bit >= 32 - kSampleKeyBits; --bit) {
       const uint32_t one = 1u << bit;
       double spent[2] = {0.0, 0.0};
-      walk(
+      walk_unmasked(
           [&](int64_t j, float u) {
             const uint32_t key = key_of(u);
             spent[0] += key >= (above | one) ? static_cast<double>(cost_of(j)) : 0.0;
@@ -85,15 +85,16 @@ struct Start {
 template <class T>
 __device__ inline Start start_cold(const Plan& plan, bool soft, double beta, double budget, double total, bool hard) {
   const Sample<T> sample(plan);
-  double sums[6];
+  ExtentOfRow sums;
   extent_of<kSampleThreads>(sample, sums);
-  const double share = budget / total, count = static_cast<double>(plan.length < kSample ? plan.length : kSample);
+  const double share = budget / total, count = sums[4];
   Start start;
+  if (count == 0.0) return start;
   if (soft) {
     ThresholdSearch estimate(share * sums[0], sums[0], beta);
-    search_row<kSampleThreads>(sample, static_cast<int64_t>(count), sums, kSampleStep, &estimate);
+    search_row<kSampleThreads>(sample, sums, kSampleStep, &estimate);
     start.t = estimate.t.at;
-    start.low = -sums[4], start.high = sums[5];
+    start.low = -sums[5], start.high = sums[6];
   }
   if (!hard) return start;
   sample.range(share, count, sums[0], &start.first, &start.last);
@@ -117,11 +118,12 @@ __global__ void __launch_bounds__(kSampleThreads, 1) start_kernel(Plan plan, Req
   Solve* solve = w.solve;
   const double total = request.priced ? solve->total : static_cast<double>(plan.length);
   const double cheapest = request.priced ? solve->cheapest : 1.0, dearest = request.priced ? solve->dearest : 1.0;
-  const double beta = *request.beta, budget = usable_budget(*request.budget, total, beta, solve->poison);
+  const double beta = *request.beta, asked = *request.budget;
+  const double budget = usable_budget(asked, total, beta, solve->poison);
   bool searching, counting;
   {  // written now, moved later: the sample's search needs the registers
     const ThresholdSearch search(budget, total, beta);
-    Selection cut(budget, total, cheapest, dearest);
+    Selection cut(usable_budget(asked > total ? total : asked, total, beta, solve->poison), total, cheapest, dearest);
     if (!request.hard) cut.stage = Stage::closed;
     searching = request.soft && !search.constant(), counting = cut.stage == Stage::range;
     if (threadIdx.x == 0) solve->search = search, solve->cut = cut;
@@ -135,6 +137,7 @@ __global__ void __launch_bounds__(kSampleThreads, 1) start_kernel(Plan plan, Req
   solve->cut.look_within(start.first, start.last);
   solve->trials = Trials{};
   solve->window = start.window;
+  solve->soft = request.soft;
   solve->searching = searching;
   solve->pending = searching || counting;
 }

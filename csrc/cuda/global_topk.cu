@@ -56,10 +56,11 @@ __global__ void __launch_bounds__(kThreads, 1) costs_kernel(Plan plan, Workspace
 // ---- Survey.
 
 // After a pass, by one thread: the data's range is known, the search moves, and what is not finite ends it all.
-__device__ __noinline__ void learn(const double (&sums)[5], const Moments& moments, double enough, Solve* solve,
+// Entries that turn out to be masked leave the others' costs as the total: the search begins once more.
+__device__ __noinline__ void learn(const double (&sums)[6], const Moments& moments, double enough, Solve* solve,
                                   Counts* counts) {
   ThresholdSearch& search = solve->search;
-  const double lowest = -sums[3], highest = sums[4];
+  const double lowest = -sums[4], highest = sums[5];
   counts->passes += 1;
   counts->trials += solve->again;
   if (sums[0] != sums[0]) {
@@ -68,6 +69,15 @@ __device__ __noinline__ void learn(const double (&sums)[5], const Moments& momen
     solve->cut.everything = false;
     solve->cut.stage = Stage::closed;
     solve->searching = false;
+  } else if (solve->masked == 0.0 && sums[3] > 0.0) {
+    solve->masked = sums[3];
+    const double total = fmax(search.total - sums[3], 0.0);
+    const double budget = search.sign > 0.0 ? search.quota : search.total - search.quota;
+    ThresholdSearch unmasked(usable_budget(budget, total, search.beta, 0.0), total, search.beta);
+    unmasked.t = search.t;
+    if (lowest <= highest) unmasked.centre_from(lowest, highest);
+    search = unmasked;
+    solve->searching = solve->soft && !search.constant();
   } else if (solve->searching) {
     search.tighten(lowest, highest);
     solve->searching = !solve->trials.take(moments, enough, &search);
@@ -84,6 +94,7 @@ __device__ void one_pass(const Plan& plan, const Workspace& w, double enough, Bi
   Histogram histogram(cut);
   MomentSums moments;
   float low = INFINITY, high = -INFINITY;
+  double cost_of_masked = 0.0;
   histogram.clear(bins);
   walk<T>(
       plan, w.counts->passes,
@@ -91,6 +102,10 @@ __device__ void one_pass(const Plan& plan, const Workspace& w, double enough, Bi
 #pragma unroll
         for (int j = 0; j < Lanes<T>::kCount; ++j) {
           if (j >= x.live) continue;
+          if (masked(x.u[j])) {
+            cost_of_masked += static_cast<double>(x.a[j]);
+            continue;
+          }
           low = x.u[j] < low ? x.u[j] : low;
           high = x.u[j] > high ? x.u[j] : high;
           moments.mass += x.u[j] * 0.0f;  // NaN for what is not finite
@@ -102,8 +117,8 @@ __device__ void one_pass(const Plan& plan, const Workspace& w, double enough, Bi
   Units* counts = w.histogram();
   histogram.hand_over(bins, counts);
   const auto& m = moments.total;
-  double sums[5] = {m[0], m[1], m[2], -static_cast<double>(low), static_cast<double>(high)};
-  if (!grid_reduce(sums, SumsThenMaxima<3>{}, w.partials, &solve->ticket)) return;
+  double sums[6] = {m[0], m[1], m[2], cost_of_masked, -static_cast<double>(low), static_cast<double>(high)};
+  if (!grid_reduce(sums, SumsThenMaxima<4>{}, w.partials, &solve->ticket)) return;
   if (histogram.wanted) narrow(counts, &solve->cut);
   if (threadIdx.x != 0) return;
   solve->rounds += histogram.wanted;
@@ -264,6 +279,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) write_kernel(Plan plan
   Solve* solve = w.solve;
   const Selection cut = solve->cut;
   const Logit<float> p = solve->search.logit<float>();
+  const float of_masked = mask_of_masked(solve->search);
   const bool smaller = p.sign > 0.0f, collecting = cut.stage == Stage::candidates;
   float some = 0.0f;
   double mass[1] = {0.0};
@@ -276,8 +292,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) write_kernel(Plan plan
 #pragma unroll
           for (int j = 0; j < kCount; ++j) {
             const Sigmoid side(logit_at(p, x.u[j]));
-            soft.lane[j] = from_float<T>(side.m);
-            some += x.a[j] * (smaller ? side.m : side.complement);
+            soft.lane[j] = from_float<T>(masked(x.u[j]) ? of_masked : side.m);
+            some += masked(x.u[j]) ? 0.0f : x.a[j] * (smaller ? side.m : side.complement);
           }
           list.store(static_cast<T*>(list.extra[0]), x, soft);
         }
@@ -287,8 +303,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) write_kernel(Plan plan
           for (int j = 0; j < kCount; ++j) {
             const uint32_t key = key_of(x.u[j]);
             const int64_t index = list.first_index + x.first + j;
-            hard.lane[j] = cut.keeps(key, index);
-            if (!collecting || j >= x.live || !cut.within(key)) continue;
+            hard.lane[j] = !masked(x.u[j]) && cut.keeps(key, index);
+            if (!collecting || j >= x.live || masked(x.u[j]) || !cut.within(key)) continue;
             const unsigned place = atomicAdd(&solve->candidates, 1u);
             if (place < kCandidates) w.candidates[place] = {Candidate::rank_of(cut, key, index), cut.cost(x.a[j])};
           }
@@ -306,12 +322,14 @@ __global__ void __launch_bounds__(kThreads, 2) again_kernel(Plan plan, Request r
   const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
   settle<T>(plan, w, &bins, grid);
   const Logit<float> p = w.solve->search.logit<float>();
+  const float of_masked = mask_of_masked(w.solve->search);
   walk<T>(
       plan, w.counts->passes,
       [&](const Entries<T>& list, const Lanes<T>& x) {
         Pack<T, Lanes<T>::kCount> soft;
 #pragma unroll
-        for (int j = 0; j < Lanes<T>::kCount; ++j) soft.lane[j] = from_float<T>(Sigmoid(logit_at(p, x.u[j])).m);
+        for (int j = 0; j < Lanes<T>::kCount; ++j)
+          soft.lane[j] = from_float<T>(masked(x.u[j]) ? of_masked : Sigmoid(logit_at(p, x.u[j])).m);
         list.store(static_cast<T*>(list.extra[0]), x, soft);
       },
       [] {});

@@ -33,11 +33,13 @@ __device__ uint64_t lowest_kept(const R& row, const Order& order, double budget)
   for (int bit = bits; bit >= 0 && !(counted && spent_over - spent_fits <= 1.0); --bit) {
     const uint64_t trial = bit == bits ? 0 : over | uint64_t(1) << bit;
     double spent[2] = {0.0, 0.0};
-    row.walk([&](int64_t i, float u) {
-      const float a = row.cost(i);
-      spent[0] += order.rank(i, u) >= trial ? (counted ? 1.0 : static_cast<double>(a)) : 0.0;
-      poison += u * 0.0f + (a > 0.0f ? a * 0.0f : NAN);
-    });
+    row.walk_unmasked(
+        [&](int64_t i, float u) {
+          const float a = row.cost(i);
+          spent[0] += order.rank(i, u) >= trial ? (counted ? 1.0 : static_cast<double>(a)) : 0.0;
+          poison += u * 0.0f + (a > 0.0f ? a * 0.0f : NAN);
+        },
+        [] {});
     spent[1] = poison;
     group_sums<kGroup>(spent);
     if (!(budget >= 0.0) || spent[1] != spent[1]) return ~uint64_t(0);  // nothing is kept
@@ -57,7 +59,7 @@ __global__ void __launch_bounds__(block_threads(kGroup), 512 / block_threads(kGr
   for (int64_t r = first_row<kGroup>(); r < rows.rows; r += row_stride<kGroup>()) {
     const Row<T, kGroup, kItems> row(rows, r);
     const uint64_t kept = lowest_kept<kGroup>(row, order, budget[r]);
-    row.walk([&](int64_t i, float u) { mask[r * rows.length + i] = order.rank(i, u) >= kept; });
+    row.walk([&](int64_t i, float u) { mask[r * rows.length + i] = !masked(u) && order.rank(i, u) >= kept; });
   }
 }
 

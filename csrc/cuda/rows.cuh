@@ -62,6 +62,15 @@ class Row {
   __device__ void walk(F f) const {
     walk(f, [] {});
   }
+  // The same on the entries that are not masked.
+  template <class F, class Flush>
+  __device__ void walk_unmasked(F f, Flush flush) const {
+    walk(
+        [&](int64_t i, float u) {
+          if (!masked(u)) f(i, u);
+        },
+        flush);
+  }
 
  private:
   using Index = std::conditional_t<kItems == kInMemory, int64_t, int>;

@@ -96,25 +96,27 @@ struct GradientSums {
 // What the root search must know before it starts. Entries that are not finite, or costs that are not positive, make
 // `poison` NaN.
 struct ExtentSums {
-  float low = INFINITY, high = -INFINITY, cost = 0.0f, ratio = 0.0f, square = 0.0f, poison = 0.0f;
-  double total[4] = {0.0, 0.0, 0.0, 0.0};
+  float low = INFINITY, high = -INFINITY, cost = 0.0f, ratio = 0.0f, square = 0.0f, poison = 0.0f, count = 0.0f;
+  double total[5] = {0.0, 0.0, 0.0, 0.0, 0.0};
 
   __device__ void add(float u, float a) {
     low = u < low ? u : low;
     high = u > high ? u : high;
     poison += u * 0.0f + (a > 0.0f ? a * 0.0f : NAN);
-    cost += a, ratio += u, square += u * u;
+    cost += a, ratio += u, square += u * u, count += 1.0f;
   }
   __device__ void flush() {
-    total[0] += cost, total[1] += ratio, total[2] += square, total[3] += poison;
-    cost = ratio = square = poison = 0.0f;
+    total[0] += cost, total[1] += ratio, total[2] += square, total[3] += poison, total[4] += count;
+    cost = ratio = square = poison = count = 0.0f;
   }
 };
 
-// The budget within [0, total], as far as it is a number; arguments that no solve can use come out as NaN.
+// The budget within [0, total]; arguments that no solve can use come out as NaN, as a budget above what is not masked does.
 __device__ inline double usable_budget(double budget, double total, double beta, double poison) {
   if (!(beta >= 0.0 && beta < INFINITY) || poison != poison) return NAN;
+  constexpr double kSlack = 1e-6;      // the rounding of a float32 sum of costs
   constexpr double kRounding = 1e-12;  // of a float64 sum in another order
+  if (budget > total * (1.0 + kSlack)) return NAN;
   return budget < 0.0 ? 0.0 : budget >= total * (1.0 - kRounding) ? total : budget;
 }
 
@@ -126,6 +128,9 @@ __device__ inline void start_from(double n, double ratio, double square, double 
   search->t = mean - search->sign * search->target * scale;
   search->bracket(low, high);
 }
+
+// 0; NaN where there is no solution: of a row all of which is masked nothing else tells.
+__device__ inline float mask_of_masked(const ThresholdSearch& search) { return search.quota == search.quota ? 0.0f : NAN; }
 
 // (centre, shift) of the solution, as kept for the backward pass.
 __device__ inline void save_threshold(const ThresholdSearch& search, double* threshold) {

@@ -6,11 +6,11 @@ namespace spartan::cuda {
 namespace {
 
 template <int kGroup, class R>
-__device__ ThresholdSearch solve(const R& row, int64_t length, double budget, double beta) {
-  double sums[6];
+__device__ ThresholdSearch solve(const R& row, double budget, double beta) {
+  ExtentOfRow sums;
   extent_of<kGroup>(row, sums);
   ThresholdSearch search(usable_budget(budget, sums[0], beta, sums[3]), sums[0], beta);
-  if (!search.constant()) search_row<kGroup>(row, length, sums, 0.0, &search);  // constant also where the budget is NaN
+  if (!search.constant()) search_row<kGroup>(row, sums, 0.0, &search);  // constant also where the budget is NaN
   return search;
 }
 
@@ -19,9 +19,12 @@ __global__ void __launch_bounds__(block_threads(kGroup), 512 / block_threads(kGr
     soft_topk_forward_kernel(Rows rows, const double* budget, const double* beta, T* mask, double* threshold) {
   for (int64_t r = first_row<kGroup>(); r < rows.rows; r += row_stride<kGroup>()) {
     const Row<T, kGroup, kItems> row(rows, r);
-    const ThresholdSearch search = solve<kGroup>(row, rows.length, budget[r], *beta);
+    const ThresholdSearch search = solve<kGroup>(row, budget[r], *beta);
     const Logit<float> p = search.logit<float>();
-    row.walk([&](int64_t i, float u) { mask[r * rows.length + i] = from_float<T>(Sigmoid(logit_at(p, u)).m); });
+    const float of_masked = mask_of_masked(search);
+    row.walk([&](int64_t i, float u) {
+      mask[r * rows.length + i] = from_float<T>(masked(u) ? of_masked : Sigmoid(logit_at(p, u)).m);
+    });
     if (row.leader()) save_threshold(search, threshold + 2 * r);
   }
 }
@@ -43,14 +46,15 @@ __global__ void __launch_bounds__(block_threads(kGroup), 512 / block_threads(kGr
     const Logit<float> p{beta, static_cast<float>(saved[0]), static_cast<float>(saved[1]), 1.0f};
     const T* g = grad + r * rows.length;
     GradientSums sums;
-    row.walk([&](int64_t i, float u) { sums.add(p, u, row.cost(i), to_float(g[i])); }, [&] { sums.flush(); });
+    row.walk_unmasked([&](int64_t i, float u) { sums.add(p, u, row.cost(i), to_float(g[i])); }, [&] { sums.flush(); });
     group_sums<kGroup>(sums.total);
     const float ratio = static_cast<float>(sums.ratio());
     row.walk([&](int64_t i, float u) {
       const Sigmoid sig(logit_at(p, u));
-      const float out = beta * sig.slope() * (to_float(g[i]) / row.cost(i) - ratio);
+      const float pull = beta * sig.slope() * (to_float(g[i]) / row.cost(i) - ratio), out = masked(u) ? 0.0f : pull;
       grad_values[r * rows.length + i] = from_float<T>(out);
-      if (grad_costs != nullptr) grad_costs[r * rows.length + i] = from_float<T>(-out * u - ratio * sig.m);
+      if (grad_costs == nullptr) return;
+      grad_costs[r * rows.length + i] = from_float<T>(masked(u) ? 0.0f : -out * u - ratio * sig.m);
     });
     if (row.leader()) {
       scalars.of_budget[r] = sums.ratio();

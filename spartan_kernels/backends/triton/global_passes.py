@@ -53,7 +53,9 @@ REWRITE = tl.constexpr(12)  # trials of the search after the masks were written 
 LOWEST = tl.constexpr(13)
 HIGHEST = tl.constexpr(14)
 READS = tl.constexpr(15)  # surveys that read the values, the second write and its search
-CONTROL = tl.constexpr(16)
+REST = tl.constexpr(16)  # the threshold is T + REST: what float64 has no digits left for
+LIVE = tl.constexpr(17)  # cost of what is not masked by -inf, if the first survey finds less than all; else 0
+CONTROL = tl.constexpr(18)
 # ... and in int64, the search for the key at which the budget runs out, from LO to LAST in BINS bins of 2^SHIFT keys.
 LO = tl.constexpr(0)
 SHIFT = tl.constexpr(1)
@@ -66,7 +68,7 @@ EVERYTHING = tl.constexpr(7)
 COLLECTED = tl.constexpr(8)  # the candidates are all of the entries in the range
 HISTOGRAM = tl.constexpr(16)
 BINS = tl.constexpr(2048)
-MOMENTS = tl.constexpr(5)  # mass, slope, curvature, lowest, highest
+MOMENTS = tl.constexpr(6)  # mass, slope, curvature, lowest, highest, cost of what is not masked
 
 
 @triton.jit
@@ -185,6 +187,7 @@ def _survey_kernel(
     weight, bend = mass, mass
     lowest = tl.full((LANES,), float("inf"), tl.float32)
     highest = -lowest
+    cost_of_live = mass
     above = tl.zeros((LANES,), tl.int64 if HAS_COSTS else tl.int32)  # counts by thread
     found = lo.to(tl.int32) * 0
     if soft_open or selecting:
@@ -192,9 +195,11 @@ def _survey_kernel(
         row = locate(table_ptr, n_tensors, begin, FIRST_CHUNK)
         for chunk in range(begin, end):
             row, row_ptr, start, live, whole = chunk_at(table_ptr, n_tensors, row, chunk, CHUNK)
-            u, a = load_ratio(row_ptr, start, live, whole, DTYPE, HAS_COSTS, ABSOLUTE, ALIGNED, CHUNK)
+            u, a, live = load_ratio(row_ptr, start, live, whole, DTYPE, HAS_COSTS, ABSOLUTE, ALIGNED, CHUNK)
             if SOFT:
                 if soft_open:
+                    if not ABSOLUTE:
+                        cost_of_live += lane_sum(tl.where(live, a, 0.0), LANES, VECTOR, tl.float64)
                     m0, m1, m2 = chunk_moments(u, a, live, centre, slope, shift, LANES, VECTOR)
                     mass += m0
                     weight += m1
@@ -227,6 +232,7 @@ def _survey_kernel(
         tl.store(own + 2, tl.sum(bend, 0))
         tl.store(own + 3, tl.min(lowest, 0).to(tl.float64))
         tl.store(own + 4, tl.max(highest, 0).to(tl.float64))
+        tl.store(own + 5, INFINITY if ABSOLUTE else tl.sum(cost_of_live, 0))
     if HARD:
         if selecting:
             tl.store(tally_ptr + program, found.to(tl.int64))
@@ -262,7 +268,7 @@ def _ties_kernel(
             row = locate(table_ptr, n_tensors, begin, FIRST_CHUNK)
             for chunk in range(begin, end):
                 row, row_ptr, start, live, whole = chunk_at(table_ptr, n_tensors, row, chunk, CHUNK)
-                u, a = load_ratio(row_ptr, start, live, whole, DTYPE, HAS_COSTS, ABSOLUTE, ALIGNED, CHUNK)
+                u, a, live = load_ratio(row_ptr, start, live, whole, DTYPE, HAS_COSTS, ABSOLUTE, ALIGNED, CHUNK)
                 cost = fixed_point(a, live & (u == cut), scale, HAS_COSTS)
                 tied += lane_sum(cost, LANES, VECTOR, tl.int64)
         tl.store(tally_ptr + tl.num_programs(0) + program, tl.sum(tied, 0))
@@ -282,7 +288,9 @@ def _write_kernel(
     constant = tl.load(solve_ptr + QUOTA) * beta <= 0.0
     centre, shift = logit_at(tl.load(solve_ptr + T), beta, tl.load(solve_ptr + LOWEST), tl.load(solve_ptr + HIGHEST))
     centre = tl.where(constant, 0.0, centre)
-    shift = (tl.where(constant, sign * target, shift) + tl.load(solve_ptr + POISON)).to(tl.float32)
+    shift -= beta * tl.load(solve_ptr + REST)
+    poison = tl.load(solve_ptr + POISON).to(tl.float32)
+    shift = tl.where(constant, sign * target, shift).to(tl.float32) + poison
     slope = tl.where(constant, 0.0, beta.to(tl.float32))
     cut, room = value_of_key(tl.load(select_ptr + LO).to(tl.uint32)), tl.load(select_ptr + ROOM)
     cut = tl.where(tl.load(select_ptr + EVERYTHING) != 0, -INFINITY, cut)
@@ -298,15 +306,17 @@ def _write_kernel(
         for step in range(begin, end):
             chunk = begin + end - 1 - step
             row, row_ptr, start, live, whole = chunk_at(table_ptr, n_tensors, row, chunk, CHUNK)
-            u, a = load_ratio(row_ptr, start, live, whole, DTYPE, HAS_COSTS, ABSOLUTE, ALIGNED, CHUNK)
+            u, a, kept = load_ratio(row_ptr, start, live, whole, DTYPE, HAS_COSTS, ABSOLUTE, ALIGNED, CHUNK)
             if SOFT:
                 m, rest = logistic(slope * (u - centre) + shift)
+                if not ABSOLUTE:
+                    m, rest = tl.where(kept, m, poison), tl.where(kept, rest, 0.0)
                 store_chunk(pointer_at(row_ptr + OUTPUT, DTYPE, ALIGNED), start, live, whole, m.to(DTYPE), CHUNK)
                 mass += lane_sum(tl.where(live, a * tl.where(sign > 0, m, rest), 0.0), LANES, VECTOR, tl.float64)
             if HARD and AGAIN == 0:
                 keep = u > cut
                 if room > 0:
-                    cost = fixed_point(a, live & (u == cut), scale, HAS_COSTS)
+                    cost = fixed_point(a, kept & (u == cut), scale, HAS_COSTS)
                     here = tl.sum(cost, 0).to(tl.int64)
                     before -= here
                     if before + here <= room:
@@ -334,14 +344,15 @@ def _gradient_sums_kernel(
     row = locate(table_ptr, n_tensors, begin, FIRST_CHUNK)
     for chunk in range(begin, end):
         row, row_ptr, start, live, whole = chunk_at(table_ptr, n_tensors, row, chunk, CHUNK)
-        u, a = load_ratio(row_ptr, start, live, whole, DTYPE, HAS_COSTS, False, ALIGNED, CHUNK)
+        u, a, kept = load_ratio(row_ptr, start, live, whole, DTYPE, HAS_COSTS, False, ALIGNED, CHUNK)
         g = load_chunk(pointer_at(row_ptr + OUTPUT, DTYPE, ALIGNED), start, live, whole, 0.0, CHUNK).to(tl.float32)
-        m, rest = logistic(beta * (u - centre) + shift)
-        s = tl.where(live, m * rest, 0.0)
+        away = tl.where(kept, u - centre, 0.0)
+        m, rest = logistic(beta * away + shift)
+        s = tl.where(kept, m * rest, 0.0)
         gs += lane_sum(g * s, LANES, VECTOR, tl.float64)
         weight += lane_sum(a * s, LANES, VECTOR, tl.float64)
-        gsu += lane_sum(g * s * (u - centre), LANES, VECTOR, tl.float64)
-        asu += lane_sum(a * s * (u - centre), LANES, VECTOR, tl.float64)
+        gsu += lane_sum(g * s * away, LANES, VECTOR, tl.float64)
+        asu += lane_sum(a * s * away, LANES, VECTOR, tl.float64)
     own = partial_ptr + 4 * tl.program_id(0)
     tl.store(own, tl.sum(gs, 0))
     tl.store(own + 1, tl.sum(weight, 0))
@@ -375,11 +386,12 @@ def _gradient_write_kernel(
     for step in range(begin, end):
         chunk = begin + end - 1 - step
         row, row_ptr, start, live, whole = chunk_at(table_ptr, n_tensors, row, chunk, CHUNK)
-        u, a = load_ratio(row_ptr, start, live, whole, DTYPE, HAS_COSTS, False, ALIGNED, CHUNK)
+        u, a, kept = load_ratio(row_ptr, start, live, whole, DTYPE, HAS_COSTS, False, ALIGNED, CHUNK)
         g = load_chunk(pointer_at(row_ptr + OUTPUT, DTYPE, ALIGNED), start, live, whole, 0.0, CHUNK).to(tl.float32)
         m, rest = logistic(beta * (u - centre) + shift)
-        pull = beta * m * rest * (g / a - r)
+        pull = tl.where(kept, beta * m * rest * (g / a - r), 0.0)
         store_chunk(pointer_at(row_ptr + OUTPUT + 1, DTYPE, ALIGNED), start, live, whole, pull.to(DTYPE), CHUNK)
         if COST_GRAD:
             output = pointer_at(row_ptr + OUTPUT + 2, DTYPE, ALIGNED)
-            store_chunk(output, start, live, whole, (-pull * u - r * m).to(DTYPE), CHUNK)
+            of_costs = tl.where(kept, -pull * u - r * m, 0.0).to(DTYPE)
+            store_chunk(output, start, live, whole, of_costs, CHUNK)

@@ -80,7 +80,7 @@ class GlobalSolve:
         self.capacity = candidate_capacity(programs, costs) if hard else 1
         kept = self.capacity * (programs if hard else 1)
         # in 64-bit words: partial, tally, keys, prices
-        sizes = (5 * programs, 2 * programs, -(-kept // 2), -(-kept // 2) * costs)
+        sizes = (int(passes.MOMENTS) * programs, 2 * programs, -(-kept // 2), -(-kept // 2) * costs)
         begins = [0, *accumulate(size + size % 2 for size in sizes)]
         self.words, self.begins = begins[-1], begins[:-1]
         self.offsets = ((0, 8 * control), tuple(8 * begin for begin in self.begins[: 3 + costs]))
@@ -104,7 +104,8 @@ class GlobalSolve:
     def _parts(self, zeros: torch.Tensor, rest: torch.Tensor) -> Workspace:
         control, programs = int(passes.CONTROL), self.shape.programs
         parts = [rest[begin:end] for begin, end in pairwise([*self.begins, self.words])]
-        partial = parts[0].view(torch.float64)[: 5 * programs].view(programs, 5)
+        moments = int(passes.MOMENTS)
+        partial = parts[0].view(torch.float64)[: moments * programs].view(programs, moments)
         tally = parts[1][: 2 * programs].view(2, programs)
         keys = parts[2].view(torch.int32).view(-1)[: self.capacity * (programs if self.hard else 1)]
         prices = parts[3].view(torch.float32)[: keys.numel()] if self.shape.array_costs else keys

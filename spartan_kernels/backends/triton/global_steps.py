@@ -18,6 +18,7 @@ from spartan_kernels.backends.triton.global_passes import (
     HIGHEST,
     HISTOGRAM,
     LAST,
+    LIVE,
     LO,
     LOW,
     LOWEST,
@@ -26,6 +27,7 @@ from spartan_kernels.backends.triton.global_passes import (
     QUOTA,
     READS,
     RESIDUAL,
+    REST,
     REWRITE,
     ROOM,
     SCALE,
@@ -47,16 +49,20 @@ from spartan_kernels.backends.triton.primitives import (
     load_beta,
     logit_at,
     ordered_key,
+    overdrawn,
     smaller_side,
     value_of_key,
 )
+from spartan_kernels.backends.triton.soft_topk_rows import fine_logit, finer_bracket, search_ends
 from spartan_kernels.backends.triton.tables import chunk_at, gather_ratio, load_ratio
 
 # |M - q| / q that written masks may have, and the residual whose Halley step, once checked, is exact to rounding.
 TOLERANCE = tl.constexpr(4e-7)
 LAST_STEP = tl.constexpr(2e-3)
-FARTHEST = tl.constexpr(8.5e37)  # a centre that float32 still holds
-MAX_TRIALS = tl.constexpr(200)
+FARTHEST = tl.constexpr(8.5e37)  # a centre that float32 still holds, where the entries are not known yet
+LARGEST = tl.constexpr(3.4028234663852886e38)
+LIVE_ROUNDING = tl.constexpr(2.5e-7)  # of the cost of what is not masked: a sum of float32 sums
+MAX_TRIALS = tl.constexpr(400)
 FULL_SHIFT = tl.constexpr(21)  # 2048 bins of 2^21 keys are all keys
 SAMPLE_MARGIN = tl.constexpr(5.0)  # standard deviations of a rank in the sample, each side of the range
 
@@ -73,8 +79,7 @@ def _sampled(
     draw = (index.to(tl.uint32) * 2654435761) >> 8
     entry = tl.where(length > SAMPLE, index * part + (draw.to(tl.int64) * part >> 24), index)
     live = entry < length
-    u, a = gather_ratio(table_ptr, n_tensors, tl.where(live, entry, 0), live, DTYPE, HAS_COSTS, ABSOLUTE)
-    return u, a, live
+    return gather_ratio(table_ptr, n_tensors, tl.where(live, entry, 0), live, DTYPE, HAS_COSTS, ABSOLUTE)
 
 
 @triton.jit
@@ -152,10 +157,10 @@ def _start_kernel(
         total = tl.sum(tl.load(partial_ptr + at, at < n_programs, other=0.0), 0)
         exponent = (total.to(tl.int64, bitcast=True) >> 52) - 1023
         scale = ((60 - exponent + 1023) << 52).to(tl.float64, bitcast=True)
-    budget = clamped_budget(tl.load(budget_ptr).to(tl.float64), total)
+    asked = tl.load(budget_ptr).to(tl.float64)
+    budget, poison = clamped_budget(asked, total), overdrawn(asked, total)
     sign, quota, target = smaller_side(budget, total)
     share = budget / total
-    constant = quota * beta <= 0.0
 
     t = beta * 0.0
     bottom = tl.program_id(0).to(tl.int64)  # 0
@@ -171,8 +176,8 @@ def _start_kernel(
         top = ordered_key((hard + width).to(tl.float32)).to(tl.int64)
     else:
         u, a, live = _sampled(table_ptr, n_tensors, length, DTYPE, HAS_COSTS, ABSOLUTE, SAMPLE)
-        count = tl.sum(live.to(tl.int32), 0).to(tl.float64)
-        cost = tl.sum(tl.where(live, a, 0.0), 0).to(tl.float64)
+        count = tl.maximum(tl.sum(live.to(tl.int32), 0).to(tl.float64), 1.0)
+        cost = tl.maximum(tl.sum(tl.where(live, a, 0.0), 0).to(tl.float64), 1e-300)
         if SOFT:
             t = _sample_threshold(u, a, live, count, cost, beta, sign, quota * (cost / total), target)
         if HARD:
@@ -190,14 +195,19 @@ def _start_kernel(
     tl.store(solve_ptr + QUOTA, quota)
     tl.store(solve_ptr + TARGET, target)
     tl.store(solve_ptr + TOTAL, total)
-    tl.store(solve_ptr + SOFT_DONE, constant.to(tl.float64))
+    done = quota * beta <= 0.0
+    if not ABSOLUTE:
+        done = budget <= 0.0  # else a survey finds what is masked: the height of a flat mask follows from the others
+    tl.store(solve_ptr + SOFT_DONE, (done | (poison != poison)).to(tl.float64))
     tl.store(solve_ptr + BETA, beta)
-    tl.store(solve_ptr + POISON, 0.0)
+    tl.store(solve_ptr + POISON, poison)
     tl.store(solve_ptr + SCALE, scale)
     tl.store(solve_ptr + REWRITE, 0.0)
     tl.store(solve_ptr + LOWEST, -FARTHEST)
     tl.store(solve_ptr + HIGHEST, FARTHEST)
     tl.store(solve_ptr + READS, 0.0)
+    tl.store(solve_ptr + REST, 0.0)
+    tl.store(solve_ptr + LIVE, 0.0)
     tl.store(select_ptr + LO, bottom)
     tl.store(select_ptr + LAST, top)
     tl.store(select_ptr + SHIFT, shift)
@@ -206,6 +216,15 @@ def _start_kernel(
     tl.store(select_ptr + BUDGET, tl.floor(budget * scale).to(tl.int64))
     tl.store(select_ptr + ROOM, 0)
     tl.store(select_ptr + COLLECTED, 0)
+
+
+@triton.jit
+def within_live(sign, quota, total, live):
+    """Sign, quota, target and NaN for too large a budget, where the cost of what is not masked is the total."""
+    budget = tl.where(sign > 0, quota, total - quota)
+    poison = overdrawn(budget, live * (1 + LIVE_ROUNDING))
+    sign, quota, target = smaller_side(tl.where(budget >= live * (1 - LIVE_ROUNDING), live, budget), live)
+    return sign, quota, target, poison
 
 
 @triton.jit
@@ -218,9 +237,11 @@ def _soft_advance(solve_ptr, partial_ptr, n_programs, BLOCK: tl.constexpr):
     curvature = tl.sum(tl.load(own + 2, mask, other=0.0), 0)
     lowest = tl.min(tl.load(own + 3, mask, other=INFINITY), 0)
     highest = tl.max(tl.load(own + 4, mask, other=-INFINITY), 0)
+    live = tl.maximum(tl.sum(tl.load(own + 5, mask, other=0.0), 0), 1e-300)
     poisoned = (mass != mass) | (lowest == -INFINITY) | (highest == INFINITY)
     beta, sign, quota = tl.load(solve_ptr + BETA), tl.load(solve_ptr + SIGN), tl.load(solve_ptr + QUOTA)
     total, target = tl.load(solve_ptr + TOTAL), tl.load(solve_ptr + TARGET)
+    again = (live < total * (1 - LIVE_ROUNDING)) & (tl.load(solve_ptr + LIVE) == 0.0)
     t, reads = tl.load(solve_ptr + T), tl.load(solve_ptr + READS)
     edge = sign * target / beta
     low = tl.maximum(tl.load(solve_ptr + LOW), lowest - edge)
@@ -230,17 +251,29 @@ def _soft_advance(solve_ptr, partial_ptr, n_programs, BLOCK: tl.constexpr):
     )
     met = tl.abs(mass - quota) <= quota * (TOLERANCE / 4)
     # a step from where the sum is met still sharpens t, and is checked when written
-    t = tl.where(met & (residual == INFINITY), t, ahead)
-    done = met | stuck | (residual < LAST_STEP) | poisoned
+    ahead = tl.where(met & (residual == INFINITY), t, ahead)
+    done = met | stuck | (residual < LAST_STEP) | poisoned | (quota * beta <= 0.0)
+    # What is masked costs nothing: the others' costs are the total, and the search begins once more from t.
+    new_sign, new_quota, new_target, poison = within_live(sign, quota, total, live)
+    poisoned = poisoned | (again & (poison != poison))
+    done = tl.where(again, poisoned | (new_quota * beta <= 0.0), done)
+    t = tl.where(again, t, ahead)
+    low, high = tl.where(again, -INFINITY, low), tl.where(again, INFINITY, high)
     tl.debug_barrier()
+    if again:
+        tl.store(solve_ptr + SIGN, new_sign)
+        tl.store(solve_ptr + QUOTA, new_quota)
+        tl.store(solve_ptr + TARGET, new_target)
+        tl.store(solve_ptr + TOTAL, live)
+        tl.store(solve_ptr + LIVE, live)
     tl.store(solve_ptr + T, tl.where(poisoned, 0.0, t))
     tl.store(solve_ptr + LOW, low)
     tl.store(solve_ptr + HIGH, high)
-    tl.store(solve_ptr + RESIDUAL, residual)
+    tl.store(solve_ptr + RESIDUAL, tl.where(again, INFINITY, residual))
     tl.store(solve_ptr + SOFT_DONE, done.to(tl.float64))
     tl.store(solve_ptr + POISON, tl.where(poisoned, float("nan"), 0.0))
-    tl.store(solve_ptr + LOWEST, tl.maximum(lowest, -FARTHEST))
-    tl.store(solve_ptr + HIGHEST, tl.minimum(highest, FARTHEST))
+    tl.store(solve_ptr + LOWEST, tl.maximum(lowest, -LARGEST))
+    tl.store(solve_ptr + HIGHEST, tl.minimum(highest, LARGEST))
     tl.store(solve_ptr + READS, reads + 1)
 
 
@@ -321,31 +354,43 @@ def _finish_kernel(
     tl.debug_barrier()
     tl.store(solve_ptr + REWRITE, pending.to(tl.float64))
     residual = quota * 0.0 + INFINITY
-    best, best_miss = t, residual
+    best_miss = residual
+    best_centre, best_shift = logit_at(t, beta, lowest, highest)
+    anchor = best_centre
+    fine, finer = pending != pending, pending != pending
     trial = 0
     while (trial < MAX_TRIALS) & pending:
-        centre, logit_slope, shift = moment_logit(t, beta, sign, lowest, highest)
+        if finer:
+            anchor, low, high = finer_bracket(low, high, lowest, highest, -sign * target / beta, beta)
+            t = low + (high - low) / 2
+            residual = quota * 0.0 + INFINITY
+            fine = fine | finer
+        centre, shift = fine_logit(t, anchor, fine, beta, lowest, highest)
+        logit_slope, offset = (-sign * beta).to(tl.float32), (-sign * shift).to(tl.float32)
         mass = tl.zeros((LANES,), tl.float64)
         slope, curvature = mass, mass
         row = tl.program_id(0).to(tl.int64)
         for chunk in range(row, n_chunks):
             row, row_ptr, start, live, whole = chunk_at(table_ptr, n_tensors, row, chunk, CHUNK)
-            u, a = load_ratio(row_ptr, start, live, whole, DTYPE, HAS_COSTS, ABSOLUTE, ALIGNED, CHUNK)
-            m0, m1, m2 = chunk_moments(u, a, live, centre, logit_slope, shift, LANES, VECTOR)
+            u, a, live = load_ratio(row_ptr, start, live, whole, DTYPE, HAS_COSTS, ABSOLUTE, ALIGNED, CHUNK)
+            m0, m1, m2 = chunk_moments(u, a, live, centre, logit_slope, offset, LANES, VECTOR)
             mass += m0
             slope += m1
             curvature += m2
         sum_mass = tl.sum(mass, 0)
         miss = tl.abs(sum_mass - quota)
-        best = tl.where(miss < best_miss, t, best)
+        nearer = miss < best_miss
+        best_centre, best_shift = tl.where(nearer, centre, best_centre), tl.where(nearer, shift, best_shift)
         best_miss = tl.minimum(miss, best_miss)
+        tried = t
         t, low, high, residual, stuck = halley_step(
             t, low, high, residual, sum_mass, tl.sum(slope, 0), tl.sum(curvature, 0), beta, sign, quota, total, target
         )
-        pending = (miss > quota * (TOLERANCE / 4)) & (stuck == 0)
+        pending, finer = search_ends(miss > quota * (TOLERANCE / 4), stuck, tried, low, high, beta, fine)
         trial += 1
     if trial > 0:
-        tl.store(solve_ptr + T, best)
+        tl.store(solve_ptr + T, best_centre.to(tl.float64))
+        tl.store(solve_ptr + REST, -best_shift / beta)
         tl.store(solve_ptr + READS, reads + 1 + trial)
         tl.store(solve_ptr + REWRITE, quota * 0.0 + trial)
 
@@ -367,13 +412,14 @@ def _remember_kernel(
         # as wide as the last surprise asks for, narrowing slowly when there is none
         wanted = tl.where(solves >= 1, tl.maximum(4 * tl.abs(found - expected), 0.7 * width), 0.01 * tl.abs(found))
         tl.debug_barrier()
-        tl.store(state_ptr, tl.where(constant, found, t))
+        tl.store(state_ptr, tl.where(constant, found, t + tl.load(solve_ptr + REST)))
         tl.store(state_ptr + 1, soft)
         tl.store(state_ptr + 2, found)
         tl.store(state_ptr + 3, hard)
         tl.store(state_ptr + 4, solves + 1)
         tl.store(state_ptr + 5, tl.maximum(wanted, 1e-5 * tl.abs(found)))
     centre, shift = logit_at(t, beta, tl.load(solve_ptr + LOWEST), tl.load(solve_ptr + HIGHEST))
+    shift -= beta * tl.load(solve_ptr + REST)
     tl.store(threshold_ptr, tl.where(constant, 0.0, centre.to(tl.float64)))
     shift = tl.where(constant, tl.load(solve_ptr + SIGN) * tl.load(solve_ptr + TARGET), shift)
     tl.store(threshold_ptr + 1, shift + tl.load(solve_ptr + POISON))

@@ -20,7 +20,7 @@ from spartan_kernels.backends.triton.configs import (
     row_tile,
 )
 from spartan_kernels.backends.triton.global_solve import hard_topk_global_forward
-from spartan_kernels.backends.triton.primitives import clamped_budget, ordered_key
+from spartan_kernels.backends.triton.primitives import INFINITY, clamped_budget, ordered_key
 from spartan_kernels.backends.triton.soft_topk_rows import cost_strides, dense, load_rows, row_totals
 from spartan_kernels.operands import HardTopk, HardTopkGlobal
 
@@ -41,11 +41,11 @@ def _hard_topk_forward_kernel(
     n_rows, n, stride_vm, stride_vn, stride_cm, stride_cn, stride_bm,
     HAS_COSTS: tl.constexpr, DENSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    u, a, row, offsets, live = load_rows(
+    u, a, row, offsets, inside = load_rows(
         values_ptr, costs_ptr, n_rows, n, stride_vm, stride_vn, stride_cm, stride_cn, HAS_COSTS, DENSE, BLOCK_M, BLOCK_N
     )
-    key = ordered_key(u)
-    total = row_totals(a, live, n, HAS_COSTS, BLOCK_M)
+    key, live = ordered_key(u), u != -INFINITY
+    total = row_totals(a, live, HAS_COSTS)
     budget = clamped_budget(tl.load(budget_ptr + row * stride_bm, row < n_rows, other=0.0).to(tl.float64), total)
     # the largest key from which on upwards the row costs more than its budget
     cut = tl.zeros((BLOCK_M,), tl.uint32)
@@ -61,8 +61,8 @@ def _hard_topk_forward_kernel(
         fits = tl.cumsum(tl.where(tied, a, 0.0).to(tl.float64), 1) <= room[:, None]
     else:
         fits = tl.cumsum(tied.to(tl.int32), 1) <= tl.floor(room).to(tl.int32)[:, None]
-    keep = above | (tied & fits) | (budget >= total)[:, None]
-    tl.store(mask_ptr + offsets, keep.to(tl.uint8), live)
+    keep = above | (tied & fits) | (live & (budget >= total)[:, None])
+    tl.store(mask_ptr + offsets, keep.to(tl.uint8), inside)
 
 
 def hard_topk_forward(o: HardTopk) -> torch.Tensor:

@@ -1,4 +1,7 @@
-"""Soft and hard top-k of rows too long for registers: one program for each, which reads its row from the L2 cache."""
+"""Soft and hard top-k of rows too long for registers: one program for each, which reads its row from the L2 cache.
+
+An entry of -inf is masked: it is not live, as what lies past the row's end is not, and its mask is 0.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from spartan_kernels.backends.triton.configs import (
     name_of,
     vector_length,
 )
-from spartan_kernels.backends.triton.global_passes import chunk_moments, moment_logit
+from spartan_kernels.backends.triton.global_passes import chunk_moments
 from spartan_kernels.backends.triton.primitives import (
     INFINITY,
     clamped_budget,
@@ -30,9 +33,17 @@ from spartan_kernels.backends.triton.primitives import (
     logistic,
     logit_at,
     ordered_key,
+    overdrawn,
     smaller_side,
 )
-from spartan_kernels.backends.triton.soft_topk_rows import MAX_TRIALS, TOLERANCE, cost_strides
+from spartan_kernels.backends.triton.soft_topk_rows import (
+    MAX_TRIALS,
+    TOLERANCE,
+    cost_strides,
+    fine_logit,
+    finer_bracket,
+    search_ends,
+)
 from spartan_kernels.operands import SoftTopk, SoftTopkBackward
 
 
@@ -59,14 +70,15 @@ def _store_tile(pointer, start, n, entries, TILE: tl.constexpr):
 
 @triton.jit
 def _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS: tl.constexpr, TILE: tl.constexpr):
-    """u = v / a and a in float32, and which of them exist."""
-    u = _load_tile(values_ptr, stride_vn, start, n, 0.0, TILE)
+    """u = v / a and a in float32, and which of them are live; u is -inf where it is not."""
+    u = _load_tile(values_ptr, stride_vn, start, n, float("-inf"), TILE)
     if HAS_COSTS:
         a = _load_tile(costs_ptr, stride_cn, start, n, 1.0, TILE)
         u = tl.div_rn(u, a)
     else:
         a = tl.full((TILE,), 1.0, tl.float32)
-    return u, a, start + tl.arange(0, TILE) < n
+    live = u != -INFINITY  # NaN is live: it must be seen
+    return u, a, live
 
 
 @triton.jit
@@ -74,27 +86,34 @@ def _extent(
     values_ptr, costs_ptr, n, stride_vn, stride_cn,
     HAS_COSTS: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Sum of the costs, smallest and largest entry, mean (NaN where an entry is not finite) and variance."""
+    """Of what is live: sum of the costs, smallest and largest entry, mean (NaN where one is not finite), variance."""
     total = tl.zeros((LANES,), tl.float64)
     first, second = total, total
+    count = tl.zeros((LANES,), tl.int32)
     lowest = tl.full((LANES,), float("inf"), tl.float32)
     highest = -lowest
     origin = tl.load(values_ptr).to(tl.float32)
     if HAS_COSTS:
         origin = origin / tl.load(costs_ptr).to(tl.float32)
+    origin = tl.where(origin == -INFINITY, 0.0, origin)
     for start in range(0, n, TILE):
         u, a, live = _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
         # relative to one of the entries the spread does not cancel
         span = tl.where(live, u - origin, 0.0)
-        total += lane_sum(tl.where(live, a, 0.0), LANES, VECTOR, tl.float64)
+        count += lane_sum(live.to(tl.int32), LANES, VECTOR, tl.int32)
+        if HAS_COSTS:
+            total += lane_sum(tl.where(live, a, 0.0), LANES, VECTOR, tl.float64)
         first += lane_sum(span, LANES, VECTOR, tl.float64)
         second += lane_sum(span * span, LANES, VECTOR, tl.float64)
         lowest = tl.minimum(lowest, lane_min(tl.where(live, u, INFINITY), LANES, VECTOR))
         highest = tl.maximum(highest, lane_max(tl.where(live, u, -INFINITY), LANES, VECTOR))
-    mean, square = tl.sum(first, 0) / n, tl.sum(second, 0) / n
+    number = tl.sum(count, 0).to(tl.float64)
+    cost = tl.sum(total, 0) if HAS_COSTS else number
+    mean, square = tl.sum(first, 0) / tl.maximum(number, 1.0), tl.sum(second, 0) / tl.maximum(number, 1.0)
     low, high = tl.min(lowest, 0).to(tl.float64), tl.max(highest, 0).to(tl.float64)
-    mean = tl.where((low == -INFINITY) | (high == INFINITY), float("nan"), mean)
-    return tl.sum(total, 0), low, high, origin.to(tl.float64) + mean, square - mean * mean
+    mean = tl.where(high == INFINITY, float("nan"), mean)
+    # hardly more than 0 where nothing is live, all of which is kept
+    return tl.maximum(cost, 1e-300), low, high, origin.to(tl.float64) + mean, square - mean * mean
 
 
 @triton.jit
@@ -110,43 +129,56 @@ def _long_soft_topk_forward_kernel(
         values_ptr, costs_ptr, n, stride_vn, stride_cn, HAS_COSTS, TILE, LANES, VECTOR
     )
     beta = load_beta(beta_ptr)
-    sign, quota, target = smaller_side(clamped_budget(tl.load(budget_ptr + row * stride_bm), total), total)
+    budget = tl.load(budget_ptr + row * stride_bm)
+    sign, quota, target = smaller_side(clamped_budget(budget, total), total)
     constant = quota * beta <= 0.0
-    poison = mean * 0.0
+    poison = mean * 0.0 + overdrawn(budget, total)
     low, high = lowest - sign * target / beta, highest - sign * target / beta
     t = first_threshold(mean, variance, beta, sign, target, low, high)
     residual = total * 0.0 + INFINITY
-    best, best_miss = t, residual
-    trial = 0
+    best_miss = residual
+    best_centre, best_shift = logit_at(t, beta, lowest, highest)
+    anchor = best_centre
     pending = (quota * beta > 0.0) & (poison == 0.0)
+    fine, finer = pending != pending, pending != pending
+    trial = 0
     while (trial < MAX_TRIALS) & pending:
-        centre, slope, shift = moment_logit(t, beta, sign, lowest, highest)
+        if finer:
+            anchor, low, high = finer_bracket(low, high, lowest, highest, -sign * target / beta, beta)
+            t = low + (high - low) / 2
+            residual = total * 0.0 + INFINITY
+            fine = fine | finer
+        centre, shift = fine_logit(t, anchor, fine, beta, lowest, highest)
+        slope, offset = (-sign * beta).to(tl.float32), (-sign * shift).to(tl.float32)
         mass = tl.zeros((LANES,), tl.float64)
         weight, bend = mass, mass
         for start in range(0, n, TILE):
             u, a, live = _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
-            m0, m1, m2 = chunk_moments(u, a, live, centre, slope, shift, LANES, VECTOR)
+            m0, m1, m2 = chunk_moments(u, a, live, centre, slope, offset, LANES, VECTOR)
             mass += m0
             weight += m1
             bend += m2
         found = tl.sum(mass, 0)
         miss = tl.abs(found - quota)
-        best = tl.where(miss < best_miss, t, best)
+        nearer = miss < best_miss
+        best_centre, best_shift = tl.where(nearer, centre, best_centre), tl.where(nearer, shift, best_shift)
         best_miss = tl.minimum(miss, best_miss)
+        tried = t
         t, low, high, residual, stuck = halley_step(
             t, low, high, residual, found, tl.sum(weight, 0), tl.sum(bend, 0), beta, sign, quota, total, target
         )
-        pending = (miss > quota * TOLERANCE) & (stuck == 0)
+        pending, finer = search_ends(miss > quota * TOLERANCE, stuck, tried, low, high, beta, fine)
         trial += 1
 
-    centre, shift = logit_at(best, beta, lowest, highest)
+    centre, shift = best_centre, best_shift
     centre = tl.where(constant, 0.0, centre)
     shift = tl.where(constant, sign * target, shift) + poison
     slope = tl.where(constant, 0.0, beta.to(tl.float32))
     for start in range(0, n, TILE):
-        u, _, _ = _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
+        u, _, live = _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
         m, _ = logistic(slope * (u - centre) + shift.to(tl.float32))
-        _store_tile(mask_ptr + row * n, start, n, m.to(mask_ptr.dtype.element_ty), TILE)
+        m = tl.where(live, m, poison.to(tl.float32)).to(mask_ptr.dtype.element_ty)
+        _store_tile(mask_ptr + row * n, start, n, m, TILE)
     tl.store(threshold_ptr + 2 * row, centre.to(tl.float64))
     tl.store(threshold_ptr + 2 * row + 1, shift)
 
@@ -170,27 +202,28 @@ def _long_soft_topk_backward_kernel(
     for start in range(0, n, TILE):
         u, a, live = _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
         g = _load_tile(grad_ptr, stride_gn, start, n, 0.0, TILE)
-        m, rest = logistic(beta * (u - centre) + shift)
+        away = tl.where(live, u - centre, 0.0)
+        m, rest = logistic(beta * away + shift)
         s = tl.where(live, m * rest, 0.0)
         gs += lane_sum(g * s, LANES, VECTOR, tl.float64)
         weight += lane_sum(a * s, LANES, VECTOR, tl.float64)
         # sum (g - a r) s vanishes, so u may be measured from the threshold
-        gsu += lane_sum(g * s * (u - centre), LANES, VECTOR, tl.float64)
-        asu += lane_sum(a * s * (u - centre), LANES, VECTOR, tl.float64)
+        gsu += lane_sum(g * s * away, LANES, VECTOR, tl.float64)
+        asu += lane_sum(a * s * away, LANES, VECTOR, tl.float64)
     total = tl.sum(weight, 0)
     r = tl.where(total > 0.0, tl.sum(gs, 0) / total, total * 0.0)  # a NaN row stays NaN
     tl.store(grad_budget_ptr + row, r)
     tl.store(grad_beta_ptr + row, tl.sum(gsu, 0) - r * tl.sum(asu, 0))
     r = r.to(tl.float32)
     for start in range(0, n, TILE):
-        u, a, _ = _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
+        u, a, live = _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
         g = _load_tile(grad_ptr, stride_gn, start, n, 0.0, TILE)
         m, rest = logistic(beta * (u - centre) + shift)
-        pull = beta * m * rest * (g / a - r)
+        pull = tl.where(live, beta * m * rest * (g / a - r), 0.0)
         _store_tile(grad_values_ptr + row * n, start, n, pull.to(grad_values_ptr.dtype.element_ty), TILE)
         if COST_GRAD:
-            slope = (-pull * u - r * m).to(grad_costs_ptr.dtype.element_ty)
-            _store_tile(grad_costs_ptr + row * n, start, n, slope, TILE)
+            of_costs = tl.where(live, -pull * u - r * m, 0.0).to(grad_costs_ptr.dtype.element_ty)
+            _store_tile(grad_costs_ptr + row * n, start, n, of_costs, TILE)
 
 
 @triton.jit
@@ -203,12 +236,12 @@ def _long_hard_topk_forward_kernel(
     values_ptr += row * stride_vm
     costs_ptr += row * stride_cm
     budget = tl.load(budget_ptr + row * stride_bm).to(tl.float64)
-    total = budget * 0.0 + n
+    total = budget * 0.0 + n  # with masked entries it is less, and the cut is below all that are live
     if HAS_COSTS:
         costs = tl.zeros((TILE,), tl.float64)
         for start in range(0, n, TILE):
-            at = start + tl.arange(0, TILE)
-            costs += tl.load(costs_ptr + at * stride_cn, at < n, other=0.0).to(tl.float64)
+            u, a, live = _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
+            costs += tl.where(live, a, 0.0).to(tl.float64)
         total = tl.sum(costs, 0)
     budget = clamped_budget(budget, total)
     budget = tl.where(budget >= total, INFINITY, budget)  # then nothing is over it, and the cut is the smallest key
@@ -242,7 +275,7 @@ def _long_hard_topk_forward_kernel(
         cost = tl.where(live & (key == cut_key), a, 0.0).to(tl.float64)
         fits = before + tl.cumsum(cost, 0) <= room
         before += tl.sum(cost, 0)
-        keep = (key > cut_key) | ((key == cut_key) & fits)
+        keep = live & ((key > cut_key) | ((key == cut_key) & fits))
         _store_tile(mask_ptr + row * n, start, n, keep.to(tl.uint8), TILE)
 
 

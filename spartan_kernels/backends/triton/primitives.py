@@ -5,11 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from spartan_kernels.arguments import BUDGET_ROUNDING, SMALLEST_BETA
+from spartan_kernels.arguments import BUDGET_ROUNDING, BUDGET_SLACK
 
 INFINITY = tl.constexpr(float("inf"))
 _ROUNDING = tl.constexpr(BUDGET_ROUNDING)
-_SMALLEST_BETA = tl.constexpr(SMALLEST_BETA)
+_SLACK = tl.constexpr(BUDGET_SLACK)
+_SMALLEST_BETA = tl.constexpr(1.2e-38)  # that float32 holds in full
 _MOST_THREADS = tl.constexpr(512)  # eight warps, of 64 threads on AMD
 
 
@@ -64,7 +65,7 @@ def limits_of_keys(first, last):
 
 @triton.jit
 def load_beta(beta_ptr):
-    """Sharpness in float64; 0 where its reciprocal would overflow."""
+    """Sharpness in float64; 0 where it would be in float32."""
     beta = tl.load(beta_ptr).to(tl.float64)
     return tl.where(beta < _SMALLEST_BETA, 0.0, beta)
 
@@ -73,6 +74,12 @@ def load_beta(beta_ptr):
 def clamped_budget(budget, total):
     """The budget in [0, total]; a rounding short of everything is everything."""
     return tl.where(budget >= total * (1 - _ROUNDING), total, tl.maximum(budget, 0.0))
+
+
+@triton.jit
+def overdrawn(budget, total):
+    """NaN where the budget is above the cost of what is not masked by more than rounding, else 0."""
+    return tl.where(budget > total * (1 + _SLACK), float("nan"), budget * 0.0)
 
 
 @triton.jit
@@ -121,14 +128,9 @@ def halley_step(t, low, high, previous, mass, slope, curvature, beta, sign, quot
     middle = low + (high - low) / 2
     # the residual must halve or the bracket does; comparisons with NaN are false
     good = (ahead > low) & (ahead < high) & ((previous == INFINITY) | (residual <= previous / 2))
-    stuck = (middle == low) | (middle == high)
-    return (
-        tl.where(good, ahead, tl.where(stuck, t, middle)),
-        low,
-        high,
-        tl.where(good, residual, INFINITY),
-        (good == 0) & stuck,
-    )
+    # the first trial may have been outside of the bracket: its middle is tried in any case
+    stuck = ((middle == low) | (middle == high)) & (t == middle)
+    return tl.where(good, ahead, middle), low, high, tl.where(good, residual, INFINITY), (good == 0) & stuck
 
 
 @triton.jit

@@ -1,4 +1,7 @@
-"""Soft top-k by rows: a tile of whole rows stays in registers through the whole solve. One read, one write."""
+"""Soft top-k by rows: a tile of whole rows stays in registers through the whole solve. One read, one write.
+
+An entry of -inf is masked: it is not live, as what lies past a row's end is not, and its mask is 0.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +29,18 @@ from spartan_kernels.backends.triton.primitives import (
     load_beta,
     logistic,
     logit_at,
+    overdrawn,
     smaller_side,
 )
 from spartan_kernels.operands import SoftTopk, SoftTopkBackward
 
 # |M - q| / q that ends a solve, about the rounding of a logit near 10, and a limit that only a bisection comes near.
 TOLERANCE = tl.constexpr(4e-7)
-MAX_TRIALS = tl.constexpr(200)
+MAX_TRIALS = tl.constexpr(400)
+FINEST_LOGIT = tl.constexpr(1e-12)  # a bracket that moves no logit by more is resolved
+# A step of float64 at the threshold that moves a logit by more than COARSE may miss the budget.
+COARSE = tl.constexpr(1e-8)
+EPSILON = tl.constexpr(2.3e-16)
 
 
 @triton.jit
@@ -40,43 +48,51 @@ def load_rows(
     values_ptr, costs_ptr, n_rows, n, stride_vm, stride_vn, stride_cm, stride_cn,
     HAS_COSTS: tl.constexpr, DENSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """u = v / a and a in float32, row numbers [BLOCK_M], output offsets and mask [BLOCK_M, BLOCK_N] of this program.
+    """u = v / a and a in float32, row numbers [BLOCK_M], output offsets and which entries exist; u is -inf elsewhere.
 
     DENSE: rows of BLOCK_N values one after the other, which the compiler must know to load short rows as vectors.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N).to(tl.int64)[None, :]
     if DENSE:
-        live = tl.broadcast_to((row < n_rows)[:, None], (BLOCK_M, BLOCK_N))
+        inside = tl.broadcast_to((row < n_rows)[:, None], (BLOCK_M, BLOCK_N))
         offsets = row[:, None] * BLOCK_N + column
-        u = tl.load(values_ptr + offsets, live, other=0.0).to(tl.float32)
+        u = tl.load(values_ptr + offsets, inside, other=-INFINITY).to(tl.float32)
     else:
-        live = (row < n_rows)[:, None] & (column < n)
+        inside = (row < n_rows)[:, None] & (column < n)
         offsets = row[:, None] * n + column
-        u = tl.load(values_ptr + row[:, None] * stride_vm + column * stride_vn, live, other=0.0).to(tl.float32)
+        where = row[:, None] * stride_vm + column * stride_vn
+        u = tl.load(values_ptr + where, inside, other=-INFINITY).to(tl.float32)
     if HAS_COSTS:
-        a = tl.load(costs_ptr + row[:, None] * stride_cm + column * stride_cn, live, other=1.0).to(tl.float32)
+        a = tl.load(costs_ptr + row[:, None] * stride_cm + column * stride_cn, inside, other=1.0).to(tl.float32)
         u = tl.div_rn(u, a)
     else:
         a = tl.full((BLOCK_M, BLOCK_N), 1.0, tl.float32)
-    return u, a, row, offsets, live
+    return u, a, row, offsets, inside
 
 
 @triton.jit
-def row_totals(a, live, n, HAS_COSTS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Sum of the costs of each row, float64; 1 in rows past the end."""
+def live_counts(live):
+    """Live entries of each row, float64."""
+    return tl.sum(live.to(tl.int32), 1).to(tl.float64)
+
+
+@triton.jit
+def row_totals(a, live, HAS_COSTS: tl.constexpr):
+    """Sum of the costs of each row, float64; hardly above 0 where nothing is live, all of which is kept."""
     if HAS_COSTS:
-        return tl.maximum(tl.sum(tl.where(live, a, 0.0).to(tl.float64), 1), 1e-300)
-    return tl.zeros((BLOCK_M,), tl.float64) + n
+        total = tl.sum(tl.where(live, a, 0.0).to(tl.float64), 1)
+    else:
+        total = live_counts(live)
+    return tl.maximum(total, 1e-300)
 
 
 @triton.jit
-def _moments(u, a, live, t, lowest, highest, beta, sign):
+def _moments(u, a, centre, shift, beta, sign):
     """Sums of a m, a s and a s (1 - 2 m) of each row, m on the smaller side of its budget."""
-    centre, shift = logit_at(t, beta, lowest, highest)
     x = beta.to(tl.float32) * (u - centre[:, None]) + shift.to(tl.float32)[:, None]
     m, rest = logistic(x * sign.to(tl.float32)[:, None])
-    mass = tl.where(live, a * m, 0.0)
+    mass = tl.where(u == -INFINITY, 0.0, a * m)
     slope = mass * rest
     return (
         tl.sum(mass, 1).to(tl.float64),
@@ -86,46 +102,80 @@ def _moments(u, a, live, t, lowest, highest, beta, sign):
 
 
 @triton.jit
-def row_bounds(u, live):
-    """Smallest and largest entry of each row, float64."""
-    return (
-        tl.min(tl.where(live, u, INFINITY), 1).to(tl.float64),
-        tl.max(tl.where(live, u, -INFINITY), 1).to(tl.float64),
-    )
+def row_bounds(u):
+    """Smallest and largest of the live entries of each row, float64; 0 and -inf where none is."""
+    lowest = tl.min(tl.where(u == -INFINITY, INFINITY, u), 1).to(tl.float64)
+    return tl.where(lowest == INFINITY, 0.0, lowest), tl.max(u, 1).to(tl.float64)
+
+
+@triton.jit
+def fine_logit(t, anchor, fine, beta, lowest, highest):
+    """`logit_at`; where `fine`, t is measured from the anchor, which is the centre."""
+    near, _ = logit_at(t, beta, lowest, highest)
+    centre = tl.where(fine, anchor, near)
+    return centre, beta * (tl.where(fine, 0.0, centre.to(tl.float64)) - t)
+
+
+@triton.jit
+def search_ends(missed, stuck, tried, low, high, beta, fine):
+    """Whether a search goes on, and whether it does so in finer steps than those of float64 at its threshold.
+
+    By entries of 1e13 a threshold in float64 has no digits left for the fraction of 1 / beta that decides how much of
+    them is kept.
+    """
+    ended = stuck | (beta * tl.maximum(high - low, tl.abs(tried - low)) <= FINEST_LOGIT)
+    finer = missed & ended & (fine == 0) & (beta * tl.abs(low) * EPSILON > COARSE)
+    return missed & ((ended == 0) | finer), finer
+
+
+@triton.jit
+def finer_bracket(low, high, lowest, highest, edge, beta):
+    """The anchor of a finer search, and the bracket measured from it: of the old one, and of the data's range."""
+    centre, _ = logit_at(low + (high - low) / 2, beta, lowest, highest)
+    anchor = centre.to(tl.float64)
+    from_low = tl.maximum(low - anchor - tl.abs(low) * EPSILON, (lowest - anchor) + edge)
+    from_high = tl.minimum(high - anchor + tl.abs(high) * EPSILON, (highest - anchor) + edge)
+    return centre, from_low, from_high
 
 
 @triton.jit
 def solve_rows(
-    u, a, live, lowest, highest, count, active, beta, sign, quota, target, total, BLOCK_M: tl.constexpr
+    u, a, lowest, highest, t, low, high, active, beta, sign, quota, target, total, BLOCK_M: tl.constexpr
 ):  # fmt: skip
-    """Threshold of each active row, from a start by its mean and spread; 0 for the others.
+    """(centre, shift) of each active row, by Halley's steps from t within [low, high].
 
     In float32 the sum is a staircase that can step over the quota: then the nearest trial is the answer.
     """
-    # relative to the smallest entry the spread does not cancel
-    span = tl.where(live, u - lowest.to(tl.float32)[:, None], 0.0)
-    mean = tl.sum(span, 1).to(tl.float64) / count
-    away = tl.where(live, span - mean.to(tl.float32)[:, None], 0.0)
-    variance = tl.sum(away * away, 1).to(tl.float64) / count
-    low, high = lowest - sign * target / beta, highest - sign * target / beta
-    t = first_threshold(lowest + mean, variance, beta, sign, target, low, high)
-    t = tl.where(active, t, 0.0)
     previous = tl.full((BLOCK_M,), float("inf"), tl.float64)
-    best, best_miss = t, previous
+    best_miss = previous
+    best_centre, best_shift = logit_at(t, beta, lowest, highest)
+    anchor = tl.zeros((BLOCK_M,), tl.float32)
+    fine = tl.zeros((BLOCK_M,), tl.int1)
+    finer = fine
     trial = 0
     pending = tl.max(active.to(tl.int32), 0)
     while (trial < MAX_TRIALS) & (pending > 0):
-        mass, slope, curvature = _moments(u, a, live, t, lowest, highest, beta, sign)
+        if pending > 1:
+            centre, from_low, from_high = finer_bracket(low, high, lowest, highest, -sign * target / beta, beta)
+            anchor, fine = tl.where(finer, centre, anchor), fine | finer
+            low, high = tl.where(finer, from_low, low), tl.where(finer, from_high, high)
+            t = tl.where(finer, low + (high - low) / 2, t)
+            previous = tl.where(finer, INFINITY, previous)
+        centre, shift = fine_logit(t, anchor, fine, beta, lowest, highest)
+        mass, slope, curvature = _moments(u, a, centre, shift, beta, sign)
         miss = tl.abs(mass - quota)
         nearer = active & (miss < best_miss)
-        best, best_miss = tl.where(nearer, t, best), tl.where(nearer, miss, best_miss)
+        best_centre, best_shift = tl.where(nearer, centre, best_centre), tl.where(nearer, shift, best_shift)
+        best_miss = tl.where(nearer, miss, best_miss)
+        tried = t
         t, low, high, previous, stuck = halley_step(
             t, low, high, previous, mass, slope, curvature, beta, sign, quota, total, target
         )
-        active = active & (miss > quota * TOLERANCE) & (stuck == 0)
+        more, finer = search_ends(miss > quota * TOLERANCE, stuck, tried, low, high, beta, fine)
+        active, finer = active & more, active & finer
         trial += 1
-        pending = tl.max(active.to(tl.int32), 0)
-    return best
+        pending = tl.max(active.to(tl.int32) + finer.to(tl.int32), 0)
+    return best_centre, best_shift
 
 
 @triton.jit
@@ -134,25 +184,35 @@ def _soft_topk_forward_kernel(
     n_rows, n, stride_vm, stride_vn, stride_cm, stride_cn, stride_bm,
     HAS_COSTS: tl.constexpr, DENSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    u, a, row, offsets, live = load_rows(
+    u, a, row, offsets, inside = load_rows(
         values_ptr, costs_ptr, n_rows, n, stride_vm, stride_vn, stride_cm, stride_cn, HAS_COSTS, DENSE, BLOCK_M, BLOCK_N
     )
     beta = load_beta(beta_ptr)
-    total = row_totals(a, live, n, HAS_COSTS, BLOCK_M)
+    live = u != -INFINITY  # NaN is live: it must be seen
+    count = tl.maximum(live_counts(live), 1.0)
+    total = row_totals(a, live, HAS_COSTS)
     budget = tl.load(budget_ptr + row * stride_bm, row < n_rows, other=0.0).to(tl.float64)
     sign, quota, target = smaller_side(clamped_budget(budget, total), total)
     constant = quota * beta <= 0.0
-    poison = tl.sum(u * 0.0, 1).to(tl.float64)  # NaN where an entry is not finite
+    # NaN where an entry is NaN or +inf, or the budget beyond what is live
+    poison = tl.sum(tl.where(live, u * 0.0, 0.0), 1).to(tl.float64) + overdrawn(budget, total)
     active = (row < n_rows) & (constant == 0) & (poison == 0.0)
-    lowest, highest = row_bounds(u, live)
-    t = solve_rows(u, a, live, lowest, highest, n, active, beta, sign, quota, target, total, BLOCK_M)
+    lowest, highest = row_bounds(u)
+    # relative to the smallest entry the spread does not cancel
+    span = tl.where(live, u - lowest.to(tl.float32)[:, None], 0.0)
+    mean = tl.sum(span, 1).to(tl.float64) / count
+    away = tl.where(live, span - mean.to(tl.float32)[:, None], 0.0)
+    variance = tl.sum(away * away, 1).to(tl.float64) / count
+    low, high = lowest - sign * target / beta, highest - sign * target / beta
+    t = tl.where(active, first_threshold(lowest + mean, variance, beta, sign, target, low, high), 0.0)
+    centre, shift = solve_rows(u, a, lowest, highest, t, low, high, active, beta, sign, quota, target, total, BLOCK_M)
 
-    centre, shift = logit_at(t, beta, lowest, highest)
     centre = tl.where(constant, 0.0, centre)
     shift = tl.where(constant, sign * target, shift) + poison
     slope = tl.where(constant, 0.0, beta.to(tl.float32))
     m, _ = logistic(slope[:, None] * (u - centre[:, None]) + shift.to(tl.float32)[:, None])
-    tl.store(mask_ptr + offsets, m.to(mask_ptr.dtype.element_ty), live)
+    m = tl.where(u == -INFINITY, poison.to(tl.float32)[:, None], m)
+    tl.store(mask_ptr + offsets, m.to(mask_ptr.dtype.element_ty), inside)
     tl.store(threshold_ptr + 2 * row, centre.to(tl.float64), row < n_rows)
     tl.store(threshold_ptr + 2 * row + 1, shift, row < n_rows)
 
@@ -165,28 +225,32 @@ def _soft_topk_backward_kernel(
     HAS_COSTS: tl.constexpr, COST_GRAD: tl.constexpr, DENSE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    u, a, row, offsets, live = load_rows(
+    u, a, row, offsets, inside = load_rows(
         values_ptr, costs_ptr, n_rows, n, stride_vm, stride_vn, stride_cm, stride_cn, HAS_COSTS, DENSE, BLOCK_M, BLOCK_N
     )
     column = tl.arange(0, BLOCK_N).to(tl.int64)[None, :]
     where = offsets if DENSE else row[:, None] * stride_gm + column * stride_gn
-    g = tl.load(grad_ptr + where, live, other=0.0).to(tl.float32)
+    g = tl.load(grad_ptr + where, inside, other=0.0).to(tl.float32)
     beta = tl.load(beta_ptr).to(tl.float32)
     centre = tl.load(threshold_ptr + 2 * row, row < n_rows, other=0.0).to(tl.float32)[:, None]
     shift = tl.load(threshold_ptr + 2 * row + 1, row < n_rows, other=0.0).to(tl.float32)[:, None]
-    m, rest = logistic(beta * (u - centre) + shift)
-    s = tl.where(live, m * rest, 0.0)
+    # times a slope that is not zero, and with a finite shift, what is at -inf has the mask 0, and s = 0
+    slope = tl.where(beta == 0.0, 1e-44, beta)
+    m, rest = logistic(slope * (u - centre) + tl.minimum(shift, 3e38, propagate_nan=tl.PropagateNan.ALL))
+    s = m * rest
+    least, _ = row_bounds(u)
+    lowest = least.to(tl.float32)[:, None]
+    u = tl.maximum(u, lowest)
+    highest = tl.max(u, 1)[:, None]
     weight = tl.sum(a * s, 1)
     r = tl.where(weight > 0.0, tl.sum(g * s, 1) / weight, 0.0)
     r = tl.where(weight == weight, r, weight)[:, None]  # a NaN row stays NaN
     pull = beta * s * (g / a - r)
-    tl.store(grad_values_ptr + offsets, pull.to(grad_values_ptr.dtype.element_ty), live)
+    tl.store(grad_values_ptr + offsets, pull.to(grad_values_ptr.dtype.element_ty), inside)
     if COST_GRAD:
-        tl.store(grad_costs_ptr + offsets, (-pull * u - r * m).to(grad_costs_ptr.dtype.element_ty), live)
+        tl.store(grad_costs_ptr + offsets, (-pull * u - r * m).to(grad_costs_ptr.dtype.element_ty), inside)
     tl.store(grad_budget_ptr + row, tl.sum(r, 1).to(tl.float64), row < n_rows)
     # sum (g - a r) s vanishes, so u may be measured from the threshold, if that lies in the data (not for flat masks)
-    lowest = tl.min(tl.where(live, u, float("inf")), 1)[:, None]
-    highest = tl.max(tl.where(live, u, float("-inf")), 1)[:, None]
     origin = tl.minimum(tl.maximum(centre, lowest), highest)
     slope = tl.sum((g - a * r) * s * (u - origin), 1).to(tl.float64)
     tl.store(grad_beta_ptr + row, slope, row < n_rows)

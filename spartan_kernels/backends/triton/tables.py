@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from spartan_kernels.backends.triton.primitives import INFINITY
+
 # Columns of the table, 64-bit words: pointers, number of entries, and where the tensor begins in chunks and in entries.
 WIDTH = tl.constexpr(9)
 VALUES = tl.constexpr(0)
@@ -105,7 +107,10 @@ def load_ratio(
     row_ptr, start, live, whole,
     DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """u = v / a and a of a chunk in float32; u is 0 where there is no entry."""
+    """u = v / a and a of a chunk in float32, and which entries are live: none of -inf, which are masked.
+
+    u is 0 where there is no entry.
+    """
     u = load_chunk(pointer_at(row_ptr + VALUES, DTYPE, ALIGNED), start, live, whole, 0.0, CHUNK).to(tl.float32)
     if ABSOLUTE:
         u = tl.abs(u)
@@ -114,14 +119,16 @@ def load_ratio(
         u = tl.div_rn(u, a)
     else:
         a = tl.full((CHUNK,), 1.0, tl.float32)
-    return u, a
+    if not ABSOLUTE:
+        live = live & (u != -INFINITY)  # NaN is live: it must be seen
+    return u, a, live
 
 
 @triton.jit
 def gather_ratio(
     table_ptr, n_tensors, entries, live, DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr
 ):  # fmt: skip
-    """u = v / a and a in float32 of entries anywhere in the list; 0 and 1 where there is none."""
+    """u = v / a and a in float32 of entries anywhere in the list, and which are live; 0 and 1 where there is none."""
     row_ptr = table_ptr + locate(table_ptr, n_tensors, entries, FIRST_ENTRY) * WIDTH
     offsets = entries - tl.load(row_ptr + FIRST_ENTRY)
     u = tl.load(tl.load(row_ptr + VALUES).to(tl.pointer_type(DTYPE)) + offsets, live, other=0.0).to(tl.float32)
@@ -133,4 +140,5 @@ def gather_ratio(
         u = tl.div_rn(u, a)
     else:
         a = tl.where(live, 1.0, 1.0)
-    return u, a
+    live = live & (u != -INFINITY)
+    return tl.where(live, u, 0.0), a, live

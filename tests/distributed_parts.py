@@ -151,6 +151,35 @@ def hard_masks_are_those_of_the_whole(backend: str) -> None:
 
 
 @check()
+def scores_masked_on_some_ranks_are_left_out_on_all(backend: str) -> None:
+    group = dist.group.WORLD
+    for cost_kind, length in product(("none", "mixed"), (0, 70_000)):
+        values = [*layers(), make_values("normal", (length,), seed=5)]
+        costs = layer_costs(cost_kind, values)
+        values = [
+            v.masked_fill(make_values("uniform", v.shape, seed=i) < 0.4, -torch.inf) for i, v in enumerate(values)
+        ]
+        row, a = rank_major(values, "uneven"), rank_major(written_out(costs, values), "uneven")
+        kept = row > -torch.inf
+        assert 0 < int(kept.sum()) < kept.numel()
+        k = 0.3 * float(a[kept].sum())
+        parts, own = [shard(v, "uneven").clone().requires_grad_() for v in values], shard_costs(costs, "uneven")
+        masks = spartan.soft_topk_global(parts, k, own, 2.0, group, backend=backend)
+        grads = torch.autograd.grad(sum(m.square().sum() for m in masks), parts)
+        require_soft(gathered(masks)[kept], row[kept], k, a[kept], 2.0)
+        assert bool((gathered(masks)[~kept] == 0).all())
+        leaf = row[kept].double().requires_grad_()
+        oracle_soft_topk(leaf, k, a[kept], 2.0).square().sum().backward()
+        assert leaf.grad is not None
+        torch.testing.assert_close(gathered(grads)[kept].double(), leaf.grad, rtol=1e-4, atol=1e-6)
+        assert bool((gathered(grads)[~kept] == 0).all())
+        hard = gathered(ops.hard_topk_global([p.detach() for p in parts], k, own, group=group, backend=backend))
+        assert torch.equal(hard[kept], oracle_hard_topk(row[kept], k, a[kept])) and not bool(hard[~kept].any())
+        with raises(r"budget must be in \[0, .*that are not -inf"):
+            ops.soft_topk_global(parts, 1.01 * float(a[kept].sum()), own, 2.0, group, backend=backend)
+
+
+@check()
 def masks_of_a_training_run(backend: str) -> None:
     """Values drift, the budget shrinks, beta rises: each warm solve is right, and the state the same everywhere."""
     group = dist.group.WORLD

@@ -43,6 +43,7 @@ def environment_of(extension: Path, seed: int) -> dict[str, str]:
 _FILES = {
     "masks": ("masked_weight", "hard_topk", "hard_bits", "step_gradient"),
     "soft": ("soft_topk", "soft_topk_global", "corners"),
+    "masked": ("masked_scores", "magnitudes"),
     "products": ("layout", "masked_linear", "block_sparse", "sampled_matmul"),
 }
 
@@ -53,7 +54,10 @@ def test_the_operators_pass_their_own_tests(emulated: Path, files: tuple[str, ..
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.cuda_emulator.plugin", "-p", "no:cacheprovider"]
     # what only concerns torch.library and torch.compile is the same on every backend
     few = "1000000.0-1e-06-two_valued or 1000000.0-0.999999-quantised or 1.0-1e-06-normal"
-    command += ["-k", f"cuda-cpu and not opcheck and not compiled and not thread_count and (not test_corners or {few})"]
+    chosen = f"cuda-cpu and not opcheck and not compiled and not thread_count and (not test_corners or {few})"
+    scales = "9-1e-30-1.0 or 10-1e+13-1.0 or 64-smallest-10000.0 or gradient or run_out or bfloat16"
+    chosen += f" and not (test_masked_scores and 5001) and (not test_magnitudes or {scales})"
+    command += ["-k", chosen]
     command += [str(ROOT / "tests" / f"test_{name}.py") for name in files]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -218,7 +218,7 @@ def test_beta_limits(target: Any) -> None:
     torch.testing.assert_close(sharp, hard.float(), rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_values(target: Any, bad: float) -> None:
     values = make_values("normal", (3, 40)).index_put((torch.tensor(1), torch.tensor(7)), torch.tensor(bad))
     values = values.to(target.device)

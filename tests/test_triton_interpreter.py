@@ -22,6 +22,9 @@ SELECTIONS = {
     "test_autograd.py": "(corners and (flat or nothing or everything)) or every_shape_of_costs or loses_nothing",
     "test_corners.py": "1000000.0-1e-06-two_valued or 1000000.0-0.999999-quantised or 1.0-1e-06-normal",
     "test_patterns.py": "(the_largest and quantised) or soft_pattern",
+    "test_magnitudes.py": "(9-1e-30-1.0 or 10-1e+13-1.0 or 64-smallest-10000.0 or 10--1e+30-10000.0) or gradient",
+    "test_masked_scores.py": "causal or step or a_masked_list or (lists and scalar-3.0) or (such_a_list and little)"
+    " or ((rows or gradients or such_a_row or refused) and (cpu-4 or cpu-64))",
     "test_masked_weight.py": "block_scores or zero_weights or dropped or (forward_and_gradient and float32 and both)",
     "test_soft_topk.py": "long_rows or odd_lengths or nothing_and or ties or plateau or non_finite"
     " or (float32_gradient and 20.0)",

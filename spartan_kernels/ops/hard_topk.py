@@ -46,8 +46,9 @@ def hard_topk(
     quotient is rounded to nearest.
 
     Args:
-        values: v, any shape, floating point.
-        budget: k, a number or a tensor shaped like `values` without `dim`; in [0, sum of costs].
+        values: v, any shape, floating point. An entry of -inf is masked: it is never kept, and costs nothing.
+        budget: k, a number or a tensor shaped like `values` without `dim`; in [0, sum of the costs of entries that are
+            not -inf].
         costs: a > 0; None (ones), a number, one per entry of `dim`, or shaped like `values`.
         dim: the dimension that shares a budget.
         backend: "auto" or the name of a backend.
@@ -56,7 +57,7 @@ def hard_topk(
         bool, shape of `values`. With unit costs exactly floor(k) entries are True, also on ties.
 
     Raises:
-        TypeError, ValueError: as `soft_topk`.
+        TypeError, ValueError: as `soft_topk`. On a GPU a budget above the sum keeps all entries that are not -inf.
 
     Source: Tai, Tian, Lim, "Spartan", NeurIPS 2022: the projection of the forward pass.
     """
@@ -77,7 +78,8 @@ def hard_topk_global(
     """`hard_topk` under one budget over many tensors; the index that breaks ties counts through the list.
 
     Args:
-        values: tensors of any shapes, of one dtype and device; or DTensors, as in `soft_topk_global`.
+        values: tensors of any shapes, of one dtype and device; or DTensors, as in `soft_topk_global`. Entries of -inf
+            are masked, as in `hard_topk`.
         budget: k, a number or 0-dim tensor, for all of them together.
         costs: None (ones), or for each tensor a number, a 0-dim tensor or a tensor of its shape.
         absolute: choose by |values| (no copy is made).

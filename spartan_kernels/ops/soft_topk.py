@@ -81,8 +81,10 @@ def soft_topk(
     m_i = sigmoid(beta v_i / a_i + mu), with mu such that sum_i a_i m_i = k.
 
     Args:
-        values: v, any shape, floating point.
-        budget: k, a number or a tensor shaped like `values` without `dim`; in [0, sum of costs].
+        values: v, any shape, floating point. An entry of -inf is masked: its mask and gradients are 0, and it costs
+            nothing.
+        budget: k, a number or a tensor shaped like `values` without `dim`; in [0, sum of the costs of entries that are
+            not -inf].
         costs: a > 0; None (ones), a number, one per entry of `dim`, or shaped like `values`.
         beta: sharpness, finite and at least 0; 0 gives k / sum(a) everywhere. The limit of a large one is `hard_topk`.
         dim: the dimension that shares a budget.
@@ -94,8 +96,9 @@ def soft_topk(
 
     Raises:
         TypeError: integer or non-tensor values, costs or beta of a wrong type.
-        ValueError: budget outside [0, sum of costs], costs not positive, beta negative, shapes that do not match,
-            or (on the CPU) values that are not finite.
+        ValueError: budget outside [0, that sum], costs not positive, beta negative, shapes that do not match,
+            or values that are NaN or +inf. A GPU is not asked: there a row with such values, or with a budget above
+            that sum, comes out as NaN.
 
     Source: Tai, Tian, Lim, "Spartan", NeurIPS 2022, section 3, equation (1) of its soft top-k.
     """
@@ -119,7 +122,8 @@ def soft_topk_global(
 
     Args:
         values: tensors of any shapes, of one dtype and device; or DTensors on one mesh (the parameters of FSDP2 or of
-            tensor parallelism), which are solved on their local shards without gathering them.
+            tensor parallelism), which are solved on their local shards without gathering them. Entries of -inf are
+            masked, as in `soft_topk`; the native backend then copies the others.
         budget: k, a number or 0-dim tensor, for all of them together.
         costs: None (ones), or for each tensor a number, a 0-dim tensor or a tensor of its shape.
         beta: sharpness, at least 0.
@@ -185,7 +189,8 @@ def solve_masks_(
     with `block_sizes` the sum of |values| over each block, computed in the same call.
 
     Args:
-        values: weights or block scores, of one dtype and device; or DTensors, as in `soft_topk_global`.
+        values: weights or block scores, of one dtype and device; or DTensors, as in `soft_topk_global`. Scores of -inf
+            are masked unless magnitudes count.
         budget: k, a number or 0-dim tensor.
         costs: None, or for each tensor a number, a 0-dim tensor or a tensor of its shape.
         beta: sharpness, at least 0.

@@ -42,7 +42,9 @@ def soft_topk(
 
     Args:
         values: v, any shape, floating point. Half precision is read as float32 under autocast, as softmax does on CUDA.
-        budget: k, a number or a tensor shaped like `values` without `dim`; in [0, sum of costs].
+            An entry of -inf is masked: its mask and gradients are 0, and it costs nothing.
+        budget: k, a number or a tensor shaped like `values` without `dim`; in [0, sum of the costs of entries that are
+            not -inf].
         costs: a > 0; None (ones), a number, one per entry of `dim`, or shaped like `values`.
         beta: sharpness, finite and at least 0; 0 gives k / sum(a) everywhere. The limit of a large one is `hard_topk`.
         dim: the dimension that shares a budget.
@@ -56,8 +58,9 @@ def soft_topk(
 
     Raises:
         TypeError: integer or non-tensor values, costs or beta of a wrong type.
-        ValueError: budget outside [0, sum of costs], costs not positive, beta negative, shapes that do not match,
-            or (on the CPU) values that are not finite.
+        ValueError: budget outside [0, that sum], costs not positive, beta negative, shapes that do not match,
+            or values that are NaN or +inf. A GPU is not asked: there a row with such values, or with a budget above
+            that sum, comes out as NaN.
         RuntimeError: when the gradient is differentiated in turn.
 
     Source: Tai, Tian, Lim, "Spartan", NeurIPS 2022, section 3, equation (1) of its soft top-k.
@@ -87,7 +90,8 @@ def soft_topk_global(
     Args:
         values: tensors of any shapes, of one dtype and device; half precision is read as float32 under autocast. Or
             DTensors on one mesh (the parameters of FSDP2 or of tensor parallelism), which are solved on their local
-            shards without gathering them; a tensor replicated over ranks counts once.
+            shards without gathering them; a tensor replicated over ranks counts once. Entries of -inf are masked, as in
+            `soft_topk`.
         budget: k, a number or 0-dim tensor, for all of them together.
         costs: None (ones), or for each tensor a number, a 0-dim tensor or a tensor of its shape.
         beta: sharpness, at least 0.

@@ -47,9 +47,12 @@ def integers_of(case: Any) -> dict[str, int]:
 
 def launch(case: Any, target: Any, integers: dict[str, int]) -> Any:
     """Compile a case as a launch with these integers does, for the target of `bench.compile_driver`."""
+    from spartan_kernels.backends.triton.launches import FUSED
+
     arguments = {name: _argument(kind, 0) for name, kind in case.signature.items() if kind != "i32"}
     wide = target.warp_size == 64 and case.fixed_threads
-    options = {"num_warps": max(1, case.num_warps // 2) if wide else case.num_warps, "num_stages": case.num_stages}
+    warps = max(1, case.num_warps // 2) if wide else case.num_warps
+    options = {"num_warps": warps, "num_stages": case.num_stages, **FUSED}
     if case.max_registers and target.backend == "cuda":
         options["maxnreg"] = case.max_registers
     return case.kernel.run(grid=(1,), warmup=True, **(case.constexprs | arguments | integers | options))

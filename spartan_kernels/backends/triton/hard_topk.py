@@ -20,6 +20,7 @@ from spartan_kernels.backends.triton.configs import (
     row_tile,
 )
 from spartan_kernels.backends.triton.global_solve import hard_topk_global_forward
+from spartan_kernels.backends.triton.launches import FUSED
 from spartan_kernels.backends.triton.primitives import INFINITY, clamped_budget, ordered_key
 from spartan_kernels.backends.triton.soft_topk_rows import cost_strides, dense, load_rows, row_totals
 from spartan_kernels.operands import HardTopk, HardTopkGlobal
@@ -86,7 +87,7 @@ def hard_topk_forward(o: HardTopk) -> torch.Tensor:
             o.values, o.values if o.costs is None else o.costs, o.budget, mask.view(torch.uint8),
             rows, n, *o.values.stride(), *cost_strides(o.costs), o.budget.stride(0),
             HAS_COSTS=o.costs is not None, DENSE=dense(block_n, o.values),
-            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, **FUSED,
         )  # fmt: skip
     return mask
 

@@ -22,6 +22,8 @@ from triton.runtime import driver
 # "rare" ones where a start, a range of keys or a written mask has missed, or where ties are many.
 When = Literal["always", "cold", "rare"]
 _ALIGNMENT = 16  # bytes: what Triton specialises pointers on
+# multiply-adds stay one instruction: Triton 3.10 no longer fuses them unless asked
+FUSED = {"enable_fp_fusion": True}
 _CONSTANTS = (int, float, str, type(None), tl.dtype)
 
 
@@ -49,7 +51,7 @@ class Launch:
 
     def __call__(self) -> Any:
         """Launch it; the compiled kernel, or None in Triton's interpreter."""
-        return self.kernel[self.programs](*self.arguments, **self.options)
+        return self.kernel[self.programs](*self.arguments, **self.options, **FUSED)
 
 
 class _Step(NamedTuple):

@@ -21,6 +21,7 @@ from spartan_kernels.backends.triton.configs import (
     vector_length,
 )
 from spartan_kernels.backends.triton.global_passes import chunk_moments
+from spartan_kernels.backends.triton.launches import FUSED
 from spartan_kernels.backends.triton.primitives import (
     INFINITY,
     clamped_budget,
@@ -282,7 +283,7 @@ def _long_hard_topk_forward_kernel(
 def _options(values: torch.Tensor, costs: torch.Tensor | None) -> dict[str, Any]:
     vector = vector_length(values.dtype)
     kind = {"HAS_COSTS": costs is not None, "TILE": LONG_ROW_TILE, "LANES": LANES, "VECTOR": vector}
-    return kind | {"num_warps": LONG_ROW_WARPS}
+    return kind | {"num_warps": LONG_ROW_WARPS, **FUSED}
 
 
 def forward(o: SoftTopk) -> tuple[torch.Tensor, torch.Tensor]:
@@ -321,7 +322,7 @@ def hard_forward(
         _long_hard_topk_forward_kernel[(rows,)](
             values, values if costs is None else costs, budget, mask.view(torch.uint8),
             n, *values.stride(), *cost_strides(costs), budget.stride(0),
-            HAS_COSTS=costs is not None, TILE=LONG_ROW_TILE // 2, num_warps=LONG_ROW_WARPS,
+            HAS_COSTS=costs is not None, TILE=LONG_ROW_TILE // 2, num_warps=LONG_ROW_WARPS, **FUSED,
         )  # fmt: skip
     return mask
 

@@ -8,12 +8,17 @@ import sys
 
 import pytest
 
+from bench.gpu import interpreter
+
 _INSIDE = "SPARTAN_TEST_PROCESS"
-_SECONDS = 900 if os.environ.get("SPARTAN_REHEARSE") == "1" else 100
+_REHEARSED = os.environ.get("SPARTAN_REHEARSE") == "1"
+_SECONDS = 900 if _REHEARSED else 100
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "own_process: runs in a process of its own")
+    if _REHEARSED:
+        interpreter.mend()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -20,6 +20,7 @@ TESTS = (
     "soft_topk_global",
     "hard_topk",
     "rows",
+    "masked_scores",
     "masked_weight",
     "masked_linear",
     "layout",

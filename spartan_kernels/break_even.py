@@ -1,9 +1,10 @@
-"""From which density on the dense product is faster: measured once for a machine, a shipped table before that.
+"""From which density on the dense product is faster: measured once for a machine, on a CPU a model before that.
 
 The surface says, for a dtype, a block size and few or many tokens, the density (active blocks / blocks) above which
 multiplying the masked weight densely takes less time, and how the two compare where all blocks are active: on some
 processors the product of blocks is the faster one even then, and serves weights that are masked one by one. `tune`
-measures it and writes it to the user's cache; the shipped tables are of the machines in bench/results.
+measures it and writes it to the user's cache. No table is shipped: before that, wide blocks are taken at any density,
+and narrow ones on a CPU where a model of one with AVX2 says that they are faster.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ def _threshold(
 def _surface(kind: str) -> Surface:
     if _forced:
         return _forced[-1]
-    return load().get(kind) or SHIPPED.get(kind) or ()
+    return load().get(kind, ())
 
 
 def device_kind(device: torch.device) -> str:
@@ -279,6 +280,3 @@ def dense_convolution_wins(x: torch.Tensor, weight: torch.Tensor, density: float
     each = _COPY_COST if not last else _PLACE_COST if weight.shape[2:] == (1, 1) else _LAST_COST
     kept = _KEPT_COST[0] + _KEPT_COST[1] * (16 / side) ** _KEPT_COST[2]
     return kept * density + each * (out + in_) / weight.numel() > 1
-
-
-SHIPPED: dict[str, Surface] = {}

@@ -83,16 +83,22 @@ Surface = tuple[Crossing, ...]
 
 
 def dense_wins(
-    density: float, device: torch.device, dtype: torch.dtype, block_size: tuple[int, int], tokens: int
+    density: float,
+    device: torch.device,
+    dtype: torch.dtype,
+    block_size: tuple[int, int],
+    tokens: int,
+    packed: bool = False,
 ) -> bool:
     """Whether the dense product is the faster one here.
 
-    Without a measurement, the block-sparse one is taken, but for narrow blocks on a CPU, where a model decides.
+    Without a measurement, the block-sparse one is taken, but for narrow blocks on a CPU, where a model decides: one of
+    masks that move, so not of `packed` blocks.
     """
     crossing = _threshold(device.type, device.index, dtype, block_size, tokens <= FEW_TOKENS)
     if crossing is not None:
         return density > crossing
-    modelled = device.type == "cpu" and min(block_size) < _NARROW
+    modelled = device.type == "cpu" and min(block_size) < _NARROW and not packed
     return modelled and density * _MOVING_COST + _MOVING_TOKENS / max(tokens, 1) > 1
 
 

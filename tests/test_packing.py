@@ -249,6 +249,17 @@ def test_a_layer_of_few_zeros_stays_dense(sparsity: float) -> None:
     assert "the dense product is faster" in str(rows(model)["0.weight"][1]) or "no block" in str(rows(model))
 
 
+def test_narrow_blocks_that_are_asked_for_are_packed_unless_measured_as_slower() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model[0].weight.mul_((torch.rand(16, 64) < 0.6).repeat_interleave(4, 0))
+    with break_even.using((Crossing("float32", 4, 1, False, 0.1),)):
+        assert "the dense product is faster" in str(rows(model, block_size=(4, 1))["0.weight"][1])
+    with break_even.using(()):
+        assert rows(model, block_size=(4, 1), tokens=128)["0.weight"] == ((4, 1), None)
+
+
 def test_blocks_that_are_faster_but_larger_are_not_packed() -> None:
     surface = tuple(Crossing("float32", *size, False, 0.9) for size in ((1, 1), (4, 1)))
     with break_even.using(surface):

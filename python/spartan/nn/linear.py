@@ -145,17 +145,22 @@ _SINGLE = (1, 1)
 
 def _block_of(x: torch.Tensor, hard: torch.Tensor) -> tuple[int, int] | None:
     """The block of the fastest product: of the kept weights alone, of all in blocks, or (None) PyTorch's."""
-    tokens, density = x.shape[:-1].numel(), int(hard.count_nonzero()) / max(1, hard.numel())
-    if _sparse_serves(x.dtype, dispatch.requested(None)) and not dense_wins(
-        density, x.device, x.dtype, _SINGLE, tokens
-    ):
+    tokens = x.shape[:-1].numel()
+
+    def saves_time(density: float) -> bool:
+        return not dense_wins(density, x.device, x.dtype, _SINGLE, tokens)
+
+    # kept weights are only counted where few enough could save time, which with few tokens they never do
+    if _compiled(x.dtype) and saves_time(0.0) and saves_time(int(hard.count_nonzero()) / max(1, hard.numel())):
         return _SINGLE
     return whole_block(x.device, x.dtype, tokens)
 
 
-@lru_cache(maxsize=64)
-def _sparse_serves(dtype: torch.dtype, requested: str) -> bool:
-    return requested != "reference" and dispatch.refusal("masked_linear_forward", "native", "cpu", dtype) is None
+def _compiled(dtype: torch.dtype) -> bool:
+    """Whether the compiled kernels may serve: of the others none gains from an index."""
+    if dispatch.requested(None) == "reference":
+        return False
+    return dispatch.refusal("masked_linear_forward", "native", "cpu", dtype) is None
 
 
 def _active(hard: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -234,7 +234,7 @@ def _packed(weight: torch.Tensor, size: tuple[int, int] | None, tokens: int) -> 
         packed = BlockSparseWeight.from_dense(weight, size)
         if packed.density == 1:
             return f"no block of {_named(size)} is all zeros"
-        slower = dense_wins(packed.density, weight.device, weight.dtype, size, tokens)
+        slower = dense_wins(packed.density, weight.device, weight.dtype, size, tokens, packed=True)
         return _slower(packed.density, size) if slower else packed
     compiled = refusal("block_sparse_linear_forward", "native", weight.device.type, weight.dtype) is None
     sizes = _SQUARES + _NARROW if compiled else _SQUARES

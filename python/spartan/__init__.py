@@ -33,6 +33,7 @@ from spartan.methods import (
     StaticRandom,
     TopKAST,
 )
+from spartan.pruning import OBS, Magnitude, PrunedLayer, PruningInterrupted, PruningResult, Wanda, prune
 from spartan.saving.export import describe_pretrained, load_pretrained, save_pretrained, sparsity_of
 from spartan.saving.inspection import inspect_file
 from spartan.saving.packing import PackingReport, packing_report, to_block_sparse, to_dense
@@ -46,6 +47,7 @@ __all__ = [
     "GMP",
     "GSE",
     "IHT",
+    "OBS",
     "SET",
     "SRSTE",
     "WGSEF",
@@ -58,17 +60,22 @@ __all__ = [
     "Group",
     "History",
     "LatencyTable",
+    "Magnitude",
     "Mask",
     "MaskDecay",
     "OneShot",
     "PackingReport",
     "Powerpropagation",
+    "PrunedLayer",
+    "PruningInterrupted",
+    "PruningResult",
     "RigL",
     "SLTrainLinear",
     "Sparsifier",
     "Spartan",
     "StaticRandom",
     "TopKAST",
+    "Wanda",
     "__version__",
     "backend",
     "block_sparse_linear",
@@ -84,6 +91,7 @@ __all__ = [
     "masked_weight",
     "merge_sltrain",
     "packing_report",
+    "prune",
     "sampled_matmul",
     "save_pretrained",
     "scalars_to",

@@ -12,7 +12,7 @@ from spartan.budgets import Distribution, require_distribution
 from spartan.masks import MaskSet
 from spartan_kernels.arguments import block_shape
 
-__all__ = ["Method", "SparseMethod"]
+__all__ = ["MaskSettings", "Method", "SparseMethod"]
 
 _ROUNDING = 1e-9
 
@@ -75,8 +75,8 @@ class Method(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseMethod(Method):
-    """Settings that all methods with masks share.
+class MaskSettings:
+    """What masks are to be like: how sparse, in which blocks or pattern, and how layers share a budget.
 
     Attributes:
         sparsity: fraction of zeros to reach, in [0, 1); with `pattern` it is 1 - n / m and may be left out.
@@ -97,14 +97,6 @@ class SparseMethod(Method):
     pattern: tuple[int, int] | None = None
 
     takes_pattern = True  # whether masks of n in each m neighbours make sense for the method
-    keeps_zeros = False  # whether it can start from the zeros of a sparse model
-    backward_masks = False  # whether it sets, now or then, which blocks need a gradient
-    grows_from_zero = False  # whether dropped weights come back with the value zero
-
-    @property
-    def masking(self) -> SparseMethod:
-        """Itself."""
-        return self
 
     def __post_init__(self) -> None:
         if self.pattern is not None:
@@ -114,6 +106,11 @@ class SparseMethod(Method):
         require_distribution(self.distribution)
         if not isinstance(self.distribution, str):
             object.__setattr__(self, "distribution", dict(self.distribution))
+
+    @property
+    def name(self) -> str:
+        """Name in reports and checkpoints."""
+        return type(self).__name__
 
     def require_takes_pattern(self, pattern: tuple[int, int]) -> None:
         """Raise ValueError unless masks of n in each m neighbours make sense for the method."""
@@ -132,6 +129,33 @@ class SparseMethod(Method):
         ):
             raise ValueError(f"sparsity must be {sparsity:g} with pattern {pattern}; got {self.sparsity!r}")
         object.__setattr__(self, "sparsity", sparsity)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseMethod(MaskSettings, Method):
+    """Settings that all methods with masks share.
+
+    Attributes:
+        sparsity: fraction of zeros to reach, in [0, 1); with `pattern` it is 1 - n / m and may be left out.
+        block_size: 1, an int or (rows, columns): blocks of weights that stay or go together.
+        distribution: "global" (one budget over all layers), "uniform", "erk", or the sparsity of some layers by name or
+            pattern of names, {"stem.weight": 0.5, "blocks.0.*": 0.8}; the others then share one budget, such that
+            the whole has `sparsity`.
+        pattern: (n, m), such as (2, 4): of each m neighbours along the input features (or channels) of a masked
+            weight n stay. Takes the place of blocks and of the distribution; `sparsity` is that of masked weights.
+
+    Raises:
+        TypeError, ValueError: a setting of the wrong type or outside its range, named.
+    """
+
+    keeps_zeros = False  # whether it can start from the zeros of a sparse model
+    backward_masks = False  # whether it sets, now or then, which blocks need a gradient
+    grows_from_zero = False  # whether dropped weights come back with the value zero
+
+    @property
+    def masking(self) -> SparseMethod:
+        """Itself."""
+        return self
 
     def finish(self, masks: MaskSet) -> None:
         """Select the blocks of largest magnitude within the budget."""

@@ -24,7 +24,7 @@ from spartan.budgets import (
 )
 from spartan.distributed import Seen, is_dtensor, own_class, require_aligned, seen_weights
 from spartan.masks import MaskedTensor, require_divisible
-from spartan.methods.base import SparseMethod, require_number, require_pattern
+from spartan.methods.base import MaskSettings, SparseMethod, require_number, require_pattern
 from spartan.nn.masked_attribute import mask_attribute
 from spartan.nn.modules import largest_block, mask_weight, swappable
 from spartan.nn.selection import (
@@ -114,7 +114,7 @@ class Part:
 
 def parts_of(
     model: nn.Module,
-    method: SparseMethod,
+    method: MaskSettings,
     include: Selector | None,
     exclude: Selector | None,
     groups: Sequence[Group],
@@ -151,7 +151,7 @@ def parts_of(
     return parts, skipped
 
 
-def _part(weights: list[Candidate], index: int | None, group: Group, method: SparseMethod) -> Part:
+def _part(weights: list[Candidate], index: int | None, group: Group, method: MaskSettings) -> Part:
     """Weights with the settings of a group, and the method's where it has none."""
     pattern = group.pattern if group.pattern or group.sparsity is not None else method.pattern
     if pattern is None:

@@ -17,7 +17,7 @@ _BAR_SECONDS = 0.5  # between two looks of the bar at how training does
 class Progress:
     """Shows steps done of `total`; silent unless `shown`."""
 
-    def __init__(self, total: int, done: int, *, shown: bool) -> None:
+    def __init__(self, total: int, done: int, *, shown: bool, label: str = "training") -> None:
         self.total, self.shown = total, shown
         self._bar: Any = None
         self._task: Any = None
@@ -25,7 +25,7 @@ class Progress:
         if shown and sys.stdout.isatty():
             self._bar = _rich_bar()
             if self._bar is not None:
-                self._task = self._bar.add_task("training", total=total, completed=done, note="")
+                self._task = self._bar.add_task(label, total=total, completed=done, note="")
 
     def __enter__(self) -> Progress:
         if self._bar is not None:

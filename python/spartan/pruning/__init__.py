@@ -1,0 +1,12 @@
+"""Prune what is already trained: scores of weights, a pass over the layers, what it did."""
+
+from __future__ import annotations
+
+from spartan.pruning.base import Pruner
+from spartan.pruning.magnitude import Magnitude
+from spartan.pruning.obs import OBS
+from spartan.pruning.prune import prune
+from spartan.pruning.result import PrunedLayer, PruningInterrupted, PruningResult
+from spartan.pruning.wanda import Wanda
+
+__all__ = ["OBS", "Magnitude", "PrunedLayer", "Pruner", "PruningInterrupted", "PruningResult", "Wanda", "prune"]

@@ -1,0 +1,162 @@
+"""Pruning with the optimal brain surgeon: what stays makes up for what goes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from spartan.methods.base import require_number
+from spartan.pruning.base import Pruned, Score, block_sums, weight_of
+from spartan.pruning.hessian import factor
+from spartan.pruning.layers import Layer
+from spartan.pruning.selection import Budget, best_of_each, kept_cost, within
+from spartan.pruning.statistics import Statistics
+
+__all__ = ["OBS"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OBS(Score):
+    """Drop blocks column by column, and let the columns that follow make up for each, as SparseGPT does.
+
+    With G = sum x x^T over the calibration inputs, H = G + damping * mean(diag G) * I and H^-1 = U^T U (U upper
+    triangular), dropping w_j of a row, when the columns before j are settled, costs and changes
+
+        v_j = (w_j / U_jj)^2,        w <- w - (w_j / U_jj) U_j,:
+
+    which is the least squared error over all changes of the columns that follow. A block of columns S costs
+    ||w_S U_SS^-1||^2, summed over its rows. Of a row without dropped weights but one, that is the optimum in closed
+    form, if the others all follow. Masks are chosen for `columns` columns at a time, with the weights as changed so
+    far: the scores of all columns that are left share what is left of the layer's budget, which is met exactly.
+
+    Attributes:
+        damping: added to the diagonal of G, as a fraction of its mean. A Hessian that is singular all the same (fewer
+            inputs than columns, with damping 0) gets more, which the report says.
+        columns: how many columns (or blocks of them) to choose for at a time.
+
+    Source: Hassibi, Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", NIPS 1992; Frantar,
+    Alistarh, "SparseGPT", ICML 2023, section 3; blocks, costs and the budget over all columns, ours.
+
+    Example::
+
+        spartan.prune(model, spartan.OBS(sparsity=0.7, block_size=(4, 1)), batches)
+    """
+
+    damping: float = 0.01
+    columns: int = 128
+
+    needs_products = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("damping", self.damping, 0.0)
+        if type(self.columns) is not int or self.columns < 1:
+            raise ValueError(f"columns must be an int of at least 1; got {self.columns!r}")
+
+    def scores(self, layer: Layer, seen: Statistics | None) -> torch.Tensor:
+        """Squared error by block, where all columns can make up for it: w_S (H^-1)_SS^-1 w_S^T; of one, w^2 / H^-1_jj.
+
+        For columns in blocks the diagonal of H^-1 stands for (H^-1)_SS.
+        """
+        assert seen is not None
+        upper = factor(layer, seen, self.damping).upper
+        matrices = layer.matrices(weight_of(layer)).double()
+        alone = matrices.square() / upper.square().sum(-2)[:, None]
+        return block_sums(layer, layer.from_matrices(alone))
+
+    def prune(self, layer: Layer, seen: Statistics | None, budget: Budget | None) -> Pruned:
+        """Go through the columns."""
+        assert seen is not None and budget is not None
+        made = factor(layer, seen, self.damping)
+        sweep = _Sweep(layer, made.upper, budget, self.columns)
+        return Pruned(*sweep.run(), made.note)
+
+
+class _Sweep:
+    """One pass over the columns of a layer, its blocks of columns made equal by columns of zeros."""
+
+    def __init__(self, layer: Layer, upper: torch.Tensor, budget: Budget, columns: int) -> None:
+        self.layer, self.budget = layer, budget
+        self.width = layer.block_size[1] if layer.pattern is None else layer.pattern[1]
+        self.step = max(1, columns // self.width) * self.width
+        inner, self.positions = layer.shape[1], math.prod(layer.shape[2:])
+        self.padded = -(-inner // self.width) * self.width
+        weights = layer.matrices(weight_of(layer)).double()
+        self.weights = self._pad(weights, 0.0)
+        self.upper = upper
+        if self.padded != inner:
+            rows = self._pad(upper, 0.0).mT  # columns padded, then rows
+            self.upper = self._pad(rows, 0.0).mT.contiguous()
+            blank = self.upper.diagonal(dim1=-2, dim2=-1)
+            blank[blank == 0] = 1.0
+        tiles = self.upper.unflatten(-1, (-1, self.width)).unflatten(1, (-1, self.width))
+        blocks = tiles.diagonal(dim1=1, dim2=3).movedim(-1, 1)  # U_SS of each block of columns
+        identity = torch.eye(self.width, dtype=blocks.dtype, device=blocks.device)
+        self.inverses = torch.linalg.solve_triangular(blocks, identity.expand_as(blocks), upper=True)
+
+    def _pad(self, tensor: torch.Tensor, value: float) -> torch.Tensor:
+        """[..., kernel * in] with zeros after the inputs of each kernel position."""
+        by_position = tensor.unflatten(-1, (self.positions, -1))
+        return functional.pad(by_position, (0, self.padded - by_position.shape[-1]), value=value).flatten(-2)
+
+    def run(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The new weight [out, in, *kernel] and the mask of its blocks."""
+        masks, left = [], self.budget.amount
+        n = self.weights.shape[-1]
+        for start in range(0, n, self.step):
+            end = min(start + self.step, n)
+            mask = None
+            if self.layer.pattern is None:
+                mask, used = self._choose(start, end, left)
+                left -= used
+            masks.append(self._drop(start, end, mask))
+        kept = torch.cat(masks, -1)
+        inner = self.layer.shape[1]
+        weights = (t.unflatten(-1, (self.positions, -1))[..., :inner].flatten(-2) for t in (self.weights, kept))
+        values, stays = (self.layer.from_matrices(t) for t in weights)
+        rows, columns = self.layer.block_size
+        return values, stays[::rows, ::columns]
+
+    def _choose(self, start: int, end: int, left: float) -> tuple[torch.Tensor, float]:
+        """Which weights of columns [start, end) stay, where all columns from there share what is left; its cost."""
+        rows, width = self.layer.block_size
+        groups, height, _ = self.weights.shape
+        errors = self.weights[:, :, start:].unflatten(-1, (-1, width)).movedim(2, 1)  # [groups, blocks, rows, width]
+        errors = errors @ self.inverses[:, start // width :]
+        scores = errors.square().sum(-1).movedim(1, 2).reshape(groups * height, -1)
+        scores = functional.pad(scores, (0, 0, 0, -scores.shape[0] % rows)).unflatten(0, (-1, rows)).sum(1)
+        costs = self._costs(start)
+        mask = within(scores, left, costs)[:, : (end - start) // width]
+        used = kept_cost(mask, costs[:, : mask.shape[1]] if isinstance(costs, torch.Tensor) else costs)
+        tall = mask.repeat_interleave(rows, 0)[: groups * height].repeat_interleave(width, 1)
+        return tall.view(groups, height, -1), used
+
+    def _costs(self, start: int) -> float | torch.Tensor:
+        costs = self.layer.costs
+        if not isinstance(costs, torch.Tensor):
+            return costs
+        return costs.movedim(1, -1).flatten(1)[:, start // self.width :]
+
+    def _drop(self, start: int, end: int, mask: torch.Tensor | None) -> torch.Tensor:
+        """Drop what the mask of columns [start, end) drops, column after column; return it."""
+        groups, height, _ = self.weights.shape
+        own, upper = self.weights[:, :, start:end].clone(), self.upper[:, start:end, start:end]
+        errors = torch.zeros_like(own)
+        stays = torch.empty_like(own, dtype=torch.bool) if mask is None else mask
+        for j in range(end - start):
+            if mask is None and j % self.width == 0:
+                several = slice(j, j + self.width)
+                scores = own[:, :, several] / upper.diagonal(dim1=-2, dim2=-1)[:, None, several]
+                assert self.layer.pattern is not None
+                stays[:, :, several] = best_of_each(scores.square().flatten(0, 1), self.layer.pattern).view(
+                    groups, height, -1
+                )
+            error = torch.where(stays[:, :, j], 0.0, own[:, :, j] / upper[:, None, j, j])
+            own[:, :, j:] -= error[..., None] * upper[:, j, None, j:]
+            errors[:, :, j] = error
+        self.weights[:, :, start:end] = torch.where(stays, own, 0.0)
+        self.weights[:, :, end:] -= errors @ self.upper[:, start:end, end:]
+        return stays

@@ -1,0 +1,69 @@
+"""What is known of the inputs of a weight: their number, sums, squares and products."""
+
+from __future__ import annotations
+
+import torch
+
+from spartan.pruning.layers import wide
+
+__all__ = ["Statistics"]
+
+
+class Statistics:
+    """Sums over the inputs x of one or several matrices, in float32 at least.
+
+    Attributes:
+        count: number of inputs.
+        total: sum x, [groups, n].
+        squares: sum x_j^2, [groups, n].
+        products: G = sum x x^T, [groups, n, n]; None where only squares were asked for.
+    """
+
+    def __init__(self, *, products: bool) -> None:
+        self.count = 0
+        self._whole = products
+        self._total: torch.Tensor | None = None
+        self._squares: torch.Tensor | None = None
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Add inputs [groups, rows, n]."""
+        inputs = inputs.to(wide(inputs.dtype))
+        if self._total is None or self._squares is None:
+            groups, _, n = inputs.shape
+            self._total = inputs.new_zeros(groups, n, dtype=torch.float64)
+            self._squares = inputs.new_zeros(groups, n, n) if self._whole else torch.zeros_like(self._total)
+        self.count += inputs.shape[1]
+        self._total += inputs.sum(1, dtype=torch.float64)
+        if self._whole:
+            self._squares.baddbmm_(inputs.mT, inputs)
+        else:
+            self._squares += inputs.square().sum(1, dtype=torch.float64)
+
+    @property
+    def total(self) -> torch.Tensor:
+        """Sum of the inputs."""
+        assert self._total is not None
+        return self._total
+
+    @property
+    def squares(self) -> torch.Tensor:
+        """Sum of the squares of each input."""
+        assert self._squares is not None
+        return self._squares.diagonal(dim1=-2, dim2=-1) if self._whole else self._squares
+
+    @property
+    def products(self) -> torch.Tensor | None:
+        """Sum of the products of each two inputs."""
+        return self._squares if self._whole else None
+
+    @property
+    def finite(self) -> bool:
+        """Whether all inputs so far were finite, and their squares too."""
+        return self._total is None or bool((self.total + self.squares).isfinite().all())
+
+    def energy(self, matrices: torch.Tensor) -> torch.Tensor:
+        """Sum of squared outputs of matrices [groups, rows, n]: trace(W G W^T), without products its diagonal part."""
+        if self._whole:
+            assert self._squares is not None
+            return ((matrices @ self._squares.to(matrices.dtype)) * matrices).sum(dtype=torch.float64)
+        return (matrices.square().sum(1).double() * self.squares).sum()

@@ -33,7 +33,7 @@ from spartan.methods import (
     StaticRandom,
     TopKAST,
 )
-from spartan.pruning import OBS, Magnitude, PrunedLayer, PruningInterrupted, PruningResult, Wanda, prune
+from spartan.pruning import ADMM, OBS, DSnoT, Magnitude, PrunedLayer, PruningInterrupted, PruningResult, Wanda, prune
 from spartan.saving.export import describe_pretrained, load_pretrained, save_pretrained, sparsity_of
 from spartan.saving.inspection import inspect_file
 from spartan.saving.packing import PackingReport, packing_report, to_block_sparse, to_dense
@@ -43,6 +43,7 @@ from spartan.tuning import tune
 from spartan_kernels import BlockLayout, BlockSparseWeight, __version__, backend, checks, info
 
 __all__ = [
+    "ADMM",
     "DPF",
     "GMP",
     "GSE",
@@ -54,6 +55,7 @@ __all__ = [
     "BlockLayout",
     "BlockSparseWeight",
     "CostModel",
+    "DSnoT",
     "Dense",
     "DualAveraging",
     "FLOPs",

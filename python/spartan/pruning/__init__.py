@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from spartan.pruning.admm import ADMM
 from spartan.pruning.base import Pruner
+from spartan.pruning.dsnot import DSnoT
 from spartan.pruning.magnitude import Magnitude
 from spartan.pruning.obs import OBS
 from spartan.pruning.prune import prune
 from spartan.pruning.result import PrunedLayer, PruningInterrupted, PruningResult
 from spartan.pruning.wanda import Wanda
 
-__all__ = ["OBS", "Magnitude", "PrunedLayer", "Pruner", "PruningInterrupted", "PruningResult", "Wanda", "prune"]
+__all__ = [
+    "ADMM",
+    "OBS",
+    "DSnoT",
+    "Magnitude",
+    "PrunedLayer",
+    "Pruner",
+    "PruningInterrupted",
+    "PruningResult",
+    "Wanda",
+    "prune",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,9 +49,23 @@ class Pruner(ABC):
         return type(self).__name__
 
     @property
+    def scorer(self) -> Pruner:
+        """The method whose scores choose."""
+        return self
+
+    @property
     @abstractmethod
     def masking(self) -> MaskSettings | None:
-        """The settings that say what the masks are like; None: those of the zeros that are there."""
+        """The settings that say what the masks are like; None where `masks` are given."""
+
+    @property
+    def masks(self) -> Mapping[str, torch.Tensor] | None:
+        """Masks that were given by name of the weight, in the place of settings; None: there are none."""
+        return None
+
+    def require(self, layer: Layer) -> None:
+        """Raise ValueError where a layer is none for this method; asked before anything is changed."""
+        return None
 
     @abstractmethod
     def scores(self, layer: Layer, seen: Statistics | None) -> torch.Tensor:

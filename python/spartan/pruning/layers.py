@@ -55,7 +55,7 @@ class Layer:
         self.grid = block_grid(self.shape, block_size)
         own = block_costs(self.shape, block_size) if costs is None else costs.blocks
         if isinstance(own, torch.Tensor):
-            own = (own if costs is None else self._oriented(own)).to(candidate.weight.device)
+            own = (own if costs is None else self.oriented(own)).to(candidate.weight.device)
         self.costs = own
         self.groups = self._groups()
 
@@ -73,7 +73,7 @@ class Layer:
 
     def values(self) -> torch.Tensor:
         """The weight as [out, in, *kernel], a view without a graph."""
-        return self._oriented(self.candidate.weight.detach())
+        return self.oriented(self.candidate.weight.detach())
 
     def write(self, values: torch.Tensor) -> None:
         """Make these [out, in, *kernel] the weight's values, at once."""
@@ -100,7 +100,8 @@ class Layer:
         """Number of zeros in the weight."""
         return self.candidate.weight.numel() - int(self.candidate.weight.count_nonzero())
 
-    def _oriented(self, tensor: torch.Tensor) -> torch.Tensor:
+    def oriented(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the weight's shape or its blocks', in the dimensions [out, in, *kernel]: a view."""
         if self._stack is not None:
             tensor = self._stack.turned(tensor)
         return tensor.transpose(0, 1) if self.candidate.transposed else tensor

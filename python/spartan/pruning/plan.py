@@ -24,7 +24,7 @@ class Planned:
     """A layer with what it may keep.
 
     Attributes:
-        amount: the most that its kept blocks may cost; None: the blocks that are not zero now.
+        amount: the most that its kept blocks may cost; None: its mask is given.
         part: whose layers give each other what is left of a block; None: it lends nothing.
     """
 

@@ -59,7 +59,7 @@ def prune(
 
     Args:
         model: any module, not sharded; what is pruned by default is what `Sparsifier` masks.
-        method: `Magnitude`, `Wanda`, `OBS`, or `DSnoT` or `ADMM` behind one of them.
+        method: `Magnitude`, `Wanda` or `OBS`; or `DSnoT` or `ADMM` around one of them, or around masks.
         batches: calibration inputs, gone through once and kept: any iterable of mappings (arguments by name), tuples or
             lists (by position), or tensors (the only argument). `Magnitude` needs none.
         include: weights to prune instead of the default, as in `Sparsifier`.
@@ -107,6 +107,8 @@ def prune(
                 skipped = {**skipped, **unseen}
         steps = Steps(method, layers, forwards, errors=errors)
         plan = plan_of(model, method.masking, parts, count, costs, steps.scores)
+        for planned in plan.values():
+            method.require(planned.layer)
         bar = opened.enter_context(Progress(len(plan), 0, shown=shown, label="pruning"))
         return steps.run(plan, skipped, bar)
 
@@ -142,13 +144,16 @@ def _parts(
     """The weights to prune by their settings, and why others are not."""
     if method.masking is not None:
         return parts_of(model, method.masking, include, exclude, groups)
+    masks = method.masks or {}
     if groups or costs is not None:
-        raise ValueError(
-            f"groups and costs must be left out with {method.name} alone, which keeps the zeros that are there; give it"
-            f" a first stage, {method.name}(spartan.Wanda(sparsity=0.5))"
-        )
+        raise ValueError("groups and costs must be left out where masks are given, which leave nothing to choose")
     found = find_weights(model)
-    chosen = select_weights(model, found, include, exclude)
+    unknown = sorted(set(masks) - {c.name for c in found if c.unfit is None})
+    if unknown:
+        raise ValueError(f"masks are given for {unknown}, which the model has not, or not to prune")
+    if include is None:
+        include = list(masks)
+    chosen = [c for c in select_weights(model, found, include, exclude) if c.name in masks]
     skipped = skipped_weights(model, found, chosen, include, exclude)
     if not chosen:
         raise ValueError(f"model has no weight to prune; include= can choose others. Skipped: {skipped}")

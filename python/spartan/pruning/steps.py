@@ -44,16 +44,17 @@ class Steps:
 
         Of a method that does not look at inputs, its scores as they are.
         """
-        if not self._method.needs_inputs:
-            return [self._method.scores(layer, None) for layer in layers]
+        scorer = self._method.scorer
+        if not scorer.needs_inputs:
+            return [scorer.scores(layer, None) for layer in layers]
         own = {layer.name: layer for layer in layers}
         found = {}
-        for stop, seen in self._through(own, products=self._method.needs_products):
+        for stop, seen in self._through(own, products=scorer.needs_products):
             for name in stop:
                 layer = own[name]
                 assert seen is not None
                 energy = seen.energy(layer.matrices(weight_of(layer)))
-                found[name] = self._method.scores(layer, seen) / energy.clamp(min=torch.finfo(torch.float64).tiny)
+                found[name] = scorer.scores(layer, seen) / energy.clamp(min=torch.finfo(torch.float64).tiny)
         if self._forwards is not None:
             self._forwards.restart()
         return [found[layer.name] for layer in layers]

@@ -90,6 +90,19 @@ def test_what_outputs_cannot_share_evenly_goes_to_the_largest() -> None:
     assert int(kept.sum()) == 13 and int(kept.min()) == 3 and int(kept.max()) == 4
 
 
+def test_outputs_with_zeros_leave_their_place_to_others() -> None:
+    module = linear(10, 4)
+    with torch.no_grad():
+        module.weight[0, 1:] = 0
+        module.weight[1, 4:] = 0
+    spartan.prune(module, spartan.Wanda(sparsity=0.5), [data(9, 10)], include="weight")
+    assert sorted((module.weight != 0).sum(1).tolist()) == [1, 4, 7, 8]
+    spartan.prune(module, spartan.Wanda(sparsity=0.5), [data(9, 10)], include="weight")
+    assert int((module.weight != 0).sum()) == 20
+    spartan.prune(module, spartan.Wanda(sparsity=0.25), [data(9, 10)], include="weight")
+    assert int((module.weight != 0).sum()) == 20  # there are no more
+
+
 @pytest.mark.parametrize("dropped", range(6))
 def test_obs_without_one_weight_is_the_least_squares_optimum(dropped: int) -> None:
     """The columns come in an order in which the dropped one is first, as the columns before it are settled."""

@@ -87,5 +87,14 @@ def _by_rows(scores: torch.Tensor, blocks: int) -> torch.Tensor:
     mask = hard_topk(rows, each, dim=1)
     if over:
         following = hard_topk(rows, each + 1, dim=1) & ~mask
-        mask |= within(torch.where(following, rows, -torch.inf).flatten(), over, 1.0).view(rows.shape)
-    return mask.view(scores.shape)
+        mask |= _most(rows, following, over)
+    mask &= rows > 0  # zeros that were there before keep no place that another row can use
+    missing = min(blocks, rows.numel()) - int(mask.count_nonzero())
+    return (mask | _most(rows, ~mask & (rows > 0), missing)).view(scores.shape)
+
+
+def _most(rows: torch.Tensor, among: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` largest of some entries; all, where they are fewer."""
+    if count >= int(among.count_nonzero()):
+        return among
+    return within(torch.where(among, rows, -torch.inf), count, 1.0)

@@ -33,7 +33,21 @@ from spartan.methods import (
     StaticRandom,
     TopKAST,
 )
-from spartan.pruning import ADMM, OBS, DSnoT, Magnitude, PrunedLayer, PruningInterrupted, PruningResult, Wanda, prune
+from spartan.pruning import (
+    ADMM,
+    OBS,
+    Distillation,
+    Distilled,
+    DSnoT,
+    Magnitude,
+    PrunedLayer,
+    PruningInterrupted,
+    PruningResult,
+    Wanda,
+    distill,
+    prune,
+    recalibrate,
+)
 from spartan.saving.export import describe_pretrained, load_pretrained, save_pretrained, sparsity_of
 from spartan.saving.inspection import inspect_file
 from spartan.saving.packing import PackingReport, packing_report, to_block_sparse, to_dense
@@ -57,6 +71,8 @@ __all__ = [
     "CostModel",
     "DSnoT",
     "Dense",
+    "Distillation",
+    "Distilled",
     "DualAveraging",
     "FLOPs",
     "Group",
@@ -83,6 +99,7 @@ __all__ = [
     "block_sparse_linear",
     "checks",
     "describe_pretrained",
+    "distill",
     "finalize",
     "hard_topk",
     "info",
@@ -94,6 +111,7 @@ __all__ = [
     "merge_sltrain",
     "packing_report",
     "prune",
+    "recalibrate",
     "sampled_matmul",
     "save_pretrained",
     "scalars_to",

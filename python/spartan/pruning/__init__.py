@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from spartan.pruning.admm import ADMM
 from spartan.pruning.base import Pruner
+from spartan.pruning.distillation import Distillation, Distilled, distill
 from spartan.pruning.dsnot import DSnoT
 from spartan.pruning.magnitude import Magnitude
 from spartan.pruning.obs import OBS
 from spartan.pruning.prune import prune
+from spartan.pruning.recalibration import recalibrate
 from spartan.pruning.result import PrunedLayer, PruningInterrupted, PruningResult
 from spartan.pruning.wanda import Wanda
 
@@ -15,11 +17,15 @@ __all__ = [
     "ADMM",
     "OBS",
     "DSnoT",
+    "Distillation",
+    "Distilled",
     "Magnitude",
     "PrunedLayer",
     "Pruner",
     "PruningInterrupted",
     "PruningResult",
     "Wanda",
+    "distill",
     "prune",
+    "recalibrate",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from torch import nn
 from spartan.budgets import one_forward
 from spartan.pruning.layers import Layer, Watch, watch_of
 
-__all__ = ["Call", "Forwards", "call_with"]
+__all__ = ["Call", "Forwards", "call_with", "list_of"]
 
 Call = Callable[[nn.Module, Any], Any]
 _UNIT = 8  # stops in a module that is run as one: fewer outputs are kept, and it is cheap enough to begin again
@@ -50,6 +50,21 @@ class _Arrival(NamedTuple):
     layer: int
     watch: Watch
     tensor: torch.Tensor
+
+
+def list_of(batches: Iterable[Any]) -> list[Any]:
+    """All batches of an iterable.
+
+    Raises:
+        TypeError: something else. ValueError: there is none.
+    """
+    if isinstance(batches, (str, Mapping)) or not isinstance(batches, Iterable):
+        kind = type(batches).__name__
+        raise TypeError(f"batches must be an iterable of batches, such as a list or a loader; got {kind}")
+    found = list(batches)
+    if not found:
+        raise ValueError("batches must have at least one batch; got none (an iterator that was used before is empty)")
+    return found
 
 
 class Forwards:

@@ -14,7 +14,7 @@ from spartan.budgets import CostModel, PricePerBlock
 from spartan.distributed import is_dtensor
 from spartan.nn.selection import Selector, find_weights, select_weights, skipped_weights
 from spartan.pruning.base import Pruner
-from spartan.pruning.forwards import Call, Forwards, call_with
+from spartan.pruning.forwards import Call, Forwards, call_with, list_of
 from spartan.pruning.layers import Layer
 from spartan.pruning.plan import plan_of
 from spartan.pruning.result import PruningResult
@@ -90,7 +90,7 @@ def prune(
         print(result)
     """
     _require(model, method, count, uncalled)
-    given = None if batches is None else _list_of(batches)
+    given = None if batches is None else list_of(batches)
     if method.needs_inputs and given is None:
         raise ValueError(f"batches must be given: {method.name} scores weights by their inputs")
     parts, skipped = _parts(model, method, include, exclude, groups, costs)
@@ -121,16 +121,6 @@ def _require(model: Any, method: Any, count: str, uncalled: str) -> None:
     for name, value, allowed in (("count", count, _COUNTS), ("uncalled", uncalled, _UNCALLED)):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
-
-
-def _list_of(batches: Iterable[Any]) -> list[Any]:
-    if isinstance(batches, (str, Mapping)) or not isinstance(batches, Iterable):
-        kind = type(batches).__name__
-        raise TypeError(f"batches must be an iterable of batches, such as a list or a loader; got {kind}")
-    found = list(batches)
-    if not found:
-        raise ValueError("batches must have at least one batch; got none (an iterator that was used before is empty)")
-    return found
 
 
 def _parts(

@@ -9,36 +9,39 @@ namespace spartan::cpu {
 namespace {
 
 constexpr int64_t kPanelFloats = 2 << 20;      // of weights packed at a time
-constexpr int64_t kChunkFloats = 64 << 10;     // of tokens that stay in a core's cache
-constexpr int64_t kCacheWays = 8, kPage = 4096;
+constexpr int64_t kChunkFloats = 40 << 10;     // of tokens that stay in a core's second-level cache
+constexpr int64_t kGroupOutputs = 256;         // of y that are summed beside them, then written in long pieces
 constexpr int64_t kFewTokens = 4;              // for which weights are used where they lie
 constexpr int64_t kItemsPerThread = 4;
 
+// Tokens are packed in tiles, weights in panels; a tile's sums with a panel stay in registers. Sums of a group of lines are
+// gathered in the cache, so that y is written in rows, each once.
 class Product {
  public:
   Product(Dtype dtype, const Lines& lines, Tokens x, const void* bias, const RowWriter& writer, Workspace workspace, int threads)
-      : passes_(matmul_passes()), dtype_(dtype), lines_(lines), x_(x), writer_(writer), threads_(threads) {
+      : passes_(matmul_passes()), dtype_(dtype), lines_(lines), x_(x), writer_(writer), threads_(threads),
+        plan_(lines, x.count, threads) {
     Arena arena(workspace);
-    padded_ = lines.padded(passes_);
-    chunk_ = chunk_tokens(passes_, lines);
-    line_bytes_ = line_stride(passes_, lines);
-    panels_ = arena.take<float>(panel_floats(passes_, lines));
-    bias_ = arena.take<float>(lines.count * padded_);
-    chunks_ = arena.take<float>(threads * chunk_ * line_bytes_);
-    tiles_ = arena.take<float>(threads * tile_floats(passes_, lines));
+    panels_ = arena.take<float>(plan_.panel_floats);
+    bias_ = arena.take<float>(lines.count * plan_.padded);
+    tokens_ = arena.take<float>(plan_.copies * plan_.chunk_floats);
+    sums_ = arena.take<float>(threads * plan_.chunk * plan_.group);
     spread_bias(bias);
   }
 
-  static int64_t workspace_bytes(const Lines& lines, int threads) {
-    const MatmulPasses& passes = matmul_passes();
-    const int64_t floats = panel_floats(passes, lines) + lines.count * lines.padded(passes) +
-                           threads * (chunk_tokens(passes, lines) * line_stride(passes, lines) + tile_floats(passes, lines));
+  static int64_t workspace_bytes(const Lines& lines, int64_t tokens, int threads) {
+    const Plan plan(lines, tokens, threads);
+    const int64_t floats = plan.panel_floats + lines.count * plan.padded + plan.copies * plan.chunk_floats +
+                           threads * plan.chunk * plan.group;
     return floats * static_cast<int64_t>(sizeof(float)) + 4 * 64;
   }
 
   void run() {
     writer_.prepare(x_.count);
-    const int64_t line_floats = padded_ * lines_.other_span;
+    if (plan_.shared()) {
+      for_items(threads_, plan_.chunks, [&](int64_t, int64_t chunk) { pack_chunk(chunk, chunk); });
+    }
+    const int64_t line_floats = plan_.padded * lines_.other_span;
     for (int64_t begin = 0; begin < lines_.count;) {
       int64_t end = begin + 1;
       const int64_t room = std::max(kPanelFloats / line_floats, int64_t(1));
@@ -50,39 +53,49 @@ class Product {
   }
 
  private:
-  static int64_t chunk_tokens(const MatmulPasses& passes, const Lines& lines) {
-    const int64_t tile = passes.tile_tokens(passes.panel_width(lines.span));
-    return std::clamp<int64_t>(kChunkFloats / std::max<int64_t>(lines.other_extent, 1) / tile, 2, 16) * tile;
-  }
-  // Tokens of a copied chunk lie a little more than a multiple of the page apart from one another.
-  static int64_t line_stride(const MatmulPasses&, const Lines& lines) { return (lines.other_extent + 15) / 16 * 16 + 16; }
-  static int64_t panel_floats(const MatmulPasses& passes, const Lines& lines) {
-    const int64_t line_floats = lines.padded(passes) * lines.other_span;
-    int64_t fullest = 0;
-    for (int64_t line = 0; line < lines.count; ++line)
-      fullest = std::max<int64_t>(fullest, lines.offsets[line + 1] - lines.offsets[line]);
-    return std::min(lines.blocks() * line_floats, std::max(kPanelFloats, fullest * line_floats));
-  }
-  static int64_t tile_floats(const MatmulPasses& passes, const Lines& lines) {
-    const int64_t width = passes.panel_width(lines.span);
-    return chunk_tokens(passes, lines) * width;
-  }
+  // Sizes of a product. Chunks of tokens are the items of work; where they are few, so are parts of the lines, and all parts
+  // share the packed tokens of a chunk.
+  struct Plan {
+    int tile;
+    int64_t padded, chunk, chunks, chunk_floats, parts, copies, group, panel_floats;
+
+    Plan(const Lines& lines, int64_t tokens, int threads) {
+      const MatmulPasses& passes = matmul_passes();
+      tile = passes.tile_tokens(passes.panel_width(lines.span));
+      padded = lines.padded(passes);
+      const int64_t tiles = std::clamp<int64_t>(kChunkFloats / std::max<int64_t>(lines.other_extent, 1) / tile, 2, 16);
+      tokens = std::max<int64_t>(tokens, 1);
+      chunk = std::min(tiles, ceil_div(tokens, tile)) * tile;
+      chunks = ceil_div(tokens, chunk);
+      parts = std::clamp<int64_t>(ceil_div(threads * kItemsPerThread, chunks), 1, std::max<int64_t>(lines.count, 1));
+      chunk_floats = chunk * lines.other_extent + passes.lanes;
+      copies = shared() ? chunks : threads;
+      group = std::min(std::max(kGroupOutputs, lines.span), lines.extent) + passes.lanes * 4;
+      const int64_t line_floats = padded * lines.other_span;
+      int64_t fullest = 0;
+      for (int64_t line = 0; line < lines.count; ++line)
+        fullest = std::max<int64_t>(fullest, lines.offsets[line + 1] - lines.offsets[line]);
+      panel_floats = std::min(lines.blocks() * line_floats, std::max(kPanelFloats, fullest * line_floats));
+    }
+
+    bool shared() const { return parts > 1; }
+  };
 
   void spread_bias(const void* bias) {
     if (bias == nullptr) {
       bias_ = nullptr;
       return;
     }
-    std::fill_n(bias_, lines_.count * padded_, 0);
+    std::fill_n(bias_, lines_.count * plan_.padded, 0);
     for (int64_t line = 0; line < lines_.count; ++line)
-      passes_.widen(dtype_, offset_by(bias, line * lines_.span, dtype_), bias_ + line * padded_, lines_.outputs(line));
+      passes_.widen(dtype_, offset_by(bias, line * lines_.span, dtype_), bias_ + line * plan_.padded, lines_.outputs(line));
   }
 
   float* panel_of(int64_t line, int64_t first_line) const {
-    return panels_ + (lines_.offsets[line] - lines_.offsets[first_line]) * padded_ * lines_.other_span;
+    return panels_ + (lines_.offsets[line] - lines_.offsets[first_line]) * plan_.padded * lines_.other_span;
   }
 
-  // Calls f(first output, width, columns, panel) for the panels of a line.
+  // Calls f(first output, width, outputs, panel) for the panels of a line.
   template <class F>
   void for_panels(int64_t line, int64_t first_line, F&& f) const {
     const int64_t outputs = lines_.outputs(line), active = lines_.offsets[line + 1] - lines_.offsets[line];
@@ -120,61 +133,41 @@ class Product {
     });
   }
 
+  float* packed_chunk(int64_t copy) const { return tokens_ + copy * plan_.chunk_floats; }
+  int64_t tokens_of(int64_t chunk) const { return std::min(plan_.chunk, x_.count - chunk * plan_.chunk); }
+
+  void pack_chunk(int64_t chunk, int64_t copy) {
+    const void* x = offset_by(x_.data, chunk * plan_.chunk * x_.stride, dtype_);
+    passes_.pack_tokens(dtype_, x, x_.stride, tokens_of(chunk), lines_.other_extent, plan_.tile, packed_chunk(copy));
+  }
+
   void multiply_lines(int64_t begin, int64_t end) {
-    const int64_t chunks = ceil_div(x_.count, chunk_), wanted = threads_ * kItemsPerThread;
-    const int64_t parts = std::clamp<int64_t>(ceil_div(wanted, chunks), 1, end - begin);
-    for_items(threads_, chunks * parts, [&](int64_t worker, int64_t item) {
-      const int64_t token = item / parts * chunk_, part = item % parts;
-      const int64_t tokens = std::min(chunk_, x_.count - token);
-      const Rows rows = rows_of(token, tokens, chunks_ + worker * chunk_ * line_bytes_);
+    const int64_t parts = std::min(plan_.parts, end - begin);
+    for_items(threads_, plan_.chunks * parts, [&](int64_t worker, int64_t item) {
+      const int64_t chunk = item / parts, part = item % parts, copy = plan_.shared() ? chunk : worker;
+      if (!plan_.shared()) pack_chunk(chunk, copy);
+      float* sums = sums_ + worker * plan_.chunk * plan_.group;
       const int64_t to = split_lines(lines_, begin, end, part + 1, parts);
-      for (int64_t line = split_lines(lines_, begin, end, part, parts); line < to; ++line)
-        multiply_line(line, begin, rows, token, tokens, tiles_ + worker * tile_floats(passes_, lines_));
+      for (int64_t line = split_lines(lines_, begin, end, part, parts); line < to;) {
+        const int64_t first = line;
+        int64_t held = 0;
+        do {
+          multiply_line(line, begin, chunk, packed_chunk(copy), sums + held);
+          held += lines_.outputs(line++);
+        } while (line < to && held + lines_.span <= kGroupOutputs);
+        writer_.write(sums, plan_.group, tokens_of(chunk), held, chunk * plan_.chunk * lines_.extent + first * lines_.span);
+      }
       writer_.settle();
     });
   }
 
-  struct Rows {
-    const float* data;
-    int64_t stride;
-  };
-
-  // The tokens where they lie, or a copy: of narrower numbers, and of rows whose equal columns would fall into the same few
-  // places of the cache.
-  Rows rows_of(int64_t token, int64_t tokens, float* copy) const {
-    const char* source = offset_by(x_.data, token * x_.stride, dtype_);
-    if (dtype_ == Dtype::float32 && !collides()) return {reinterpret_cast<const float*>(source), x_.stride};
-    for (int64_t t = 0; t < tokens; ++t)
-      passes_.widen(dtype_, source + t * x_.stride * element_bytes(dtype_), copy + t * line_bytes_, lines_.other_extent);
-    return {copy, line_bytes_};
-  }
-  bool collides() const {
-    int64_t step = x_.stride * 4 % kPage, places = kPage;
-    while (step != 0) {
-      const int64_t rest = places % step;
-      places = step;
-      step = rest;
-    }
-    const int64_t sets = kPage / places;  // how many different places consecutive tokens reach
-    return x_.count > 1 && passes_.tile_tokens(passes_.panel_width(lines_.span)) > kCacheWays * sets;
-  }
-
-  void multiply_line(int64_t line, int64_t first_line, Rows rows, int64_t token, int64_t tokens, float* tile) {
+  // The sums of a line, `plan_.group` apart; whole vectors are stored, so that lines go in order.
+  void multiply_line(int64_t line, int64_t first_line, int64_t chunk, const float* tokens, float* sums) {
     const ActiveBlocks active = lines_.active(line);
-    for_panels(line, first_line, [&](int64_t at, int width, int64_t columns, const float* panel) {
-      const int64_t first = token * lines_.extent + line * lines_.span + at;
-      float* own = writer_.direct(first);
-      float* y = own != nullptr ? own : tile;
-      const int64_t stride = own != nullptr ? lines_.extent : width;
-      const float* bias = bias_ == nullptr ? nullptr : bias_ + line * padded_ + at;
-      const int64_t step = passes_.tile_tokens(width);
-      for (int64_t t = 0; t < tokens; t += step) {
-        const int64_t count = std::min(step, tokens - t);
-        passes_.product({rows.data + t * rows.stride, rows.stride, panel, bias, y + t * stride, stride, width,
-                         static_cast<int>(columns), own != nullptr && writer_.streams()},
-                        active, count);
-        if (own == nullptr) writer_.write(y + t * stride, stride, count, columns, first + t * lines_.extent);
-      }
+    for_panels(line, first_line, [&](int64_t at, int width, int64_t, const float* panel) {
+      const float* bias = bias_ == nullptr ? nullptr : bias_ + line * plan_.padded + at;
+      passes_.product({tokens, plan_.tile * lines_.other_extent, plan_.tile, panel, bias, sums + at, plan_.group, width}, active,
+                      tokens_of(chunk));
     });
   }
 
@@ -184,8 +177,8 @@ class Product {
   Tokens x_;
   const RowWriter& writer_;
   int threads_;
-  int64_t padded_, chunk_, line_bytes_;
-  float *panels_, *bias_, *chunks_, *tiles_;
+  Plan plan_;
+  float *panels_, *bias_, *tokens_, *sums_;
 };
 
 // y for a few tokens: rows of weights are read once, where they lie.
@@ -236,7 +229,7 @@ int64_t masked_matmul_workspace_bytes(const BlockMatrix& w, int64_t tokens, bool
   const Lines lines(w, !input_gradient);
   require_fit(lines);
   if (NarrowProduct::serves(lines)) return NarrowProduct::workspace_bytes(lines, tokens, threads);
-  const int64_t many = Product::workspace_bytes(lines, threads);
+  const int64_t many = Product::workspace_bytes(lines, tokens, threads);
   return input_gradient ? many : std::max(many, few_workspace_bytes(lines, std::min(tokens, kFewTokens)));
 }
 

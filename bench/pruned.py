@@ -179,7 +179,16 @@ def tables(data: Record) -> str:
     ]
     header = ["method", *columns, "seconds of pruning"]
     timed = markdown_table(["sentences x tokens", "zeros", "dense, ms", "packed, ms"], times)
-    return f"{markdown_table(header, cells)}\n{timed}"
+    recipe, seeds = data["recipe"], {record["seed"] for record in data["results"]}
+    return (
+        f"{markdown_table(header, cells)}\nCosine to the dense embeddings, and recall of the other half of a pair among"
+        f" {data['held_out_pairs']} held out (dense: {data['dense']['recall']:.3f}), at the zeros of the encoder's"
+        f" weights; {data['calibration']['texts']} calibration texts of {recipe['tokens']} tokens at most, seeds:"
+        f" {len(seeds)}. Training: {recipe['steps']} steps of {recipe['batch_size']} texts, AdamW at"
+        f" {recipe['learning_rate']:g}. One thread of {data['processor']} ({data['instructions']}), PyTorch"
+        f" {data['versions']['torch']}, {data['date'][:10]}.\n\n{timed}\nA batch through the encoder pruned by Wanda,"
+        " single weights, medians; same machine.\n"
+    )
 
 
 def _cell(records: Sequence[Record] | None) -> str:
@@ -197,14 +206,8 @@ def main(
     seeds: Annotated[list[int], typer.Option("--seed", help="Seeds; may be given several times.")] = [0],  # noqa: B006
     out: Annotated[Path, typer.Option(help="Results; what they have is not measured again.")] = DEFAULT_OUT,
     steps: Annotated[int, typer.Option(help="Of training; others than the recipe's for a trial.")] = RECIPE["steps"],
-    show: Annotated[
-        bool, typer.Option("--show", help="Print the tables of what is there, and measure nothing.")
-    ] = False,
 ) -> None:
     """Make the runs that the results do not have yet."""
-    if show:
-        print(tables(json.loads(out.read_text(encoding="utf-8"))))
-        return
     torch.set_num_threads(1)  # so that runs repeat bit for bit
     recipe = {**RECIPE, "steps": steps}
     content: Record = {
@@ -213,6 +216,7 @@ def main(
         "held_out_pairs": HELD_OUT_PAIRS,
         "versions": {"spartan": spartan.__version__, "torch": torch.__version__},
         "processor": device_name("cpu"),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
     }
     records: list[Record] = []
     if out.exists():

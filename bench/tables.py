@@ -19,6 +19,7 @@ from bench.accuracy_table import NOT_RUN, accuracy_tables
 from bench.machine import ROOT
 from bench.markdown import markdown_table, provenance
 from bench.pretrained import METHODS
+from bench.pruned import tables as pruned_tables
 from bench.run import Report, Result
 from bench.short_tables import FAMILIES, accuracy_of, accuracy_short, speed_short, training_short
 
@@ -67,6 +68,11 @@ def pretrained(results: Path) -> str:
         f" {data['held_out_pairs']} held out (dense: {recall:.3f}); {training}, AdamW at {recipe['learning_rate']:g},"
         f" one seed. {data['processor']}, PyTorch {data['versions']['torch']}, {data['date'][:10]}.\n"
     )
+
+
+def pruned(results: Path) -> str:
+    """Pruning of a trained encoder, by score and sparsity, and the time of packed weights."""
+    return pruned_tables(json.loads((results / "pruned.json").read_text(encoding="utf-8")))
 
 
 def _reports(folder: Path) -> list[Report]:
@@ -156,6 +162,7 @@ TABLES = {
     "accuracy-short": accuracy_short,
     **{f"accuracy-{family}": accuracy_of(family) for family in FAMILIES},
     "pretrained": pretrained,
+    "pruned": pruned,
     "speed": speed,
     "speed-short": speed_short,
     "training-short": training_short,

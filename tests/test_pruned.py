@@ -11,7 +11,7 @@ import typer
 
 pytest.importorskip("rich")
 
-from bench import pruned
+from bench import pruned, tables
 from bench.pruned import METHODS, PATTERNS, Run, calibration, make, planned, prune_and_train
 from tests.test_pretrained import distillation
 
@@ -48,9 +48,7 @@ def test_training_brings_embeddings_back_and_keeps_zeros() -> None:
             assert torch.equal(weight == 0, trained.get_parameter(name) == 0)
 
 
-def test_runs_are_made_once_and_shown(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_runs_are_made_once_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Run] = []
     out = tmp_path / "pruned.json"
     monkeypatch.setattr(pruned, "mini_lm", lambda recipe: distillation(recipe["steps"]))
@@ -63,18 +61,16 @@ def test_runs_are_made_once_and_shown(
         "speed",
         lambda task: [{"zeros": "80%", "sentences": 1, "tokens": 3, "dense": [0.002], "packed": [0.001]}],
     )
-    pruned.main(seeds=[0, 1], out=out, steps=2, show=False)
+    pruned.main(seeds=[0, 1], out=out, steps=2)
     assert len(made) == len(planned([0, 1], 2)) == 2 * (2 * len(METHODS) + 3 + 3)
-    pruned.main(seeds=[0, 1], out=out, steps=2, show=False)
+    pruned.main(seeds=[0, 1], out=out, steps=2)
     assert len(made) == len(planned([0, 1], 2))
     with pytest.raises(typer.BadParameter, match="other settings"):
-        pruned.main(seeds=[0], out=out, steps=4, show=False)
-    capsys.readouterr()
-    pruned.main(seeds=[0], out=out, steps=2, show=True)
-    shown = capsys.readouterr().out.replace("\xa0", " ")
+        pruned.main(seeds=[0], out=out, steps=4)
+    shown = tables.pruned(tmp_path).replace("\xa0", " ")
     records = [r for r in json.loads(out.read_text("utf-8"))["results"] if r["method"] == "OBS" and r["zeros"] == "70%"]
     assert len({r["cosine"] for r in records}) == 4  # two seeds, with and without training
     cosines = [r["cosine"] for r in records if r["steps"] == 0]
     line = next(line for line in shown.splitlines() if line.startswith("| OBS |"))
     assert f"{sum(cosines) / 2:.3f} ± {abs(cosines[0] - cosines[1]) / 2:.3f}" in line
-    assert "| OBS, 2 steps |" in shown and "| 1 x 3 | 80% | 2.0 | 1.0 |" in shown
+    assert "| OBS, 2 steps |" in shown and "| 1 x 3 | 80% | 2.0 | 1.0 |" in shown and "seeds: 2" in shown

@@ -13,6 +13,7 @@ from torch import nn
 
 import spartan
 from spartan.nn.selection import find_weights
+from spartan.pruning.forwards import Forwards
 from spartan.pruning.layers import Layer, watch_of
 from spartan.pruning.selection import Budget
 from spartan.pruning.statistics import Statistics
@@ -383,6 +384,32 @@ def test_global_budgets_compare_relative_errors() -> None:
     assert shares[0][0] != shares[0][1]
 
 
+def test_global_budgets_are_those_of_a_direct_calculation() -> None:
+    x, model = data(60, 16), mlp(16, 24, 10, dtype=torch.float64)
+    inputs = {"0": x, "2": torch.relu(model[0](x)).detach()}
+    scores = {}
+    for name, seen in inputs.items():
+        weight = model.get_submodule(name).weight.detach()
+        variance = (seen @ weight.T).var(0, unbiased=False) * len(seen)
+        scores[name] = (weight * seen.norm(dim=0)) ** 2 / variance[:, None]
+    threshold = torch.cat([s.flatten() for s in scores.values()]).sort(descending=True).values[round(0.4 * 624) - 1]
+    result = spartan.prune(model, spartan.Wanda(sparsity=0.6, distribution="global"), [x], include="*.weight")
+    for row, (name, own) in zip(result.rows, scores.items(), strict=True):
+        assert row.name == f"{name}.weight"
+        assert row.sparsity == pytest.approx(float((own < threshold).double().mean()), abs=1e-12)
+
+
+def test_an_output_that_never_varies_has_a_spread() -> None:
+    x, module = data(30, 6), linear(6, 3)
+    with torch.no_grad():
+        module.weight[1] = 0
+    layer = layer_of(module)
+    found = seen_of(x).spread(layer.matrices(layer.values()))[0]
+    expected = (x @ module.weight.detach().T).var(0, unbiased=False) * 30
+    torch.testing.assert_close(found[[0, 2]], expected[[0, 2]], rtol=1e-9, atol=0)
+    assert 0 < float(found[1]) < 1e-5 * float(found.max())
+
+
 def test_groups_have_settings_of_their_own() -> None:
     model = mlp(16, 24, 16, 8)
     groups = [
@@ -491,6 +518,45 @@ def test_blocks_that_are_done_are_not_run_again() -> None:
     spartan.prune(model, spartan.Wanda(sparsity=0.5), batches, include="*.weight")
     # by batch: once to find the order; at its own two stops; once for what comes after it
     assert runs == [3 * 4] * 5 + [3 * 3]
+
+
+class Reading(nn.Module):
+    """Blocks of which each reads the one before; the head reads all, or the last, by `reads`."""
+
+    def __init__(self, reads: str) -> None:
+        super().__init__()
+        self.blocks, self.reads = nn.ModuleList([Branches2(8) for _ in range(6)]), reads
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs = [x]
+        for block in self.blocks:
+            outputs.append(block(outputs[-1]))
+            if self.reads == "second" and len(outputs) == 6:
+                outputs[-1] = outputs[-1] + outputs[2]
+        return self.head(torch.stack(outputs).sum(0) if self.reads == "all" else outputs[-1])
+
+
+@pytest.mark.parametrize(("reads", "most"), [("last", 1), ("second", 3), ("all", 6)])
+def test_outputs_are_kept_as_long_as_something_reads_them(reads: str, most: int) -> None:
+    torch.manual_seed(0)
+    model = Reading(reads).double()
+    batches = [torch.randn(16, 8, dtype=torch.float64) for _ in range(3)]
+    layers = [Layer(candidate, (1, 1)) for candidate in find_weights(model) if candidate.weight.dim() == 2]
+    with Forwards(model, batches, layers, lambda model, x: model(x)) as forwards:
+        held = []
+        for stop in forwards.stops:
+            for _ in forwards.inputs(stop):
+                pass
+            held.append(forwards.outputs.held() // (3 * 16 * 8 * 8))
+            forwards.finish(stop)
+        assert max(held) == most
+    expected = copy.deepcopy(model)
+    wanda = spartan.Wanda(sparsity=0.5, by_output=False)
+    names = [row.name.removesuffix(".weight") for row in spartan.prune(model, wanda, batches, include="*.weight").rows]
+    by_hand(expected, names, batches, lambda m, x: m(x), 0.5)
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, expected.get_parameter(name)), name
 
 
 def test_a_layer_that_is_called_twice_sees_both_inputs() -> None:

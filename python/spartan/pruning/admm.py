@@ -9,7 +9,7 @@ import torch
 from spartan.methods.base import require_number
 from spartan.pruning.base import Pruned, block_sums, weight_of
 from spartan.pruning.hessian import damped
-from spartan.pruning.layers import Layer
+from spartan.pruning.layers import Layer, wide
 from spartan.pruning.second_stage import SecondStage
 from spartan.pruning.selection import Budget
 from spartan.pruning.statistics import Statistics
@@ -103,10 +103,11 @@ class ADMM(SecondStage):
         start: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The mask that the splitting comes to rest at, and the sparse weights there."""
-        values, vectors = torch.linalg.eigh(hessian)
-        wanted = target @ hessian @ vectors
+        dtype = wide(layer.values().dtype)  # to choose by; the values are fitted in float64
+        values, vectors = (part.to(dtype) for part in torch.linalg.eigh(hessian))
+        wanted, start = (target @ hessian).to(dtype) @ vectors, start.to(dtype)
         stays = layer.matrices(layer.expand(mask))
-        sparse, multipliers, rho = torch.where(stays, start, 0.0), torch.zeros_like(target), _FIRST_RHO
+        sparse, multipliers, rho = torch.where(stays, start, 0.0), torch.zeros_like(start), _FIRST_RHO
         looked_at, all_kept = mask, max(int(mask.count_nonzero()), 1)
         for iteration in range(1, self.iterations + 1):
             right = wanted + (rho * sparse - multipliers) @ vectors
@@ -121,7 +122,7 @@ class ADMM(SecondStage):
                     break
                 looked_at = mask
                 rho *= next(factor for part, factor in _FASTER if changed > part * all_kept)
-        return mask, sparse
+        return mask, sparse.double()
 
 
 def fitted(

@@ -68,8 +68,14 @@ class Pruner(ABC):
         return None
 
     @abstractmethod
-    def scores(self, layer: Layer, seen: Statistics | None) -> torch.Tensor:
-        """What dropping each block adds to the squared error of the layer's outputs, as this method estimates it."""
+    def scores(self, layer: Layer, seen: Statistics | None, relative: torch.Tensor | None = None) -> torch.Tensor:
+        """What dropping each block adds to the squared error of the layer's outputs, as this method estimates it.
+
+        Args:
+            layer: the weight.
+            seen: what is known of its inputs; None where `needs_inputs` is False.
+            relative: [groups, out / groups], what the squared error of each output is divided by; None: nothing.
+        """
 
     @abstractmethod
     def prune(self, layer: Layer, seen: Statistics | None, budget: Budget | None) -> Pruned:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 
 from spartan.budgets import one_forward
 from spartan.pruning.layers import Layer, Watch, watch_of
+from spartan.pruning.outputs import Outputs
 
 __all__ = ["Call", "Forwards", "call_with", "list_of"]
 
@@ -71,12 +71,14 @@ class Forwards:
     """Runs a model on its calibration batches up to one layer after another, in the order in which it calls them.
 
     A module whose layers are all done is not run again: it gives the output of its last run, of which a copy is kept
-    for each batch. A model of blocks so runs each block about as often as that has stops, and none of those before.
+    for each batch as long as something reads it (`Outputs`). A model of blocks so runs each block about as often as
+    that has stops, and none of those before.
     Modules with up to eight stops are run as a whole. Layers that are called with the same tensor, such as the
     projections of an attention, are one stop.
 
     Attributes:
         stops: indices of the layers that are reached together, in order. unseen: why others never are, by index.
+        outputs: of modules that are done.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Any], layers: Sequence[Layer], call: Call) -> None:
@@ -89,10 +91,9 @@ class Forwards:
         self._outer: dict[nn.Module, set[nn.Module]] = {}  # the modules that a module is in
         self._repeated: set[nn.Module] = set()  # called more than once in a forward
         self._done: set[int] = set()
-        self._kept: dict[nn.Module, dict[int, Any]] = {}  # outputs of finished modules by batch
-        self._batch = 0
         self._reading: set[nn.Module] = set()
-        self._open, self._replaced = ExitStack(), ExitStack()
+        self._open = ExitStack()
+        self.outputs = Outputs(self._outer)
 
     def __enter__(self) -> Forwards:
         with self._open:
@@ -109,8 +110,7 @@ class Forwards:
 
     def restart(self) -> None:
         """Take no layer as done any more."""
-        self._replaced.close()
-        self._kept.clear()
+        self.outputs.clear()
         self._done.clear()
 
     def inputs(self, stop: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
@@ -134,8 +134,8 @@ class Forwards:
         """Take the layers of a stop as done: modules that have no others are not run again."""
         self._done.update(stop)
         for module, inner in self._inner.items():
-            if module not in self._kept and inner <= self._done and self._worth_keeping(module):
-                self._replay(module)
+            if module not in self.outputs and inner <= self._done and self._worth_keeping(module):
+                self.outputs.replay(module)
 
     def _place(self) -> None:
         """Where the layers are, and how their inputs are seen."""
@@ -167,7 +167,7 @@ class Forwards:
                 calls[now.layer] = calls.get(now.layer, 0) + 1
                 last[:] = [(now, now.tensor._version)]
 
-            with self._counting():
+            with self._counting(), nullcontext() if batch else self.outputs.watching():
                 self._run(batch, list(self._watches), take)
             self._calls.append(calls)
         repeated = {layer for calls in self._calls for layer, count in calls.items() if count > 1}
@@ -207,7 +207,7 @@ class Forwards:
 
     def _run(self, batch: int, layers: Sequence[int], take: Callable[[_Arrival], None]) -> None:
         """Run a batch and `take` what these layers are called with."""
-        self._batch = batch
+        self.outputs.batch = batch
         with ExitStack() as hooks:
             for index in layers:
                 for watch in self._watches[index]:
@@ -245,37 +245,8 @@ class Forwards:
             return _UNIT + 1
         return sum(not self._inner[module].isdisjoint(stop) for stop in self.stops)
 
-    def _replay(self, module: nn.Module) -> None:
-        """Let a module give the output of its last run from now on."""
-        inside = [other for other in self._kept if module in self._outer[other]]
-        kept: dict[int, Any] = {}
-        self._kept[module] = kept
-        forward, own = module.forward, module.__dict__.get("forward")
-
-        def replay(*args: Any, **kwargs: Any) -> Any:
-            if self._batch in kept:
-                return _copied(kept[self._batch])
-            output = forward(*args, **kwargs)
-            kept[self._batch] = _copied(output)
-            for other in inside:
-                self._kept[other].pop(self._batch, None)
-            return output
-
-        module.forward = replay
-        restore = (lambda: setattr(module, "forward", own)) if own is not None else lambda: delattr(module, "forward")
-        self._replaced.callback(restore)
-
 
 def _same_inputs(before: tuple[_Arrival, int], now: _Arrival) -> bool:
     """Whether two calls have one tensor, which nothing wrote to in between, laid out alike."""
     then, version = before
     return then.tensor is now.tensor and now.tensor._version == version and then.watch.layout == now.watch.layout
-
-
-def _copied(output: Any) -> Any:
-    """An output with tensors of its own: models write into what modules return."""
-    if isinstance(output, torch.Tensor):
-        return output.clone()
-    if type(output) in (tuple, list):
-        return type(output)(map(_copied, output))
-    return copy.deepcopy(output)

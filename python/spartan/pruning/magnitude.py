@@ -29,8 +29,8 @@ class Magnitude(Score):
 
     needs_inputs = False
 
-    def scores(self, layer: Layer, seen: Statistics | None) -> torch.Tensor:
-        """Magnitude of each block."""
+    def scores(self, layer: Layer, seen: Statistics | None, relative: torch.Tensor | None = None) -> torch.Tensor:
+        """Magnitude of each block, whatever goes in."""
         return block_sums(layer, weight_of(layer).abs())
 
     def prune(self, layer: Layer, seen: Statistics | None, budget: Budget | None) -> Pruned:

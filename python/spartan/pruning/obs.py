@@ -56,7 +56,7 @@ class OBS(Score):
         if type(self.columns) is not int or self.columns < 1:
             raise ValueError(f"columns must be an int of at least 1; got {self.columns!r}")
 
-    def scores(self, layer: Layer, seen: Statistics | None) -> torch.Tensor:
+    def scores(self, layer: Layer, seen: Statistics | None, relative: torch.Tensor | None = None) -> torch.Tensor:
         """Squared error by block, where all columns can make up for it: w_S (H^-1)_SS^-1 w_S^T; of one, w^2 / H^-1_jj.
 
         For columns in blocks the diagonal of H^-1 stands for (H^-1)_SS.
@@ -65,6 +65,8 @@ class OBS(Score):
         upper = factor(layer, seen, self.damping).upper
         matrices = layer.matrices(weight_of(layer)).double()
         alone = matrices.square() / upper.square().sum(-2)[:, None]
+        if relative is not None:
+            alone = alone / relative[..., None]
         return block_sums(layer, layer.from_matrices(alone))
 
     def prune(self, layer: Layer, seen: Statistics | None, budget: Budget | None) -> Pruned:

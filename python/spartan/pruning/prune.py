@@ -53,9 +53,9 @@ def prune(
 
     Budgets are met exactly, as `Sparsifier` meets them: what is kept never costs more, and less by less than a block.
     With the distribution "global" the budget of each layer is chosen first: a pass over the dense model scores every
-    block by the squared error that dropping it adds to the outputs of its layer, divided by the squared outputs of the
-    layer. All blocks of all layers are compared by that (divided by their cost), and a layer's budget is what it keeps
-    of them. `Magnitude` compares magnitudes as they are.
+    block by the squared error that dropping it adds to the outputs of its rows, each divided by the variance of that
+    output, so that all outputs of all layers count alike. All blocks are compared by that (divided by their cost), and
+    a layer's budget is what it keeps of them. `Magnitude` compares magnitudes as they are.
 
     Args:
         model: any module, not sharded; what is pruned by default is what `Sparsifier` masks.

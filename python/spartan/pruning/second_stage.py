@@ -46,7 +46,7 @@ class GivenMasks(Pruner):
         if tuple(self.masks[layer.name].shape) != shape:
             raise ValueError(f"mask of {layer.name!r} must be {shape}; got {tuple(self.masks[layer.name].shape)}")
 
-    def scores(self, layer: Layer, seen: Statistics | None) -> torch.Tensor:
+    def scores(self, layer: Layer, seen: Statistics | None, relative: torch.Tensor | None = None) -> torch.Tensor:
         """Not asked for, as no budget is shared."""
         raise NotImplementedError
 
@@ -104,9 +104,9 @@ class SecondStage(Pruner):
         """As the first stage."""
         self.stage.require(layer)
 
-    def scores(self, layer: Layer, seen: Statistics | None) -> torch.Tensor:
+    def scores(self, layer: Layer, seen: Statistics | None, relative: torch.Tensor | None = None) -> torch.Tensor:
         """Those of the first stage."""
-        return self.stage.scores(layer, seen)
+        return self.stage.scores(layer, seen, relative)
 
     def prune(self, layer: Layer, seen: Statistics | None, budget: Budget | None) -> Pruned:
         """Let the first stage choose, and improve on that."""

@@ -61,6 +61,17 @@ class Statistics:
         """Whether all inputs so far were finite, and their squares too."""
         return self._total is None or bool((self.total + self.squares).isfinite().all())
 
+    def spread(self, matrices: torch.Tensor) -> torch.Tensor:
+        """Sum of squares of each output of matrices [groups, rows, n] about its mean, [groups, rows]; never zero.
+
+        An output that hardly varies counts as one with a millionth of the mean over all.
+        """
+        assert self._whole and self._squares is not None
+        about_zero = ((matrices @ self._squares.to(matrices.dtype)) * matrices).sum(-1, dtype=torch.float64)
+        outputs = (matrices.double() @ self.total[..., None])[..., 0]
+        spread = about_zero - outputs.square() / self.count
+        return spread.clamp(min=1e-6 * float(spread.mean()) + torch.finfo(torch.float64).tiny)
+
     def energy(self, matrices: torch.Tensor) -> torch.Tensor:
         """Sum of squared outputs of matrices [groups, rows, n]: trace(W G W^T), without products its diagonal part."""
         if self._whole:

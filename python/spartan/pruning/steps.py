@@ -40,7 +40,7 @@ class Steps:
         self._seen = seen
 
     def scores(self, layers: Sequence[Layer]) -> list[torch.Tensor]:
-        """What dropping each block adds to the squared error, as a fraction of the layer's squared outputs.
+        """What dropping each block adds to the squared errors of outputs, each as a fraction of the output's variance.
 
         Of a method that does not look at inputs, its scores as they are.
         """
@@ -49,12 +49,10 @@ class Steps:
             return [scorer.scores(layer, None) for layer in layers]
         own = {layer.name: layer for layer in layers}
         found = {}
-        for stop, seen in self._through(own, products=scorer.needs_products):
+        for stop, seen in self._through(own, products=True):
             for name in stop:
-                layer = own[name]
                 assert seen is not None
-                energy = seen.energy(layer.matrices(weight_of(layer)))
-                found[name] = scorer.scores(layer, seen) / energy.clamp(min=torch.finfo(torch.float64).tiny)
+                found[name] = scorer.scores(own[name], seen, seen.spread(own[name].matrices(weight_of(own[name]))))
         if self._forwards is not None:
             self._forwards.restart()
         return [found[layer.name] for layer in layers]

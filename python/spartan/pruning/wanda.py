@@ -38,11 +38,13 @@ class Wanda(Score):
 
     by_output: bool = True
 
-    def scores(self, layer: Layer, seen: Statistics | None) -> torch.Tensor:
+    def scores(self, layer: Layer, seen: Statistics | None, relative: torch.Tensor | None = None) -> torch.Tensor:
         """Squared error by block."""
         assert seen is not None
         matrices = layer.matrices(weight_of(layer))
         weighed = matrices.square() * seen.squares[:, None].to(matrices.dtype)
+        if relative is not None:
+            weighed = weighed / relative[..., None]
         return block_sums(layer, layer.from_matrices(weighed))
 
     def prune(self, layer: Layer, seen: Statistics | None, budget: Budget | None) -> Pruned:

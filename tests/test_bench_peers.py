@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import sys
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from bench.peers import engine_worker, engines
 from bench.peers import soft_topk as peers
 from spartan_kernels.testing import make_values, oracle_hard_topk, oracle_soft_topk
 
@@ -64,3 +69,52 @@ def test_every_peer_runs_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> Non
     gradient = ready["sigmoid bisection"]
     assert not isinstance(gradient, str)
     assert gradient(values.requires_grad_(), torch.ones_like(values)).shape == values.shape
+
+
+def test_an_engine_answers_every_line_and_saves_what_it_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator = np.random.default_rng(0)
+    weights = [generator.standard_normal(shape).astype(np.float32) for shape in ((5, 3), (2, 5))]
+    x = generator.standard_normal((4, 3)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    np.savez(tmp_path / "layers.npz", **{str(i): weight for i, weight in enumerate(weights)})
+
+    def by_numpy(model: list[Any], folder: Path, x: Any, threads: int) -> Any:
+        def run() -> Any:
+            y = x
+            for weight in model:
+                y = np.maximum(y @ weight.T, 0)
+            return y
+
+        return run
+
+    monkeypatch.setattr(engine_worker, "onnx_model", lambda weights, tokens: weights)
+    monkeypatch.setattr(engine_worker, "ENGINES", {"NumPy": by_numpy})
+    monkeypatch.setattr(sys, "stdin", io.StringIO("run\nsave\n"))
+    engine_worker.main("NumPy", tmp_path, 1)
+    assert capsys.readouterr().out.split() == ["ready", "done", "done"]
+    expected = np.maximum(np.maximum(x @ weights[0].T, 0) @ weights[1].T, 0)
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, rtol=1e-5)
+
+
+def test_an_engine_that_cannot_run_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho no such engine here\n")
+    python.chmod(0o755)
+    monkeypatch.setenv(engines.PYTHON, str(python))
+    found = engines.peers([torch.eye(3)], torch.ones(2, 3), torch.ones(2, 3))
+    assert found == dict.fromkeys(engine_worker.ENGINES, "no such engine here")
+
+
+def test_an_engine_with_a_wrong_result_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    # answers as a worker does, with the input as its result
+    python.write_text('#!/bin/sh\necho ready; while read line; do cp "$3/x.npy" "$3/y.npy"; echo done; done\n')
+    python.chmod(0o755)
+    monkeypatch.setenv(engines.PYTHON, str(python))
+    x = torch.tensor([[1.0, 2.0, 4.0]])
+    right = engines.peers([torch.eye(3)], x, x)
+    assert all(isinstance(engine, engines.Engine) for engine in right.values())
+    wrong = engines.peers([2 * torch.eye(3)], x, 2 * x)
+    assert set(wrong.values()) == {"its result is wrong by 50% of the largest entry"}

@@ -51,6 +51,7 @@ from spartan.pruning import (
 from spartan.saving.export import describe_pretrained, load_pretrained, save_pretrained, sparsity_of
 from spartan.saving.inspection import inspect_file
 from spartan.saving.packing import PackingReport, packing_report, to_block_sparse, to_dense
+from spartan.saving.semi_structured import to_semi_structured
 from spartan.sltrain import SLTrainLinear, merge_sltrain, to_sltrain
 from spartan.sparsifier import Group, History, Sparsifier, finalize, scalars_to
 from spartan.tuning import tune
@@ -121,6 +122,7 @@ __all__ = [
     "sparsity_pattern",
     "to_block_sparse",
     "to_dense",
+    "to_semi_structured",
     "to_sltrain",
     "tune",
 ]

@@ -13,6 +13,7 @@ from spartan.saving.export import (
 )
 from spartan.saving.inspection import Inspection, inspect_file
 from spartan.saving.packing import PackingReport, PackingRow, packing_report, to_block_sparse, to_dense
+from spartan.saving.semi_structured import to_semi_structured
 
 __all__ = [
     "CONFIG_FILE",
@@ -29,4 +30,5 @@ __all__ = [
     "sparsity_of",
     "to_block_sparse",
     "to_dense",
+    "to_semi_structured",
 ]

@@ -172,9 +172,7 @@ def _choices(model: nn.Module, block_size: int | tuple[int, int] | None, tokens:
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise ValueError(f"tokens must be an int of at least 1; got {tokens!r}")
     size = None if block_size is None else block_shape(block_size)
-    for name, module in model.named_modules():
-        if hasattr(module, "mask_hard"):
-            raise ValueError(f"model is still masked at {name!r}: call Sparsifier.finalize() first")
+    require_finalized(model)
     for candidate in find_weights(model):
         module = candidate.uses[0].module
         if isinstance(module, BlockSparseLinear):
@@ -183,7 +181,7 @@ def _choices(model: nn.Module, block_size: int | tuple[int, int] | None, tokens:
             continue
         if candidate.unfit is not None or is_norm(module) or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             continue
-        kind = _unpackable(candidate)
+        kind = unpackable(candidate)
         weight = candidate.weight.detach()
         if weight.dim() != 2:
             yield _Choice(candidate, reason=kind or "it is no matrix")
@@ -198,7 +196,14 @@ def _choices(model: nn.Module, block_size: int | tuple[int, int] | None, tokens:
             yield _Choice(candidate, packed)
 
 
-def _unpackable(candidate: Candidate) -> str | None:
+def require_finalized(model: nn.Module) -> None:
+    """Raise a ValueError that names the first module that is still masked."""
+    for name, module in model.named_modules():
+        if hasattr(module, "mask_hard"):
+            raise ValueError(f"model is still masked at {name!r}: call Sparsifier.finalize() first")
+
+
+def unpackable(candidate: Candidate) -> str | None:
     """Why the module of a weight cannot be replaced by one on packed blocks; None if it can."""
     use = candidate.uses[0]
     kind = own_class(use.module)

@@ -613,6 +613,18 @@ def test_statistics_of_halves_are_in_float32() -> None:
     assert float(seen.products[0, 0, 1]) == 4097.0
 
 
+def test_a_compiled_model_is_pruned_as_the_plain_one() -> None:
+    x = data(30, 16, dtype=torch.float32)
+    plain, model = mlp(16, 24, 16), mlp(16, 24, 16)
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)
+    for one in (plain, compiled):
+        result = spartan.prune(one, spartan.OBS(sparsity=0.5), [x], include="*.weight")
+        assert [row.name for row in result.rows] == ["0.weight", "2.weight"]
+    assert torch.equal(plain[2].weight, model[2].weight)
+    torch.testing.assert_close(compiled(x), plain(x))
+
+
 def test_training_mode_batch_statistics_and_random_state_stay() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(), nn.Flatten(), nn.Linear(8 * 16, 4))

@@ -44,23 +44,25 @@ def factor(layer: Layer, seen: Statistics, damping: float) -> Factor:
     Raises:
         ValueError: no damping helps, which means that the inputs are not finite.
     """
-    used = damping
-    for _ in range(_TRIES):
-        lower, failed = torch.linalg.cholesky_ex(damped(seen, used).flip(-2, -1))
-        if not bool(failed.any()):
-            break
-        used = max(10 * used, _LEAST)
-    else:
-        raise ValueError(f"the Hessian of {layer.name!r} cannot be factored, whatever the damping: look at its inputs")
-    upper = lower.flip(-2, -1)
+    upper, used = _root(layer, seen, damping)
     identity = torch.eye(upper.shape[-1], dtype=upper.dtype, device=upper.device).expand_as(upper)
-    note = _why_singular(layer, seen)
+    note = _why_singular(seen)
     if note:
         note = f"{note}; damped by {used:g} of its mean diagonal"
     return Factor(torch.linalg.solve_triangular(upper, identity, upper=True), note)
 
 
-def _why_singular(layer: Layer, seen: Statistics) -> str:
+def _root(layer: Layer, seen: Statistics, damping: float) -> tuple[torch.Tensor, float]:
+    """R, and the damping that it took."""
+    for _ in range(_TRIES):
+        lower, failed = torch.linalg.cholesky_ex(damped(seen, damping).flip(-2, -1))
+        if not bool(failed.any()):
+            return lower.flip(-2, -1), damping
+        damping = max(10 * damping, _LEAST)
+    raise ValueError(f"the Hessian of {layer.name!r} cannot be factored, whatever the damping: look at its inputs")
+
+
+def _why_singular(seen: Statistics) -> str:
     n = seen.squares.shape[-1]
     if seen.count < n:
         return f"its Hessian is singular, as {seen.count} inputs have fewer dimensions than {n}"

@@ -34,7 +34,6 @@ DEFAULT_OUT = save.RESULTS / "pruned.json"
 SPARSITIES = (0.8, 0.7, 0.5, 0.9)  # in the order of the runs
 CALIBRATION = {"texts": 128, "batch_size": 16}
 RECIPE: dict[str, Any] = {"steps": 300, "batch_size": 16, "tokens": 32, "learning_rate": 5e-4, "warmup": 0.1}
-TRAINED = ("Magnitude", "Wanda", "OBS")  # the scores that are trained too, at the first of the sparsities
 SHAPES = ((1, 64), (32, 128))  # sentences and tokens of a batch that is timed
 REPEATS = 5
 
@@ -52,7 +51,7 @@ PATTERNS: dict[str, Settings] = {
     "4x1 blocks, 50%": {"sparsity": 0.5, "block_size": (4, 1)},
     "16x16 blocks, 50%": {"sparsity": 0.5, "block_size": (16, 16)},
 }
-IN_PATTERNS = ("Magnitude", "Wanda", "OBS")
+SCORES = ("Magnitude", "Wanda", "OBS")  # those that are tried in patterns, and trained at the first sparsity
 
 Record = dict[str, Any]
 
@@ -77,9 +76,9 @@ def planned(seeds: Sequence[int] = (0,), steps: int = RECIPE["steps"]) -> list[R
     shown = [f"{100 * sparsity:.0f}%" for sparsity in SPARSITIES]
     runs = []
     for seed in seeds:
-        runs += [Run(method, zeros, 0, seed) for zeros in shown for method in METHODS]
-        runs += [Run(method, zeros, 0, seed) for zeros in PATTERNS for method in IN_PATTERNS]
-        runs += [Run(method, shown[0], steps, seed) for method in TRAINED if steps]
+        runs += [Run(method, zeros, 0, seed) for zeros in [*shown, *PATTERNS] for method in SCORES]
+        runs += [Run(method, shown[0], steps, seed) for method in SCORES if steps]
+        runs += [Run(method, zeros, 0, seed) for zeros in shown for method in METHODS if method not in SCORES]
     return runs
 
 
@@ -94,10 +93,10 @@ def prune_and_train(task: Distillation, run: Run) -> tuple[nn.Module, Record]:
     """The model of a run, and what it says of itself."""
     model = task.load().eval()
     batches = calibration(task, run.seed)
-    begun = time.perf_counter()
+    begun = time.process_time()
     result = spartan.prune(model, METHODS[run.method](run.settings), batches, include=task.include)
     record = {
-        "seconds": time.perf_counter() - begun,
+        "cpu_seconds": time.process_time() - begun,
         "measured_sparsity": result.sparsity,
         "error": mean(row.error or 0.0 for row in result.rows),
     }
@@ -126,7 +125,7 @@ def _train(task: Distillation, model: nn.Module, run: Run, sparsity: float) -> N
 
 
 def speed(task: Distillation, zeros: str = "80%") -> list[Record]:
-    """Seconds of a batch, dense and on packed weights, the two in turn: medians and the spread of `REPEATS`."""
+    """CPU seconds of a batch, dense and on packed weights, the two in turn, `REPEATS` times."""
     packed, _ = prune_and_train(task, Run("Wanda", zeros, 0))
     packed = spartan.to_block_sparse(packed)
     records = []
@@ -135,11 +134,11 @@ def speed(task: Distillation, zeros: str = "80%") -> list[Record]:
         times: dict[str, list[float]] = {"dense": [], "packed": []}
         for repeat in range(REPEATS + 1):
             for name, model in (("dense", task.dense), ("packed", packed)):
-                begun = time.perf_counter()
+                begun = time.process_time()
                 with torch.no_grad():
                     embed(model, batch)
                 if repeat:  # the first one warms up
-                    times[name].append(time.perf_counter() - begun)
+                    times[name].append(time.process_time() - begun)
         records.append({"zeros": zeros, "sentences": sentences, "tokens": tokens, **times})
     return records
 
@@ -164,7 +163,7 @@ def tables(data: Record) -> str:
             f"{method}, {steps} steps" if steps else method,
             *(_cell(found.get((method, zeros, steps))) for zeros in columns),
             _spread(
-                [r["seconds"] for key, rs in found.items() if key[0] == method and not key[2] for r in rs], "{:.0f}"
+                [r["cpu_seconds"] for key, rs in found.items() if key[0] == method and not key[2] for r in rs], "{:.0f}"
             ),
         ]
         for method, steps in rows
@@ -177,7 +176,7 @@ def tables(data: Record) -> str:
         ]
         for one in data["speed"]
     ]
-    header = ["method", *columns, "seconds of pruning"]
+    header = ["method", *columns, "CPU seconds of pruning"]
     timed = markdown_table(["sentences x tokens", "zeros", "dense, ms", "packed, ms"], times)
     recipe, seeds = data["recipe"], {record["seed"] for record in data["results"]}
     return (
@@ -187,7 +186,7 @@ def tables(data: Record) -> str:
         f" {len(seeds)}. Training: {recipe['steps']} steps of {recipe['batch_size']} texts, AdamW at"
         f" {recipe['learning_rate']:g}. One thread of {data['processor']} ({data['instructions']}), PyTorch"
         f" {data['versions']['torch']}, {data['date'][:10]}.\n\n{timed}\nA batch through the encoder pruned by Wanda,"
-        " single weights, medians; same machine.\n"
+        " single weights: CPU time of one thread, medians; same machine.\n"
     )
 
 

@@ -731,6 +731,51 @@ def test_an_interruption_leaves_a_valid_model_and_says_where() -> None:
     assert again.sparsity == 0.5
 
 
+def test_an_interruption_within_a_layer_leaves_it_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    def interrupted(*_: Any) -> float:
+        measured.append(0)
+        if len(measured) == 4:  # after the new values of the second layer are found
+            raise KeyboardInterrupt
+        return 0.0
+
+    monkeypatch.setattr("spartan.pruning.steps._error", interrupted)
+    model, x = mlp(16, 24, 16, 8), data(30, 16, dtype=torch.float32)
+    dense = copy.deepcopy(model)
+    with pytest.raises(spartan.PruningInterrupted, match=r"stopped at '2.weight': 1 of 3"):
+        spartan.prune(model, spartan.OBS(sparsity=0.5), [x], include="*.weight")
+    assert torch.equal(model[2].weight, dense[2].weight) and not torch.equal(model[0].weight, dense[0].weight)
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "global"])
+@pytest.mark.parametrize("kind", ["Wanda", "OBS", "DSnoT", "ADMM"])
+def test_an_expert_that_gets_no_tokens_is_pruned_all_the_same(kind: str, distribution: str) -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([self.used(x), self.idle(x[:0])])
+
+    method: Any = spartan.Wanda(sparsity=0.5, distribution=distribution)
+    if kind == "OBS":
+        method = spartan.OBS(sparsity=0.5, distribution=distribution)
+    elif kind != "Wanda":
+        method = getattr(spartan, kind)(method)
+    model = Experts()
+    dense = copy.deepcopy(model)
+    result = spartan.prune(model, method, [torch.randn(20, 8)], include="*.weight")
+    assert result.sparsity == 0.5
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    idle = result.rows[1]
+    assert idle.name == "idle.weight" and idle.error is None and "inputs were all zero, or none" in idle.note
+    if kind == "Wanda" and distribution == "uniform":
+        kept, rows = model.idle.weight.detach(), dense.idle.weight.detach().abs()
+        assert torch.equal(kept != 0, rows >= rows.sort(1, descending=True).values[:, 3:4])
+
+
 def test_an_error_of_the_model_leaves_a_valid_model_and_says_where() -> None:
     model, x = mlp(16, 24, 16, 8), data(30, 16, dtype=torch.float32)
     with pytest.warns(UserWarning, match=r"stopped at '4.weight': 2 of 3"), pytest.raises(RuntimeError, match="odd"):

@@ -75,8 +75,9 @@ class DSnoT(SecondStage):
         self, layer: Layer, seen: Statistics, dense: torch.Tensor, now: torch.Tensor, stays: torch.Tensor
     ) -> torch.Tensor:
         """The mask [groups, rows, n] after all swaps."""
-        mean = (seen.total / seen.count)[:, None]
-        variance = (seen.squares.double() / seen.count)[:, None] - mean.square()
+        count = max(seen.count, 1)
+        mean = (seen.total / count)[:, None]
+        variance = (seen.squares.double() / count)[:, None] - mean.square()
         norm = seen.squares.double().sqrt()[:, None]
         stays, values = stays.clone(), torch.where(stays, now, dense)  # of a weight, if it stays or grows
         gains = values * mean

@@ -89,8 +89,9 @@ def _by_rows(scores: torch.Tensor, blocks: int) -> torch.Tensor:
         following = hard_topk(rows, each + 1, dim=1) & ~mask
         mask |= _most(rows, following, over)
     mask &= rows > 0  # zeros that were there before keep no place that another row can use
-    missing = min(blocks, rows.numel()) - int(mask.count_nonzero())
-    return (mask | _most(rows, ~mask & (rows > 0), missing)).view(scores.shape)
+    for among in (rows > 0, torch.ones_like(mask)):
+        mask |= _most(rows, ~mask & among, min(blocks, rows.numel()) - int(mask.count_nonzero()))
+    return mask.view(scores.shape)
 
 
 def _most(rows: torch.Tensor, among: torch.Tensor, count: int) -> torch.Tensor:

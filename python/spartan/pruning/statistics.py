@@ -39,6 +39,17 @@ class Statistics:
         else:
             self._squares += inputs.square().sum(1, dtype=torch.float64)
 
+    def settle(self) -> bool:
+        """Take inputs that are all zero for independent ones of size 1; whether all were, of any of the matrices."""
+        if self._total is None or self._squares is None:
+            return False
+        idle = ~self.squares.any(-1)
+        if not bool(idle.any()):
+            return False
+        one = torch.eye(self._total.shape[-1]) if self._whole else torch.ones(self._total.shape[-1])
+        self._squares[idle] = one.to(self._squares)
+        return True
+
     @property
     def total(self) -> torch.Tensor:
         """Sum of the inputs."""
@@ -69,7 +80,7 @@ class Statistics:
         assert self._whole and self._squares is not None
         about_zero = ((matrices @ self._squares.to(matrices.dtype)) * matrices).sum(-1, dtype=torch.float64)
         outputs = (matrices.double() @ self.total[..., None])[..., 0]
-        spread = about_zero - outputs.square() / self.count
+        spread = about_zero - outputs.square() / max(self.count, 1)
         return spread.clamp(min=1e-6 * float(spread.mean()) + torch.finfo(torch.float64).tiny)
 
     def energy(self, matrices: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,8 @@ from spartan.training.progress import Progress
 
 __all__ = ["Steps"]
 
+_IDLE = "its inputs were all zero, or none: it is pruned as if they were independent and of one size"
+
 
 class Steps:
     """The pass over the layers of a model, once or twice.
@@ -38,6 +40,7 @@ class Steps:
         seen = {index for stop in stops for index in stop}
         self._stops = [*stops, *([index] for index in range(len(layers)) if index not in seen)]
         self._seen = seen
+        self._idle = False  # whether nothing but zeros went into the layers of this stop
 
     def scores(self, layers: Sequence[Layer]) -> list[torch.Tensor]:
         """What dropping each block adds to the squared errors of outputs, each as a fraction of the output's variance.
@@ -69,6 +72,8 @@ class Steps:
             self._prune(plan, rows, bar)
         except KeyboardInterrupt:
             left = [name for name in order if name not in rows]
+            if not left:
+                raise
             raise PruningInterrupted(self._result(plan, rows, skipped, left)) from None
         except Exception:
             left = [name for name in order if name not in rows]
@@ -110,6 +115,7 @@ class Steps:
                         raise ValueError(
                             f"batches[{batch}] makes inputs of {names[0]!r} that are not finite, or too large to square"
                         )
+                self._idle = seen.settle()
             yield names, seen
             if self._forwards is not None:
                 self._forwards.finish(stop)
@@ -123,13 +129,14 @@ class Steps:
         before = weight_of(layer).clone()
         pruned = self._method.prune(layer, seen, budget)
         stays = layer.expand(pruned.mask)
-        layer.write(torch.where(stays, pruned.values, 0.0).to(layer.values().dtype))
+        now = torch.where(stays, pruned.values, 0.0).to(layer.values().dtype)
         if part is not None and planned.amount is not None:
             left_over[part] = planned.amount + given - kept_cost(pruned.mask, layer.costs)
         error_before = error = None
-        if seen is not None and self._errors:
+        if seen is not None and self._errors and not self._idle:
             error_before = _error(layer, seen, before, torch.where(stays, before, 0.0))
-            error = _error(layer, seen, before, weight_of(layer))
+            error = _error(layer, seen, before, now.to(before.dtype))
+        layer.write(now)  # last, so that an interruption leaves a layer either as it was or done
         return PrunedLayer(
             layer.name,
             tuple(layer.candidate.weight.shape),
@@ -139,7 +146,7 @@ class Steps:
             error_before,
             error,
             0.0,
-            pruned.note,
+            _IDLE if seen is not None and self._idle else pruned.note,
         )
 
     def _result(

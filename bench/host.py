@@ -2,8 +2,11 @@
 
 The time of the calling thread from the public function to the driver's launch, which a stand-in counts (stand_in.py):
 argument checks, autograd, dispatch, plans, allocations and Triton's own launcher. Tensors lie on the CPU; what a GPU's
-allocator, its driver and the other thread of its backward pass take is not in it. The native CPU backend's small calls
-go through the same layers and are timed beside PyTorch's linear layer, arithmetic included.
+allocator, its driver and the other thread of its backward pass take is not in it.
+
+Every operator of the native CPU backend is called on a small problem: without a gradient, with one, and forward and
+backward. Beside each stands the time in its kernels; the rest is overhead. PyTorch's linear layer stands by: of
+its forward and backward PyTorch's engine takes most, as of ours.
 
 Each case runs in rounds with the others; the fastest round counts, in time of the thread: others may use the machine.
 """
@@ -14,16 +17,20 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.nn import functional
 
 import spartan
 from bench import machine
-from spartan_kernels import BlockLayout, new_solver_state, solve_masks_
+from spartan_kernels import BlockLayout, BlockSparseWeight, new_solver_state, solve_masks_
+from spartan_kernels.backends import extension
 
 SAVED = Path(__file__).resolve().parent / "results" / "host.json"
 _ROUNDS, _CALLS = 60, 15
@@ -41,13 +48,17 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class HostTime:
-    """One call: microseconds of its thread, how many additions of four floats that is, and kernels launched."""
+    """One call: microseconds of its thread, how many additions of four floats that is, and kernels launched.
+
+    `kernels`: microseconds of it in the extension's own functions, on a CPU.
+    """
 
     case: str
     microseconds: float
     additions: float
     launches: int
     limit: int | None
+    kernels: float | None = None
 
 
 def solve(tensors: int) -> Call:
@@ -81,13 +92,25 @@ def masked_linear(layout: bool, gradient: bool = False, side: int = 64, tokens: 
     return (lambda: torch.autograd.grad(forward(), (x, weight), grad)) if gradient else forward
 
 
-def linear(gradient: bool = False) -> Call:
-    """PyTorch's own, as large."""
-    x, weight = (torch.randn(n, 64, requires_grad=gradient) for n in (8, 64))
-    grad = torch.ones(8, 64)
-    if gradient:
-        return lambda: torch.autograd.grad(functional.linear(x, weight), (x, weight), grad)
-    return lambda: functional.linear(x, weight)
+def cpu_operators() -> dict[str, tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]]:
+    """Each operator on a small problem: a function, and the tensors that it is differentiable in."""
+    x, weight, gate = torch.randn(8, 64), torch.randn(64, 64), torch.eye(2)
+    layout = BlockLayout.from_gate(gate, (64, 64), 32)
+    packed = BlockSparseWeight.from_dense(weight, 32, gate != 0)
+    a, b, soft, hard = torch.randn(64, 8), torch.randn(8, 64), torch.rand(2, 2), torch.ones(2, 2, dtype=torch.bool)
+    return {
+        "torch linear": (functional.linear, (x, weight)),
+        "masked_linear": (lambda x, w: spartan.masked_linear(x, w, gate), (x, weight)),
+        "masked_linear, layout": (
+            lambda x, w: spartan.masked_linear(x, w, gate, layout=layout, backward_layout=layout),
+            (x, weight),
+        ),
+        "block_sparse_linear": (lambda x: spartan.block_sparse_linear(x, packed), (x,)),
+        "sampled_matmul": (lambda a, b: spartan.sampled_matmul(a, b, None, 32, layout=layout), (a, b)),
+        "soft_topk": (lambda v: spartan.soft_topk(v, 8.0, beta=3.0), (x,)),
+        "hard_topk": (lambda v: spartan.hard_topk(v, 8.0), ()),
+        "masked_weight": (lambda w: spartan.masked_weight(w, soft, hard, 32, beta=3.0), (weight,)),
+    }
 
 
 def gpu_cases() -> dict[str, Call]:
@@ -107,13 +130,58 @@ def gpu_cases() -> dict[str, Call]:
 
 def cpu_cases() -> dict[str, Call]:
     """Small calls of the native CPU backend, and PyTorch's."""
-    return {
-        "masked_linear on the CPU": masked_linear(False),
-        "masked_linear on the CPU, layout": masked_linear(True),
-        "masked_linear on the CPU, layout, forward and backward": masked_linear(True, True),
-        "torch linear on the CPU": linear(),
-        "torch linear on the CPU, forward and backward": linear(True),
-    }
+    cases: dict[str, Call] = {f"solve_masks_ on the CPU, {n} tensors": solve(n) for n in (2, 54)}
+    for name, (function, inputs) in cpu_operators().items():
+        cases[f"{name} on the CPU"] = partial(function, *(inputs or (torch.randn(8, 64),)))
+        if inputs:
+            leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+            grad = torch.ones_like(function(*inputs))
+            cases[f"{name} on the CPU, with a gradient"] = partial(function, *leaves)
+            cases[f"{name} on the CPU, forward and backward"] = partial(_both, function, leaves, grad)
+    return cases
+
+
+def _both(function: Callable[..., torch.Tensor], leaves: list[torch.Tensor], grad: torch.Tensor) -> Any:
+    return torch.autograd.grad(function(*leaves), leaves, grad)
+
+
+class _Clock:
+    """Stands in for the extension's functions for a CPU and counts the nanoseconds in them."""
+
+    def __init__(self, functions: Any) -> None:
+        self.functions, self.spent = functions, 0
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self.functions, name)
+        if isinstance(function, type):  # what describes an operand is not a kernel
+            return function
+
+        def timed(*arguments: Any) -> Any:
+            begin = time.perf_counter_ns()
+            try:
+                return function(*arguments)
+            finally:
+                self.spent += time.perf_counter_ns() - begin
+
+        setattr(self, name, timed)
+        return timed
+
+
+def kernel_time(call: Call) -> float:
+    """Microseconds of a call in the extension's functions for a CPU; the fastest of many counts."""
+    native = extension.native
+    clock = _Clock(native.cpu)
+    spent = []
+    with mock.patch.object(extension, "native", SimpleNamespace(cpu=clock, **_other_parts(native))):
+        for _ in range(_ROUNDS * _CALLS):
+            clock.spent = 0
+            call()
+            spent.append(clock.spent)
+    return min(spent) / 1e3
+
+
+def _other_parts(native: Any) -> dict[str, Any]:
+    return {name: getattr(native, name) for name in dir(native) if name != "cpu" and not name.startswith("__")}
 
 
 def measure(cases: dict[str, Call], launches: Any = None) -> Iterator[HostTime]:
@@ -151,10 +219,13 @@ def main() -> None:
 
     with stand_in.gpu() as launches:
         results = list(measure(gpu_cases(), launches))
-    results += measure(cpu_cases())
-    print(f"{'':58s} {'µs':>8s} {'adds':>7s} {'launches':>9s} {'limit':>6s}")
+    cases = cpu_cases()
+    ours = {name: kernel_time(call) for name, call in cases.items() if not name.startswith("torch")}
+    results += [replace(found, kernels=ours.get(found.case)) for found in measure(cases)]
+    print(f"{'':58s} {'µs':>8s} {'adds':>7s} {'launches':>9s} {'limit':>6s} {'kernels':>8s}")
     for r in results:
-        print(f"{r.case:58s} {r.microseconds:8.1f} {r.additions:7.1f} {r.launches:9d} {r.limit or '':>6}")
+        kernels = "" if r.kernels is None else f"{r.kernels:8.1f}"
+        print(f"{r.case:58s} {r.microseconds:8.1f} {r.additions:7.1f} {r.launches:9d} {r.limit or '':>6} {kernels:>8s}")
     if save:
         import triton
 

@@ -62,10 +62,14 @@ def require_scores(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name} must be finite, or -inf to be masked; {count} of {tensor.numel()} are NaN or +inf")
 
 
-def require_beta(beta: torch.Tensor) -> None:
+def require_beta(beta: torch.Tensor | float) -> None:
     """Raise ValueError when `beta` can be inspected and is negative or not finite."""
-    if inspectable(beta) and not 0.0 <= float(beta) < float("inf"):
-        raise ValueError(f"beta must be finite and at least 0; got {float(beta)}")
+    if isinstance(beta, torch.Tensor):
+        if not inspectable(beta):
+            return
+        beta = float(beta)
+    if not 0.0 <= beta < math.inf:
+        raise ValueError(f"beta must be finite and at least 0; got {beta}")
 
 
 def require_costs(costs: torch.Tensor) -> None:
@@ -108,16 +112,29 @@ def scalar(name: str, value: float | torch.Tensor, device: torch.device) -> torc
     return torch.full((), float(value), dtype=torch.float64, device=device)
 
 
+def number(name: str, value: float | torch.Tensor, device: torch.device) -> Any:
+    """`scalar`, but a number stays one where nothing compiles: operators take it as it is (`operands.as_declared`)."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and not torch.compiler.is_compiling():
+        return float(value)
+    return scalar(name, value, device)
+
+
 def block_shape(block_size: int | tuple[int, int]) -> tuple[int, int]:
     """`block_size` as (rows, columns).
 
     Raises:
         ValueError: not a positive int or a pair of positive ints.
     """
-    pair = tuple(block_size) if isinstance(block_size, (tuple, list)) else (block_size, block_size)
-    if len(pair) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in pair):
-        raise ValueError(f"block_size must be a positive int or a pair of positive ints; got {block_size!r}")
-    return pair[0], pair[1]
+    pair = block_size if isinstance(block_size, (tuple, list)) else (block_size, block_size)
+    if len(pair) == 2:
+        rows, columns = pair
+        if _is_side(rows) and _is_side(columns):
+            return rows, columns
+    raise ValueError(f"block_size must be a positive int or a pair of positive ints; got {block_size!r}")
+
+
+def _is_side(side: Any) -> bool:
+    return isinstance(side, int) and not isinstance(side, bool) and side > 0
 
 
 def clip_block(block_size: int | tuple[int, int], shape: tuple[int, ...] | torch.Size) -> tuple[int, int]:
@@ -126,9 +143,10 @@ def clip_block(block_size: int | tuple[int, int], shape: tuple[int, ...] | torch
     Kernels and workspaces are sized by the block, so one that is larger than its matrix would cost for nothing.
     """
     rows, columns = block_shape(block_size)
-    if len(shape) < 2:
-        return rows, columns
-    return min(rows, max(1, shape[0])), min(columns, max(1, shape[1]))
+    if len(shape) >= 2:
+        out, in_ = shape[0], shape[1]
+        rows, columns = (rows if rows <= out else max(1, out)), (columns if columns <= in_ else max(1, in_))
+    return rows, columns
 
 
 def block_grid(shape: tuple[int, ...] | torch.Size, block_size: int | tuple[int, int]) -> tuple[int, ...]:
@@ -145,7 +163,7 @@ def block_grid(shape: tuple[int, ...] | torch.Size, block_size: int | tuple[int,
         return tuple(shape)
     if len(shape) < 2:
         raise ValueError(f"block_size {block_size} needs a weight of at least two dimensions; got {tuple(shape)}")
-    return (math.ceil(shape[0] / rows), math.ceil(shape[1] / columns), *shape[2:])
+    return (-(-shape[0] // rows), -(-shape[1] // columns), *shape[2:])
 
 
 def memory_format(image: torch.Tensor) -> torch.memory_format:

@@ -27,6 +27,7 @@ __all__ = [
     "Crossing",
     "Surface",
     "cache_file",
+    "dense_above",
     "dense_convolution_wins",
     "dense_wins",
     "device_kind",
@@ -90,16 +91,24 @@ def dense_wins(
     tokens: int,
     packed: bool = False,
 ) -> bool:
-    """Whether the dense product is the faster one here.
+    """Whether the dense product is the faster one here."""
+    return density > dense_above(device, dtype, block_size, tokens, packed)
+
+
+def dense_above(
+    device: torch.device, dtype: torch.dtype, block_size: tuple[int, int], tokens: int, packed: bool = False
+) -> float:
+    """The density above which the dense product is the faster one: below 0 where it always is, infinite where never.
 
     Without a measurement, the block-sparse one is taken, but for narrow blocks on a CPU, where a model decides: one of
     masks that move, so not of `packed` blocks.
     """
-    crossing = _threshold(device.type, device.index, dtype, block_size, tokens <= FEW_TOKENS)
+    crossing = _threshold(device, dtype, block_size, tokens <= FEW_TOKENS)
     if crossing is not None:
-        return density > crossing
-    modelled = device.type == "cpu" and min(block_size) < _NARROW and not packed
-    return modelled and density * _MOVING_COST + _MOVING_TOKENS / max(tokens, 1) > 1
+        return crossing
+    if packed or min(block_size) >= _NARROW or device.type != "cpu":
+        return _NEVER
+    return (1 - _MOVING_TOKENS / max(tokens, 1)) / _MOVING_COST
 
 
 def packed_time(
@@ -121,7 +130,7 @@ def packed_time(
         weights: entries of the dense weight, for what a call takes besides its product.
     """
     few = tokens <= FEW_TOKENS
-    crossing = _threshold(device.type, device.index, dtype, block_size, few)
+    crossing = _threshold(device, dtype, block_size, few)
     if crossing is not None:
         cost = 1 / max(crossing, 1e-9) if crossing < _NEVER else 1.0
     else:
@@ -132,7 +141,7 @@ def packed_time(
 
 def whole_block(device: torch.device, dtype: torch.dtype, tokens: int) -> tuple[int, int] | None:
     """The block in which a product with the whole weight is measurably faster than the dense product; None: in none."""
-    return _whole_block(device.type, device.index, dtype, tokens <= FEW_TOKENS)
+    return _whole_block(device, dtype, tokens <= FEW_TOKENS)
 
 
 @contextmanager
@@ -156,26 +165,23 @@ def _forget() -> None:
 
 
 @cache
-def _whole_block(kind: str, index: int | None, dtype: torch.dtype, few: bool) -> tuple[int, int] | None:
-    known = [(c.whole, c.rows, c.columns) for c in _entries(kind, index, dtype, few) if c.whole is not None]
+def _whole_block(device: torch.device, dtype: torch.dtype, few: bool) -> tuple[int, int] | None:
+    known = [(c.whole, c.rows, c.columns) for c in _entries(device, dtype, few) if c.whole is not None]
     whole, *block = min(known, default=(_NEVER, 0, 0))
     return (block[0], block[1]) if whole < _SURELY else None
 
 
-def _entries(kind: str, index: int | None, dtype: torch.dtype, few: bool) -> list[Crossing]:
+def _entries(device: torch.device, dtype: torch.dtype, few: bool) -> list[Crossing]:
     name = str(dtype).removeprefix("torch.")
-    where = device_kind(torch.device(kind if index is None else f"{kind}:{index}"))
-    return [c for c in _surface(where) if (c.dtype, c.few) == (name, few)]
+    return [c for c in _surface(device_kind(device)) if (c.dtype, c.few) == (name, few)]
 
 
 @cache
-def _threshold(
-    kind: str, index: int | None, dtype: torch.dtype, block_size: tuple[int, int], few: bool
-) -> float | None:
+def _threshold(device: torch.device, dtype: torch.dtype, block_size: tuple[int, int], few: bool) -> float | None:
     """The density above which the dense product is faster, _NEVER if it is not; None: it was not measured."""
     rows, columns = block_size
     narrow = min(block_size) < _NARROW  # these have kernels of their own
-    entries = [c for c in _entries(kind, index, dtype, few) if (min(c.rows, c.columns) < _NARROW) == narrow]
+    entries = [c for c in _entries(device, dtype, few) if (min(c.rows, c.columns) < _NARROW) == narrow]
     if not entries:
         return None
     # the nearest block measured, by its area and then its shape

@@ -122,7 +122,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 def _known(name: str) -> str:
-    if name not in ("auto", *BACKENDS):
+    if name != "auto" and name not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}; got {name!r}")
     return name
 
@@ -131,7 +131,7 @@ def requested(name: str | None) -> str:
     """The backend asked for: the argument, else the `backend` block, else SPARTAN_BACKEND, else "auto"."""
     if name:
         return _known(name)
-    return _settings.backend or _known(os.environ.get("SPARTAN_BACKEND") or "auto")
+    return _settings.backend or _known(extension.environment("SPARTAN_BACKEND") or "auto")
 
 
 @cache

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from spartan_kernels.arguments import block_grid, block_shape, require_index
+from spartan_kernels.calls import OPERATORS
+from spartan_kernels.operands import BlockLayoutOf
 from spartan_kernels.torch_private import transforms_active
 
 __all__ = ["BlockLayout"]
@@ -91,7 +93,7 @@ class BlockLayout:
             require_mask("mask", mask, gate, (out, in_), size)
         if density is not None and not 0 <= density <= 1:
             raise ValueError(f"density must be in [0, 1]; got {density}")
-        a, b, c, d, e = torch.ops.spartan.block_layout(gate.detach(), mask, backend or "")
+        a, b, c, d, e = OPERATORS["block_layout"](BlockLayoutOf(gate.detach(), mask, backend or ""))
         return BlockLayout((out, in_), size, a, b, c, d, e, _density(a, gate) if density is None else density)
 
     @property

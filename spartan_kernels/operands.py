@@ -1,5 +1,9 @@
 """The operands of every operator, declared once: a field for each argument of its schema, in their order.
 
+The schema has a tensor where one number is wanted (a budget, beta, a scale, one cost), for it may be on a GPU or need a
+gradient. A call without PyTorch's dispatcher may pass a float there, which the native backend takes as it is;
+`as_declared` makes a tensor of it for whoever else serves.
+
 `schema` makes an operator's schema of its declaration. Backends and fake implementations take one such structure. A
 backend that calls another operator's function may leave out the fields with defaults.
 """
@@ -9,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, get_type_hints
 
+import torch
 from torch import Tensor
 
 __all__ = [
@@ -33,6 +38,7 @@ __all__ = [
     "SoftTopkGlobal",
     "SoftTopkGlobalBackward",
     "SolveMasks",
+    "as_declared",
     "schema",
 ]
 
@@ -204,7 +210,7 @@ class BlockLayoutOf(NamedTuple):
 class MaskedLinear(NamedTuple):
     """`backward_layout` and `slope` are there for the gradient alone; `density`: active blocks / blocks, or -1.
 
-    No `layout`: the blocks whose gate is set. The gate is bool then, and scales nothing.
+    No `layout`: the blocks whose gate is not zero. A bool gate scales nothing.
     """
 
     x: Tensor
@@ -315,6 +321,24 @@ class MaskedConvBackward(NamedTuple):
     columns: int
     needs: list[bool]
     backend: str = ""
+
+
+_NUMBERS = frozenset(("budget", "beta", "costs", "scale"))
+
+
+def as_declared(o: Any) -> Any:
+    """The operands with tensors where there are floats in their place, as the schema has them."""
+    if float not in map(type, o):
+        return o
+    first = o[0][0] if isinstance(o[0], (list, tuple)) else o[0]
+    made = {}
+    for name in _NUMBERS.intersection(o._fields):
+        value = getattr(o, name)
+        if isinstance(value, float):
+            made[name] = torch.full((), value, dtype=torch.float64, device=first.device)
+    if "budget" in made and isinstance(o, (SoftTopk, HardTopk)):
+        made["budget"] = made["budget"].expand(o.values.shape[0])  # one for each row
+    return o._replace(**made)
 
 
 _TYPES: dict[Any, str] = {

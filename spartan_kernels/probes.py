@@ -11,11 +11,27 @@ import torch
 from spartan_kernels import dispatch, ops
 from spartan_kernels.block_sparse import BlockSparseWeight
 from spartan_kernels.layout import BlockLayout
+from spartan_kernels.operands import (
+    AddBlockSigns,
+    MaskedConvBackward,
+    MaskedLinearBackward,
+    MaskedWeightBackward,
+    PackedLinearBackward,
+    SoftTopk,
+    SoftTopkBackward,
+    SoftTopkGlobal,
+    SoftTopkGlobalBackward,
+)
 from spartan_kernels.ops.block_sparse import block_sparse_linear_backward
 from spartan_kernels.ops.masked_conv import masked_conv2d_backward
 from spartan_kernels.ops.masked_matmul import masked_linear_backward
 from spartan_kernels.ops.masked_weight import add_block_signs_, masked_weight_backward, masked_weight_backward_
-from spartan_kernels.ops.soft_topk import soft_topk_backward, soft_topk_forward, soft_topk_global_backward
+from spartan_kernels.ops.soft_topk import (
+    soft_topk_backward,
+    soft_topk_forward,
+    soft_topk_global_backward,
+    soft_topk_global_forward,
+)
 
 Inputs = dict[str, Any]
 Call = Callable[[Inputs, str], Any]
@@ -70,13 +86,14 @@ def probes() -> list[Probe]:
     """Every operator of the package, once."""
 
     def soft_backward(i: Inputs, b: str) -> Any:
-        _, threshold = soft_topk_forward(i["values"], i["budget"], i["costs"], i["beta"], b)
-        return soft_topk_backward(i["grad"], i["values"], threshold, i["costs"], i["beta"], True, b)
+        _, threshold = soft_topk_forward(SoftTopk(i["values"], i["budget"], i["costs"], i["beta"], b))
+        o = SoftTopkBackward(i["grad"], i["values"], threshold, i["costs"], i["beta"], True, b)
+        return soft_topk_backward(o)
 
     def global_backward(i: Inputs, b: str) -> Any:
         parts, g = list(i["values"].split([2, 3])), list(i["grad"].split([2, 3]))
-        _, threshold = torch.ops.spartan.soft_topk_global_forward(parts, i["budget"][4], [], i["beta"], "", b)
-        return soft_topk_global_backward(g, parts, threshold, [], i["beta"], False, "", b)
+        _, threshold = soft_topk_global_forward(SoftTopkGlobal(parts, i["budget"][4], [], i["beta"], "", b))
+        return soft_topk_global_backward(SoftTopkGlobalBackward(g, parts, threshold, [], i["beta"], False, "", b))
 
     def solve(i: Inputs, b: str) -> Any:
         parts = list(i["values"].split([1, 4]))
@@ -92,12 +109,13 @@ def probes() -> list[Probe]:
 
     def signs(i: Inputs, b: str) -> Any:
         grad = i["weight"] * 2
-        add_block_signs_(grad, i["weight"], i["gate"], *block, b)
+        add_block_signs_(AddBlockSigns(grad, i["weight"], i["gate"], block[0], block[1], b))
         return grad
 
     def backward_in_place(i: Inputs, b: str) -> Any:
         grad = i["weight"] * 2
-        masked_weight_backward_(grad, i["weight"], i["gate"], i["hard"], i["beta"], i["scale"], *block, True, b)
+        operands = grad, i["weight"], i["gate"], i["hard"], i["beta"], i["scale"], *block, True
+        masked_weight_backward_(MaskedWeightBackward(*operands, b))
         return grad
 
     def layout(i: Inputs, b: str) -> list[torch.Tensor]:
@@ -106,17 +124,17 @@ def probes() -> list[Probe]:
     def linear_backward(i: Inputs, b: str) -> Any:
         index, needs = layout(i, b), [True] * 4
         operands = i["x"], i["weight"], i["gate"], index, index, i["grad_y"] * 2, "gelu", *block, needs, -1.0, i["gate"]
-        return masked_linear_backward(i["grad_y"], *operands, b)
+        return masked_linear_backward(MaskedLinearBackward(i["grad_y"], *operands, b))
 
     def packed_backward(i: Inputs, b: str) -> Any:
         p = i["packed"]
         operands = i["x"], p.values, p.layout.tensors(), p.positions, i["grad_y"] * 2, "gelu", [True] * 3
-        return block_sparse_linear_backward(i["grad_y"], *operands, b)
+        return block_sparse_linear_backward(PackedLinearBackward(i["grad_y"], *operands, b))
 
     def convolution_backward(i: Inputs, b: str) -> Any:
         settings = [2, 2], [1, 0], [1, 1], 1, *block, [True] * 3 + [False]
         operands = i["image"], i["filter"], i["filter_gate"], i["filter_gate"] != 0, i["filter_gate"] != 0
-        return masked_conv2d_backward(i["grad_image"], *operands, *settings, b)
+        return masked_conv2d_backward(MaskedConvBackward._make((i["grad_image"], *operands, *settings, b)))
 
     block = _BLOCK
     calls: dict[str, Call] = {
@@ -133,7 +151,9 @@ def probes() -> list[Probe]:
         ),
         "masked_weight_forward": lambda i, b: ops.masked_weight(i["weight"], i["gate"], i["hard"], block, backend=b),
         "masked_weight_backward": lambda i, b: masked_weight_backward(
-            i["weight"] * 2, i["weight"], i["gate"], i["hard"], i["beta"], i["scale"], *block, True, b
+            MaskedWeightBackward(
+                i["weight"] * 2, i["weight"], i["gate"], i["hard"], i["beta"], i["scale"], *block, True, b
+            )
         ),
         "masked_weight_coupling": lambda i, b: ops.masked_weight_coupling(
             i["weight"] * 2, i["weight"], i["gate"], block, beta=i["beta"], costs=128.0, backend=b

@@ -27,6 +27,7 @@ __all__ = [
     "MISSING",
     "TorchDispatchMode",
     "any_requires_grad",
+    "autocast_may_be_on",
     "below_autograd",
     "busy",
     "forward_mode",
@@ -78,13 +79,24 @@ def _any_requires_grad(*operands: Any) -> bool:
 # Whether a gradient is wanted, in a tenth of the time that a loop over the operands takes.
 any_requires_grad: Callable[..., bool] = _found("torch._C", "_any_requires_grad") or _any_requires_grad
 
+_any_autocast = _found("torch._C", "_is_any_autocast_enabled")
+
+
+def autocast_may_be_on() -> bool:
+    """Whether some device's autocast may be on, asked of all of them at once. Not known: yes, and each is asked."""
+    return _any_autocast is None or torch.compiler.is_compiling() or _any_autocast()
+
+
 # Keeps a GPU busy for some cycles, so that launches are queued before what is timed. Without it they are timed too.
 busy: Callable[[int], None] = _found("torch.cuda", "_sleep") or (lambda cycles: None)
 
-_SEES_WATCHERS = _present(
-    ("torch._C", "_len_torch_dispatch_stack"),
-    ("torch._C", "_is_tracing"),
-    ("torch.autograd.profiler", "_is_profiler_enabled"),
+_SEES_WATCHERS = (
+    _present(
+        ("torch._C", "_len_torch_dispatch_stack"),
+        ("torch._C", "_is_tracing"),
+        ("torch.autograd.profiler", "_is_profiler_enabled"),
+    )
+    and _HAS_LEVEL
 )
 
 
@@ -97,7 +109,7 @@ def watched() -> bool:
         torch._C._len_torch_dispatch_stack()
         or transforms_active()
         or torch._C._is_tracing()
-        or forward_mode()
+        or forward_ad._current_level >= 0
         or profiler._is_profiler_enabled
     )
 

@@ -80,7 +80,7 @@ CASES: dict[str, tuple[Callable[[], host.Call], int, int]] = {
     "global of 54": (lambda: host.soft_topk_global(54), 13, 59),
     "linear": (lambda: host.masked_linear(False), 4, 9),
     "linear, layout": (lambda: host.masked_linear(True), 2, 3),
-    "linear, layout, backward": (lambda: host.masked_linear(True, True), 5, 9),
+    "linear, layout, backward": (lambda: host.masked_linear(True, True), 5, 7),
 }
 
 

@@ -16,6 +16,7 @@ from bench.case import Peer, Settings, Work
 from bench.cases_matmul import Problem, check_product
 from bench.peers import matmul
 from spartan_kernels import BlockLayout, ops
+from spartan_kernels.operands import MaskedLinearBackward
 from spartan_kernels.ops.masked_matmul import masked_linear_backward
 
 BLOCKS = (32, 128, 64, 16)
@@ -61,7 +62,7 @@ def _backward(p: Problem, grad: Tensor, x: Tensor, needs: list[bool]) -> list[Te
     index = BlockLayout.from_gate(p.gate, shape, p.block, backend=p.s.backend).tensors()
     saved, backend = x.new_empty(0), p.s.backend or ""
     operands = x, p.weight, p.gate, index, index, saved, "", *p.block, needs, -1.0, None
-    found: list[Tensor] = masked_linear_backward(grad, *operands, backend)
+    found: list[Tensor] = masked_linear_backward(MaskedLinearBackward(grad, *operands, backend))
     return found
 
 

@@ -1,4 +1,6 @@
 // The extension module: how it was built, and the functions of each subject.
+#include <cstdlib>
+
 #include "bindings.h"
 
 namespace py = pybind11;
@@ -17,6 +19,9 @@ PYBIND11_MODULE(_native, m) {
   m.attr("cuda_archs") = py::none();
   m.attr("cuda_reason") = SPARTAN_CUDA_REASON;
 #endif
+
+  // Python's own way costs as much as a small product where the variable is not set.
+  m.def("environment", [](const char* name) { return std::getenv(name); });
 
   py::module_ cpu_module = m.def_submodule("cpu");
   cpu_module.def("instruction_set", &cpu::instruction_set);

@@ -65,6 +65,15 @@ struct Lines {
   int64_t blocks() const { return offsets[count]; }
 };
 
+// What a product takes, in multiply-adds: of the active weights, of reading them, of the tokens' values going in and out.
+inline int64_t product_work(int64_t active, int64_t out, int64_t in, int64_t tokens) {
+  constexpr int64_t kReadCost = 10;
+  return active * (tokens + kReadCost) + tokens * (out + in);
+}
+inline int64_t product_work(const Lines& lines, int64_t tokens) {
+  return product_work(lines.blocks() * lines.span * lines.other_span, lines.extent, lines.other_extent, tokens);
+}
+
 // The first line from which the lines up to `end` weigh at most the share `part` of `parts`; a line weighs its blocks and one
 // more for its outputs.
 inline int64_t split_lines(const Lines& lines, int64_t begin, int64_t end, int64_t part, int64_t parts) {

@@ -230,6 +230,7 @@ int64_t few_workspace_bytes(const Lines& lines, int64_t tokens) {
 int64_t masked_matmul_workspace_bytes(const BlockMatrix& w, int64_t tokens, bool input_gradient, int threads) {
   const Lines lines(w, !input_gradient);
   require_fit(lines);
+  threads = worthwhile(threads, product_work(lines, tokens));  // what the product will take
   if (NarrowProduct::serves(lines)) return NarrowProduct::workspace_bytes(lines, tokens, threads);
   const int64_t many = Product::workspace_bytes(lines, tokens, threads);
   return input_gradient || !few(lines, tokens) ? many : few_workspace_bytes(lines, tokens);
@@ -239,6 +240,7 @@ void masked_matmul(Dtype dtype, const BlockMatrix& w, Tokens x, const void* bias
                    Workspace workspace, int threads) {
   const Lines lines(w, true);
   if (x.count == 0 || w.out == 0) return;
+  threads = worthwhile(threads, product_work(lines, x.count));
   const RowWriter writer(dtype, lines.extent, x.count, activation, y, saved);
   if (NarrowProduct::serves(lines)) return NarrowProduct(dtype, lines, x, bias, writer, workspace, threads).run();
   if (few(lines, x.count)) return multiply_few(dtype, lines, x, bias, activation, y, saved, workspace, threads);
@@ -248,6 +250,7 @@ void masked_matmul(Dtype dtype, const BlockMatrix& w, Tokens x, const void* bias
 void masked_matmul_input_gradient(Dtype dtype, const BlockMatrix& w, Tokens dz, void* dx, Workspace workspace, int threads) {
   const Lines lines(w, false);
   if (dz.count == 0 || w.in == 0) return;
+  threads = worthwhile(threads, product_work(lines, dz.count));
   const RowWriter writer(dtype, lines.extent, dz.count, Activation::none, dx, nullptr);
   if (NarrowProduct::serves(lines)) return NarrowProduct(dtype, lines, dz, nullptr, writer, workspace, threads).run();
   Product(dtype, lines, dz, nullptr, writer, workspace, threads).run();

@@ -11,6 +11,13 @@ using ParallelBody = void (*)(void* context, int64_t item);
 // Runs in the calling thread when one is asked for or no OpenMP runtime is loaded. The body must not throw.
 void parallel_items(int threads, int64_t items, ParallelBody body, void* context);
 
+// How many of `threads` a call is worth that takes so many multiply-adds: one where waking the others takes longer than they
+// would save, or milliseconds, as on a machine whose cores other processes keep busy.
+inline int worthwhile(int threads, int64_t multiply_adds) {
+  constexpr int64_t kAlone = int64_t(1) << 19;  // about 20 microseconds of one core
+  return multiply_adds < kAlone ? 1 : threads;
+}
+
 // Whether an OpenMP runtime was found in the process.
 bool parallel_available();
 

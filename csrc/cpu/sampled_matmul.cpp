@@ -184,6 +184,9 @@ int64_t sampled_matmul_workspace_bytes(const BlockMatrix& w, int64_t tokens, int
 void sampled_matmul(Dtype dtype, const BlockMatrix& w, Tokens dz, Tokens x, float* raw, float* grad_gate, Workspace workspace,
                     int threads) {
   if (w.out == 0 || w.in == 0) return;
+  const int64_t active = w.layout.row_offsets == nullptr ? w.out * w.in : Lines(w, true).blocks() * w.rows * w.columns;
+  const int64_t cleared = w.out * w.in;
+  threads = worthwhile(threads, product_work(active, w.out, w.in, dz.count) + cleared);
   Sampled(dtype, w, dz, x, raw, grad_gate, workspace, threads).run();
 }
 

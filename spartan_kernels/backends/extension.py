@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,6 +19,9 @@ try:
     import spartan_kernels._native as native
 except ImportError as error:
     _import_error = str(error)
+
+# A variable of the process. Where it is not set, `os.environ` takes as long to say so as a small product.
+environment: Callable[[str], str | None] = getattr(native, "environment", os.environ.get)
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # ops.h, Dtype
 TF32 = 4
@@ -76,7 +80,8 @@ def build_info() -> dict[str, Any]:
 
 def compute(tensor: torch.Tensor) -> torch.Tensor:
     """Contiguous, in the dtype the CPU kernels compute in: float64, or float32 for everything narrower."""
-    return tensor.detach().to(computed_in(tensor.dtype)).contiguous()
+    dtype = computed_in(tensor.dtype)
+    return (tensor if tensor.dtype is dtype else tensor.detach().to(dtype)).contiguous()
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:
@@ -97,45 +102,62 @@ def pointer(tensor: torch.Tensor | None) -> int:
 def blocks(weight: torch.Tensor, rows: int, columns: int) -> Any:
     """A weight in blocks as the kernels take it: as [out, in, kernel positions]; one of fewer dimensions is one row."""
     if weight.dim() < 2:
-        shape = (1, weight.numel(), 1)
-    else:
-        shape = (weight.shape[0], weight.shape[1], math.prod(weight.shape[2:]))
-    return native.Blocks(*shape, rows, columns)
+        return native.Blocks(1, weight.numel(), 1, rows, columns)
+    out, in_, *rest = weight.shape
+    return native.Blocks(out, in_, math.prod(rest), rows, columns)
 
 
 def tokens_of(x: torch.Tensor) -> torch.Tensor:
     """x as [tokens, features] whose features lie side by side."""
-    flat = x.detach().reshape(x.shape[:-1].numel(), x.shape[-1])
-    return flat if flat.stride(-1) == 1 or flat.shape[-1] <= 1 else flat.contiguous()
+    flat = x if x.dim() == 2 else x.detach().reshape(x.shape[:-1].numel(), x.shape[-1])
+    return flat if flat.stride(1) == 1 or flat.shape[1] <= 1 else flat.contiguous()
+
+
+class Index(NamedTuple):
+    """An index of active blocks by its addresses, in the order of a layout's buffers, and what they point into."""
+
+    addresses: tuple[int, ...]
+    keeps: Any
+
+
+def addresses(layout: list[torch.Tensor]) -> tuple[int, ...]:
+    """Those of the buffers of a layout; zeros where there are none, which is every block."""
+    if not layout:
+        return (0, 0, 0, 0, 0)
+    a, b, c, d, e = layout
+    return a.data_ptr(), b.data_ptr(), c.data_ptr(), d.data_ptr(), e.data_ptr()
 
 
 class BlockMatrix:
-    """A block-sparse matrix as the kernels take it; keeps what it points to."""
+    """A block-sparse matrix as the kernels take it; keeps what it points to. Its index lies side by side in memory."""
 
     def __init__(
         self,
         data: torch.Tensor,
         shape: tuple[int, int],
         block: tuple[int, int],
-        layout: list[torch.Tensor],
+        layout: list[torch.Tensor] | Index,
         gate: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
     ) -> None:
-        packed, data = positions is not None, data.detach()
-        self.data = data.contiguous() if packed or data.stride(-1) != 1 else data
-        self.gate = None if gate is None else gate.detach().to(torch.float32).contiguous()
-        if positions is not None and positions.numel() == 0:
-            positions = positions.new_zeros(1)  # a null pointer would say that the matrix is not packed
-        self.layout = [part.contiguous() for part in layout]
-        self.positions = None if positions is None else positions.contiguous()
-        offsets = [part.data_ptr() for part in self.layout]
-        offsets += [0] * (5 - len(offsets))  # no index at all: every block; the CPU reads no order
-        stride, stored = (0, self.data.shape[0]) if packed else (self.data.stride(0), 0)
+        if positions is None:
+            self.data = data if data.stride(-1) == 1 else data.contiguous()
+            stride, stored = self.data.stride(0), 0
+        else:
+            self.data = data.contiguous()
+            stride, stored = 0, self.data.shape[0]
+            if not stored:
+                positions = positions.new_zeros(1)  # a null pointer would say that the matrix is not packed
+        if gate is not None:
+            gate = (gate if gate.dtype is torch.float32 else gate.to(torch.float32)).contiguous()
+        self.gate, self.layout, self.positions = gate, layout, positions
+        index = layout.addresses if isinstance(layout, Index) else addresses(layout)
+        self.out, self.in_ = out, in_ = shape
+        rows, columns = block
         self.handle = native.cpu.BlockMatrix(
-            self.data.data_ptr(), *shape, *block, stride, pointer(self.gate), *offsets, pointer(self.positions), stored
+            self.data.data_ptr(), out, in_, rows, columns, stride, pointer(gate), *index, pointer(positions), stored
         )
         self.dtype = DTYPES[data.dtype]
-        self.out, self.in_ = shape
 
 
 class _Scratch(threading.local):

@@ -57,8 +57,8 @@ def layer_gradients(
     o: MaskedLinearBackward,
     of_input: Callable[[torch.Tensor], torch.Tensor],
     of_parameters: Callable[[torch.Tensor, LayerNeeds], tuple[Gradient, Gradient]],
-) -> list[torch.Tensor]:
-    """Gradients of x, weight, gate and bias; empty where not needed.
+) -> list[Gradient]:
+    """Gradients of x, weight, gate and bias; None where not needed.
 
     Args:
         o: what the operator takes.
@@ -71,24 +71,20 @@ def layer_gradients(
     dweight, dgate = of_parameters(dz, needs) if needs.weight or needs.gate else (None, None)
     dweight = dweight if needs.weight else None
     dgate = dgate.to(o.gate.dtype) if needs.gate and dgate is not None else None
-    return _present(o.x, dx, dweight, dgate, bias_gradient(dz) if needs.bias else None)
+    return [dx, dweight, dgate, bias_gradient(dz) if needs.bias else None]
 
 
 def packed_gradients(
     o: PackedLinearBackward,
     of_input: Callable[[torch.Tensor], torch.Tensor],
     of_values: Callable[[torch.Tensor], torch.Tensor],
-) -> list[torch.Tensor]:
-    """Gradients of x, values and bias, each from dL/dz; empty where not needed."""
+) -> list[Gradient]:
+    """Gradients of x, values and bias, each from dL/dz; None where not needed."""
     needs = PackedNeeds(*o.needs)
     dz = before_activation(o.grad, o.saved, o.activation)
     dx = of_input(dz) if needs.x else None
     values = of_values(dz) if needs.values else None
-    return _present(o.x, dx, values, bias_gradient(dz) if needs.bias else None)
-
-
-def _present(like: torch.Tensor, *gradients: Gradient) -> list[torch.Tensor]:
-    return [like.new_empty(0) if gradient is None else gradient for gradient in gradients]
+    return [dx, values, bias_gradient(dz) if needs.bias else None]
 
 
 def flat(x: torch.Tensor) -> torch.Tensor:

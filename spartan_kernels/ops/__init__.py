@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spartan_kernels.arguments import block_grid, checks
-from spartan_kernels.ops._define import OPERATORS, Operator
+from spartan_kernels.calls import OPERATORS, Operator
 from spartan_kernels.ops._problem import as_in_autocast
 from spartan_kernels.ops._shards import is_dtensor, joint_group
 from spartan_kernels.ops.block_sparse import block_sparse_linear

@@ -98,8 +98,9 @@ def _blocks(weight: torch.Tensor, rows: int, columns: int, name: str = "weight")
     return block_grid(weight.shape, (rows, columns))
 
 
-def _scalar(name: str, tensor: torch.Tensor, device: torch.device) -> None:
-    _tensor(name, tensor, (), torch.float64, device)
+def _scalar(name: str, tensor: torch.Tensor | float, device: torch.device) -> None:
+    if not isinstance(tensor, float):  # which an operator takes in place of a tensor (`operands.as_declared`)
+        _tensor(name, tensor, (), torch.float64, device)
 
 
 # --- masked weights
@@ -120,7 +121,8 @@ def _masked_weight(o: MaskedWeight | MaskedWeightBackward) -> None:
 
 def _prices(beta: Any, costs: Any, grid: Any, device: torch.device) -> None:
     _scalar("beta", beta, device)
-    _tensor("costs", costs, grid if costs.dim() else (), _FLOAT, device)
+    if not isinstance(costs, float):
+        _tensor("costs", costs, grid if costs.dim() else (), _FLOAT, device)
 
 
 def _gradient(grad: Any, weight: Any) -> None:
@@ -160,6 +162,7 @@ def _index(name: str, layout: Any, grid: tuple[int, ...], like: Any, stored: int
     lengths = (grid[0] + 1, all_blocks, grid[1] + 1, all_blocks, grid[0] + grid[1])
     for part, tensor, length in zip(INDEX, layout, lengths, strict=True):
         _tensor(f"{name}.{part}", tensor, (length,), torch.int32, like.device)
+        _side_by_side(f"{name}.{part}", tensor)
     if not inspectable(layout[0]):
         return
     try:
@@ -173,6 +176,11 @@ def _index(name: str, layout: Any, grid: tuple[int, ...], like: Any, stored: int
     for part, tensor, expected in zip(INDEX, layout, right, strict=True):
         if not torch.equal(tensor[: expected.shape[0]], expected):
             raise ValueError(f"{name}.{part} must be the index of its blocks")
+
+
+def _side_by_side(name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous; got strides {tensor.stride()}")
 
 
 def _offsets(counts: torch.Tensor) -> torch.Tensor:
@@ -194,7 +202,7 @@ def _linear(o: MaskedLinear | MaskedLinearBackward) -> None:
         _tensor("gate", o.gate, grid, _FLOAT, weight.device)
         _index("layout", o.layout, grid, weight)
     else:
-        _tensor("gate", o.gate, grid, torch.bool, weight.device)
+        _tensor("gate", o.gate, grid, (*_FLOAT, torch.bool), weight.device)
     _activation(o.activation)
     if o.slope is not None:
         _tensor("slope", o.slope, o.gate.shape, _FLOAT, weight.device)
@@ -244,6 +252,7 @@ def _packed(o: PackedLinear | PackedLinearBackward, out: int) -> None:
     grid = block_grid((out, x.shape[-1]), (values.shape[1], values.shape[2]))
     _index("layout", layout, grid, values, values.shape[0])
     _tensor("positions", positions, values.shape[:1], torch.int32, values.device)
+    _side_by_side("positions", positions)
     if inspectable(positions) and not torch.equal(positions, torch.argsort(layout[1], stable=True).to(torch.int32)):
         raise ValueError("positions must say where each entry by columns is stored")
 
@@ -317,7 +326,8 @@ def _convolution_backward(o: MaskedConvBackward) -> None:
 
 def _rows(values: Any, budget: Any, costs: Any, beta: Any = None) -> None:
     _tensor("values", values, values.shape if values.dim() == 2 else ("rows", "n"), _FLOAT)
-    _tensor("budget", budget, values.shape[:1], torch.float64, values.device)
+    if not isinstance(budget, float):
+        _tensor("budget", budget, values.shape[:1], torch.float64, values.device)
     if costs is not None:
         shape = values.shape[1:] if costs.dim() == 1 else values.shape
         _tensor("costs", costs, shape if costs.dim() else (), values.dtype, values.device)
@@ -380,8 +390,7 @@ def _solve_masks(o: SolveMasks) -> None:
         _length(name, masks, len(values))
         for index, (mask, grid) in enumerate(zip(masks, grids, strict=True)):
             _tensor(f"{name}[{index}]", mask, grid, dtype, device)
-            if not mask.is_contiguous():
-                raise ValueError(f"{name}[{index}] must be contiguous; got strides {mask.stride()}")
+            _side_by_side(f"{name}[{index}]", mask)
     _tensor("state", o.state, (8,), torch.float64, device)
 
 

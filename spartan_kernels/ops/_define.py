@@ -1,4 +1,4 @@
-"""How an operator enters torch.library, and how it is called where nothing but its result is wanted."""
+"""How an operator enters torch.library."""
 
 from __future__ import annotations
 
@@ -8,56 +8,12 @@ from typing import Any
 import torch
 
 from spartan_kernels import dispatch
-from spartan_kernels.operands import schema
+from spartan_kernels.calls import OPERATORS, Operator
+from spartan_kernels.operands import as_declared, schema
 from spartan_kernels.ops._checked import checked
 from spartan_kernels.ops._vmap import Rule, loop
-from spartan_kernels.torch_private import any_requires_grad, watched
 
 LIBRARY = torch.library.Library("spartan", "DEF")
-_SINGLE = frozenset((torch.Tensor, torch.nn.Parameter, int, float, bool, str, type(None)))
-_OPERANDS = _SINGLE | {list, tuple}
-
-
-class Operator:
-    """`torch.ops.spartan.<name>`, without the dispatcher in an eager call on plain tensors.
-
-    The dispatcher takes tens of microseconds for an operator with a Python kernel and lists of tensors. It is left out
-    where it would end in that kernel anyway: nothing compiles, traces, transforms or profiles the call.
-
-    Attributes:
-        overload: the operator as PyTorch knows it.
-        serve: its kernel.
-        structure: the declaration of its operands.
-        returns_list: whether what it returns is one list of tensors.
-        record: the kernel with a gradient, for operands that need one: whoever defines the gradient sets it.
-    """
-
-    def __init__(self, overload: Any, serve: Callable[..., Any], structure: Any, returns_list: bool) -> None:
-        self.overload, self.serve, self.structure, self.returns_list = overload, serve, structure, returns_list
-        self.record: Callable[..., Any] | None = None
-
-    def __call__(self, *operands: Any) -> Any:
-        """Call it; the last operand is the backend's name."""
-        if torch.compiler.is_compiling() or not _eager(operands):
-            return self.overload(*operands)
-        if torch.is_grad_enabled() and any_requires_grad(*operands):
-            return self.overload(*operands) if self.record is None else self.record(*operands)
-        return self.serve(*operands)
-
-
-OPERATORS: dict[str, Operator] = {}
-
-
-def _eager(operands: tuple[Any, ...]) -> bool:
-    """Whether these are plain tensors and numbers, in a call that nothing watches, changes or keeps."""
-    if watched() or not _OPERANDS.issuperset(map(type, operands)):
-        return False
-    for operand in operands:
-        if isinstance(operand, (list, tuple)) and not _SINGLE.issuperset(map(type, operand)):
-            return False
-    first = operands[0]
-    first = first[0] if isinstance(first, (list, tuple)) else first
-    return not first.is_meta
 
 
 def define(
@@ -91,12 +47,14 @@ def define(
     def resolved(o: Any) -> Any:
         like = getattr(o, first)
         like = like[0] if isinstance(like, (list, tuple)) else like
-        return dispatch.resolve(name, like, o.backend, over_group and bool(o.group))(o)
+        chosen = dispatch.requested(o.backend)
+        chosen = dispatch.select(name, like.device.type, like.dtype, chosen, over_group and bool(o.group))
+        return dispatch.implementation(name, chosen)(o if chosen == "native" else as_declared(o))
 
     run = checked(name, serve or resolved)
 
     def call(*operands: Any) -> Any:
-        return run(structure(*operands))
+        return _whole(run(structure(*operands)), operands[0])
 
     def faked(*operands: Any, **named: Any) -> Any:
         return fake(structure(*operands, **named))
@@ -107,5 +65,12 @@ def define(
     overload = getattr(torch.ops.spartan, name).default
     if not writes:
         torch.library.register_vmap(f"spartan::{name}", vmap(overload, structure), lib=LIBRARY)
-    operator = OPERATORS[name] = Operator(overload, call, structure, returns == "Tensor[]")
+    operator = OPERATORS[name] = Operator(overload, run, structure, returns == "Tensor[]")
     return operator
+
+
+def _whole(returned: Any, like: Any) -> Any:
+    """What a kernel returned as the schema wants it: an empty tensor in place of each that was not asked for."""
+    if not isinstance(returned, (list, tuple)) or all(entry is not None for entry in returned):
+        return returned
+    return type(returned)(like.new_empty(0) if entry is None else entry for entry in returned)

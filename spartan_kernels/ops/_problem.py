@@ -8,24 +8,30 @@ from typing import Any
 
 import torch
 
-from spartan_kernels.arguments import require_float, scalar
+from spartan_kernels.arguments import number, require_float, scalar
 
 
 def row_problem(
     values: torch.Tensor, budget: float | torch.Tensor, costs: float | torch.Tensor | None, dim: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Callable[[torch.Tensor], torch.Tensor]]:
-    """Values [rows, n], budget [rows], costs (None, [], [n] or [rows, n]), and the way back to the old shape."""
+) -> tuple[torch.Tensor, Any, torch.Tensor | None, Callable[[torch.Tensor], torch.Tensor]]:
+    """Values [rows, n], budget [rows] or a number, costs None, [], [n] or [rows, n], and the old shape's restorer."""
     require_float("values", values)
     dim = _normalised(dim, values)
+    row_costs = _row_costs(costs, values, dim)
+    if values.dim() == 2 and dim == 1:
+        return values, _row_budget(budget, values.shape[:1], values.device), row_costs, _as_it_is
     moved = values.movedim(dim, -1)
     shape = moved.shape
-    rows = shape[:-1].numel()
 
     def restore(mask: torch.Tensor) -> torch.Tensor:
         return mask.reshape(shape).movedim(-1, dim)
 
-    row_costs = _row_costs(costs, values, dim)
-    return moved.reshape(rows, shape[-1]), _row_budget(budget, shape[:-1], values.device), row_costs, restore
+    rows = moved.reshape(shape[:-1].numel(), shape[-1])
+    return rows, _row_budget(budget, shape[:-1], values.device), row_costs, restore
+
+
+def _as_it_is(mask: torch.Tensor) -> torch.Tensor:
+    return mask
 
 
 def global_problem(
@@ -97,12 +103,13 @@ def _normalised(dim: int, values: torch.Tensor) -> int:
     return dim % values.dim()
 
 
-def _row_budget(budget: float | torch.Tensor, rows: torch.Size, device: torch.device) -> torch.Tensor:
+def _row_budget(budget: float | torch.Tensor, rows: torch.Size, device: torch.device) -> Any:
     if isinstance(budget, torch.Tensor) and budget.dim():
         if budget.shape != rows:
             raise ValueError(f"budget must be a number or of shape {tuple(rows)}; got {tuple(budget.shape)}")
         return budget.to(device=device, dtype=torch.float64).reshape(-1)
-    return scalar("budget", budget, device).expand(rows.numel())
+    k = number("budget", budget, device)
+    return k if isinstance(k, float) else k.expand(rows.numel())
 
 
 def _row_costs(costs: float | torch.Tensor | None, values: torch.Tensor, dim: int) -> torch.Tensor | None:

@@ -17,6 +17,7 @@ from spartan_kernels.ops.masked_matmul import (
     require_activation,
     require_bias,
 )
+from spartan_kernels.torch_private import autocast_may_be_on
 
 
 def _fake_forward(o: PackedLinear) -> Any:
@@ -64,19 +65,20 @@ def block_sparse_linear(
     if not isinstance(packed, BlockSparseWeight):
         raise TypeError(f"packed must be a BlockSparseWeight; got {type(packed).__name__}")
     require_float("x", x)
-    out, in_ = packed.shape
-    x, values = in_autocast(x), in_autocast(packed.values)
-    bias = None if bias is None else in_autocast(bias)
+    layout, values = packed.layout, packed.values
+    out, in_ = layout.shape
+    if autocast_may_be_on():
+        x, values = in_autocast(x), in_autocast(values)
+        bias = None if bias is None else in_autocast(bias)
     if x.dim() < 1 or x.shape[-1] != in_:
         raise ValueError(f"x must be [..., {in_}] for a packed weight {packed.shape}; got {tuple(x.shape)}")
-    if (x.dtype, x.device) != (values.dtype, values.device):
+    if x.dtype != values.dtype or x.device != values.device:
         raise ValueError(
             f"x must be {values.dtype} on {values.device}, as the packed weight; got {x.dtype} on {x.device}"
         )
     require_bias(bias, x, out)
     require_activation(activation)
     save = activation in SAVES_INPUT and records(x, values, bias)
-    layout = packed.layout.tensors()
-    operands = x, values, layout, packed.positions, bias, activation or "", out, save
-    result: torch.Tensor = block_sparse_linear_forward(*operands, backend or "")[0]
+    o = PackedLinear(x, values, layout.tensors(), packed.positions, bias, activation or "", out, save, backend or "")
+    result: torch.Tensor = block_sparse_linear_forward(o)[0]
     return result

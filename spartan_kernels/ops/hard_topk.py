@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from spartan_kernels.arguments import scalar
+from spartan_kernels.arguments import number
 from spartan_kernels.groups import group_name
 from spartan_kernels.operands import HardTopk, HardTopkGlobal
 from spartan_kernels.ops._define import define
@@ -63,7 +63,7 @@ def hard_topk(
     """
     with torch.no_grad():
         rows, row_budget, row_costs, restore = row_problem(values, budget, costs, dim)
-        return restore(hard_topk_forward(rows, row_budget, row_costs, backend or ""))
+        return restore(hard_topk_forward(HardTopk(rows, row_budget, row_costs, backend or "")))
 
 
 def hard_topk_global(
@@ -98,6 +98,7 @@ def hard_topk_global(
     with torch.no_grad():
         parts = shards(values, costs, group)
         tensors, cost_list = global_problem(parts.values, parts.costs)
-        k = scalar("budget", budget, tensors[0].device)
+        k = number("budget", budget, tensors[0].device)
         name = group_name(parts.group)
-        return parts.restore(hard_topk_global_forward(tensors, k, cost_list, absolute, name, backend or ""))
+        o = HardTopkGlobal(tensors, k, cost_list, absolute, name, backend or "")
+        return parts.restore(hard_topk_global_forward(o))

@@ -172,9 +172,9 @@ def masked_conv2d(
             require_device(name, grid, weight.device, "weight")
     rows, columns = clip_block((rows, columns), weight.shape)
     batch = x if x.dim() == 4 else x[None]
-    masks = forward_mask, backward_mask
-    operands = batch, weight, gate, *masks, bias, *map(list, geometry), groups, rows, columns
-    y: torch.Tensor = masked_conv2d_forward(*operands, backend or "")
+    settings = *map(list, geometry), groups, rows, columns, backend or ""
+    o = MaskedConv._make((batch, weight, gate, forward_mask, backward_mask, bias, *settings))
+    y: torch.Tensor = masked_conv2d_forward(o)
     return y if x.dim() == 4 else y[0]
 
 

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from spartan_kernels import dispatch
-from spartan_kernels.arguments import block_grid, block_shape, clip_block, require_device, require_float
-from spartan_kernels.break_even import dense_wins
+from spartan_kernels.arguments import block_shape, clip_block, require_device, require_float
+from spartan_kernels.break_even import dense_above
 from spartan_kernels.layout import BlockLayout, require_mask
 from spartan_kernels.operands import AddBlockSigns, BlockLayoutOf, MaskedLinear, MaskedLinearBackward, SampledMatmul
 from spartan_kernels.ops._define import define
+from spartan_kernels.torch_private import autocast_may_be_on
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 SAVES_INPUT = ("gelu", "gelu_tanh", "silu")  # activations whose gradient is of what went in; relu's is of what came out
@@ -42,11 +43,12 @@ def _fake_sampled(o: SampledMatmul) -> torch.Tensor:
 
 
 def _serve_forward(o: MaskedLinear) -> Any:
-    return _serving("masked_linear_forward", o)(o)
+    function, o = _serving("masked_linear_forward", o)
+    return function(o)
 
 
 def _serve_backward(o: MaskedLinearBackward) -> Any:
-    function = _serving("masked_linear_backward", o)
+    function, o = _serving("masked_linear_backward", o)
     of_x, of_weight, of_gate, of_bias = o.needs
     if o.slope is None or not of_weight:
         return function(o)
@@ -56,26 +58,37 @@ def _serve_backward(o: MaskedLinearBackward) -> Any:
     add = dispatch.resolve("add_block_signs_", o.weight, signs)
     add(AddBlockSigns(grads[1], o.weight, o.slope * grads[2], o.rows, o.columns))
     if not of_gate:
-        grads[2] = o.grad.new_empty(0)
+        grads[2] = None
     return grads
 
 
-def _serving(operator: str, o: MaskedLinear | MaskedLinearBackward) -> Any:
-    """The backend's function; in "auto" the dense product where so many blocks are active that it is faster."""
-    requested = dispatch.requested(o.backend)
-    if requested == "auto":
-        density = _counted(o.layout) if o.density < 0 else o.density
-        tokens = o.x.shape[:-1].numel()
-        if density >= 0 and dense_wins(density, o.x.device, o.x.dtype, (o.rows, o.columns), tokens):
-            return dispatch.implementation(operator, "reference")
-    return dispatch.resolve(operator, o.x, requested)
+def _serving(operator: str, o: Any) -> tuple[Any, Any]:
+    """The backend's function and the operands as it takes them, with an index where it needs one.
+
+    In "auto" that is the dense product where so many blocks are active that it is faster.
+    """
+    name = dispatch.requested(o.backend)
+    if name == "auto":
+        limit = dense_above(o.x.device, o.x.dtype, (o.rows, o.columns), o.x.shape[:-1].numel())
+        if limit < 1 and _density(o) > limit:
+            return dispatch.implementation(operator, "reference"), o
+    name = dispatch.select(operator, o.x.device.type, o.x.dtype, name)
+    if not o.layout and name not in _INDEX_BLOCKS:
+        o = o._replace(layout=list(block_layout(BlockLayoutOf(o.gate.detach(), None, o.backend))))
+    return dispatch.implementation(operator, name), o
 
 
-def _counted(layout: Any) -> float:
-    """Active blocks / blocks where reading it waits for nothing; else -1, for unknown."""
-    if not layout or not layout[0].is_cpu or not layout[1].shape[0]:
-        return -1.0
-    return int(layout[0][-1]) / layout[1].shape[0]
+_INDEX_BLOCKS = ("native", "reference")  # backends that find the active blocks themselves
+
+
+def _density(o: MaskedLinear | MaskedLinearBackward) -> float:
+    """Active blocks / blocks where reading it waits for nothing; else -inf, for unknown."""
+    blocks = o.gate.numel()
+    if o.density >= 0:
+        return o.density
+    if not o.gate.is_cpu or not blocks or o.gate.dtype == torch.bool:
+        return -torch.inf
+    return (int(o.layout[0][-1]) if o.layout else int(o.gate.count_nonzero())) / blocks
 
 
 block_layout = define("block_layout", BlockLayoutOf, "(Tensor, Tensor, Tensor, Tensor, Tensor)", _fake_layout)
@@ -135,44 +148,56 @@ def masked_linear(
 
     Source: Tai, Tian, Lim, "Spartan", NeurIPS 2022: its forward and straight-through backward, by blocks.
     """
-    rows, columns = block_shape(block_size)
+    block = rows, columns = block_shape(block_size)
     require_float("gate", gate)
     x, weight, bias = linear_operands(x, weight, bias, activation)
-    require_device("gate", gate, weight.device, "weight")
-    shape = (weight.shape[0], weight.shape[1])
-    if tuple(gate.shape) != block_grid(shape, (rows, columns)):
+    device = weight.device
+    require_device("gate", gate, device, "weight")
+    shape = out, in_ = weight.shape[0], weight.shape[1]
+    grid = (-(-out // rows), -(-in_ // columns))
+    if gate.shape != grid:
         raise ValueError(
-            f"gate must have shape {block_grid(shape, (rows, columns))}, one entry per ({rows}, {columns}) block of"
-            f" weight {shape}; got {tuple(gate.shape)}"
+            f"gate must have shape {grid}, one entry per {block} block of weight {shape}; got {tuple(gate.shape)}"
         )
     for name, mask in (("forward_mask", forward_mask), ("backward_mask", backward_mask)):
         if mask is not None:
-            require_mask(name, mask, weight, shape, (rows, columns))
-    if layout is None:
-        layout = BlockLayout.from_gate(gate, shape, (rows, columns), forward_mask, backend=backend)
-    elif forward_mask is not None:
-        raise ValueError("forward_mask must be None with a layout, which says itself what blocks are multiplied")
-    else:
-        require_layout(layout, shape, (rows, columns), weight.device)
+            require_mask(name, mask, weight, shape, block)
+    if layout is not None:
+        if forward_mask is not None:
+            raise ValueError("forward_mask must be None with a layout, which says itself what blocks are multiplied")
+        require_layout("layout", layout, shape, block, device)
+    elif forward_mask is not None or device.type != "cpu":  # on a CPU the product finds the gates that are not zero
+        layout = BlockLayout.from_gate(gate, shape, block, forward_mask, backend=backend)
     if backward_layout is not None:
         if backward_mask is not None:
             raise ValueError("backward_mask must be None with a backward_layout, which says itself what it would say")
-        require_layout(backward_layout, shape, (rows, columns), weight.device)
-    if slope is not None and (slope.shape, slope.device) != (gate.shape, gate.device):
-        raise ValueError(
-            f"slope must have shape {tuple(gate.shape)} on {gate.device}, as gate; got {tuple(slope.shape)} on"
-            f" {slope.device}"
-        )
+        require_layout("backward_layout", backward_layout, shape, block, device)
+    if slope is not None:
+        if (slope.shape, slope.device) != (gate.shape, gate.device):
+            raise ValueError(
+                f"slope must have shape {tuple(gate.shape)} on {gate.device}, as gate; got {tuple(slope.shape)} on"
+                f" {slope.device}"
+            )
+        slope = slope.detach()
     learns = torch.is_grad_enabled() and (weight.requires_grad or gate.requires_grad)
     if learns and backward_mask is not None:
-        backward_layout = BlockLayout.from_gate(backward_mask, shape, (rows, columns), backend=backend)
-    backward = backward_layout.tensors() if learns and backward_layout is not None else []
-    save = activation in SAVES_INPUT and records(x, weight, gate, bias)
-    density = -1.0 if layout.density is None else layout.density
-    slope = None if slope is None else slope.detach()
-    rows, columns = clip_block((rows, columns), shape)
-    operands = x, weight, gate, layout.tensors(), backward, bias, activation or "", rows, columns, save, density, slope
-    result: torch.Tensor = masked_linear_forward(*operands, backend or "")[0]
+        backward_layout = BlockLayout.from_gate(backward_mask, shape, block, backend=backend)
+    index, backward = ([] if known is None else known.tensors() for known in (layout, backward_layout))
+    o = MaskedLinear(
+        x,
+        weight,
+        gate,
+        index,
+        [] if not learns else index if backward_layout is layout else backward,
+        bias,
+        activation or "",
+        *clip_block(block, shape),
+        activation in SAVES_INPUT and records(x, weight, gate, bias),
+        -1.0 if layout is None or layout.density is None else layout.density,
+        slope,
+        backend or "",
+    )
+    result: torch.Tensor = masked_linear_forward(o)[0]
     return result
 
 
@@ -207,7 +232,8 @@ def sampled_matmul(
     rows, columns = block_shape(block_size)
     require_float("a", a)
     require_float("b", b)
-    a, b = in_autocast(a), in_autocast(b)
+    if autocast_may_be_on():
+        a, b = in_autocast(a), in_autocast(b)
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
         raise ValueError(f"a must be [m, k] and b [k, n]; got a {tuple(a.shape)} and b {tuple(b.shape)}")
     if (a.dtype, a.device) != (b.dtype, b.device):
@@ -219,9 +245,9 @@ def sampled_matmul(
         assert mask is not None
         require_device("mask", mask, a.device, "a")
         layout = BlockLayout.from_gate(mask, shape, (rows, columns), backend=backend)
-    require_layout(layout, shape, (rows, columns), a.device)
+    require_layout("layout", layout, shape, (rows, columns), a.device)
     rows, columns = clip_block((rows, columns), shape)
-    product: torch.Tensor = sampled_matmul_forward(a, b, layout.tensors(), rows, columns, backend or "")
+    product: torch.Tensor = sampled_matmul_forward(SampledMatmul(a, b, layout.tensors(), rows, columns, backend or ""))
     return product
 
 
@@ -231,13 +257,14 @@ def linear_operands(
     """What a linear layer takes, checked, in the dtype that autocast wants."""
     require_float("x", x)
     require_float("weight", weight)
-    x, weight = in_autocast(x), in_autocast(weight)
-    bias = None if bias is None else in_autocast(bias)
+    if autocast_may_be_on():
+        x, weight = in_autocast(x), in_autocast(weight)
+        bias = None if bias is None else in_autocast(bias)
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"x must be [..., in] and weight [out, in]; got x {tuple(x.shape)} and weight {tuple(weight.shape)}"
         )
-    if (x.dtype, x.device) != (weight.dtype, weight.device):
+    if x.dtype != weight.dtype or x.device != weight.device:
         raise ValueError(
             f"x and weight must share a dtype and a device; got x {x.dtype} on {x.device}, weight {weight.dtype} on"
             f" {weight.device}"
@@ -249,9 +276,7 @@ def linear_operands(
 
 def require_bias(bias: torch.Tensor | None, x: torch.Tensor, out: int) -> None:
     """Raise unless `bias` is None or fits `out` features of the dtype and on the device of `x`."""
-    if bias is None:
-        return
-    if tuple(bias.shape) != (out,) or (bias.dtype, bias.device) != (x.dtype, x.device):
+    if bias is not None and (tuple(bias.shape) != (out,) or (bias.dtype, bias.device) != (x.dtype, x.device)):
         raise ValueError(
             f"bias must be {x.dtype} of shape ({out},) on {x.device}; got {bias.dtype} {tuple(bias.shape)} on"
             f" {bias.device}"
@@ -265,12 +290,12 @@ def require_activation(activation: str | None) -> None:
 
 
 def require_layout(
-    layout: BlockLayout, shape: tuple[int, int], block_size: tuple[int, int], device: torch.device
+    name: str, layout: BlockLayout, shape: tuple[int, int], block_size: tuple[int, int], device: torch.device
 ) -> None:
-    """Raise unless `layout` is of this shape and block size, on this device."""
-    if (layout.shape, layout.block_size, layout.device) != (shape, block_size, device):
+    """Raise unless the layout is of this shape and block size, on this device."""
+    if layout.shape != shape or layout.block_size != block_size or layout.row_offsets.device != device:
         raise ValueError(
-            f"layout must be of shape {shape} in blocks of {block_size} on {device}; got {layout.shape} in blocks of"
+            f"{name} must be of shape {shape} in blocks of {block_size} on {device}; got {layout.shape} in blocks of"
             f" {layout.block_size} on {layout.device}"
         )
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from spartan_kernels.arguments import block_grid, block_shape, clip_block, require_device, require_float, scalar
+from spartan_kernels.arguments import block_grid, block_shape, clip_block, number, require_device, require_float
 from spartan_kernels.operands import (
     AddBlockSigns,
     BlockScores,
@@ -92,7 +92,9 @@ def block_scores(
     """
     require_float("weight", weight)
     block_grid(weight.shape, block_size)
-    return _scores(weight.detach(), *clip_block(block_size, weight.shape), backend or "")
+    o = BlockScores(weight.detach(), *clip_block(block_size, weight.shape), backend or "")
+    scores: torch.Tensor = _scores(o)
+    return scores
 
 
 def masked_weight(
@@ -130,7 +132,9 @@ def masked_weight(
     Source: Tai, Tian, Lim, "Spartan", NeurIPS 2022, the training algorithm.
     """
     soft, hard, beta_, costs_, rows, columns = masked_weight_arguments(weight, soft, hard, block_size, beta, costs)
-    return masked_weight_forward(weight, soft, hard, beta_, costs_, rows, columns, straight_through, backend or "")
+    o = MaskedWeight(weight, soft, hard, beta_, costs_, rows, columns, straight_through, backend or "")
+    masked: torch.Tensor = masked_weight_forward(o)
+    return masked
 
 
 def masked_weight_coupling(
@@ -165,7 +169,10 @@ def masked_weight_coupling(
     """
     soft_, _, beta_, costs_, rows, columns = masked_weight_arguments(weight, soft, None, block_size, beta, costs)
     _require_grad(grad, weight)
-    return _coupling(grad, weight.detach(), soft_, beta_, costs_, rows, columns, backend or "")
+    assert soft_ is not None
+    o = MaskedWeightCoupling(grad, weight.detach(), soft_, beta_, costs_, rows, columns, backend or "")
+    sums: torch.Tensor = _coupling(o)
+    return sums
 
 
 def masked_weight_correct_(
@@ -192,7 +199,8 @@ def masked_weight_correct_(
     """
     soft_, _, scale_, _, rows, columns = masked_weight_arguments(weight, soft, None, block_size, scale, 1.0)
     _require_grad(grad, weight)
-    _correct(grad, weight.detach(), soft_, scale_, rows, columns, backend or "")
+    assert soft_ is not None
+    _correct(MaskedWeightCorrection(grad, weight.detach(), soft_, scale_, rows, columns, backend or ""))
 
 
 def masked_weight_arguments(
@@ -202,8 +210,8 @@ def masked_weight_arguments(
     block_size: int | tuple[int, int],
     beta: float | torch.Tensor,
     costs: float | torch.Tensor,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor, int, int]:
-    """The arguments of the masked-weight operators, checked and brought to tensors."""
+) -> tuple[torch.Tensor | None, torch.Tensor | None, Any, Any, int, int]:
+    """The arguments of the masked-weight operators, checked and brought to tensors; a number may stay one."""
     require_float("weight", weight)
     rows, columns = block_shape(block_size)
     if soft is not None:
@@ -220,8 +228,8 @@ def masked_weight_arguments(
         _require_grid("costs", costs, weight.shape, (rows, columns))
         costs = costs.to(device=weight.device, dtype=weight.dtype)
     else:
-        costs = scalar("costs", costs, weight.device)
-    return soft, hard, scalar("beta", beta, weight.device), costs, *clip_block((rows, columns), weight.shape)
+        costs = number("costs", costs, weight.device)
+    return soft, hard, number("beta", beta, weight.device), costs, *clip_block((rows, columns), weight.shape)
 
 
 def _require_grid(

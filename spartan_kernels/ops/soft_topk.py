@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spartan_kernels.arguments import block_grid, block_shape, clip_block, require_device, scalar
+from spartan_kernels.arguments import block_grid, block_shape, clip_block, number, require_device
 from spartan_kernels.groups import group_name
 from spartan_kernels.operands import SoftTopk, SoftTopkBackward, SoftTopkGlobal, SoftTopkGlobalBackward, SolveMasks
 from spartan_kernels.ops._define import define
@@ -103,7 +103,8 @@ def soft_topk(
     Source: Tai, Tian, Lim, "Spartan", NeurIPS 2022, section 3, equation (1) of its soft top-k.
     """
     rows, row_budget, row_costs, restore = row_problem(as_in_autocast(values), budget, costs, dim)
-    mask, _ = soft_topk_forward(rows, row_budget, row_costs, scalar("beta", beta, values.device), backend or "")
+    o = SoftTopk(rows, row_budget, row_costs, number("beta", beta, values.device), backend or "")
+    mask, _ = soft_topk_forward(o)
     return restore(mask)
 
 
@@ -148,14 +149,9 @@ def soft_topk_global(
     parts = shards(values, costs, group)
     tensors, cost_list = global_problem(list_in_autocast(parts.values), parts.costs)
     name = group_name(parts.group)
-    masks, _ = soft_topk_global_forward(
-        tensors,
-        scalar("budget", budget, tensors[0].device),
-        cost_list,
-        scalar("beta", beta, tensors[0].device),
-        name,
-        backend or "",
-    )
+    device = tensors[0].device
+    k, sharpness = number("budget", budget, device), number("beta", beta, device)
+    masks, _ = soft_topk_global_forward(SoftTopkGlobal(tensors, k, cost_list, sharpness, name, backend or ""))
     return parts.restore(masks)
 
 
@@ -225,19 +221,20 @@ def solve_masks_(
     if sides is not None:
         sides = [clip_block(pair, tensor.shape) for pair, tensor in zip(sides, tensors, strict=True)]
     name = group_name(parts.group)
-    _solve_masks(
-        tensors,
-        scalar("budget", budget, device),
-        cost_list,
-        scalar("beta", beta, device),
-        absolute,
-        [side for pair in sides or [] for side in pair],
-        soft_parts,
-        hard_parts,
-        state,
-        name,
-        backend or "",
+    o = SolveMasks(
+        values=tensors,
+        budget=number("budget", budget, device),
+        costs=cost_list,
+        beta=number("beta", beta, device),
+        absolute=absolute,
+        block_sizes=[side for pair in sides or [] for side in pair],
+        soft=soft_parts,
+        hard=hard_parts,
+        state=state,
+        group=name,
+        backend=backend or "",
     )
+    _solve_masks(o)
     parts.store(soft_parts, soft)
     parts.store(hard_parts, hard)
 

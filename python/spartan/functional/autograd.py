@@ -8,9 +8,11 @@ PyTorch (`spartan_kernels.torch_private`); where one is missing, `register_autog
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain, islice
-from typing import Any, NamedTuple
+from typing import Any, get_type_hints
 
 import torch
 
@@ -26,41 +28,54 @@ from spartan_kernels.torch_private import (
     transforms_active,
 )
 
-__all__ = ["differentiable", "differentiable_once", "gradients", "wanted"]
+__all__ = ["differentiable", "differentiable_once", "needed", "saved_number"]
 
 _LIBRARY = torch.library.Library("spartan", "FRAGMENT")
 
 
-class _Rule(NamedTuple):
-    operator: Any
-    structure: Any
-    setup: Callable[[Any, Any, Any], None]
-    backward: Callable[..., dict[str, Any]]
+class _Rule:
+    """The gradient of one operator.
+
+    Attributes:
+        operator: as PyTorch knows it, for errors and for the dispatcher.
+        structure: the declaration of its operands.
+        names: the operands that autograd follows.
+        setup, backward: what the operator's file says.
+    """
+
+    def __init__(self, operator: Operator, names: Sequence[str], setup: Any, backward: Any) -> None:
+        self.operator, self.structure = operator.overload, operator.structure
+        self.names, self.setup, self.backward = tuple(names), setup, backward
+        self.places = tuple([self.structure._fields.index(name) for name in self.names])
+        self.needs: Any = namedtuple("Needs", self.names)  # type: ignore[misc]
+
+    def followed(self, o: Any) -> list[Any]:
+        """The operands that autograd follows."""
+        return [o[place] for place in self.places]
 
     def save(self, ctx: Any, operands: Any, needs: Any, output: Any) -> None:
         """Set `ctx.needs`, and let `setup` save what the gradient is computed from."""
-        ctx.needs = self.structure(*needs)
-        self.setup(ctx, self.structure(*operands), output)
-
-    def gradients(self, ctx: Any, *grads: Any) -> list[Any]:
-        """One entry for each operand, None where `backward` gives none."""
-        found = self.backward(ctx, *grads)
-        return [found.get(field) for field in self.structure._fields]
+        ctx.needs = self.needs._make(needs)
+        self.setup(ctx, operands, output)
 
 
 class _Gradient(single_level_function):  # type: ignore[misc]
-    """One call of an operator in the graph. Lists of tensors travel flat: autograd sees tensors only as arguments."""
+    """One call of an operator in the graph.
+
+    Autograd sees tensors only as arguments: those that it follows come after the operands, lists of them flat.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rule: _Rule, call: Any, lengths: Any, output_lengths: list[Any], *flat: Any) -> Any:
-        operands = _nested(flat, lengths)
+    def forward(ctx: Any, rule: _Rule, call: Any, operands: Any, lengths: Any, nest: list[Any], *flat: Any) -> Any:
         output = call(operands)
-        ctx.rule, ctx.lengths, ctx.output_lengths = rule, lengths, output_lengths
-        rule.save(ctx, operands, _nested(ctx.needs_input_grad[4:], lengths), output)
+        ctx.rule, ctx.lengths = rule, lengths
+        rule.save(ctx, operands, _nested(ctx.needs_input_grad[_BEFORE:], lengths), output)
         if isinstance(output, torch.Tensor):
+            ctx.output_lengths = None
             return output
-        output_lengths += _lengths(output)
-        return tuple(_flat(output))
+        ctx.output_lengths = _lengths(output)
+        nest.append(ctx.output_lengths)
+        return tuple(_flat(output, ctx.output_lengths))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -68,48 +83,53 @@ class _Gradient(single_level_function):  # type: ignore[misc]
 
     @staticmethod
     def backward(ctx: Any, *flat_grads: Any) -> Any:
-        grads = _nested(flat_grads, ctx.output_lengths) if ctx.output_lengths else flat_grads
-        result = ctx.rule.gradients(ctx, *grads)
-        spread: list[Any] = [None] * 4
-        for grad, length in zip(result, ctx.lengths, strict=True):
-            entry = _spread(grad, length)
-            spread += [entry] if length is None else entry
-        return tuple(spread)
+        found = ctx.rule.backward(ctx, *_nested(flat_grads, ctx.output_lengths))
+        if ctx.lengths is None:
+            return (*_NOTHING, *found)
+        return (*_NOTHING, *chain.from_iterable(map(_spread, found, ctx.lengths)))
 
 
-def differentiable(name: str, setup: Callable[[Any, Any, Any], None], backward: Callable[..., dict[str, Any]]) -> None:
-    """Give `spartan::name` the gradient `backward(ctx, *grads)`: by name of the operand, for those that have one.
+_BEFORE = 5  # arguments of `_Gradient` before those that autograd follows
+_NOTHING = (None,) * _BEFORE
 
-    `setup(ctx, operands, output)` saves what it needs. `operands` is the operator's structure
-    (`spartan_kernels.operands`); `ctx.needs` is one too and says, in both, which operands need a gradient.
+
+def differentiable(
+    name: str, followed: Sequence[str], setup: Callable[[Any, Any, Any], None], backward: Callable[..., Sequence[Any]]
+) -> None:
+    """Give `spartan::name` the gradient `backward(ctx, *grads)`: one entry for each operand followed, None for none.
+
+    `followed` are the operands that may need a gradient. `setup(ctx, operands, output)` saves what it needs: `operands`
+    is the operator's structure (`spartan_kernels.operands`); `ctx.needs` says, by name, which operands followed need a
+    gradient.
     """
     operator = OPERATORS[name]
-    rule = _Rule(operator.overload, operator.structure, setup, backward)
+    rule = _Rule(operator, followed, setup, backward)
     if HAS_LEVELS:
         _by_level(name, operator, rule)
     else:
         _registered(name, rule)
 
 
-def wanted(needs: Any, names: Sequence[str]) -> list[bool]:
-    """Which of the operands `names` need a gradient, as the operators of gradients take it."""
-    return [getattr(needs, name) for name in names]
+def needed(needs: Sequence[bool], grads: Sequence[Any]) -> list[Any]:
+    """The gradients of those operands followed that need one, None for the others."""
+    return [grad if need else None for need, grad in zip(needs, grads, strict=True)]
 
 
-def gradients(needs: Any, names: Sequence[str], grads: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The gradients of the operands `names` that need one, by name."""
-    return {name: grad for name, grad in zip(names, grads, strict=True) if getattr(needs, name)}
+def saved_number(value: torch.Tensor | float) -> tuple[torch.Tensor | None, float | None]:
+    """An operand that is a tensor or a number: what `ctx.save_for_backward` takes of it, what `ctx` keeps itself."""
+    return (value, None) if isinstance(value, torch.Tensor) else (None, value)
 
 
 def _by_level(name: str, operator: Operator, rule: _Rule) -> None:
     """The gradient as a kernel that each level of torch.func calls."""
 
-    def apply(call: Any, lengths: Any, flat: Any) -> Any:
-        output_lengths: list[Any] = []
-        output = _Gradient.apply(rule, call, lengths, output_lengths, *flat)
-        if isinstance(output, torch.Tensor):
+    def apply(call: Any, o: Any) -> Any:
+        followed, nest = rule.followed(o), []  # type: ignore[var-annotated]
+        lengths = _lengths(followed)
+        output = _Gradient.apply(rule, call, o, lengths, nest, *_flat(followed, lengths))
+        if not nest:
             return output
-        nested = _nested(output, output_lengths)
+        nested = _nested(output, nest[0])
         return list(nested) if operator.returns_list else nested
 
     def kernel(keyset: Any, *operands: Any) -> Any:
@@ -123,13 +143,14 @@ def _by_level(name: str, operator: Operator, rule: _Rule) -> None:
                 return below_autograd(rule.operator, keyset, operands)
 
         with single_level():
-            return apply(call, _lengths(operands), _flat(operands))
-
-    def record(*operands: Any) -> Any:
-        return apply(lambda operands: operator.serve(*operands), _lengths(operands), _flat(operands))
+            return apply(call, rule.structure(*operands))
 
     _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
-    operator.record = record
+    hints = get_type_hints(rule.structure)
+    kinds = [hints[field] for field in rule.names]
+    operator.record = partial(apply, operator.serve)
+    if not any(kind == list[torch.Tensor] for kind in kinds):
+        operator.followed = rule.places
 
 
 def _registered(name: str, rule: _Rule) -> None:
@@ -139,19 +160,22 @@ def _registered(name: str, rule: _Rule) -> None:
         tensors = [isinstance(x, (list, tuple)) and all(isinstance(t, torch.Tensor) for t in x) for x in inputs]
         # what PyTorch takes apart: lists of tensors; other lists are one operand
         ctx.lengths = tuple([len(x) if of_tensors else None for x, of_tensors in zip(inputs, tensors, strict=True)])
-        rule.save(ctx, inputs, _nested(ctx.needs_input_grad, ctx.lengths), output)
+        needs = rule.followed(_nested(ctx.needs_input_grad, ctx.lengths))
+        rule.save(ctx, rule.structure(*inputs), needs, output)
 
     def backward(ctx: Any, *grads: Any) -> Any:
-        result = zip(rule.gradients(ctx, *grads), ctx.lengths, strict=True)
-        return tuple([_spread(grad, length) for grad, length in result])
+        found: list[Any] = [None] * len(ctx.lengths)
+        for place, grad in zip(rule.places, rule.backward(ctx, *grads), strict=True):
+            found[place] = grad
+        return tuple([grad if n is None else _spread(grad, n) for grad, n in zip(found, ctx.lengths, strict=True)])
 
     torch.library.register_autograd(f"spartan::{name}", backward, setup_context=setup, lib=_LIBRARY)
 
 
-def _spread(grad: Any, length: int | None) -> Any:
-    """A gradient in the shape of its operand: one for each tensor of a list."""
+def _spread(grad: Any, length: int | None) -> list[Any]:
+    """The gradients of an operand: one, or one for each tensor of a list of this length."""
     if length is None:
-        return None if isinstance(grad, (list, tuple)) else grad
+        return [grad]
     return [None] * length if grad is None else list(grad)
 
 
@@ -164,7 +188,9 @@ def differentiable_once(name: str, of: str) -> None:
             " backward, gradgradcheck, hessian) is not implemented"
         )
 
-    differentiable(name, lambda ctx, operands, output: None, refuse)
+    structure = OPERATORS[name].structure
+    tensors = [field for field, kind in get_type_hints(structure).items() if "Tensor" in str(kind)]
+    differentiable(name, tensors, lambda ctx, operands, output: None, refuse)
 
 
 def _recorded(operands: Any) -> bool:
@@ -172,14 +198,24 @@ def _recorded(operands: Any) -> bool:
     return forward_mode() or (torch.is_grad_enabled() and any_requires_grad(*operands))
 
 
-def _lengths(nested: Any) -> tuple[int | None, ...]:
+def _lengths(nested: Any) -> tuple[int | None, ...] | None:
+    """The lengths of the lists in it, None in the place of other entries; None where there are no lists."""
+    if _LISTS.isdisjoint(map(type, nested)):
+        return None
     return tuple([len(x) if isinstance(x, (list, tuple)) else None for x in nested])
 
 
-def _flat(nested: Any) -> list[Any]:
+_LISTS = frozenset((list, tuple))
+
+
+def _flat(nested: Any, lengths: Any) -> Any:
+    if lengths is None:
+        return nested
     return list(chain.from_iterable([x if isinstance(x, (list, tuple)) else (x,) for x in nested]))
 
 
-def _nested(flat: Any, lengths: Any) -> tuple[Any, ...]:
+def _nested(flat: Any, lengths: Any) -> Any:
+    if lengths is None:
+        return flat
     entries = iter(flat)
     return tuple([next(entries) if n is None else list(islice(entries, n)) for n in lengths])

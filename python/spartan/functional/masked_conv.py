@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 
-from spartan.functional.autograd import differentiable, differentiable_once, gradients, wanted
+from spartan.functional.autograd import differentiable, differentiable_once, needed
 from spartan_kernels.operands import MaskedConv, MaskedConvBackward
 from spartan_kernels.ops import expand_blocks, masked_conv2d
 from spartan_kernels.ops.masked_conv import masked_conv2d_backward
 
 __all__ = ["gate_of_weight", "masked_conv2d"]
 
-_DIFFERENTIABLE = ("x", "weight", "gate", "bias")
 _SETTINGS = ("stride", "padding", "dilation", "groups", "rows", "columns", "backend")
 
 
@@ -57,12 +56,12 @@ def _setup(ctx: Any, o: MaskedConv, output: Any) -> None:
     ctx.settings = {name: getattr(o, name) for name in _SETTINGS}
 
 
-def _backward(ctx: Any, grad: torch.Tensor) -> dict[str, Any]:
+def _backward(ctx: Any, grad: torch.Tensor) -> Any:
     x, weight, gate, forward_mask, backward_mask = ctx.saved_tensors
-    needs = wanted(ctx.needs, _DIFFERENTIABLE)
+    needs = list(ctx.needs)
     o = MaskedConvBackward(grad, x, weight, gate, forward_mask, backward_mask, needs=needs, **ctx.settings)
-    return gradients(ctx.needs, _DIFFERENTIABLE, masked_conv2d_backward(*o))
+    return needed(ctx.needs, masked_conv2d_backward(o))
 
 
-differentiable("masked_conv2d_forward", _setup, _backward)
+differentiable("masked_conv2d_forward", ("x", "weight", "gate", "bias"), _setup, _backward)
 differentiable_once("masked_conv2d_backward", "masked_conv2d")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spartan.functional.autograd import differentiable, differentiable_once
+from spartan.functional.autograd import differentiable, differentiable_once, needed, saved_number
 from spartan_kernels import ops
 from spartan_kernels.operands import SoftTopk, SoftTopkBackward, SoftTopkGlobal, SoftTopkGlobalBackward
 from spartan_kernels.ops import as_in_autocast, hard_topk, hard_topk_global
@@ -144,45 +144,45 @@ def _reduce_to(elementwise: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def _setup_rows(ctx: Any, o: SoftTopk, output: Any) -> None:
     _, threshold = output
-    ctx.save_for_backward(o.values, threshold, o.costs, o.beta)
+    tensor, ctx.beta = saved_number(o.beta)
+    ctx.save_for_backward(o.values, threshold, o.costs, tensor)
     ctx.mark_non_differentiable(threshold)
     ctx.set_materialize_grads(False)  # or each backward would fill zeros for the threshold
     ctx.backend = o.backend
 
 
-def _backward_rows(ctx: Any, grad_mask: torch.Tensor | None, grad_threshold: None) -> dict[str, Any]:
+def _backward_rows(ctx: Any, grad_mask: torch.Tensor | None, grad_threshold: None) -> Any:
     if grad_mask is None:
-        return {}
-    values, threshold, costs, beta = ctx.saved_tensors
+        return [None] * len(ctx.needs)
+    values, threshold, costs, tensor = ctx.saved_tensors
+    beta = ctx.beta if tensor is None else tensor
     o = SoftTopkBackward(grad_mask, values, threshold, costs, beta, ctx.needs.costs, ctx.backend)
-    of_values, of_costs, of_budget, of_beta = soft_topk_backward(*o)
-    return {
-        "values": of_values,
-        "budget": of_budget,
-        "costs": _reduce_to(of_costs, costs) if ctx.needs.costs else None,
-        "beta": of_beta.sum(),
-    }
+    of_values, of_costs, of_budget, of_beta = soft_topk_backward(o)
+    reduced = _reduce_to(of_costs, costs) if ctx.needs.costs else None
+    return needed(ctx.needs, (of_values, of_budget, reduced, of_beta.sum() if ctx.needs.beta else None))
 
 
 def _setup_global(ctx: Any, o: SoftTopkGlobal, output: Any) -> None:
     _, threshold = output
-    ctx.save_for_backward(*o.values, *o.costs, threshold, o.beta)
+    tensor, ctx.beta = saved_number(o.beta)
+    ctx.save_for_backward(*o.values, *o.costs, threshold, tensor)
     ctx.mark_non_differentiable(threshold)
     ctx.count = len(o.values)
     ctx.group, ctx.backend = o.group, o.backend
 
 
-def _backward_global(ctx: Any, grad_masks: Any, grad_threshold: torch.Tensor) -> dict[str, Any]:
-    *lists, threshold, beta = ctx.saved_tensors
+def _backward_global(ctx: Any, grad_masks: Any, grad_threshold: torch.Tensor) -> Any:
+    *lists, threshold, tensor = ctx.saved_tensors
+    beta = ctx.beta if tensor is None else tensor
     values, costs = lists[: ctx.count], lists[ctx.count :]
     cost_grad = any(ctx.needs.costs)
     o = SoftTopkGlobalBackward(grad_masks, values, threshold, costs, beta, cost_grad, ctx.group, ctx.backend)
-    of_values, of_costs, of_budget, of_beta = soft_topk_global_backward(*o)
+    of_values, of_costs, of_budget, of_beta = soft_topk_global_backward(o)
     reduced = [_reduce_to(g, c) for g, c in zip(of_costs, costs, strict=True)] if cost_grad else None
-    return {"values": of_values, "budget": of_budget, "costs": reduced, "beta": of_beta}
+    return of_values, of_budget if ctx.needs.budget else None, reduced, of_beta if ctx.needs.beta else None
 
 
-differentiable("soft_topk_forward", _setup_rows, _backward_rows)
-differentiable("soft_topk_global_forward", _setup_global, _backward_global)
+differentiable("soft_topk_forward", ("values", "budget", "costs", "beta"), _setup_rows, _backward_rows)
+differentiable("soft_topk_global_forward", ("values", "budget", "costs", "beta"), _setup_global, _backward_global)
 differentiable_once("soft_topk_backward", "soft_topk")
 differentiable_once("soft_topk_global_backward", "soft_topk_global")

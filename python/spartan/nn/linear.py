@@ -101,7 +101,7 @@ class _InPlace(torch.autograd.Function):
             return functional.linear(x, ctx.w, bias)
         gate, layout = _active(hard, ctx.block)
         rows, columns = ctx.block
-        return masked_linear_forward(*MaskedLinear(x, ctx.w, gate, layout, [], bias, "", rows, columns, save=False))[0]
+        return masked_linear_forward(MaskedLinear(x, ctx.w, gate, layout, [], bias, "", rows, columns, save=False))[0]
 
     @staticmethod
     @once_differentiable
@@ -116,7 +116,7 @@ class _InPlace(torch.autograd.Function):
         if of_weight:
             if scale is not None:
                 dweight.mul_(scale)
-            masked_weight_backward_(*MaskedWeightBackward(dweight, *masked))
+            masked_weight_backward_(MaskedWeightBackward(dweight, *masked))
         dbias = grad.reshape(-1, grad.shape[-1]).sum(0) if of_bias else None
         return dx if of_x else None, dweight if of_weight else None, dbias, *[None] * 6
 
@@ -131,7 +131,7 @@ def _gradients(
         gate, layout = _active(hard, block)
         needs, saved, (rows, columns) = [of_x, of_w and not dense_w, False, False], grad.new_empty(0), block
         o = MaskedLinearBackward(grad, x, w, gate, layout, [], saved, "", rows, columns, needs)
-        dx, dw, *_ = masked_linear_backward(*o)
+        dx, dw, *_ = masked_linear_backward(o)
     flat = grad.reshape(-1, grad.shape[-1])
     if block is None and of_x:
         dx = (flat @ w).view(x.shape)
@@ -176,5 +176,5 @@ def _whole(shape: torch.Size, block: tuple[int, int]) -> tuple[torch.Tensor, lis
 
 
 def _masked(scale: torch.Tensor | None, o: MaskedWeight) -> torch.Tensor:
-    w: torch.Tensor = masked_weight_forward(*o)
+    w: torch.Tensor = masked_weight_forward(o)
     return w if scale is None else w.mul_(scale)

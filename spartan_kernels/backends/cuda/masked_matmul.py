@@ -12,14 +12,14 @@ from spartan_kernels.backends.shared import LayerNeeds, flat, layer_gradients
 from spartan_kernels.operands import MaskedLinear, MaskedLinearBackward, SampledMatmul
 
 
-def masked_linear_forward(o: MaskedLinear) -> tuple[torch.Tensor, torch.Tensor]:
+def masked_linear_forward(o: MaskedLinear) -> tuple[torch.Tensor, torch.Tensor | None]:
     """act(z), z = x (theta * gate on the layout's blocks)^T + b, and z when it is to be saved."""
     matrix = BlockMatrix(o.weight, (o.weight.shape[0], o.weight.shape[1]), (o.rows, o.columns), o.layout, o.gate)
     return matrix.forward(o.x, o.bias, o.activation, o.save)
 
 
-def masked_linear_backward(o: MaskedLinearBackward) -> list[torch.Tensor]:
-    """Gradients of x, weight, gate and bias; empty where not needed."""
+def masked_linear_backward(o: MaskedLinearBackward) -> list[torch.Tensor | None]:
+    """Gradients of x, weight, gate and bias; None where not needed."""
     shape, block = (o.weight.shape[0], o.weight.shape[1]), (o.rows, o.columns)
 
     def of_input(dz: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from spartan_kernels.backends.shared import packed_gradients
 from spartan_kernels.operands import PackedLinear, PackedLinearBackward
 
 
-def block_sparse_linear_forward(o: PackedLinear) -> tuple[torch.Tensor, torch.Tensor]:
+def block_sparse_linear_forward(o: PackedLinear) -> tuple[torch.Tensor, torch.Tensor | None]:
     """act(z), z = x w^T + b with w given by its blocks, and z when it is to be saved."""
     block = (o.values.shape[1], o.values.shape[2])
     return BlockMatrix(o.values, (o.out, o.x.shape[-1]), block, o.layout, positions=o.positions).forward(
@@ -17,8 +17,8 @@ def block_sparse_linear_forward(o: PackedLinear) -> tuple[torch.Tensor, torch.Te
     )
 
 
-def block_sparse_linear_backward(o: PackedLinearBackward) -> list[torch.Tensor]:
-    """Gradients of x, values and bias; empty where not needed."""
+def block_sparse_linear_backward(o: PackedLinearBackward) -> list[torch.Tensor | None]:
+    """Gradients of x, values and bias; None where not needed."""
     shape, block = (o.grad.shape[-1], o.x.shape[-1]), (o.values.shape[1], o.values.shape[2])
     matrix = BlockMatrix(o.values, shape, block, o.layout, positions=o.positions)
 

@@ -6,23 +6,22 @@ import torch
 
 from spartan_kernels.backends import extension
 from spartan_kernels.backends.native.lists import TensorList
-from spartan_kernels.backends.native.rows import Rows
+from spartan_kernels.backends.native.rows import Budgets, Rows
 from spartan_kernels.backends.native.unmasked import Unmasked
 from spartan_kernels.backends.shared import costs_of_row
-from spartan_kernels.operands import HardTopk, HardTopkGlobal
+from spartan_kernels.operands import HardTopk, HardTopkGlobal, as_declared
 
 
 def hard_topk_forward(o: HardTopk) -> torch.Tensor:
     """h for each row of values [rows, n]."""
-    rows = Rows(o.values, o.costs)
+    rows, budgets = Rows(o.values, o.costs), Budgets(o.budget)
     mask = torch.empty(o.values.shape, dtype=torch.bool)
     try:
-        extension.native.cpu.hard_topk_rows(
-            *rows.arguments, o.budget.data_ptr(), o.budget.stride(0), mask.data_ptr(), *rows.rest
-        )
+        extension.native.cpu.hard_topk_rows(*rows.arguments, *budgets.arguments, mask.data_ptr(), *rows.rest)
     except extension.native.NotFinite:
         if not rows.long:
             raise
+        o = as_declared(o)
         for i, row in enumerate(o.values):
             listed = HardTopkGlobal([row], o.budget[i], costs_of_row(o.costs, i), absolute=False)
             (mask[i],) = hard_topk_global_forward(listed)

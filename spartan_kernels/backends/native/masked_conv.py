@@ -83,7 +83,7 @@ class _Places(NamedTuple):
         size = (blocks.shape[1], blocks.shape[2])
         no_columns = torch.zeros(shape[1] // size[1] + 1, dtype=torch.int32)
         none = torch.zeros_like(self.at)
-        return BlockMatrix(blocks, shape, size, [self.offsets, self.at, no_columns, none], positions=none)
+        return BlockMatrix(blocks, shape, size, [self.offsets, self.at, no_columns, none, none], positions=none)
 
 
 def _offsets(active: torch.Tensor) -> torch.Tensor:

@@ -34,8 +34,9 @@ def _mask_arguments(
     return None if soft is None else extension.compute(soft), None if hard is None else hard.contiguous()
 
 
-def _cost_arguments(costs: torch.Tensor) -> tuple[torch.Tensor | None, float]:
-    return (None, float(costs)) if costs.dim() == 0 else (extension.compute(costs), 1.0)
+def _cost_arguments(costs: torch.Tensor | float) -> tuple[torch.Tensor | None, float]:
+    one = isinstance(costs, float) or costs.dim() == 0
+    return (None, float(costs)) if one else (extension.compute(costs), 1.0)  # type: ignore[arg-type]
 
 
 def masked_weight_forward(o: MaskedWeight) -> torch.Tensor:

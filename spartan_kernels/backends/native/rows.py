@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
+
 import torch
 
 from spartan_kernels.backends import extension
 
-__all__ = ["Rows"]
+__all__ = ["Budgets", "Rows"]
 
 
 _LONGEST_STORED = 131_072  # longer rows of 16-bit numbers are widened whole
@@ -18,30 +20,43 @@ class Rows:
 
     def __init__(self, values: torch.Tensor, costs: torch.Tensor | None) -> None:
         rows, length = values.shape
+        cpu, threads = extension.native.cpu, torch.get_num_threads()
         self.dtype, self.long = values.dtype, length > _LONG
-        if self.dtype not in extension.DTYPES or (values.element_size() == 2 and length > _LONGEST_STORED):
+        if self.dtype not in extension.DTYPES or (length > _LONGEST_STORED and values.element_size() == 2):
             self.dtype = torch.float32
         self.values = self.brought(values)
-        if self.values.stride(-1) != 1 and length > 1:
+        if self.values.stride(1) != 1 and length > 1:
             self.values = self.values.contiguous()
-        self.costs = None if costs is None or costs.dim() == 0 else self.brought(costs).contiguous()
-        unit = float(costs) if costs is not None and costs.dim() == 0 else 1.0
-        cost_stride = length if self.costs is not None and self.costs.dim() == 2 else 0
+        unit, cost_stride = 1.0, 0
+        self.costs: torch.Tensor | None = None
+        if costs is not None and costs.dim() == 0:
+            unit = float(costs)
+        elif costs is not None:
+            self.costs = self.brought(costs).contiguous()
+            cost_stride = length if costs.dim() == 2 else 0
         address, stride = self.values.data_ptr(), self.values.stride(0)
-        table = extension.native.cpu.Rows(
-            address, extension.pointer(self.costs), unit, rows, length, stride, cost_stride
-        )
+        table = cpu.Rows(address, extension.pointer(self.costs), unit, rows, length, stride, cost_stride)
         self.arguments = (extension.DTYPES[self.dtype], table)
-        threads = torch.get_num_threads()
-        self.scratch = extension.workspace(
-            extension.native.cpu.rows_workspace_bytes(length, self.values.element_size(), threads)
-        )
+        self.scratch = extension.workspace(cpu.rows_workspace_bytes(length, self.values.element_size(), threads))
         self.rest = (self.scratch.data_ptr(), self.scratch.numel(), threads)
 
     def brought(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor without its graph, in the dtype that the kernel reads."""
-        return tensor.detach().to(self.dtype)
+        """A tensor in the dtype that the kernel reads."""
+        return tensor if tensor.dtype is self.dtype else tensor.detach().to(self.dtype)
 
     def empty(self) -> torch.Tensor:
         """Room for one entry for each value."""
-        return torch.empty(self.values.shape, dtype=self.dtype)
+        return self.values.new_empty(*self.values.shape)
+
+
+class Budgets:
+    """The budgets of rows: one for each, or one number for all; keeps what it points to."""
+
+    def __init__(self, budget: torch.Tensor | float) -> None:
+        self.keeps: torch.Tensor | array[float]
+        if isinstance(budget, float):
+            self.keeps = array("d", [budget])
+            self.arguments = (self.keeps.buffer_info()[0], 0)
+        else:
+            self.keeps = budget
+            self.arguments = (budget.data_ptr(), budget.stride(0))

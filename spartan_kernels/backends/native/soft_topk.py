@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from spartan_kernels.arguments import require_beta
 from spartan_kernels.backends import extension
 from spartan_kernels.backends.native.lists import TensorList
 from spartan_kernels.backends.native.masked_weight import block_scores
-from spartan_kernels.backends.native.rows import Rows
+from spartan_kernels.backends.native.rows import Budgets, Rows
 from spartan_kernels.backends.native.unmasked import Unmasked
 from spartan_kernels.backends.shared import costs_of_row
 from spartan_kernels.blocks import score_list
-from spartan_kernels.operands import SoftTopk, SoftTopkBackward, SoftTopkGlobal, SoftTopkGlobalBackward, SolveMasks
+from spartan_kernels.operands import (
+    SoftTopk,
+    SoftTopkBackward,
+    SoftTopkGlobal,
+    SoftTopkGlobalBackward,
+    SolveMasks,
+    as_declared,
+)
 
 
 def soft_topk_forward(o: SoftTopk) -> tuple[torch.Tensor, torch.Tensor]:
     """m and (centre, shift) for each row of values [rows, n]."""
-    require_beta(o.beta)
-    rows = Rows(o.values, o.costs)
+    beta = float(o.beta)
+    require_beta(beta)
+    rows, budgets = Rows(o.values, o.costs), Budgets(o.budget)
     mask = rows.empty()
     threshold = torch.empty((o.values.shape[0], 2), dtype=torch.float64)
     try:
         extension.native.cpu.soft_topk_rows(
             *rows.arguments,
-            o.budget.data_ptr(),
-            o.budget.stride(0),
-            float(o.beta),
+            *budgets.arguments,
+            beta,
             mask.data_ptr(),
             threshold.data_ptr(),
             *rows.rest,
@@ -34,24 +43,25 @@ def soft_topk_forward(o: SoftTopk) -> tuple[torch.Tensor, torch.Tensor]:
     except extension.native.NotFinite:
         if not rows.long:
             raise
+        o = as_declared(o)
         for i, row in enumerate(o.values):
             listed = SoftTopkGlobal([row], o.budget[i], costs_of_row(o.costs, i), o.beta)
             (mask[i],), threshold[i] = soft_topk_global_forward(listed)
-    return mask.to(o.values.dtype), threshold
+    return _as(mask, o.values), threshold
 
 
-def soft_topk_backward(o: SoftTopkBackward) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def soft_topk_backward(o: SoftTopkBackward) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """Gradients for values, costs (elementwise), budget and beta (by row)."""
-    rows = Rows(o.values, o.costs)
+    rows, beta = Rows(o.values, o.costs), float(o.beta)
     g, t = rows.brought(o.grad).contiguous(), o.threshold.contiguous()
     grad_values = rows.empty()
     grad_costs = rows.empty() if o.cost_grad else None
-    grad_budget, grad_beta = (torch.empty(o.values.shape[0], dtype=torch.float64) for _ in range(2))
+    grad_budget, grad_beta = t.new_empty(o.values.shape[0]), t.new_empty(o.values.shape[0])
     extension.native.cpu.soft_topk_rows_backward(
         *rows.arguments,
         g.data_ptr(),
         t.data_ptr(),
-        float(o.beta),
+        beta,
         grad_values.data_ptr(),
         extension.pointer(grad_costs),
         grad_budget.data_ptr(),
@@ -66,8 +76,12 @@ def soft_topk_backward(o: SoftTopkBackward) -> tuple[torch.Tensor, torch.Tensor,
             grad_values[i], grad_budget[i], grad_beta[i] = found[0][0], found[2], found[3]
             if grad_costs is not None:
                 grad_costs[i] = found[1][0]
-    returned = o.values.new_empty(0) if grad_costs is None else grad_costs.to(o.values.dtype)
-    return grad_values.to(o.values.dtype), returned, grad_budget, grad_beta
+    return _as(grad_values, o.values), _as(grad_costs, o.values), grad_budget, grad_beta
+
+
+def _as(found: Any, values: torch.Tensor) -> Any:
+    """What was found in the values' dtype; None stays."""
+    return found if found is None or found.dtype is values.dtype else found.to(values.dtype)
 
 
 def soft_topk_global_forward(o: SoftTopkGlobal) -> tuple[list[torch.Tensor], torch.Tensor]:

@@ -26,14 +26,14 @@ def _dense(values: torch.Tensor, layout: list[torch.Tensor], out: int, in_: int)
     return tiles.movedim(2, 1).reshape(grid[0] * rows, grid[1] * columns)[:out, :in_]
 
 
-def block_sparse_linear_forward(o: PackedLinear) -> tuple[torch.Tensor, torch.Tensor]:
+def block_sparse_linear_forward(o: PackedLinear) -> tuple[torch.Tensor, torch.Tensor | None]:
     """act(z), z = x w^T + b with w given by its blocks, and z when it is to be saved."""
     z = functional.linear(o.x, _dense(o.values, o.layout, o.out, o.x.shape[-1]), o.bias).contiguous()
-    return ACTIVATIONS[o.activation](z), z if o.save else o.x.new_empty(0)
+    return ACTIVATIONS[o.activation](z), z if o.save else None
 
 
-def block_sparse_linear_backward(o: PackedLinearBackward) -> list[torch.Tensor]:
-    """Gradients of x, values and bias; empty where not needed. Values past the matrix's edge have none: zero."""
+def block_sparse_linear_backward(o: PackedLinearBackward) -> list[torch.Tensor | None]:
+    """Gradients of x, values and bias; None where not needed. Values past the matrix's edge have none: zero."""
     out, in_ = o.grad.shape[-1], o.x.shape[-1]
     _, rows, columns = o.values.shape
 

@@ -24,21 +24,21 @@ def _active(layout: list[torch.Tensor], shape: torch.Size, rows: int, columns: i
 def _masked(
     weight: torch.Tensor, gate: torch.Tensor, layout: list[torch.Tensor], rows: int, columns: int
 ) -> torch.Tensor:
-    """theta * gate on the layout's blocks; without a layout, theta where the gate is set."""
-    if not layout:
-        return torch.where(expand(gate, weight.shape, rows, columns), weight, 0.0)
-    gated = (weight * expand(gate, weight.shape, rows, columns)).to(weight.dtype)
-    return torch.where(_active(layout, weight.shape, rows, columns), gated, 0.0)
+    """theta * gate on the layout's blocks; without a layout, where the gate is not zero. A bool gate scales nothing."""
+    each = expand(gate, weight.shape, rows, columns)
+    active = _active(layout, weight.shape, rows, columns) if layout else each != 0
+    gated = weight if gate.dtype == torch.bool else (weight * each).to(weight.dtype)
+    return torch.where(active, gated, 0.0)
 
 
-def masked_linear_forward(o: MaskedLinear) -> tuple[torch.Tensor, torch.Tensor]:
+def masked_linear_forward(o: MaskedLinear) -> tuple[torch.Tensor, torch.Tensor | None]:
     """act(z), z = x (theta * gate on the layout's blocks)^T + b, and z when it is to be saved."""
     z = functional.linear(o.x, _masked(o.weight, o.gate, o.layout, o.rows, o.columns), o.bias).contiguous()
-    return ACTIVATIONS[o.activation](z), z if o.save else o.x.new_empty(0)
+    return ACTIVATIONS[o.activation](z), z if o.save else None
 
 
-def masked_linear_backward(o: MaskedLinearBackward) -> list[torch.Tensor]:
-    """Gradients of x, weight, gate and bias; empty where not needed. No backward layout means every block."""
+def masked_linear_backward(o: MaskedLinearBackward) -> list[torch.Tensor | None]:
+    """Gradients of x, weight, gate and bias; None where not needed. No backward layout means every block."""
 
     def of_input(dz: torch.Tensor) -> torch.Tensor:
         return (dz @ _masked(o.weight, o.gate, o.layout, o.rows, o.columns)).contiguous()

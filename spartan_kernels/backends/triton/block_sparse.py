@@ -9,7 +9,7 @@ from spartan_kernels.backends.triton.block_matrix import BlockMatrix
 from spartan_kernels.operands import PackedLinear, PackedLinearBackward
 
 
-def block_sparse_linear_forward(o: PackedLinear) -> tuple[torch.Tensor, torch.Tensor]:
+def block_sparse_linear_forward(o: PackedLinear) -> tuple[torch.Tensor, torch.Tensor | None]:
     """act(z), z = x w^T + b with w given by its blocks, and z when it is to be saved."""
     operand = BlockMatrix(
         o.values, (o.out, o.x.shape[-1]), (o.values.shape[1], o.values.shape[2]), o.layout, None, o.positions
@@ -17,8 +17,8 @@ def block_sparse_linear_forward(o: PackedLinear) -> tuple[torch.Tensor, torch.Te
     return operand.product(o.x, True, o.bias, o.activation, o.save)
 
 
-def block_sparse_linear_backward(o: PackedLinearBackward) -> list[torch.Tensor]:
-    """Gradients of x, values and bias; empty where not needed."""
+def block_sparse_linear_backward(o: PackedLinearBackward) -> list[torch.Tensor | None]:
+    """Gradients of x, values and bias; None where not needed."""
     shape, block = (o.grad.shape[-1], o.x.shape[-1]), (o.values.shape[1], o.values.shape[2])
     matrix = BlockMatrix(o.values, shape, block, o.layout, None, o.positions)
     return packed_gradients(

@@ -21,7 +21,7 @@ from spartan_kernels.tiles import Tile, default_tile
 _WIDEST = 128  # of a block that one program sums
 
 
-def masked_linear_forward(o: MaskedLinear) -> tuple[torch.Tensor, torch.Tensor]:
+def masked_linear_forward(o: MaskedLinear) -> tuple[torch.Tensor, torch.Tensor | None]:
     """act(z), z = x (theta * gate on the layout's blocks)^T + b, and z when it is to be saved."""
     shape = (o.weight.shape[0], o.weight.shape[1])
     return BlockMatrix(o.weight, shape, (o.rows, o.columns), o.layout, o.gate, None).product(
@@ -29,8 +29,8 @@ def masked_linear_forward(o: MaskedLinear) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-def masked_linear_backward(o: MaskedLinearBackward) -> list[torch.Tensor]:
-    """Gradients of x, weight, gate and bias; empty where not needed."""
+def masked_linear_backward(o: MaskedLinearBackward) -> list[torch.Tensor | None]:
+    """Gradients of x, weight, gate and bias; None where not needed."""
     shape, block = (o.weight.shape[0], o.weight.shape[1]), (o.rows, o.columns)
 
     def of_input(dz: torch.Tensor) -> torch.Tensor:

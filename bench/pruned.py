@@ -179,12 +179,16 @@ def tables(data: Record) -> str:
     header = ["method", *columns, "CPU seconds of pruning"]
     timed = markdown_table(["sentences x tokens", "zeros", "dense, ms", "packed, ms"], times)
     recipe, seeds = data["recipe"], {record["seed"] for record in data["results"]}
+    training = (
+        f" Training: {recipe['steps']} steps of {recipe['batch_size']} texts, AdamW at {recipe['learning_rate']:g}."
+        if any(record["steps"] for record in data["results"])
+        else ""
+    )
     return (
         f"{markdown_table(header, cells)}\nCosine to the dense embeddings, and recall of the other half of a pair among"
         f" {data['held_out_pairs']} held out (dense: {data['dense']['recall']:.3f}), at the zeros of the encoder's"
         f" weights; {data['calibration']['texts']} calibration texts of {recipe['tokens']} tokens at most, seeds:"
-        f" {len(seeds)}. Training: {recipe['steps']} steps of {recipe['batch_size']} texts, AdamW at"
-        f" {recipe['learning_rate']:g}. One thread of {data['processor']} ({data['instructions']}), PyTorch"
+        f" {len(seeds)}.{training} One thread of {data['processor']} ({data['instructions']}), PyTorch"
         f" {data['versions']['torch']}, {data['date'][:10]}.\n\n{timed}\nA batch through the encoder pruned by Wanda,"
         " single weights: CPU time of one thread, medians; same machine.\n"
     )

@@ -144,7 +144,7 @@ def test_an_integer_number_is_taken_and_a_bool_is_refused() -> None:
 THREADS = """
 import os, torch, spartan
 
-def threads(): return len(os.listdir("/proc/self/task"))
+def threads(): return set(os.listdir("/proc/self/task"))
 
 def woken(side, tokens):
     torch.set_num_threads(1)
@@ -157,10 +157,10 @@ def woken(side, tokens):
     before = threads()
     spartan.masked_linear(x, w, gate, layout=layout, backward_layout=layout).backward(grad)
     spartan.block_sparse_linear(x, packed)
-    return threads() - before
+    return threads() - before  # by name: threads of others may end meanwhile
 
-assert woken(64, 8) == 0, "a small product woke other threads"
-assert woken(512, 128) == 3, "a large product did not use the threads"
+assert not woken(64, 8), "a small product woke other threads"
+assert woken(512, 128), "a large product did not use the threads"
 """
 
 

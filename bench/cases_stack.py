@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 import warnings
 
 import torch
@@ -23,6 +24,7 @@ _PATTERNS: dict[str, tuple[tuple[int, int], float]] = {
 }
 _QUICK = ("single-90", 128)
 _ERROR = 1e-5  # of the largest entry
+_PAUSE = 0.02  # seconds before each call: the threads of the engine before wait actively for a while
 
 
 def _weights(s: Settings, block: tuple[int, int], sparsity: float) -> list[Tensor]:
@@ -87,6 +89,7 @@ def _stack(s: Settings, block: tuple[int, int], sparsity: float, tokens: int) ->
         flops=2 * tokens * kept,
         peers={"dense": torch_dense, "torch CSR": torch_csr, **engines.peers(weights, x, expected.float())},
         notes={"rows": float(tokens), "sparsity": 1 - kept / sum(weight.numel() for weight in weights)},
+        prepare=lambda x: time.sleep(_PAUSE),
         seconds=4.0,
     )
 

@@ -184,7 +184,7 @@ def signalled(command: list[str], number: int, folder: Path) -> str:
         while process.poll() is None and not all(word.exists() for word in words) and time.monotonic() - begin < 100:
             time.sleep(0.02)
         process.send_signal(number)
-        process.wait(timeout=100)
+        process.wait(timeout=300)
     finally:
         process.kill()
     for word in words:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -25,13 +24,12 @@ from bench.accuracy_plan import Run, planned
 from bench.accuracy_subjects import SUBJECTS
 from bench.accuracy_table import accuracy_tables
 from bench.machine import device_name
+from bench.resumable import Record, write
 from spartan import __version__
 from spartan.training.images import ImageData, load_data
 
 DEFAULT_OUT = save.RESULTS / "accuracy.json"
 FIELDS = ("model", "method", "sparsity", "block", "seed")
-
-Record = dict[str, Any]
 
 
 def measure(run: Run, data: ImageData, epochs: int | None = None) -> Record:
@@ -99,14 +97,6 @@ def missing(runs: Sequence[Run], records: Sequence[Record]) -> list[Run]:
             if name not in settings or settings[name] != value:
                 raise ValueError(f"{run} was measured with {name} = {value!r}, now it is {settings.get(name)!r}")
     return left
-
-
-def write(path: Path, content: Record) -> None:
-    """Write to a temporary name, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def print_tables(records: Sequence[Record]) -> None:

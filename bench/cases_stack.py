@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import spartan
-from bench.case import Settings, Work, case
+from bench.case import Peer, Settings, Work, case
 from bench.inputs import normal
 from bench.peers import engines, matmul
 
@@ -50,23 +50,16 @@ def _sequential(weights: list[Tensor]) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+def _inference(model: nn.Module) -> Peer:
+    return torch.no_grad()(model.forward)
+
+
 def _stack(s: Settings, block: tuple[int, int], sparsity: float, tokens: int) -> Work:
     weights = _weights(s, block, sparsity)
     x = normal((tokens, _WIDTHS[0]), s, 1000)
-    dense = _sequential(weights)
     packed = spartan.to_block_sparse(_sequential(weights), block, tokens=tokens)
     with torch.no_grad():
         expected = _sequential([weight.double() for weight in weights])(x.double())
-
-    @torch.no_grad()
-    def ours(x: Tensor) -> Tensor:
-        result: Tensor = packed(x)
-        return result
-
-    @torch.no_grad()
-    def torch_dense(x: Tensor) -> Tensor:
-        result: Tensor = dense(x)
-        return result
 
     layers = [matmul.torch_csr(weight, block) for weight in weights]
 
@@ -82,12 +75,16 @@ def _stack(s: Settings, block: tuple[int, int], sparsity: float, tokens: int) ->
 
     kept = sum(int(weight.count_nonzero()) for weight in weights)
     return Work(
-        ours=ours,
+        ours=_inference(packed),
         operands=[(x,)],
         check=check,
         bytes=(sum(_WIDTHS) * tokens + kept) * s.dtype.itemsize,
         flops=2 * tokens * kept,
-        peers={"dense": torch_dense, "torch CSR": torch_csr, **engines.peers(weights, x, expected.float())},
+        peers={
+            "dense": _inference(_sequential(weights)),
+            "torch CSR": torch_csr,
+            **engines.peers(weights, x, expected.float()),
+        },
         notes={"rows": float(tokens), "sparsity": 1 - kept / sum(weight.numel() for weight in weights)},
         prepare=lambda x: time.sleep(_PAUSE),
         seconds=4.0,

@@ -9,11 +9,9 @@ every run, and a later call goes on from it.
 from __future__ import annotations
 
 import ast
-import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bench import save
-from bench.accuracy import write
 from bench.machine import device_name
+from bench.resumable import Record, complete
 from spartan import __version__
 from spartan.methods import GMP, DualAveraging, Method, OneShot, Spartan
 from spartan.sparsifier import Sparsifier
@@ -47,8 +45,6 @@ METHODS: dict[str, Callable[[float], Method]] = {
     "One-shot": lambda sparsity: OneShot(sparsity=sparsity, prune_at=0),
     UNTRAINED: lambda sparsity: OneShot(sparsity=sparsity, prune_at=0),
 }
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -152,8 +148,12 @@ class Distillation:
         """Train for `steps`: zeros really there, and what `evaluate` gives."""
         torch.manual_seed(seed)
         model = self.load().eval()  # without dropout
-        total = max(1, steps)
-        sparsifier = Sparsifier(model, method, total, include=self.include, count="masked")
+        return {"steps": steps, "measured_sparsity": self.train(model, method, steps), **self.evaluate(model)}
+
+    def train(self, model: nn.Module, method: Method, steps: int, *, keep_zeros: bool = False) -> float:
+        """Train a model in place and finalize it; the zeros that it then has."""
+        settings: dict[str, Any] = {"include": self.include, "count": "masked", "keep_zeros": keep_zeros}
+        sparsifier = Sparsifier(model, method, max(1, steps), **settings)
         rate = self.recipe["learning_rate"]
         optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
         sparsifier.attach(optimizer)
@@ -168,7 +168,7 @@ class Distillation:
             (1 - (embed(model, batch) * wanted).sum(-1)).mean().backward()
             optimizer.step()
         sparsifier.finalize()
-        return {"steps": steps, "measured_sparsity": sparsifier.sparsity, **self.evaluate(model)}
+        return sparsifier.sparsity
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Mean cosine to the dense embeddings, and how often the second half of a pair is the nearest to its first."""
@@ -225,24 +225,14 @@ def main(
         "versions": {"spartan": __version__, "torch": torch.__version__},
         "processor": device_name("cpu"),
     }
-    records: list[Record] = []
-    if out.exists():
-        before = json.loads(out.read_text(encoding="utf-8"))
-        if any(before.get(key) != value for key, value in content.items()):
-            raise typer.BadParameter(f"{out} was measured with other settings or versions; move it away first")
-        records = before["results"]
-        content["dense"] = before["dense"]
-    have = {(record["method"], record["sparsity"], record["seed"]) for record in records}
-    left = [run for run in planned(seeds) if (run.method, run.sparsity, run.seed) not in have]
-    if not left:
-        return
-    distillation = mini_lm(recipe)
-    content["dense"] = distillation.evaluate(distillation.dense)
-    for run in left:
-        records.append(make(run, distillation))
-        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        write(out, {**content, "date": date, "results": records})
-        print(date, *records[-1].values(), flush=True)
+    complete(
+        out,
+        content,
+        planned(seeds),
+        lambda: mini_lm(recipe),
+        lambda distillation: {"dense": distillation.evaluate(distillation.dense)},
+        make,
+    )
 
 
 if __name__ == "__main__":

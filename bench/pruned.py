@@ -8,11 +8,9 @@ file is written after every run, and a later call goes on from it.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import mean, pstdev
 from typing import Annotated, Any
@@ -23,12 +21,11 @@ from torch import nn
 
 import spartan
 from bench import save
-from bench.accuracy import write
 from bench.machine import device_name
 from bench.markdown import markdown_table
 from bench.pretrained import HELD_OUT_PAIRS, Batch, Distillation, embed, mini_lm
+from bench.resumable import Record, complete
 from spartan.pruning import Pruner
-from spartan.training.learning_rate import warmup_cosine
 
 DEFAULT_OUT = save.RESULTS / "pruned.json"
 SPARSITIES = (0.8, 0.7, 0.5, 0.9)  # in the order of the runs
@@ -52,8 +49,6 @@ PATTERNS: dict[str, Settings] = {
     "16x16 blocks, 50%": {"sparsity": 0.5, "block_size": (16, 16)},
 }
 SCORES = ("Magnitude", "Wanda", "OBS")  # those that are tried in patterns, and trained at the first sparsity
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -101,27 +96,9 @@ def prune_and_train(task: Distillation, run: Run) -> tuple[nn.Module, Record]:
         "error": mean(row.error or 0.0 for row in result.rows),
     }
     if run.steps:
-        _train(task, model, run, result.sparsity)
+        torch.manual_seed(run.seed)
+        task.train(model, spartan.OneShot(sparsity=result.sparsity, prune_at=0), run.steps, keep_zeros=True)
     return model, record
-
-
-def _train(task: Distillation, model: nn.Module, run: Run, sparsity: float) -> None:
-    """Distil from the dense model, with the zeros kept."""
-    torch.manual_seed(run.seed)
-    recipe = task.recipe
-    method = spartan.OneShot(sparsity=sparsity, prune_at=0)
-    sparsifier = spartan.Sparsifier(model, method, run.steps, include=task.include, count="masked", keep_zeros=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["learning_rate"])
-    sparsifier.attach(optimizer)
-    distillation = spartan.distill(model, task.dense, loss="cosine", call=embed)
-    for step in range(run.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = warmup_cosine(step, run.steps, recipe["learning_rate"], recipe["warmup"])
-        chosen = torch.randint(len(task.training.tokens), (recipe["batch_size"],))
-        distillation(task.training.part(chosen)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    sparsifier.finalize()
 
 
 def speed(task: Distillation, zeros: str = "80%") -> list[Record]:
@@ -221,24 +198,14 @@ def main(
         "processor": device_name("cpu"),
         "instructions": torch.backends.cpu.get_cpu_capability(),
     }
-    records: list[Record] = []
-    if out.exists():
-        before = json.loads(out.read_text(encoding="utf-8"))
-        if any(before.get(key) != value for key, value in content.items()):
-            raise typer.BadParameter(f"{out} was measured with other settings or versions; move it away first")
-        records, content["dense"], content["speed"] = before["results"], before["dense"], before["speed"]
-    have = {(record["method"], record["zeros"], record["steps"], record["seed"]) for record in records}
-    left = [run for run in planned(seeds, steps) if (run.method, run.zeros, run.steps, run.seed) not in have]
-    if not left:
-        return
-    task = mini_lm(recipe)
-    if "speed" not in content:
-        content["dense"], content["speed"] = task.evaluate(task.dense), speed(task)
-    for run in left:
-        records.append(make(run, task))
-        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        write(out, {**content, "date": date, "results": records})
-        print(date, *records[-1].values(), flush=True)
+    complete(
+        out,
+        content,
+        planned(seeds, steps),
+        lambda: mini_lm(recipe),
+        lambda task: {"dense": task.evaluate(task.dense), "speed": speed(task)},
+        make,
+    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -47,8 +48,12 @@ class GivenMasks(Pruner):
             raise ValueError(f"mask of {layer.name!r} must be {shape}; got {tuple(self.masks[layer.name].shape)}")
 
     def scores(self, layer: Layer, seen: Statistics | None, relative: torch.Tensor | None = None) -> torch.Tensor:
-        """Not asked for, as no budget is shared."""
-        raise NotImplementedError
+        """Refused: masks that are given have none, and no budget is shared.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("masks that are given have no scores")
 
     def prune(self, layer: Layer, seen: Statistics | None, budget: Budget | None) -> Pruned:
         """Take the mask."""
@@ -114,6 +119,6 @@ class SecondStage(Pruner):
         first = self.stage.prune(layer, seen, budget)
         return self.improve(layer, seen, budget, first)._replace(note=first.note)
 
+    @abstractmethod
     def improve(self, layer: Layer, seen: Statistics, budget: Budget | None, first: Pruned) -> Pruned:
         """A better mask, better values, or both."""
-        raise NotImplementedError

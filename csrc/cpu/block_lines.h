@@ -65,6 +65,24 @@ struct Lines {
   int64_t blocks() const { return offsets[count]; }
 };
 
+constexpr int64_t kPackedFloats = 2 << 20;  // of weights packed at a time
+
+// Floats for the packed blocks of as many lines as are packed at a time, of `block_floats` each.
+inline int64_t packed_floats(const Lines& lines, int64_t block_floats) {
+  int64_t fullest = 0;
+  for (int64_t line = 0; line < lines.count; ++line)
+    fullest = std::max<int64_t>(fullest, lines.offsets[line + 1] - lines.offsets[line]);
+  return std::min(lines.blocks() * block_floats, std::max(kPackedFloats, fullest * block_floats));
+}
+
+// The end of the lines from `begin` on that fit into packed_floats().
+inline int64_t packed_end(const Lines& lines, int64_t block_floats, int64_t begin) {
+  const int64_t room = std::max(kPackedFloats / block_floats, int64_t(1));
+  int64_t end = begin + 1;
+  while (end < lines.count && lines.offsets[end + 1] - lines.offsets[begin] <= room) ++end;
+  return end;
+}
+
 // What a product takes, in multiply-adds: of the active weights, of reading them, of the tokens' values going in and out.
 inline int64_t product_work(int64_t active, int64_t out, int64_t in, int64_t tokens) {
   constexpr int64_t kReadCost = 10;

@@ -8,7 +8,6 @@
 namespace spartan::cpu {
 namespace {
 
-constexpr int64_t kPanelFloats = 2 << 20;      // of weights packed at a time
 constexpr int64_t kChunkFloats = 40 << 10;     // of tokens that stay in a core's second-level cache
 constexpr int64_t kGroupOutputs = 256;         // of y that are summed beside them, then written in long pieces
 constexpr int64_t kFewTokens = 8;              // for which weights are used where they lie
@@ -41,11 +40,8 @@ class Product {
     if (plan_.shared()) {
       for_items(threads_, plan_.chunks, [&](int64_t, int64_t chunk) { pack_chunk(chunk, chunk); });
     }
-    const int64_t line_floats = plan_.padded * lines_.other_span;
     for (int64_t begin = 0; begin < lines_.count;) {
-      int64_t end = begin + 1;
-      const int64_t room = std::max(kPanelFloats / line_floats, int64_t(1));
-      while (end < lines_.count && lines_.offsets[end + 1] - lines_.offsets[begin] <= room) ++end;
+      const int64_t end = packed_end(lines_, plan_.padded * lines_.other_span, begin);
       pack_lines(begin, end);
       multiply_lines(begin, end);
       begin = end;
@@ -71,11 +67,7 @@ class Product {
       chunk_floats = chunk * lines.other_extent + passes.lanes;
       copies = shared() ? chunks : threads;
       group = std::min(std::max(kGroupOutputs, lines.span), lines.extent) + passes.lanes * 4;
-      const int64_t line_floats = padded * lines.other_span;
-      int64_t fullest = 0;
-      for (int64_t line = 0; line < lines.count; ++line)
-        fullest = std::max<int64_t>(fullest, lines.offsets[line + 1] - lines.offsets[line]);
-      panel_floats = std::min(lines.blocks() * line_floats, std::max(kPanelFloats, fullest * line_floats));
+      panel_floats = packed_floats(lines, padded * lines.other_span);
     }
 
     bool shared() const { return parts > 1; }
@@ -224,7 +216,6 @@ int64_t few_workspace_bytes(const Lines& lines, int64_t tokens) {
   return tokens * (lines.other_extent + lines.extent) * 4 + lines.blocks() * 12 + 4 * 64;
 }
 
-
 }  // namespace
 
 int64_t masked_matmul_workspace_bytes(const BlockMatrix& w, int64_t tokens, bool input_gradient, int threads) {
@@ -232,8 +223,8 @@ int64_t masked_matmul_workspace_bytes(const BlockMatrix& w, int64_t tokens, bool
   require_fit(lines);
   threads = worthwhile(threads, product_work(lines, tokens));  // what the product will take
   if (NarrowProduct::serves(lines)) return NarrowProduct::workspace_bytes(lines, tokens, threads);
-  const int64_t many = Product::workspace_bytes(lines, tokens, threads);
-  return input_gradient || !few(lines, tokens) ? many : few_workspace_bytes(lines, tokens);
+  if (!input_gradient && few(lines, tokens)) return few_workspace_bytes(lines, tokens);
+  return Product::workspace_bytes(lines, tokens, threads);
 }
 
 void masked_matmul(Dtype dtype, const BlockMatrix& w, Tokens x, const void* bias, Activation activation, void* y, void* saved,

@@ -8,7 +8,6 @@
 namespace spartan::cpu {
 
 constexpr int64_t kTileFloats = 64 << 10;     // of transposed tokens, which stay in a core's second-level cache
-constexpr int64_t kPackedFloats = 2 << 20;    // of weights put in order at a time
 constexpr int64_t kGroup = 64;                // outputs that are turned back to rows of y at a time
 constexpr int64_t kRows = kGroup + 16;         // room for the last of them, in whole vectors
 constexpr int64_t kNarrowItems = 4;           // for each thread
@@ -22,7 +21,8 @@ class NarrowProduct {
   static int64_t workspace_bytes(const Lines& lines, int64_t tokens, int threads) {
     const int64_t tile = tile_tokens(lines, tokens);
     const int64_t own = tile * lines.other_extent + 2 * kRows * tile + 48;
-    return (packed_floats(lines) + lines.count * height_of(lines) + threads * own) * static_cast<int64_t>(sizeof(float)) + 4 * 64;
+    const int64_t height = height_of(lines), packed = packed_floats(lines, height * lines.other_span);
+    return (packed + lines.count * height + threads * own) * static_cast<int64_t>(sizeof(float)) + 4 * 64;
   }
 
   NarrowProduct(Dtype dtype, const Lines& lines, Tokens x, const void* bias, const RowWriter& writer, Workspace workspace,
@@ -30,7 +30,7 @@ class NarrowProduct {
       : passes_(matmul_passes()), dtype_(dtype), lines_(lines), x_(x), writer_(writer), threads_(threads),
         height_(height_of(lines)), tile_(tile_tokens(lines, x.count)), block_floats_(height_ * lines.other_span) {
     Arena arena(workspace);
-    packed_ = in_order(dtype, lines) ? nullptr : arena.take<float>(packed_floats(lines));
+    packed_ = in_order(dtype, lines) ? nullptr : arena.take<float>(packed_floats(lines, block_floats_));
     bias_ = bias == nullptr ? nullptr : arena.take<float>(lines.count * height_);
     scratch_floats_ = tile_ * lines.other_extent + 2 * kRows * tile_ + 48;
     scratch_ = arena.take<float>(threads * scratch_floats_);
@@ -43,12 +43,8 @@ class NarrowProduct {
   void run() {
     writer_.prepare(x_.count);
     for (int64_t begin = 0; begin < lines_.count;) {
-      int64_t end = lines_.count;
-      if (packed_ != nullptr) {
-        const int64_t room = std::max(kPackedFloats / block_floats_, int64_t(1));
-        for (end = begin + 1; end < lines_.count && lines_.offsets[end + 1] - lines_.offsets[begin] <= room;) ++end;
-        put_in_order(begin, end);
-      }
+      const int64_t end = packed_ == nullptr ? lines_.count : packed_end(lines_, block_floats_, begin);
+      if (packed_ != nullptr) put_in_order(begin, end);
       multiply(begin, end);
       begin = end;
     }
@@ -68,14 +64,6 @@ class NarrowProduct {
   static bool in_order(Dtype dtype, const Lines& lines) {
     const bool flat = lines.span == 1 || (lines.other_span == 1 && lines.span == height_of(lines));
     return dtype == Dtype::float32 && lines.by_row && lines.w.positions != nullptr && lines.w.gate == nullptr && flat;
-  }
-
-  static int64_t packed_floats(const Lines& lines) {
-    const int64_t block = height_of(lines) * lines.other_span;
-    int64_t fullest = 0;
-    for (int64_t line = 0; line < lines.count; ++line)
-      fullest = std::max<int64_t>(fullest, lines.offsets[line + 1] - lines.offsets[line]);
-    return std::min(lines.blocks() * block, std::max(kPackedFloats, fullest * block));
   }
 
   const float* values_of(int64_t line, int64_t first_line) const {

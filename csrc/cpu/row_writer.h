@@ -15,7 +15,6 @@ class RowWriter {
       : passes_(matmul_passes()), dtype_(dtype), extent_(extent), activation_(activation), y_(y), saved_(saved),
         stream_(tokens * extent * element_bytes(dtype) > kStreamBytes) {}
 
-  bool streams() const { return stream_; }
   // Where z itself may be written, entry `first` on, if y is nothing else; null: call write().
   float* direct(int64_t first) const {
     return dtype_ == Dtype::float32 && activation_ == Activation::none ? static_cast<float*>(y_) + first : nullptr;

@@ -133,16 +133,7 @@ class MaskSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SparseMethod(MaskSettings, Method):
-    """Settings that all methods with masks share.
-
-    Attributes:
-        sparsity: fraction of zeros to reach, in [0, 1); with `pattern` it is 1 - n / m and may be left out.
-        block_size: 1, an int or (rows, columns): blocks of weights that stay or go together.
-        distribution: "global" (one budget over all layers), "uniform", "erk", or the sparsity of some layers by name or
-            pattern of names, {"stem.weight": 0.5, "blocks.0.*": 0.8}; the others then share one budget, such that
-            the whole has `sparsity`.
-        pattern: (n, m), such as (2, 4): of each m neighbours along the input features (or channels) of a masked
-            weight n stay. Takes the place of blocks and of the distribution; `sparsity` is that of masked weights.
+    """What all methods with masks share: their settings are those of `MaskSettings`.
 
     Raises:
         TypeError, ValueError: a setting of the wrong type or outside its range, named.

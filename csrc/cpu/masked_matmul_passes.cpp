@@ -106,7 +106,7 @@ void product_tile(const PanelProduct& p, const ActiveBlocks& active) {
       for (int64_t k = 0; k < depth;) {
         const int64_t end = depth - k < kStretch ? depth : k + kStretch, terms = end - k;
         for (; k + 4 <= end; k += 4, left += 4 * Stride, panel += 4 * L * N) {
-          unrolled<4>([&]<int u>() SPARTAN_INLINE { tile.add(left + u * Stride, panel + u * L * N); });
+          unrolled<4>([&](auto u) SPARTAN_INLINE { tile.add(left + u * Stride, panel + u * L * N); });
         }
         for (; k < end; ++k, left += Stride, panel += L * N) tile.add(left, panel);
         hold(terms);
@@ -127,7 +127,7 @@ void outer_tile(const OuterSum& p) {
     const bool first = t == 0;
     const int64_t end = p.tokens - t < kStretch ? p.tokens : t + kStretch;
     for (; t + 4 <= end; t += 4, a += 4 * p.a_stride, b += 4 * p.b_stride)
-      unrolled<4>([&]<int u>() SPARTAN_INLINE { tile.add(a + u * p.a_stride, b + u * p.b_stride); });
+      unrolled<4>([&](auto u) SPARTAN_INLINE { tile.add(a + u * p.a_stride, b + u * p.b_stride); });
     for (; t < end; ++t, a += p.a_stride, b += p.b_stride) tile.add(a, b);
     if (p.tokens > kStretch) tile.hold(held, first);
   }

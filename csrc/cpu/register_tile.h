@@ -76,13 +76,27 @@ inline float total(Vec<float> v) {
   return v[0];
 }
 
+// With sanitizers, loops stay loops: unrolled, their checks take the compiler tens of minutes.
+#if defined(SPARTAN_SANITIZED)
+#define SPARTAN_INLINE
+#else
 #define SPARTAN_INLINE __attribute__((always_inline))
+#endif
 
-// Calls f.operator()<I>() for I < Count. Indices are constants from the start, which is what keeps arrays in registers.
+template <int I>
+struct Constant {
+  SPARTAN_INLINE constexpr operator int() const { return I; }
+};
+
+// Calls f(I) for I < Count. Indices are constants from the start, which is what keeps arrays in registers.
 template <int Count, class F>
 SPARTAN_INLINE inline void unrolled(F&& f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) SPARTAN_INLINE { (f.template operator()<I>(), ...); }
+#if defined(SPARTAN_SANITIZED)
+  for (int i = 0; i < Count; ++i) f(i);
+#else
+  [&]<int... I>(std::integer_sequence<int, I...>) SPARTAN_INLINE { (f(Constant<I>{}), ...); }
   (std::make_integer_sequence<int, Count>{});
+#endif
 }
 
 // Keeps v in a register here, and what is computed into it in the order of the source: left to itself, the compiler spreads
@@ -104,23 +118,23 @@ struct Tile {
 
   template <class F>
   SPARTAN_INLINE static void each(F&& f) {
-    unrolled<T>([&]<int t>() SPARTAN_INLINE { unrolled<N>([&]<int n>() SPARTAN_INLINE { f.template operator()<t, n>(); }); });
+    unrolled<T>([&](auto t) SPARTAN_INLINE { unrolled<N>([&](auto n) SPARTAN_INLINE { f(t, n); }); });
   }
 
   SPARTAN_INLINE void start(const float* bias) {
-    unrolled<N>([&]<int n>() SPARTAN_INLINE {
+    unrolled<N>([&](auto n) SPARTAN_INLINE {
       const V first = bias != nullptr ? load_lanes<L>(bias + n * L) : V{};
-      unrolled<T>([&]<int t>() SPARTAN_INLINE { sums[t][n] = first; });
+      unrolled<T>([&](auto t) SPARTAN_INLINE { sums[t][n] = first; });
     });
   }
 
   // sums += left (T numbers) times one row of the panel
   SPARTAN_INLINE void add(const float* left, const float* panel) {
     V right[N];
-    unrolled<N>([&]<int n>() SPARTAN_INLINE { right[n] = load_lanes<L>(panel + n * L); });
-    unrolled<T>([&]<int t>() SPARTAN_INLINE {
+    unrolled<N>([&](auto n) SPARTAN_INLINE { right[n] = load_lanes<L>(panel + n * L); });
+    unrolled<T>([&](auto t) SPARTAN_INLINE {
       const V one = left[t] - V{};  // a broadcast: 0 + x would be an addition
-      unrolled<N>([&]<int n>() SPARTAN_INLINE {
+      unrolled<N>([&](auto n) SPARTAN_INLINE {
         sums[t][n] += one * right[n];
         keep_in_register(sums[t][n]);
       });
@@ -129,22 +143,22 @@ struct Tile {
 
   // A long sum in float32 goes in stretches: each adds its rounding to the few that are held, not to every term after it.
   SPARTAN_INLINE void hold(V (*held)[N], bool first) {
-    each([&]<int t, int n>() SPARTAN_INLINE {
+    each([&](auto t, auto n) SPARTAN_INLINE {
       held[t][n] = first ? sums[t][n] : held[t][n] + sums[t][n];
       sums[t][n] = V{};
     });
   }
   SPARTAN_INLINE void release(const V (*held)[N]) {
-    each([&]<int t, int n>() SPARTAN_INLINE { sums[t][n] += held[t][n]; });
+    each([&](auto t, auto n) SPARTAN_INLINE { sums[t][n] += held[t][n]; });
   }
 
   SPARTAN_INLINE void store(float* out, int64_t stride) const {
-    each([&]<int t, int n>() SPARTAN_INLINE { std::memcpy(out + t * stride + n * L, &sums[t][n], sizeof(V)); });
+    each([&](auto t, auto n) SPARTAN_INLINE { std::memcpy(out + t * stride + n * L, &sums[t][n], sizeof(V)); });
   }
   // Stores, or adds to what is there, the first `columns`.
   template <bool Add>
   SPARTAN_INLINE void put(float* out, int64_t stride, int64_t columns) const {
-    each([&]<int t, int n>() SPARTAN_INLINE {
+    each([&](auto t, auto n) SPARTAN_INLINE {
       float* to = out + t * stride + n * L;
       if ((n + 1) * L <= columns) {
         const V value = Add ? sums[t][n] + load_lanes<L>(to) : sums[t][n];

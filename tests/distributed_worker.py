@@ -6,6 +6,7 @@ the first failure ends the run; the checks after it count as not run.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import traceback
@@ -19,6 +20,7 @@ import distributed_setups  # noqa: F401
 import distributed_sparsifier  # noqa: F401
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported later, its default arguments would keep the group and its threads
 from distributed_common import CHECKS
 
 
@@ -41,6 +43,7 @@ def main() -> None:
             break
         finally:
             report.write_text(json.dumps(results))
+    gc.collect()  # a thread of the group that meets the interpreter's end aborts the process
     dist.destroy_process_group()
 
 

@@ -327,6 +327,17 @@ def test_the_command(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == f"spartan: {file}: unknown setting 'stps'; did you mean 'steps'?\n"
 
 
+WATCHED = """
+import sys
+from pathlib import Path
+from spartan import cli
+status = cli.main(sys.argv[1:])
+threads = [thread.read_text().strip() for thread in Path("/proc/self/task").glob("*/comm")]
+print("Threads left:", sum("gloo" in name for name in threads), flush=True)
+sys.exit(status)
+"""
+
+
 @pytest.mark.skipif(not dist.is_available(), reason="PyTorch was built without torch.distributed")
 def test_two_processes_train_what_one_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two go on from the checkpoint of one; without batch normalisation, as a process knows its part of a batch."""
@@ -338,11 +349,14 @@ def test_two_processes_train_what_one_trains(tmp_path: Path, monkeypatch: pytest
     with monkeypatch.context() as patch:
         stop_at(5, signal.SIGTERM, patch)
         assert cli.main(["train", str(file), "--set", f"out={together}"]) == 130
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "spartan"]
+    script = tmp_path / "watched.py"
+    script.write_text(WATCHED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     command += ["train", str(file), "--set", f"out={together}"]
     shown = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.count("Data:") == 1 and shown.stdout.count("Going on from step 6") == 1, "one process speaks"
+    assert shown.stdout.count("Threads left: 0") == 2, "a thread that meets the interpreter's end aborts the process"
     models = []
     for out in (alone, together):
         models.append(make_task(config(settings), print).model(settings["model"]))

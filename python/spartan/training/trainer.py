@@ -282,29 +282,34 @@ def train(config: Config, restart: bool = False, on_step: OnStep | None = None) 
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    out = Path(config.out)
     with joined(config.device) as workers, StopRequest().listening() as stop:
-        say = print if workers.writes else _silent
-        if (out / RESULTS).exists() and not (out / CHECKPOINT).exists() and not restart:
-            say(f"Trained already: {out / RESULTS}. Train anew with --restart, or choose another out.")
-            return True
-        task = make_task(config, say)
-        say(f"Data: {task.description}.")
-        trainer = Trainer(config, task, workers, on_step)
-        if workers.writes:
-            _prepare(out, restart)
-        workers.any(False)  # the folder is as it should be before anyone looks into it
-        if trainer.resume():
-            say(f"Going on from step {trainer.step:,} of {config.steps:,} ({out / CHECKPOINT}).")
-        with Progress(config.steps, trainer.step, shown=workers.writes) as progress:
-            reached = trainer.run(stop, progress)
-        if not reached:
-            say(f"Stopped after step {trainer.step:,}; the same command goes on from {out / CHECKPOINT}.")
-            return False
-        result = trainer.finish()
-        if workers.writes:
-            say(str(trainer.sparsifier.report()))
-            _announce(result, out)
+        return _train(config, workers, stop, restart, on_step)
+
+
+def _train(config: Config, workers: Workers, stop: StopRequest, restart: bool, on_step: OnStep | None) -> bool:
+    """As `train`, in this process. It keeps nothing, so that the processes can part."""
+    out = Path(config.out)
+    say = print if workers.writes else _silent
+    if (out / RESULTS).exists() and not (out / CHECKPOINT).exists() and not restart:
+        say(f"Trained already: {out / RESULTS}. Train anew with --restart, or choose another out.")
+        return True
+    task = make_task(config, say)
+    say(f"Data: {task.description}.")
+    trainer = Trainer(config, task, workers, on_step)
+    if workers.writes:
+        _prepare(out, restart)
+    workers.any(False)  # the folder is as it should be before anyone looks into it
+    if trainer.resume():
+        say(f"Going on from step {trainer.step:,} of {config.steps:,} ({out / CHECKPOINT}).")
+    with Progress(config.steps, trainer.step, shown=workers.writes) as progress:
+        reached = trainer.run(stop, progress)
+    if not reached:
+        say(f"Stopped after step {trainer.step:,}; the same command goes on from {out / CHECKPOINT}.")
+        return False
+    result = trainer.finish()
+    if workers.writes:
+        say(str(trainer.sparsifier.report()))
+        _announce(result, out)
     return True
 
 

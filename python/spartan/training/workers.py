@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import inspect
 import os
 from collections.abc import Iterator
@@ -85,10 +87,13 @@ def joined(device: str) -> Iterator[Workers]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Workers(0, 1, chosen)
         return
+    importlib.import_module("torch.distributed.nn")  # its default arguments would keep a group that is there already
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Workers(dist.get_rank(), dist.get_world_size(), chosen)
     finally:
+        # A group that nobody holds ends its threads. One that still runs while the interpreter ends may abort it.
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -13,7 +13,8 @@ constexpr int64_t kGroupOutputs = 256;         // of y that are summed beside th
 constexpr int64_t kFewTokens = 8;              // for which weights are used where they lie
 constexpr int64_t kItemsPerThread = 4;
 
-// Tokens are packed in tiles, weights in panels; a tile's sums with a panel stay in registers. Sums of a group of lines are
+// Tokens are packed in tiles, of the columns alone that active blocks read: windows of a convolution have many that none
+// does. Weights are packed in panels; a tile's sums with a panel stay in registers. Sums of a group of lines are
 // gathered in the cache, so that y is written in rows, each once.
 class Product {
  public:
@@ -25,6 +26,9 @@ class Product {
     bias_ = arena.take<float>(lines.count * plan_.padded);
     tokens_ = arena.take<float>(plan_.copies * plan_.chunk_floats);
     sums_ = arena.take<float>(threads * plan_.chunk * plan_.group);
+    places_ = arena.take<int32_t>(plan_.across);
+    indices_ = arena.take<int32_t>(lines.blocks());
+    place_columns();
     spread_bias(bias);
   }
 
@@ -32,7 +36,8 @@ class Product {
     const Plan plan(lines, tokens, threads);
     const int64_t floats = plan.panel_floats + lines.count * plan.padded + plan.copies * plan.chunk_floats +
                            threads * plan.chunk * plan.group;
-    return floats * static_cast<int64_t>(sizeof(float)) + 4 * 64;
+    return floats * static_cast<int64_t>(sizeof(float)) + (plan.across + lines.blocks()) * static_cast<int64_t>(sizeof(int32_t)) +
+           6 * 64;
   }
 
   void run() {
@@ -53,18 +58,20 @@ class Product {
   // share the packed tokens of a chunk.
   struct Plan {
     int tile;
-    int64_t padded, chunk, chunks, chunk_floats, parts, copies, group, panel_floats;
+    int64_t padded, across, extent, chunk, chunks, chunk_floats, parts, copies, group, panel_floats;
 
     Plan(const Lines& lines, int64_t tokens, int threads) {
       const MatmulPasses& passes = matmul_passes();
       tile = passes.tile_tokens(passes.panel_width(lines.span));
       padded = lines.padded(passes);
-      const int64_t tiles = std::clamp<int64_t>(kChunkFloats / std::max<int64_t>(lines.other_extent, 1) / tile, 2, 16);
+      across = ceil_div(lines.other_extent, lines.other_span);
+      extent = std::min(lines.other_extent, lines.blocks() * lines.other_span);  // at most; blocks may share columns
+      const int64_t tiles = std::clamp<int64_t>(kChunkFloats / std::max<int64_t>(extent, 1) / tile, 2, 16);
       tokens = std::max<int64_t>(tokens, 1);
       chunk = std::min(tiles, ceil_div(tokens, tile)) * tile;
       chunks = ceil_div(tokens, chunk);
       parts = std::clamp<int64_t>(ceil_div(threads * kItemsPerThread, chunks), 1, std::max<int64_t>(lines.count, 1));
-      chunk_floats = chunk * lines.other_extent + passes.lanes;
+      chunk_floats = chunk * extent + passes.lanes;
       copies = shared() ? chunks : threads;
       group = std::min(std::max(kGroupOutputs, lines.span), lines.extent) + passes.lanes * 4;
       panel_floats = packed_floats(lines, padded * lines.other_span);
@@ -72,6 +79,18 @@ class Product {
 
     bool shared() const { return parts > 1; }
   };
+
+  // Numbers the columns of blocks that are read, in their order: where each is packed, -1 for the others.
+  void place_columns() {
+    std::fill_n(places_, plan_.across, -1);
+    for (int64_t e = 0; e < lines_.blocks(); ++e) places_[lines_.indices[e]] = 0;
+    int32_t used = 0;
+    for (int64_t j = 0; j < plan_.across; ++j)
+      if (places_[j] == 0) places_[j] = used++;
+    for (int64_t e = 0; e < lines_.blocks(); ++e) indices_[e] = places_[lines_.indices[e]];
+    extent_ = used * lines_.other_span;
+    if (plan_.across > 0 && places_[plan_.across - 1] >= 0) extent_ -= plan_.across * lines_.other_span - lines_.other_extent;
+  }
 
   void spread_bias(const void* bias) {
     if (bias == nullptr) {
@@ -129,8 +148,24 @@ class Product {
   int64_t tokens_of(int64_t chunk) const { return std::min(plan_.chunk, x_.count - chunk * plan_.chunk); }
 
   void pack_chunk(int64_t chunk, int64_t copy) {
-    const void* x = offset_by(x_.data, chunk * plan_.chunk * x_.stride, dtype_);
-    passes_.pack_tokens(dtype_, x, x_.stride, tokens_of(chunk), lines_.other_extent, plan_.tile, packed_chunk(copy));
+    const int64_t first = chunk * plan_.chunk, tokens = tokens_of(chunk);
+    if (extent_ == lines_.other_extent) {
+      const void* x = offset_by(x_.data, first * x_.stride, dtype_);
+      return passes_.pack_tokens(dtype_, x, x_.stride, tokens, extent_, plan_.tile, packed_chunk(copy));
+    }
+    for (int64_t t = 0; t < tokens; t += plan_.tile) {
+      float* tile = packed_chunk(copy) + t * extent_;
+      for (int64_t j = 0; j < plan_.across; ++j) {
+        if (places_[j] < 0) continue;
+        const int64_t begin = j * lines_.other_span;
+        while (j + 1 < plan_.across && places_[j + 1] >= 0) ++j;
+        const int64_t end = std::min((j + 1) * lines_.other_span, lines_.other_extent);
+        // vectors may reach into what lies behind, which is packed after
+        passes_.pack_tokens(dtype_, offset_by(x_.data, (first + t) * x_.stride + begin, dtype_), x_.stride,
+                            std::min<int64_t>(plan_.tile, tokens - t), end - begin, plan_.tile,
+                            tile + places_[begin / lines_.other_span] * lines_.other_span * plan_.tile);
+      }
+    }
   }
 
   void multiply_lines(int64_t begin, int64_t end) {
@@ -155,10 +190,11 @@ class Product {
 
   // The sums of a line, `plan_.group` apart; whole vectors are stored, so that lines go in order.
   void multiply_line(int64_t line, int64_t first_line, int64_t chunk, const float* tokens, float* sums) {
-    const ActiveBlocks active = lines_.active(line);
+    const int64_t entry = lines_.offsets[line];
+    const ActiveBlocks active{indices_ + entry, lines_.offsets[line + 1] - entry, lines_.other_span, extent_};
     for_panels(line, first_line, [&](int64_t at, int width, int64_t, const float* panel) {
       const float* bias = bias_ == nullptr ? nullptr : bias_ + line * plan_.padded + at;
-      passes_.product({tokens, plan_.tile * lines_.other_extent, plan_.tile, panel, bias, sums + at, plan_.group, width}, active,
+      passes_.product({tokens, plan_.tile * extent_, plan_.tile, panel, bias, sums + at, plan_.group, width}, active,
                       tokens_of(chunk));
     });
   }
@@ -171,6 +207,8 @@ class Product {
   int threads_;
   Plan plan_;
   float *panels_, *bias_, *tokens_, *sums_;
+  int32_t *places_, *indices_;  // of columns of blocks; of the active blocks, in what is packed
+  int64_t extent_ = 0;          // columns that are packed
 };
 
 bool few(const Lines& lines, int64_t tokens) { return tokens <= kFewTokens && lines.other_span >= matmul_passes().lanes; }

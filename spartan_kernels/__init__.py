@@ -10,12 +10,14 @@ from __future__ import annotations
 __version__ = "0.1.0"
 
 from spartan_kernels.block_sparse import BlockSparseWeight
+from spartan_kernels.block_sparse_filter import BlockSparseFilter
 from spartan_kernels.dispatch import backend, info
 from spartan_kernels.layout import BlockLayout
 from spartan_kernels.ops import (
     block_costs,
     block_grid,
     block_scores,
+    block_sparse_conv2d,
     block_sparse_linear,
     checks,
     expand_blocks,
@@ -35,12 +37,14 @@ from spartan_kernels.ops import (
 
 __all__ = [
     "BlockLayout",
+    "BlockSparseFilter",
     "BlockSparseWeight",
     "__version__",
     "backend",
     "block_costs",
     "block_grid",
     "block_scores",
+    "block_sparse_conv2d",
     "block_sparse_linear",
     "checks",
     "expand_blocks",

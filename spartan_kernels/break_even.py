@@ -14,7 +14,7 @@ import math
 import os
 import platform
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -32,6 +32,7 @@ __all__ = [
     "dense_wins",
     "device_kind",
     "load",
+    "packed_convolution_time",
     "packed_time",
     "store",
     "using",
@@ -287,8 +288,24 @@ def dense_convolution_wins(x: torch.Tensor, weight: torch.Tensor, density: float
     """
     if not weight.numel():
         return True
-    out, in_ = weight.shape[:2]
-    last = x.permute(0, 2, 3, 1).is_contiguous()
-    each = _COPY_COST if not last else _PLACE_COST if weight.shape[2:] == (1, 1) else _LAST_COST
+    return _convolution_time(density, weight.shape, side, x.permute(0, 2, 3, 1).is_contiguous()) > 1
+
+
+def packed_convolution_time(density: float, shape: Sequence[int], side: int, last: bool, tokens: int) -> float:
+    """Time of a convolution on a CPU with packed blocks / time of the dense one, as a model says.
+
+    Args:
+        density: stored blocks / blocks.
+        shape: of the dense weight, which has entries.
+        side: outputs of a block.
+        last: whether the channels of its image lie side by side.
+        tokens: pixels of its result.
+    """
+    return _convolution_time(density, shape, side, last) + _CALL / max(tokens * math.prod(shape), 1)
+
+
+def _convolution_time(density: float, shape: Sequence[int], side: int, last: bool) -> float:
+    out, in_, *kernel = shape
+    each = _COPY_COST if not last else _PLACE_COST if kernel == [1, 1] else _LAST_COST
     kept = _KEPT_COST[0] + _KEPT_COST[1] * (16 / side) ** _KEPT_COST[2]
-    return kept * density + each * (out + in_) / weight.numel() > 1
+    return kept * density + each * (out + in_) / math.prod(shape)

@@ -30,6 +30,8 @@ __all__ = [
     "MaskedWeightBackward",
     "MaskedWeightCorrection",
     "MaskedWeightCoupling",
+    "PackedConv",
+    "PackedConvBackward",
     "PackedLinear",
     "PackedLinearBackward",
     "SampledMatmul",
@@ -319,6 +321,41 @@ class MaskedConvBackward(NamedTuple):
     groups: int
     rows: int
     columns: int
+    needs: list[bool]
+    backend: str = ""
+
+
+class PackedConv(NamedTuple):
+    """values, layout and positions are those of a `BlockSparseFilter`'s matrix, which has `out` rows.
+
+    kernel: its height and width.
+    """
+
+    x: Tensor
+    values: Tensor
+    layout: list[Tensor]
+    positions: Tensor
+    bias: Tensor | None
+    kernel: list[int]
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    out: int
+    backend: str = ""
+
+
+class PackedConvBackward(NamedTuple):
+    """`needs`: of x, values, bias."""
+
+    grad: Tensor
+    x: Tensor
+    values: Tensor
+    layout: list[Tensor]
+    positions: Tensor
+    kernel: list[int]
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
     needs: list[bool]
     backend: str = ""
 

@@ -10,12 +10,14 @@ import torch
 
 from spartan_kernels import dispatch, ops
 from spartan_kernels.block_sparse import BlockSparseWeight
+from spartan_kernels.block_sparse_filter import BlockSparseFilter
 from spartan_kernels.layout import BlockLayout
 from spartan_kernels.operands import (
     AddBlockSigns,
     MaskedConvBackward,
     MaskedLinearBackward,
     MaskedWeightBackward,
+    PackedConvBackward,
     PackedLinearBackward,
     SoftTopk,
     SoftTopkBackward,
@@ -23,6 +25,7 @@ from spartan_kernels.operands import (
     SoftTopkGlobalBackward,
 )
 from spartan_kernels.ops.block_sparse import block_sparse_linear_backward
+from spartan_kernels.ops.block_sparse_conv import block_sparse_conv2d_backward
 from spartan_kernels.ops.masked_conv import masked_conv2d_backward
 from spartan_kernels.ops.masked_matmul import masked_linear_backward
 from spartan_kernels.ops.masked_weight import add_block_signs_, masked_weight_backward, masked_weight_backward_
@@ -74,12 +77,15 @@ def make_inputs(seed: int = 0) -> Inputs:
         "filter_gate": draw(3, 3, 3, 2).clamp(0.0),
         "grad_image": draw(2, 37, 5, 3),
     }
-    return inputs | {"packed": _pack(inputs)}
+    return inputs | _pack(inputs)
 
 
-def _pack(inputs: Inputs) -> BlockSparseWeight:
-    """The weight's chosen blocks. Packing waits for the device: it counts them."""
-    return BlockSparseWeight.from_dense(inputs["weight"], _BLOCK, inputs["hard"])
+def _pack(inputs: Inputs) -> Inputs:
+    """The chosen blocks of both weights. Packing waits for the device: it counts them."""
+    return {
+        "packed": BlockSparseWeight.from_dense(inputs["weight"], _BLOCK, inputs["hard"]),
+        "packed_filter": BlockSparseFilter.from_dense(inputs["filter"], _BLOCK, inputs["filter_gate"] != 0),
+    }
 
 
 def probes() -> list[Probe]:
@@ -136,6 +142,12 @@ def probes() -> list[Probe]:
         operands = i["image"], i["filter"], i["filter_gate"], i["filter_gate"] != 0, i["filter_gate"] != 0
         return masked_conv2d_backward(MaskedConvBackward._make((i["grad_image"], *operands, *settings, b)))
 
+    def packed_convolution_backward(i: Inputs, b: str) -> Any:
+        p = i["packed_filter"]
+        operands = i["image"], p.values, p.matrix.layout.tensors(), p.matrix.positions
+        settings = list(p.kernel_size), [2, 2], [1, 0], [1, 1], [True] * 3
+        return block_sparse_conv2d_backward(PackedConvBackward._make((i["grad_image"], *operands, *settings, b)))
+
     block = _BLOCK
     calls: dict[str, Call] = {
         "soft_topk_forward": lambda i, b: ops.soft_topk(i["values"], i["budget"], i["costs"], i["beta"], backend=b),
@@ -175,6 +187,10 @@ def probes() -> list[Probe]:
             i["image"], i["filter"], i["filter_gate"], block, None, 2, (1, 0), backend=b
         ),
         "masked_conv2d_backward": convolution_backward,
+        "block_sparse_conv2d_forward": lambda i, b: ops.block_sparse_conv2d(
+            i["image"], i["packed_filter"], None, 2, (1, 0), backend=b
+        ),
+        "block_sparse_conv2d_backward": packed_convolution_backward,
         "block_layout": layout,
     }
     return [Probe(operator, calls[operator]) for operator in dispatch.SUPPORT]
@@ -209,6 +225,6 @@ def inputs_on(inputs: Inputs, device: str) -> Inputs:
     moved = {
         name: t.to(device) if t.dtype == torch.bool or name in scalars else t.to(device, torch.float32)
         for name, t in inputs.items()
-        if name != "packed"
+        if not name.startswith("packed")
     }
-    return moved | {"packed": _pack(moved)}
+    return moved | _pack(moved)

@@ -155,7 +155,7 @@ def test_packed_layers_of_another_shape_leave_the_parameter_alone() -> None:
         layer.load_packed(BlockSparseWeight.from_dense(torch.randn(48, 32), 16))
 
 
-def test_a_packed_file_needs_linear_layers_to_load_into(tmp_path: Path) -> None:
+def test_a_packed_file_needs_layers_that_can_be_packed(tmp_path: Path) -> None:
     class Mine(nn.Linear):
         pass
 
@@ -163,7 +163,7 @@ def test_a_packed_file_needs_linear_layers_to_load_into(tmp_path: Path) -> None:
     model = pruned(0, 64, 48)
     model[0] = Mine(64, 48)
     before = model[0].weight.clone()
-    with pytest.raises(ValueError, match=r"another model: '0.weight' is packed, the model has no linear layer for it"):
+    with pytest.raises(ValueError, match=r"another model: '0.weight' is packed, the model has no layer that can be"):
         spartan.load_pretrained(model, tmp_path)
     assert torch.equal(model[0].weight, before)
 

@@ -167,7 +167,7 @@ def test_layers_that_are_not_packed_are_named_with_the_reason() -> None:
             "second": nn.Linear(32, 32, bias=False),
             "hooked": nn.Linear(32, 32),
             "full": nn.Linear(32, 32),
-            "conv": nn.Conv2d(32, 32, 1),
+            "conv": nn.Conv1d(32, 32, 1),
             "packed": nn.Linear(32, 32),
             "table": nn.Embedding(32, 32),
         }
@@ -184,7 +184,7 @@ def test_layers_that_are_not_packed_are_named_with_the_reason() -> None:
         "first.weight": "it is shared with second.weight",
         "hooked.weight": "its layer has hooks",
         "full.weight": "it has no zeros" if COMPILED else "no block of 8 x 8 is all zeros",
-        "conv.weight": "it is of a convolution",
+        "conv.weight": "it is of a Conv1d, not of a Conv2d",
         "packed.weight": None,
     }
     assert {name: reason for name, (_, reason) in rows(model).items()} == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from spartan.budgets import CostModel, FLOPs, LatencyTable
 from spartan.functional import (
+    block_sparse_conv2d,
     block_sparse_linear,
     hard_topk,
     masked_conv2d,
@@ -55,7 +56,7 @@ from spartan.saving.semi_structured import to_semi_structured
 from spartan.sltrain import SLTrainLinear, merge_sltrain, to_sltrain
 from spartan.sparsifier import Group, History, Sparsifier, finalize, scalars_to
 from spartan.tuning import tune
-from spartan_kernels import BlockLayout, BlockSparseWeight, __version__, backend, checks, info
+from spartan_kernels import BlockLayout, BlockSparseFilter, BlockSparseWeight, __version__, backend, checks, info
 
 __all__ = [
     "ADMM",
@@ -68,6 +69,7 @@ __all__ = [
     "SRSTE",
     "WGSEF",
     "BlockLayout",
+    "BlockSparseFilter",
     "BlockSparseWeight",
     "CostModel",
     "DSnoT",
@@ -97,6 +99,7 @@ __all__ = [
     "Wanda",
     "__version__",
     "backend",
+    "block_sparse_conv2d",
     "block_sparse_linear",
     "checks",
     "describe_pretrained",

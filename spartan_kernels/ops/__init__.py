@@ -7,6 +7,7 @@ from spartan_kernels.calls import OPERATORS, Operator
 from spartan_kernels.ops._problem import as_in_autocast
 from spartan_kernels.ops._shards import is_dtensor, joint_group
 from spartan_kernels.ops.block_sparse import block_sparse_linear
+from spartan_kernels.ops.block_sparse_conv import block_sparse_conv2d
 from spartan_kernels.ops.hard_topk import hard_topk, hard_topk_global
 from spartan_kernels.ops.masked_conv import masked_conv2d
 from spartan_kernels.ops.masked_matmul import masked_linear, sampled_matmul
@@ -27,6 +28,7 @@ __all__ = [
     "block_costs",
     "block_grid",
     "block_scores",
+    "block_sparse_conv2d",
     "block_sparse_linear",
     "checks",
     "expand_blocks",

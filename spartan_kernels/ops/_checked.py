@@ -28,6 +28,8 @@ from spartan_kernels.operands import (
     MaskedWeightBackward,
     MaskedWeightCorrection,
     MaskedWeightCoupling,
+    PackedConv,
+    PackedConvBackward,
     PackedLinear,
     PackedLinearBackward,
     SampledMatmul,
@@ -242,14 +244,24 @@ def _sampled(o: SampledMatmul) -> None:
 
 
 def _packed(o: PackedLinear | PackedLinearBackward, out: int) -> None:
-    x, values, layout, positions = o.x, o.values, o.layout, o.positions
+    x, values = o.x, o.values
     _activation(o.activation)
     _number("out", out, 0)
-    _tensor("values", values, values.shape if values.dim() == 3 and all(values.shape[1:]) else ("n", "r", "c"), _FLOAT)
+    _blocks_stored(values)
     if x.dim() < 1:
         raise ValueError(f"x must have shape [..., in]; got {tuple(x.shape)}")
     _tensor("x", x, None, values.dtype, values.device)
-    grid = block_grid((out, x.shape[-1]), (values.shape[1], values.shape[2]))
+    _stored(o, (out, x.shape[-1]))
+
+
+def _blocks_stored(values: Any) -> None:
+    _tensor("values", values, values.shape if values.dim() == 3 and all(values.shape[1:]) else ("n", "r", "c"), _FLOAT)
+
+
+def _stored(o: PackedLinear | PackedLinearBackward | PackedConv | PackedConvBackward, shape: tuple[int, int]) -> None:
+    """Raise unless layout and positions are the index of the values in a matrix of this shape."""
+    values, layout, positions = o.values, o.layout, o.positions
+    grid = block_grid(shape, (values.shape[1], values.shape[2]))
     _index("layout", layout, grid, values, values.shape[0])
     _tensor("positions", positions, values.shape[:1], torch.int32, values.device)
     _side_by_side("positions", positions)
@@ -295,19 +307,24 @@ def _convolution(o: MaskedConv | MaskedConvBackward) -> tuple[int, ...]:
     _number("groups", groups, 1)
     if weight.shape[0] % groups:
         raise ValueError(f"groups must divide {weight.shape[0]} outputs; got {groups}")
+    channels = (x.shape[0], weight.shape[1] * groups, *x.shape[2:]) if x.dim() == 4 else ("n", "in", "h", "w")
+    _tensor("x", x, channels, weight.dtype, weight.device)
+    return (x.shape[0], weight.shape[0], *_result_size(o, weight.shape[2:]))
+
+
+def _result_size(o: Any, kernels: Sequence[int]) -> list[int]:
+    """Height and width of a convolution's result."""
     for name, pair, least in (("stride", o.stride, 1), ("padding", o.padding, 0), ("dilation", o.dilation, 1)):
         _length(name, pair, 2)
         for side in pair:
             _number(name, side, least)
-    channels = (x.shape[0], weight.shape[1] * groups, *x.shape[2:]) if x.dim() == 4 else ("n", "in", "h", "w")
-    _tensor("x", x, channels, weight.dtype, weight.device)
     spatial = [
         (size + 2 * p - d * (kernel - 1) - 1) // s + 1
-        for size, p, d, kernel, s in zip(x.shape[2:], o.padding, o.dilation, weight.shape[2:], o.stride, strict=True)
+        for size, p, d, kernel, s in zip(o.x.shape[2:], o.padding, o.dilation, kernels, o.stride, strict=True)
     ]
     if min(spatial) < 1:
-        raise ValueError(f"x must be at least as large as the kernel; got {tuple(x.shape)} for {tuple(weight.shape)}")
-    return (x.shape[0], weight.shape[0], *spatial)
+        raise ValueError(f"x must be at least as large as the kernel; got {tuple(o.x.shape)} for {tuple(kernels)}")
+    return spatial
 
 
 def _convolution_forward(o: MaskedConv) -> None:
@@ -319,6 +336,33 @@ def _convolution_forward(o: MaskedConv) -> None:
 def _convolution_backward(o: MaskedConvBackward) -> None:
     _tensor("grad", o.grad, _convolution(o), o.weight.dtype, o.weight.device)
     _length("needs", o.needs, 4)
+
+
+def _packed_convolution(o: PackedConv | PackedConvBackward, out: int) -> tuple[int, ...]:
+    """The shape of the result."""
+    x, kernel = o.x, o.kernel
+    _length("kernel", kernel, 2)
+    for side in kernel:
+        _number("kernel", side, 1)
+    _number("out", out, 0)
+    _blocks_stored(o.values)
+    _tensor("x", x, x.shape if x.dim() == 4 else ("n", "in", "h", "w"), o.values.dtype, o.values.device)
+    columns = o.values.shape[2]
+    _stored(o, (out, kernel[0] * kernel[1] * (x.shape[1] + -x.shape[1] % columns)))
+    return (x.shape[0], out, *_result_size(o, kernel))
+
+
+def _packed_convolution_forward(o: PackedConv) -> None:
+    _packed_convolution(o, o.out)
+    if o.bias is not None:
+        _tensor("bias", o.bias, (o.out,), o.values.dtype, o.values.device)
+
+
+def _packed_convolution_backward(o: PackedConvBackward) -> None:
+    _length("needs", o.needs, 3)
+    if o.grad.dim() != 4:
+        raise ValueError(f"grad must have shape [n, out, h, w]; got {tuple(o.grad.shape)}")
+    _tensor("grad", o.grad, _packed_convolution(o, o.grad.shape[1]), o.values.dtype, o.values.device)
 
 
 # --- top-k
@@ -414,6 +458,8 @@ CHECKS: dict[str, Callable[..., Any]] = {
     "sampled_matmul_forward": _sampled,
     "block_sparse_linear_forward": _packed_forward,
     "block_sparse_linear_backward": _packed_backward,
+    "block_sparse_conv2d_forward": _packed_convolution_forward,
+    "block_sparse_conv2d_backward": _packed_convolution_backward,
     "masked_conv2d_forward": _convolution_forward,
     "masked_conv2d_backward": _convolution_backward,
     "block_layout": _layout,

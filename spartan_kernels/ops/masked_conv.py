@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from spartan_kernels.torch_private import transforms_active
 
 
 def _fake_forward(o: MaskedConv) -> Any:
-    shape = _output_size(o.x.shape, o.weight.shape, o.stride, o.padding, o.dilation)
+    shape = output_size(o.x.shape, o.weight.shape, o.stride, o.padding, o.dilation)
     return o.x.new_empty(shape).to(memory_format=memory_format(o.x))
 
 
@@ -29,7 +30,8 @@ def _fake_backward(o: MaskedConvBackward) -> Any:
     ]
 
 
-def _output_size(x: Any, weight: Any, stride: Any, padding: Any, dilation: Any) -> tuple[Any, ...]:
+def output_size(x: Any, weight: Any, stride: Any, padding: Any, dilation: Any) -> tuple[Any, ...]:
+    """The shape of the result, from those of image and weight."""
     spatial = (
         (size + 2 * p - d * (kernel - 1) - 1) // s + 1
         for size, kernel, s, p, d in zip(x[2:], weight[2:], stride, padding, dilation, strict=True)
@@ -162,8 +164,13 @@ def masked_conv2d(
     require_float("weight", weight)
     x, weight = in_autocast(x), in_autocast(weight)
     bias = None if bias is None else in_autocast(bias)
-    geometry = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
-    _require_image(x, weight, groups, *geometry)
+    geometry = pair("stride", stride, 1), pair("padding", padding, 0), pair("dilation", dilation, 1)
+    require_image(x, weight.shape, groups, *geometry)
+    if (x.dtype, x.device) != (weight.dtype, weight.device):
+        raise ValueError(
+            f"x and weight must share a dtype and a device; got x {x.dtype} on {x.device}, weight {weight.dtype} on"
+            f" {weight.device}"
+        )
     require_bias(bias, x, weight.shape[0])
     require_float("gate", gate)
     for name, grid in (("gate", gate), ("forward_mask", forward_mask), ("backward_mask", backward_mask)):
@@ -178,44 +185,43 @@ def masked_conv2d(
     return y if x.dim() == 4 else y[0]
 
 
-def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
+def pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
+    """(height, width) from an int or both.
+
+    Raises:
+        ValueError: another number of ints, or one that is smaller than `least`.
+    """
     pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) != 2 or not all(isinstance(side, int) and side >= least for side in pair):
         raise ValueError(f"{name} must be an int of at least {least} or a pair of them; got {value!r}")
     return pair[0], pair[1]
 
 
-def _require_image(
+def require_image(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Sequence[int],
     groups: int,
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
 ) -> None:
-    """Raise unless the convolution of x with `weight` is defined."""
-    if weight.dim() != 4 or x.dim() not in (3, 4) or 0 in weight.shape[2:]:
+    """Raise unless the convolution of x with a weight of this shape is defined."""
+    if len(weight) != 4 or x.dim() not in (3, 4) or 0 in weight[2:]:
         raise ValueError(
             f"x must be [batch, in, height, width] or [in, height, width] and weight [out, in, height, width];"
-            f" got x {tuple(x.shape)} and weight {tuple(weight.shape)}"
+            f" got x {tuple(x.shape)} and weight {tuple(weight)}"
         )
-    if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
-        raise ValueError(f"groups must be a positive int that divides out = {weight.shape[0]}; got {groups!r}")
-    if x.shape[-3] != weight.shape[1] * groups:
+    if not isinstance(groups, int) or groups < 1 or weight[0] % groups:
+        raise ValueError(f"groups must be a positive int that divides out = {weight[0]}; got {groups!r}")
+    if x.shape[-3] != weight[1] * groups:
         raise ValueError(
-            f"x must have {weight.shape[1] * groups} channels for weight {tuple(weight.shape)} and groups {groups};"
+            f"x must have {weight[1] * groups} channels for weight {tuple(weight)} and groups {groups};"
             f" got x {tuple(x.shape)}"
         )
-    if (x.dtype, x.device) != (weight.dtype, weight.device):
-        raise ValueError(
-            f"x and weight must share a dtype and a device; got x {x.dtype} on {x.device}, weight {weight.dtype} on"
-            f" {weight.device}"
-        )
-    size = _output_size((1, 0, *x.shape[-2:]), weight.shape, stride, padding, dilation)[2:]
+    size = output_size((1, 0, *x.shape[-2:]), weight, stride, padding, dilation)[2:]
     if min(size) < 1:
         raise ValueError(
-            f"weight {tuple(weight.shape)} with dilation {dilation} must fit into x {tuple(x.shape)} with padding"
-            f" {padding}"
+            f"weight {tuple(weight)} with dilation {dilation} must fit into x {tuple(x.shape)} with padding {padding}"
         )
 
 

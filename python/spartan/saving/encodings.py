@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from spartan_kernels import BlockSparseWeight
+from spartan_kernels import BlockSparseFilter, BlockSparseWeight
 from spartan_kernels.arguments import block_shape
 
 __all__ = ["ENCODINGS", "Packed", "block_activity", "expected_parts", "pack", "pack_blocks", "unpack", "unpack_blocks"]
@@ -113,28 +113,34 @@ def unpack(packed: Packed, shape: torch.Size, dtype: torch.dtype) -> torch.Tenso
     return flat.view(shape)
 
 
-def pack_blocks(weight: BlockSparseWeight) -> Packed:
+def pack_blocks(weight: BlockSparseWeight | BlockSparseFilter) -> Packed:
     """The stored blocks of a packed weight, or its values alone where these are fewer and tell the blocks."""
     values = weight.values.detach().cpu()
-    blocks = Packed(
-        "blocks", {"bitmap": _to_bitmap(weight.layout.mask().cpu()), "values": values.clone()}, weight.block_size
-    )
+    active = (weight.mask() if isinstance(weight, BlockSparseFilter) else weight.layout.mask()).cpu()
+    if isinstance(weight, BlockSparseFilter):  # in the order of the grid
+        values = _tiles(weight.to_dense().detach().cpu(), weight.block_size)[active]
+    blocks = Packed("blocks", {"bitmap": _to_bitmap(active), "values": values.clone()}, weight.block_size)
     if not bool((values != 0).flatten(1).any(1).all()):  # a block of zeros is known by nothing else
         return blocks
     smallest = pack(weight.to_dense().detach().cpu(), weight.block_size)
     return smallest if smallest.nbytes < blocks.nbytes else blocks
 
 
-def unpack_blocks(packed: Packed, shape: torch.Size, dtype: torch.dtype) -> BlockSparseWeight:
+def unpack_blocks(packed: Packed, shape: torch.Size, dtype: torch.dtype) -> BlockSparseWeight | BlockSparseFilter:
     """The packed weight of this shape and dtype that "blocks" are of.
 
     Raises:
         ValueError: parts that do not fit the shape, the dtype or one another.
     """
     values = packed.parts["values"]
-    if values.dtype != dtype or len(shape) != 2:
-        raise ValueError(f"values are {values.dtype} of a weight of shape {tuple(shape)}, not {dtype} of a matrix")
+    if values.dtype != dtype or len(shape) not in (2, 4):
+        raise ValueError(
+            f"values are {values.dtype} of a weight of shape {tuple(shape)}, not {dtype} of a matrix or 2-d convolution"
+        )
     active = _active_blocks(packed, shape)
+    if len(shape) == 4:
+        assert packed.block_size is not None
+        return BlockSparseFilter.from_dense(_unpack_blocks(packed, shape), packed.block_size, active)
     offsets = functional.pad(active.sum(1).cumsum(0), (1, 0))
     return BlockSparseWeight.from_blocks(values, offsets, active.nonzero()[:, 1], (shape[0], shape[1]))
 

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from spartan.nn import BlockSparseLinear
+from spartan.nn import BlockSparseLinear, PackedLayer
 from spartan.nn.kinds import is_transformers_linear
 from spartan.nn.wrappers import unwrapped
 from spartan.saving.encodings import Packed, pack, pack_blocks, unpack, unpack_blocks
@@ -26,8 +26,8 @@ from spartan.saving.folder import (
     saved_weights,
     write_files,
 )
-from spartan.saving.packing import replace_modules
-from spartan_kernels import BlockSparseWeight
+from spartan.saving.packing import PackedWeight, can_be_packed, packed_layer, packed_weight, replace_modules
+from spartan_kernels import BlockSparseFilter, BlockSparseWeight
 
 __all__ = [
     "CONFIG_FILE",
@@ -39,7 +39,7 @@ __all__ = [
     "sparsity_of",
 ]
 
-_Value: TypeAlias = "torch.Tensor | BlockSparseWeight"
+_Value: TypeAlias = "torch.Tensor | PackedWeight"
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,12 @@ def save_pretrained(
     for name, value in state.items():
         tied_to = None if dense else first.setdefault(_memory(value), name)
         packed = _encoded(value, block_size, dense) if tied_to in (None, name) else None
-        is_parameter = name in parameters or isinstance(value, BlockSparseWeight)
+        packed_before = not isinstance(value, torch.Tensor)
+        is_parameter = name in parameters or packed_before
         entry = Entry("tied", tuple(value.shape), dtype_name(_values(value)), is_parameter, tied_to=tied_to)
         if packed is not None:
-            runs_packed = isinstance(value, BlockSparseWeight) and not dense
-            size = value.block_size if isinstance(value, BlockSparseWeight) and not dense else packed.block_size
+            runs_packed = packed_before and not dense
+            size = value.block_size if not isinstance(value, torch.Tensor) and not dense else packed.block_size
             entry = Entry(packed.encoding, entry.shape, entry.dtype, is_parameter, size, runs_packed)
         saved[name] = entry, packed
     write_files(Path(directory), saved)
@@ -126,12 +127,12 @@ def save_pretrained(
 def load_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
     """Load what `save_pretrained` saved into a model of the same architecture, bit for bit.
 
-    A layer that ran on packed blocks when it was saved does so again, whether it is an `nn.Linear` in `model` or packed
-    itself; a packed layer of `model` that was saved dense is packed anew, in its own block size. Everything is read and
+    A layer that ran on packed blocks when it was saved does so again, whether it is plain in `model` or packed itself;
+    a packed layer of `model` that was saved dense is packed anew, in its own block size. Everything is read and
     checked before the model is touched.
 
     Returns:
-        `model`, or its replacement where it is an `nn.Linear` itself and was saved packed.
+        `model`, or its replacement where it is a layer itself and was saved packed.
 
     Raises:
         ValueError: a file that is missing, damaged, truncated or of an unknown format, or of another model;
@@ -144,26 +145,28 @@ def load_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> nn.M
     layers = {_weight_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
     tensors: dict[str, torch.Tensor] = {}
     replacements: dict[int, nn.Module] = {}
-    renewed: list[tuple[BlockSparseLinear, BlockSparseWeight]] = []
+    renewed: list[tuple[PackedLayer, BlockSparseWeight]] = []
     for name, value in _decoded(entries, path).items():
         mine = own[name]
         if isinstance(value, torch.Tensor) and isinstance(mine, torch.Tensor):
             tensors[name] = value
             continue
         if isinstance(value, torch.Tensor):
-            assert isinstance(mine, BlockSparseWeight)
-            value = BlockSparseWeight.from_dense(value, mine.block_size)
+            assert not isinstance(mine, torch.Tensor)
+            value = packed_weight(value, mine.block_size)
         layer = layers.get(name)
-        if is_transformers_linear(layer) or (isinstance(layer, BlockSparseLinear) and layer.by_inputs):
+        by_inputs = is_transformers_linear(layer) or (isinstance(layer, BlockSparseLinear) and layer.by_inputs)
+        if by_inputs and isinstance(value, BlockSparseWeight):
             value = value.transposed()
-        if isinstance(layer, BlockSparseLinear) and layer.values.shape == value.values.shape:
-            renewed.append((layer, value))  # the parameter stays the one that an optimizer may have
-        elif isinstance(layer, BlockSparseLinear) or type(layer) is nn.Linear or is_transformers_linear(layer):
-            replacements[id(layer)] = BlockSparseLinear.replacing(layer, value)
+        if isinstance(layer, PackedLayer) and layer.values.shape == value.values.shape:
+            matrix = value.matrix if isinstance(value, BlockSparseFilter) else value
+            renewed.append((layer, matrix))  # the parameter stays the one that an optimizer may have
+        elif layer is not None and can_be_packed(layer, value):
+            replacements[id(layer)] = packed_layer(layer, value)
         else:
-            raise ValueError(f"{path} is of another model: {name!r} is packed, the model has no linear layer for it")
-    for layer, value in renewed:
-        layer.load_packed(value)
+            raise ValueError(f"{path} is of another model: {name!r} is packed, the model has no layer that can be")
+    for packed, matrix in renewed:
+        packed.load_packed(matrix)
     loaded = replace_modules(model, replacements)
     loaded.load_state_dict(tensors, strict=False)  # names and shapes are those of the model: checked above
     return given if loaded is model else loaded
@@ -203,7 +206,7 @@ def _state(model: nn.Module) -> dict[str, _Value]:
     """The model's state, where packed layers have a weight instead of blocks and their index."""
     state: dict[str, _Value] = model.state_dict()
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, BlockSparseLinear):
+        if isinstance(module, PackedLayer):
             weight = _weight_name(name)
             for own in module.packed_names:
                 del state[weight.removesuffix("weight") + own]
@@ -216,7 +219,7 @@ def _weight_name(module: str) -> str:
 
 
 def _values(value: _Value) -> torch.Tensor:
-    return value.values if isinstance(value, BlockSparseWeight) else value
+    return value if isinstance(value, torch.Tensor) else value.values
 
 
 def _memory(value: _Value) -> Any:
@@ -227,7 +230,7 @@ def _memory(value: _Value) -> Any:
 
 
 def _require_savable(name: str, value: Any) -> None:
-    if not isinstance(value, (torch.Tensor, BlockSparseWeight)):
+    if not isinstance(value, (torch.Tensor, BlockSparseWeight, BlockSparseFilter)):
         raise ValueError(f"state {name!r} is a {type(value).__name__}; only tensors can be saved")
     tensor = _values(value)
     if dtype_name(tensor) not in DTYPES:
@@ -239,7 +242,7 @@ def _require_savable(name: str, value: Any) -> None:
 
 
 def _encoded(value: _Value, block_size: int | tuple[int, int] | None, dense: bool) -> Packed:
-    if isinstance(value, BlockSparseWeight):
+    if not isinstance(value, torch.Tensor):
         if not dense:
             return pack_blocks(value)
         value = value.to_dense()
@@ -259,7 +262,7 @@ def _decoded(entries: dict[str, Entry], path: Path) -> dict[str, _Value]:
                 continue
             values[name] = value = unpack(packed, shape, dtype)
             if entry.packed and entry.block_size is not None:
-                values[name] = BlockSparseWeight.from_dense(value, entry.block_size)
+                values[name] = packed_weight(value, entry.block_size)
         except ValueError as error:
             raise ValueError(f"{path}: {name!r}: {error}") from error
     tied = {name: values[entry.tied_to] for name, entry in entries.items() if entry.tied_to is not None}

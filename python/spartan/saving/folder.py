@@ -103,7 +103,8 @@ def _valid(found: dict[str, Any]) -> bool:
     if not isinstance(found["shape"], list):
         return False
     size = found["block_size"]
-    sized = (blocks and len(found["shape"]) >= 2) or (not tied and found["packed"] is True and len(found["shape"]) == 2)
+    dims = len(found["shape"])
+    sized = (blocks and dims >= 2) or (not tied and found["packed"] is True and dims in (2, 4))
     return (
         (tied or found["encoding"] in ENCODINGS)
         and found["dtype"] in DTYPES

@@ -1,27 +1,41 @@
-"""A finalized model whose linear layers run on packed blocks, and what is said of the layers that do not."""
+"""A finalized model whose layers run on packed blocks, and what is said of those that do not."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import nn
 
 from spartan.distributed import own_class
-from spartan.nn import BlockSparseLinear
+from spartan.nn import BlockSparseConv2d, BlockSparseLinear, PackedLayer
 from spartan.nn.kinds import is_convolution, is_norm, is_transformers_linear
 from spartan.nn.selection import Candidate, find_weights
 from spartan.saving.encodings import block_activity
 from spartan.saving.tables import text_table
-from spartan_kernels import BlockSparseWeight
-from spartan_kernels.arguments import block_shape
-from spartan_kernels.break_even import dense_wins, packed_time
+from spartan_kernels import BlockSparseFilter, BlockSparseWeight
+from spartan_kernels.arguments import block_shape, memory_format
+from spartan_kernels.break_even import dense_wins, packed_convolution_time, packed_time
 from spartan_kernels.dispatch import refusal
 
-__all__ = ["PackingReport", "PackingRow", "packing_report", "replace_modules", "to_block_sparse", "to_dense"]
+__all__ = [
+    "PackedWeight",
+    "PackingReport",
+    "PackingRow",
+    "can_be_packed",
+    "packed_layer",
+    "packed_weight",
+    "packing_report",
+    "replace_modules",
+    "to_block_sparse",
+    "to_dense",
+]
+
+PackedWeight: TypeAlias = "BlockSparseWeight | BlockSparseFilter"
 
 # blocks to choose from; those of few weights where the compiled CPU kernels serve
 _SQUARES = tuple((side, side) for side in (128, 64, 32, 16, 8))
@@ -85,32 +99,34 @@ class _Choice:
     """What becomes of a weight: packed, or dense for a reason; `hidden` if packing it would have been faster."""
 
     candidate: Candidate
-    packed: BlockSparseWeight | None = None
+    packed: PackedWeight | None = None
     reason: str = ""
     hidden: bool = False
-    present: BlockSparseLinear | None = None
+    present: PackedLayer | None = None
 
 
 def to_block_sparse(
     model: nn.Module, block_size: int | tuple[int, int] | None = None, *, tokens: int = 128
 ) -> nn.Module:
-    """Replace each linear layer that has blocks of zeros by one on packed blocks, in place.
+    """Replace each linear layer and 2-d convolution that has blocks of zeros by one on packed blocks, in place.
 
-    Linear layers are exact `nn.Linear` and the `Conv1D` of Hugging Face's transformers. Others stay as they are:
-    subclasses, layers with hooks, layers that share their weight, what `MultiheadAttention` reads itself, convolutions.
+    Linear layers are exact `nn.Linear` and the `Conv1D` of Hugging Face's transformers; convolutions are exact
+    `nn.Conv2d` of one group, padded by zeros, where the compiled CPU kernels serve them. Others stay as they are:
+    subclasses, layers with hooks, layers that share their weight, what `MultiheadAttention` reads itself.
     A warning names those whose blocks of zeros are not made use of; `packing_report` says why each layer is dense.
 
     Args:
         model: plain modules, after `Sparsifier.finalize()`.
         block_size: an int or (rows, columns) of (outputs, inputs): layers are packed unless all blocks are kept or
             `spartan.tune` measured the dense product as faster. None: for each layer the largest block whose product
-            takes about the least time, and none where the dense one takes less or is smaller. Squares of 8 to 128, on
-            CPUs also (4, 1) and single weights; as measured by `spartan.tune`, else by a model of a CPU with AVX2.
-        tokens: rows of the input that a layer sees in a call, which that choice is for: a call with few, or of a small
-            layer, takes its time whatever is multiplied.
+            takes about the least time, and none where the dense one takes less or is smaller. Squares of 8 to 128, of
+            linear layers on CPUs also (4, 1) and single weights; as measured by `spartan.tune`, else by a model of a
+            CPU; for convolutions always by a model, which reads from the weight whether channels lie last in memory.
+        tokens: rows of the input that a layer sees in a call, pixels of the result of a convolution, which that choice
+            is for: a call with few, or of a small layer, takes its time whatever is multiplied.
 
     Returns:
-        `model`, or its replacement where it is a linear layer itself.
+        `model`, or its replacement where it is such a layer itself.
 
     Raises:
         ValueError: a model that is still masked, by name; a block size or tokens that are not positive.
@@ -120,20 +136,18 @@ def to_block_sparse(
     if left:
         warnings.warn(f"these weights have blocks of zeros but are multiplied densely: {', '.join(left)}", stacklevel=2)
     packed = [(choice.candidate.uses[0].module, choice.packed) for choice in choices]
-    return replace_modules(
-        model, {id(module): BlockSparseLinear.replacing(module, p) for module, p in packed if p is not None}
-    )
+    return replace_modules(model, {id(module): packed_layer(module, p) for module, p in packed if p is not None})
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """Undo `to_block_sparse` in memory: each packed layer becomes a linear layer with its dense weight, in place.
+    """Undo `to_block_sparse` in memory: each packed layer becomes the plain one with its dense weight, in place.
 
     For tools that know no packed layers, such as ONNX or quantisation.
 
     Returns:
         `model`, or its replacement where it is a packed layer itself.
     """
-    packed = [module for module in model.modules() if isinstance(module, BlockSparseLinear)]
+    packed = [module for module in model.modules() if isinstance(module, PackedLayer)]
     return replace_modules(model, {id(module): module.dense() for module in packed})
 
 
@@ -149,14 +163,36 @@ def packing_report(
     for choice in _choices(model, block_size, tokens):
         candidate, packed = choice.candidate, choice.packed
         if choice.present is not None:
-            packed = choice.present.packed
-            name = candidate.name.removesuffix("values") + "weight"
-            rows.append(_row(name, packed, tokens))
+            present = choice.present
+            packed = present.packed if isinstance(present, BlockSparseLinear) else present.stored
+            name, last = candidate.name.removesuffix("values") + "weight", getattr(present, "channels_last", False)
+            rows.append(_row(name, packed, tokens, last))
         elif packed is not None:
-            rows.append(_row(candidate.name, packed, tokens))
+            rows.append(_row(candidate.name, packed, tokens, _channels_last(candidate.weight)))
         else:
             rows.append(PackingRow(candidate.name, tuple(candidate.weight.shape), None, 1.0, choice.reason))
     return PackingReport(tuple(rows))
+
+
+def packed_weight(weight: torch.Tensor, block_size: tuple[int, int]) -> PackedWeight:
+    """The blocks of a linear layer's or a convolution's weight."""
+    kind = BlockSparseFilter if weight.dim() == 4 else BlockSparseWeight
+    return kind.from_dense(weight, block_size)
+
+
+def can_be_packed(layer: nn.Module, packed: PackedWeight) -> bool:
+    """Whether `layer`, packed or not, can run on this weight, as far as its class and settings go."""
+    if isinstance(packed, BlockSparseFilter):
+        plain = type(layer) is nn.Conv2d and _unlike_plain(layer) is None
+        return plain or isinstance(layer, BlockSparseConv2d)
+    return type(layer) is nn.Linear or is_transformers_linear(layer) or isinstance(layer, BlockSparseLinear)
+
+
+def packed_layer(layer: nn.Module, packed: PackedWeight) -> PackedLayer:
+    """What stands for `layer`, packed or not, on this weight."""
+    if isinstance(packed, BlockSparseFilter):
+        return BlockSparseConv2d.replacing(layer, packed)
+    return BlockSparseLinear.replacing(layer, packed)
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
@@ -175,7 +211,7 @@ def _choices(model: nn.Module, block_size: int | tuple[int, int] | None, tokens:
     require_finalized(model)
     for candidate in find_weights(model):
         module = candidate.uses[0].module
-        if isinstance(module, BlockSparseLinear):
+        if isinstance(module, PackedLayer):
             if candidate.uses[0].parameter == "values":
                 yield _Choice(candidate, present=module)
             continue
@@ -183,7 +219,8 @@ def _choices(model: nn.Module, block_size: int | tuple[int, int] | None, tokens:
             continue
         kind = unpackable(candidate)
         weight = candidate.weight.detach()
-        if weight.dim() != 2:
+        convolution = kind is None and own_class(module) is nn.Conv2d
+        if weight.dim() != 2 and not convolution:
             yield _Choice(candidate, reason=kind or "it is no matrix")
             continue
         by_outputs = weight.mT if candidate.transposed else weight
@@ -210,13 +247,26 @@ def unpackable(candidate: Candidate) -> str | None:
     for owner in (use.module, use.owner):
         if isinstance(owner, nn.MultiheadAttention):
             return "MultiheadAttention reads its weights itself"
-    if is_convolution(use.module) and not is_transformers_linear(use.module):
-        return "it is of a convolution"
-    if kind is not nn.Linear and not is_transformers_linear(use.module):
+    if isinstance(use.module, nn.Conv2d) and kind is nn.Conv2d:
+        unlike = _unlike_plain(use.module)
+        if unlike is not None:
+            return unlike
+    elif is_convolution(use.module) and not is_transformers_linear(use.module):
+        return f"it is of a {kind.__name__}, not of a Conv2d"
+    elif kind is not nn.Linear and not is_transformers_linear(use.module):
         return f"{kind.__name__} is a class of its own"
     if len(candidate.uses) > 1:
         return f"it is shared with {candidate.uses[1].name}"
     return "its layer has hooks" if _hooked(use.module) else None
+
+
+def _unlike_plain(module: nn.Conv2d) -> str | None:
+    """What a convolution does that packed ones do not; None if nothing."""
+    if module.groups != 1:
+        return f"its convolution has {module.groups} groups"
+    if module.padding_mode != "zeros":
+        return f"its convolution pads by {module.padding_mode!r}, not by zeros"
+    return None
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -225,38 +275,52 @@ def _hooked(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in hooks)
 
 
-def _row(name: str, packed: BlockSparseWeight, tokens: int) -> PackingRow:
-    values, shape = packed.values, packed.shape
-    time = packed_time(packed.density, values.device, values.dtype, packed.block_size, tokens, shape[0] * shape[1])
-    return PackingRow(name, tuple(shape), packed.block_size, packed.density, None, 1 / time)
+def _row(name: str, packed: PackedWeight, tokens: int, last: bool) -> PackingRow:
+    time = _time(packed.density, packed.block_size, packed.values, packed.shape, tokens, last)
+    return PackingRow(name, tuple(packed.shape), packed.block_size, packed.density, None, 1 / time)
 
 
-def _packed(weight: torch.Tensor, size: tuple[int, int] | None, tokens: int) -> BlockSparseWeight | str:
+def _channels_last(weight: torch.Tensor) -> bool:
+    return weight.dim() == 4 and memory_format(weight) == torch.channels_last
+
+
+def _time(
+    density: float, size: tuple[int, int], like: torch.Tensor, shape: Sequence[int], tokens: int, last: bool
+) -> float:
+    """Time of the product with packed blocks / time of the dense one."""
+    if len(shape) == 4:
+        return packed_convolution_time(density, shape, min(size[0], shape[0]), last, tokens)
+    return packed_time(density, like.device, like.dtype, size, tokens, math.prod(shape))
+
+
+def _packed(weight: torch.Tensor, size: tuple[int, int] | None, tokens: int) -> PackedWeight | str:
     """The weight in packed blocks, or why its dense product is taken."""
     if not weight.numel():
         return "it is empty"
+    convolution = weight.dim() == 4
+    operator = "block_sparse_conv2d_forward" if convolution else "block_sparse_linear_forward"
+    refused = refusal(operator, "native", weight.device.type, weight.dtype)
+    if convolution and refused is not None:
+        return f"only the compiled CPU kernels multiply blocks of a convolution, and {refused}"
     if size is not None:
-        packed = BlockSparseWeight.from_dense(weight, size)
+        packed = packed_weight(weight, size)
         if packed.density == 1:
             return f"no block of {_named(size)} is all zeros"
-        slower = dense_wins(packed.density, weight.device, weight.dtype, size, tokens, packed=True)
+        slower = not convolution and dense_wins(packed.density, weight.device, weight.dtype, size, tokens, packed=True)
         return _slower(packed.density, size) if slower else packed
-    compiled = refusal("block_sparse_linear_forward", "native", weight.device.type, weight.dtype) is None
-    sizes = _SQUARES + _NARROW if compiled else _SQUARES
+    sizes = _SQUARES + _NARROW if refused is None and not convolution else _SQUARES
     densities = {size: _density(weight, size) for size in sizes}
-    times = {
-        size: packed_time(density, weight.device, weight.dtype, size, tokens, weight.numel())
-        for size, density in densities.items()
-    }
+    last = _channels_last(weight)
+    times = {size: _time(density, size, weight, weight.shape, tokens, last) for size, density in densities.items()}
     best = next(size for size in sizes if times[size] <= _AS_FAST * min(times.values()))
     if densities[sizes[-1]] == 1:
         return f"no block of {_named(sizes[-1])} is all zeros" if sizes[-1] != (1, 1) else "it has no zeros"
     if times[best] >= 1:
-        return f"{_slower(densities[best], best)}, with {tokens} tokens"
+        return f"{_slower(densities[best], best)}, with {tokens} {'pixels' if convolution else 'tokens'}"
     stored = densities[best] * (1 + _INDEX_BYTES / (math.prod(best) * weight.element_size()))
     if stored > 1:
         return f"its blocks of {_named(best)} with their index are larger: {stored:.0%} of it"
-    return BlockSparseWeight.from_dense(weight, best)
+    return packed_weight(weight, best)
 
 
 def _density(weight: torch.Tensor, size: tuple[int, int]) -> float:

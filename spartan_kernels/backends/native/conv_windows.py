@@ -11,6 +11,7 @@ gradient.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -112,10 +113,10 @@ class Geometry:
 
 
 def geometry(
-    x: torch.Tensor, weight: torch.Tensor, stride: list[int], padding: list[int], dilation: list[int]
+    x: torch.Tensor, kernel: Sequence[int], stride: list[int], padding: list[int], dilation: list[int]
 ) -> Geometry:
     """Where the pixels and kernel positions of a convolution lie."""
-    axes = (_Axis(*each) for each in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True))
+    axes = (_Axis(*each) for each in zip(x.shape[2:], kernel, stride, padding, dilation, strict=True))
     return Geometry(x.shape[0], *axes)
 
 

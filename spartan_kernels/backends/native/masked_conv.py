@@ -8,16 +8,16 @@ import torch
 from torch.nn import functional
 
 from spartan_kernels.arguments import memory_format
-from spartan_kernels.backends.native.block_matrix import BlockMatrix
-from spartan_kernels.backends.native.conv_windows import (
-    Geometry,
-    geometry,
-    image_of,
-    result_memory,
-    tokens_of_grad,
-    tokens_of_input,
-    windows,
+from spartan_kernels.backends.native.conv_products import (
+    Lines,
+    convolved,
+    gradient_pixels,
+    image_windows,
+    input_gradient,
+    sampled,
+    spaced,
 )
+from spartan_kernels.backends.native.conv_windows import Geometry, geometry
 from spartan_kernels.backends.native.masked_weight import masked_weight_forward
 from spartan_kernels.backends.shared import LayerNeeds, expand, parameter_gradients
 from spartan_kernels.break_even import dense_convolution_wins
@@ -26,37 +26,34 @@ from spartan_kernels.operands import MaskedConv, MaskedConvBackward, MaskedWeigh
 __all__ = ["masked_conv2d_backward", "masked_conv2d_forward"]
 
 _SAMPLED_COST = 1.5  # of a block of the weight's gradient, by what one of the product takes: measured
-_PAGE_FLOATS = 512  # rows this far apart fall into the same few places of the cache
 
 
 class _Places(NamedTuple):
     """Active blocks in the order of the lines and columns of a matrix over windows, and where they lie in it.
 
-    row, column and position are those of the weight's grid [rows, columns, kernel positions]; offsets are of lines, for
-    each block `at` is the column of blocks over windows.
+    row, column and position are those of the weight's grid [rows, columns, kernel positions].
     """
 
     row: torch.Tensor
     column: torch.Tensor
     position: torch.Tensor
-    offsets: torch.Tensor
-    at: torch.Tensor
+    lines: Lines
 
     @staticmethod
-    def for_output(active: torch.Tensor, g: Geometry, spaced: int) -> _Places:
-        """Lines are rows of blocks, over windows of x, whose pixels have `spaced` columns of blocks."""
+    def for_output(active: torch.Tensor, g: Geometry, wide: int) -> _Places:
+        """Lines are rows of blocks, over windows of x, whose pixels have `wide` columns of blocks."""
         across = active.shape[1]
-        places = [shift * spaced + phase * across for shift, phase in zip(g.shift, g.phase, strict=True)]
+        places = [shift * wide + phase * across for shift, phase in zip(g.shift, g.phase, strict=True)]
         order = torch.tensor(sorted(range(len(places)), key=places.__getitem__))
         ordered = active.flatten(2)[:, :, order].mT  # [rows, positions, columns]
         row, k, column = ordered.nonzero(as_tuple=True)
         at = torch.tensor(places)[order][k] + column
-        return _Places(row, column, order[k], _offsets(ordered), at.to(torch.int32))
+        return _Places(row, column, order[k], Lines(_offsets(ordered), at))
 
     @staticmethod
-    def for_input(active: torch.Tensor, g: Geometry, spaced: int) -> _Places:
+    def for_input(active: torch.Tensor, g: Geometry, wide: int) -> _Places:
         """Lines are columns of blocks, phase by phase, over windows of the gradient: the transposed matrix."""
-        places = [(g.reach - shift) * spaced for shift in g.shift]
+        places = [(g.reach - shift) * wide for shift in g.shift]
         order = torch.tensor(sorted(range(len(places)), key=places.__getitem__))
         ordered = active.flatten(2)[:, :, order].permute(1, 2, 0)  # [columns, positions, rows]
         if g.phases > 1:
@@ -64,7 +61,7 @@ class _Places(NamedTuple):
             ordered = (ordered & belongs[:, None, :, None]).flatten(0, 1)
         line, k, row = ordered.nonzero(as_tuple=True)
         at = torch.tensor(places)[order][k] + row
-        return _Places(row, line % active.shape[1], order[k], _offsets(ordered), at.to(torch.int32))
+        return _Places(row, line % active.shape[1], order[k], Lines(_offsets(ordered), at))
 
     def blocks(self, weight: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
         """The blocks of the weight at these places, in float32."""
@@ -78,17 +75,10 @@ class _Places(NamedTuple):
         """The gates of these blocks, [n, 1, 1] in float32."""
         return gate.flatten(2)[self.row, self.column, self.position].float()[:, None, None]
 
-    def matrix(self, blocks: torch.Tensor, shape: tuple[int, int]) -> BlockMatrix:
-        """The matrix of this shape that has these blocks; its index by columns is empty: only dx would read it."""
-        size = (blocks.shape[1], blocks.shape[2])
-        no_columns = torch.zeros(shape[1] // size[1] + 1, dtype=torch.int32)
-        none = torch.zeros_like(self.at)
-        return BlockMatrix(blocks, shape, size, [self.offsets, self.at, no_columns, none, none], positions=none)
-
 
 def _offsets(active: torch.Tensor) -> torch.Tensor:
     """How many blocks lie before each line, and in all."""
-    return functional.pad(active.flatten(1).sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    return functional.pad(active.flatten(1).sum(1).cumsum(0), (1, 0))
 
 
 def _tiles(weight: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
@@ -101,36 +91,27 @@ def _active(gate: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return gate != 0 if mask is None else (gate != 0) & mask
 
 
-def _spaced(blocks: int, size: int) -> int:
-    """Blocks of `size` channels from one pixel to the next."""
-    return blocks + (blocks * size % _PAGE_FLOATS == 0)
-
-
 def masked_conv2d_forward(o: MaskedConv) -> torch.Tensor:
     """Convolution of x with theta * gate on the active blocks, plus b."""
     _require_one_group(o.groups)
-    g, out = geometry(o.x, o.weight, o.stride, o.padding, o.dilation), o.weight.shape[0]
-    shape = (g.images, g.height.out, g.width.out, out)
+    g, out = geometry(o.x, o.weight.shape[2:], o.stride, o.padding, o.dilation), o.weight.shape[0]
+    shape = (g.images, out, g.height.out, g.width.out)
     if 0 in shape:
-        return o.x.new_empty(shape[0], out, *shape[1:3])
+        return o.x.new_empty(shape)
     rows_of_x, places = _over_windows(o.x, _active(o.gate, o.forward_mask), g, o.columns)
     blocks = places.blocks(o.weight, (o.rows, o.columns)) * places.gates(o.gate)
-    matrix = places.matrix(blocks, (out, rows_of_x.shape[1]))
-    y = result_memory(o.x, g, g.tokens, out)
-    matrix.forward(rows_of_x, None if o.bias is None else o.bias.float(), "", False, y)
-    strides = (g.height.pitch * g.width.pitch * out, g.width.pitch * out, out, 1)
-    return image_of(y.as_strided(shape, strides), o.x, g)
+    return convolved(o.x, rows_of_x, places.lines, blocks, out, o.bias, g)
 
 
 def masked_conv2d_backward(o: MaskedConvBackward) -> list[torch.Tensor]:
     """Gradients of x, weight, gate and bias; empty where not needed."""
     _require_one_group(o.groups)
-    needs, g = LayerNeeds(*o.needs), geometry(o.x, o.weight, o.stride, o.padding, o.dilation)
+    needs, g = LayerNeeds(*o.needs), geometry(o.x, o.weight.shape[2:], o.stride, o.padding, o.dilation)
     mask = o.backward_mask if needs.weight or needs.gate else None
-    sampled = mask is not None and _samples(mask, o)
-    flat = tokens_of_grad(o.grad, g, _spaced(o.gate.shape[0], o.rows) * o.rows) if needs.x or sampled else o.grad
+    on_blocks = mask is not None and _samples(mask, o)
+    flat = gradient_pixels(o.grad, g, o.gate.shape[0], o.rows) if needs.x or on_blocks else o.grad
     dweight = dgate = o.x.new_empty(0)
-    if sampled and mask is not None:
+    if on_blocks and mask is not None:
         dweight, dgate = _sampled_gradients(flat, mask, g, o)
     elif needs.weight or needs.gate:
         dweight, dgate = _dense_gradients(o)
@@ -164,9 +145,7 @@ def _samples(mask: torch.Tensor, o: MaskedConvBackward) -> bool:
 def _over_windows(x: torch.Tensor, active: torch.Tensor, g: Geometry, columns: int) -> tuple[torch.Tensor, _Places]:
     """The windows of x and the places of active blocks of the weight in a matrix over them."""
     across = active.shape[1]
-    spaced = _spaced(g.phases * across, columns)
-    flat = tokens_of_input(x, g, across * columns, spaced * columns)
-    return windows(flat, g.tokens, g.reach + 1), _Places.for_output(active, g, spaced)
+    return image_windows(x, g, across, columns), _Places.for_output(active, g, spaced(g.phases * across, columns))
 
 
 def _sampled_gradients(
@@ -176,8 +155,7 @@ def _sampled_gradients(
     x, weight, gate, block, needs = o.x, o.weight, o.gate, (o.rows, o.columns), LayerNeeds(*o.needs)
     rows_of_x, places = _over_windows(x, mask, g, block[1])
     raw = torch.empty(len(places.row), *block)
-    matrix = places.matrix(raw, (weight.shape[0], rows_of_x.shape[1]))
-    matrix.sampled(flat[g.reach : g.reach + g.tokens], rows_of_x, raw, None)
+    sampled(flat, rows_of_x, places.lines, raw, weight.shape[0], g)
     dweight = dgate = weight.new_empty(0)
     if needs.gate:
         sums = (raw.double() * places.blocks(weight, block)).sum((1, 2))
@@ -193,25 +171,13 @@ def _sampled_gradients(
 
 
 def _input_gradient(flat: torch.Tensor, g: Geometry, o: MaskedConvBackward) -> torch.Tensor:
-    """dx: transposed blocks over the upstream gradient; its outputs are the channels of x, phase by phase."""
+    """dx: from the active blocks, transposed."""
     x, weight, gate, rows, columns = o.x, o.weight, o.gate, o.rows, o.columns
     if x.numel() == 0 or flat.numel() == 0:
         return torch.zeros_like(x, memory_format=memory_format(x))
-    across = gate.shape[1]
     places = _Places.for_input(_active(gate, o.forward_mask), g, flat.shape[1] // rows)
-    rows_of_grad = windows(flat, g.pixels, g.reach + 1)
     blocks = (places.blocks(weight, (rows, columns)) * places.gates(gate)).mT.contiguous()
-    out = g.phases * across * columns
-    tokens = result_memory(x, g, g.pixels, out)
-    places.matrix(blocks, (out, rows_of_grad.shape[1])).forward(rows_of_grad, None, "", False, tokens)
-    lines, parts = g.lines(tokens), g.parts(x.shape[1], across * columns)
-    if len(parts) == 1 and x.permute(0, 2, 3, 1)[parts[0][1]].shape == x.permute(0, 2, 3, 1).shape:
-        return image_of(lines[parts[0][0]], x, g)
-    dx = torch.zeros_like(x, memory_format=memory_format(x))  # a stride may leave pixels out
-    image = dx.permute(0, 2, 3, 1)
-    for place, origin in parts:
-        image[origin].copy_(lines[place])
-    return dx
+    return input_gradient(x, flat, places.lines, blocks, gate.shape[1], g)
 
 
 def _require_one_group(groups: int) -> None:

@@ -12,23 +12,24 @@ from spartan_kernels.backends.shared import flat, packed_gradients
 from spartan_kernels.operands import PackedLinear, PackedLinearBackward
 
 
-def _rows_of(layout: list[torch.Tensor]) -> torch.Tensor:
+def rows_of(layout: list[torch.Tensor]) -> torch.Tensor:
     """The block row of each block."""
     entry = torch.arange(layout[1].shape[0], dtype=torch.int32, device=layout[0].device)
     return torch.searchsorted(layout[0][1:].contiguous(), entry, right=True)
 
 
-def _dense(values: torch.Tensor, layout: list[torch.Tensor], out: int, in_: int) -> torch.Tensor:
+def unpacked(values: torch.Tensor, layout: list[torch.Tensor], out: int, in_: int) -> torch.Tensor:
+    """The matrix [out, in] of these blocks."""
     _, rows, columns = values.shape
     grid = math.ceil(out / rows), math.ceil(in_ / columns)
     tiles = values.new_zeros(*grid, rows, columns)
-    tiles[_rows_of(layout), layout[1].long()] = values
+    tiles[rows_of(layout), layout[1].long()] = values
     return tiles.movedim(2, 1).reshape(grid[0] * rows, grid[1] * columns)[:out, :in_]
 
 
 def block_sparse_linear_forward(o: PackedLinear) -> tuple[torch.Tensor, torch.Tensor | None]:
     """act(z), z = x w^T + b with w given by its blocks, and z when it is to be saved."""
-    z = functional.linear(o.x, _dense(o.values, o.layout, o.out, o.x.shape[-1]), o.bias).contiguous()
+    z = functional.linear(o.x, unpacked(o.values, o.layout, o.out, o.x.shape[-1]), o.bias).contiguous()
     return ACTIVATIONS[o.activation](z), z if o.save else None
 
 
@@ -40,6 +41,6 @@ def block_sparse_linear_backward(o: PackedLinearBackward) -> list[torch.Tensor |
     def of_values(dz: torch.Tensor) -> torch.Tensor:
         padded = functional.pad(flat(dz).mT @ flat(o.x), (0, -in_ % columns, 0, -out % rows))
         tiles = padded.reshape(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns).movedim(1, 2)
-        return tiles[_rows_of(o.layout), o.layout[1].long()].contiguous()
+        return tiles[rows_of(o.layout), o.layout[1].long()].contiguous()
 
-    return packed_gradients(o, lambda dz: (dz @ _dense(o.values, o.layout, out, in_)).contiguous(), of_values)
+    return packed_gradients(o, lambda dz: (dz @ unpacked(o.values, o.layout, out, in_)).contiguous(), of_values)

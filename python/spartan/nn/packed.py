@@ -1,0 +1,94 @@
+"""What layers on packed blocks of their weight have in common: parameters, index and state."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from spartan_kernels import BlockLayout, BlockSparseFilter, BlockSparseWeight, block_grid
+from spartan_kernels.layout import INDEX
+
+__all__ = ["PackedLayer"]
+
+
+class PackedLayer(nn.Module):
+    """A layer on the packed blocks of a matrix.
+
+    Args:
+        matrix: the packed matrix.
+        bias: [outputs] or None.
+
+    Attributes:
+        values: parameter [blocks, rows, columns]. bias: parameter or None. The index of the blocks is in buffers.
+    """
+
+    def __init__(self, matrix: BlockSparseWeight, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.matrix_shape, self.block_size = matrix.shape, matrix.block_size
+        self.values = nn.Parameter(matrix.values.detach().clone())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        for name in INDEX:
+            self.register_buffer(name, getattr(matrix.layout, name))
+        self.register_buffer("positions", matrix.positions)
+
+    def take_modes(self, layer: Any) -> None:
+        """Follow a layer that this one replaces: its device, its mode and which of its parameters are trained."""
+        values = layer.values if isinstance(layer, PackedLayer) else layer.weight
+        self.to(values.device).train(layer.training)
+        self.values.requires_grad_(values.requires_grad)
+        if self.bias is not None and layer.bias is not None:
+            self.bias.requires_grad_(layer.bias.requires_grad)
+
+    @property
+    def packed_names(self) -> tuple[str, ...]:
+        """The names of the parameter and the buffers that make the weight."""
+        return ("values", *INDEX, "positions")
+
+    @property
+    def matrix(self) -> BlockSparseWeight:
+        """The packed matrix, whose values are the parameter itself."""
+        shape, block = self.matrix_shape, self.block_size
+        density = self.values.shape[0] / max(1, math.prod(block_grid(shape, block)))
+        a, b, c, d, e = (self.get_buffer(name) for name in INDEX)
+        return BlockSparseWeight(
+            self.values, BlockLayout(shape, block, a, b, c, d, e, density), self.get_buffer("positions")
+        )
+
+    @property
+    def stored(self) -> BlockSparseWeight | BlockSparseFilter:
+        """The packed weight, as the layer that this stands for stores it."""
+        raise NotImplementedError
+
+    def dense(self) -> nn.Module:
+        """The layer that this stands for, with a dense weight."""
+        raise NotImplementedError
+
+    def load_packed(self, packed: BlockSparseWeight) -> None:
+        """Take over a matrix of the same shape, number and size of blocks; the parameter stays the same object.
+
+        Raises:
+            ValueError: another shape, number or size of blocks.
+        """
+        if packed.shape != self.matrix_shape or packed.values.shape != self.values.shape:
+            raise ValueError(
+                f"packed must be {self.matrix_shape} in blocks of shape {tuple(self.values.shape)};"
+                f" got {packed.shape} in {tuple(packed.values.shape)}"
+            )
+        parts = (packed.values.detach(), *packed.layout.tensors(), packed.positions)
+        with torch.no_grad():
+            for name, part in zip(self.packed_names, parts, strict=True):
+                getattr(self, name).copy_(part)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Load, and refuse an index that is not one: products would read past their tensors by it."""
+        *_, error_msgs = rest
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if any(tensor.is_meta for tensor in self.state_dict().values()):
+            return
+        try:
+            self.matrix.require_valid()
+        except ValueError as error:
+            error_msgs.append(f"{prefix or 'the packed layer'}: {error}")

@@ -10,8 +10,6 @@ constexpr float kTolerance = 5e-7f;  // on the sum of a mask, relative to its bu
 constexpr double kEverything = 1 - 1e-12;  // a budget of this part of the costs is all of them, summed in another order
 
 inline V choose(I condition, V yes, V no) { return condition ? yes : no; }
-inline V smaller(V a, V b) { return a < b ? a : b; }
-inline V larger(V a, V b) { return a > b ? a : b; }
 
 // log(ratio) with relative accuracy also near 1, where ratio - 1 is given: 2 atanh((m - 1) / (m + 1)) for the mantissa m in
 // [1/sqrt 2, sqrt 2], whose series ends below float rounding.

@@ -204,6 +204,23 @@ static inline Vec<double> absolute(Vec<double> v) {
   return (Vec<double>)((Mask<double>)v & 0x7fffffffffffffffLL);
 }
 
+// The second of two numbers where either is NaN, as the instructions have it.
+template <class V>
+static inline V larger(V a, V b) {
+  return a > b ? a : b;
+}
+template <class V>
+static inline V smaller(V a, V b) {
+  return a < b ? a : b;
+}
+#if defined(__AVX512F__)
+static inline Vec<float> larger(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline Vec<float> smaller(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+static inline Vec<float> larger(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm256_max_ps((__m256)a, (__m256)b); }
+static inline Vec<float> smaller(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm256_min_ps((__m256)a, (__m256)b); }
+#endif
+
 template <class T>
 static inline double sum(Vec<T> v) {
   double total = 0;
@@ -234,35 +251,48 @@ constexpr float kExp2[7] = {1.0f,           6.93147203e-1f, 2.40226479e-1f, 5.55
                             9.61843748e-3f, 1.33988873e-3f, 1.53533515e-4f};
 
 // 2^z for z in [-126, 124], to about 1 ulp; beyond, the value at the end of that range. 2^n times a polynomial on |r| <= 1/2,
-// fitted for the least relative error (2e-9) and evaluated by pairs: these loops wait on the length of their dependency
-// chain, not on the number of their operations.
-static inline Vec<float> exp2_clamped(Vec<float> z) {
+// fitted for the least relative error (2e-9) and evaluated by pairs. N vectors go through each operation side by side:
+// loops around it wait on the length of its chain of operations, of which the processor's window holds one or two.
+template <int N>
+static inline void exp2_clamped(Vec<float> (&z)[N]) {
   using V = Vec<float>;
-  z = z > splat(-126.0f) ? z : splat(-126.0f);
-  z = z < splat(124.0f) ? z : splat(124.0f);
+  V r[N], square[N], low[N], middle[N], high[N];
+  for (int j = 0; j < N; ++j) z[j] = larger(z[j], splat(-126.0f));
+  for (int j = 0; j < N; ++j) z[j] = smaller(z[j], splat(124.0f));
 #if defined(__AVX512DQ__)
-  const V r = (V)_mm512_reduce_ps((__m512)z, _MM_FROUND_TO_NEAREST_INT);
-  const V n = z - r;
+  for (int j = 0; j < N; ++j) r[j] = (V)_mm512_reduce_ps((__m512)z[j], _MM_FROUND_TO_NEAREST_INT);
 #else
   const V magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer held in the low mantissa bits
-  const V shifted = z + magic;
-  const V r = z - (shifted - magic);
+  V shifted[N];
+  for (int j = 0; j < N; ++j) shifted[j] = z[j] + magic;
+  for (int j = 0; j < N; ++j) r[j] = shifted[j] - magic;
+  for (int j = 0; j < N; ++j) r[j] = z[j] - r[j];
 #endif
-  const V square = r * r;
-  const V low = r * kExp2[1] + 1.0f, middle = r * kExp2[3] + kExp2[2], high = r * kExp2[5] + kExp2[4];
-  const V p = low + square * (middle + square * (high + square * kExp2[6]));
+  for (int j = 0; j < N; ++j) square[j] = r[j] * r[j];
+  for (int j = 0; j < N; ++j) high[j] = r[j] * kExp2[5] + kExp2[4];
+  for (int j = 0; j < N; ++j) high[j] += square[j] * kExp2[6];
+  for (int j = 0; j < N; ++j) middle[j] = r[j] * kExp2[3] + kExp2[2];
+  for (int j = 0; j < N; ++j) middle[j] += square[j] * high[j];
+  for (int j = 0; j < N; ++j) low[j] = r[j] * kExp2[1] + 1.0f;
+  for (int j = 0; j < N; ++j) low[j] += square[j] * middle[j];
 #if defined(__AVX512DQ__)
-  return (V)_mm512_scalef_ps((__m512)p, (__m512)n);
+  for (int j = 0; j < N; ++j) z[j] = (V)_mm512_scalef_ps((__m512)low[j], (__m512)(z[j] - r[j]));
 #else
-  return (V)((Mask<float>)p + ((Mask<float>)shifted << 23));
+  for (int j = 0; j < N; ++j) z[j] = (V)((Mask<float>)low[j] + ((Mask<float>)shifted[j] << 23));
 #endif
 }
 
-static inline Vec<double> exp2_clamped(Vec<double> z) {
-  Vec<double> out;
-  for (int i = 0; i < Simd<double>::width; ++i)
-    out[i] = std::exp2(z[i] > -1020.0 ? (z[i] < 1020.0 ? z[i] : 1020.0) : -1020.0);
-  return out;
+template <int N>
+static inline void exp2_clamped(Vec<double> (&z)[N]) {
+  for (int j = 0; j < N; ++j)
+    for (int i = 0; i < Simd<double>::width; ++i)
+      z[j][i] = std::exp2(z[j][i] > -1020.0 ? (z[j][i] < 1020.0 ? z[j][i] : 1020.0) : -1020.0);
+}
+
+static inline Vec<float> exp2_clamped(Vec<float> z) {
+  Vec<float> one[1] = {z};
+  exp2_clamped(one);
+  return one[0];
 }
 
 }  // namespace spartan::cpu::SPARTAN_ISA

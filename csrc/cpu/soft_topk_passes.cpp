@@ -10,34 +10,49 @@ enum class CostKind { unit, scalar, array };
 // float sums run over at most this many entries before they are added to a double
 constexpr int64_t kBlock = 2048;
 
-template <class T>
-struct Lane {
-  Vec<T> u, a;
+// vectors that go side by side through the long chain of operations of a sigmoid
+constexpr int kAbreast = 4;
+
+// Entries of N vectors.
+template <class T, int N>
+struct Lanes {
+  Vec<T> u[N], a[N];
 };
 
-template <class T, CostKind C, bool Absolute>
-inline Lane<T> entry(const Span<T>& span, Vec<T> v, Vec<T> costs) {
-  if (Absolute) v = absolute(v);
-  if (C == CostKind::unit) return {v, splat(T(1))};
-  if (C == CostKind::scalar) return {v / span.cost, splat(span.cost)};
-  return {v / costs, costs};
+template <class T, CostKind C, bool Absolute, int N>
+inline Lanes<T, N> entries(const Span<T>& span, Vec<T> (&v)[N], const Vec<T> (&costs)[N]) {
+  Lanes<T, N> lanes;
+  for (int j = 0; j < N; ++j) {
+    if (Absolute) v[j] = absolute(v[j]);
+    lanes.u[j] = C == CostKind::unit ? v[j] : C == CostKind::scalar ? v[j] / span.cost : v[j] / costs[j];
+    lanes.a[j] = C == CostKind::unit ? splat(T(1)) : C == CostKind::scalar ? splat(span.cost) : costs[j];
+  }
+  return lanes;
 }
 
-// Calls full(i, lane) for whole vectors and tail(i, count, lane) for the rest; `block` after every kBlock entries.
+template <class T, CostKind C, bool Absolute, int N>
+inline Lanes<T, N> entries_at(const Span<T>& span, int64_t i) {
+  Vec<T> v[N], costs[N];
+  for (int j = 0; j < N; ++j) v[j] = load(span.values + i + j * Simd<T>::width);
+  for (int j = 0; j < N; ++j) costs[j] = C == CostKind::array ? load(span.costs + i + j * Simd<T>::width) : Vec<T>{};
+  return entries<T, C, Absolute, N>(span, v, costs);
+}
+
+// Calls full(i, lanes) for kAbreast whole vectors and for single ones, tail(i, count, lanes) for the rest; `block` after
+// every kBlock entries.
 template <class T, CostKind C, bool Absolute, class Full, class Tail, class Block>
 inline void walk(const Span<T>& span, Full full, Tail tail, Block block) {
   constexpr int W = Simd<T>::width;
   for (int64_t begin = 0; begin < span.length; begin += kBlock) {
     const int64_t end = begin + kBlock < span.length ? begin + kBlock : span.length;
     int64_t i = begin;
-    for (; i + W <= end; i += W) {
-      const Vec<T> costs = C == CostKind::array ? load(span.costs + i) : Vec<T>{};
-      full(i, entry<T, C, Absolute>(span, load(span.values + i), costs));
-    }
+    for (; i + kAbreast * W <= end; i += kAbreast * W) full(i, entries_at<T, C, Absolute, kAbreast>(span, i));
+    for (; i + W <= end; i += W) full(i, entries_at<T, C, Absolute, 1>(span, i));
     if (i < end) {
       const int count = static_cast<int>(end - i);
-      const Vec<T> costs = C == CostKind::array ? load_partial(span.costs + i, count, T(1)) : Vec<T>{};
-      tail(i, count, entry<T, C, Absolute>(span, load_partial(span.values + i, count, T(0)), costs));
+      Vec<T> v[1] = {load_partial(span.values + i, count, T(0))};
+      const Vec<T> costs[1] = {C == CostKind::array ? load_partial(span.costs + i, count, T(1)) : Vec<T>{}};
+      tail(i, count, entries<T, C, Absolute, 1>(span, v, costs));
     }
     block();
   }
@@ -61,9 +76,9 @@ inline Vec<T> live_lanes(int count) {
   return live;
 }
 
-template <class T>
+template <class T, int N>
 struct Sigmoid {
-  Vec<T> m, complement, s;  // sigmoid(x), sigmoid(-x), their product
+  Vec<T> m[N], complement[N], s[N];  // sigmoid(x), sigmoid(-x), their product
 };
 
 constexpr double kLog2E = 1.4426950408889634;
@@ -80,11 +95,16 @@ struct Logistic {
         shift(splat(static_cast<T>(-kLog2E * p.shift * p.sign))) {}
 
   // exp(-x) stays in range by its clamp, so both sides come without a branch and without cancellation.
-  Sigmoid<T> operator()(Vec<T> u) const {
-    const Vec<T> e = exp2_clamped(slope * (u - centre) + shift);
-    const Vec<T> m = T(1) / (T(1) + e);
-    const Vec<T> complement = e * m;
-    return {m, complement, complement * m};
+  template <int N>
+  Sigmoid<T, N> operator()(const Vec<T> (&u)[N]) const {
+    Vec<T> e[N];
+    Sigmoid<T, N> g;
+    for (int j = 0; j < N; ++j) e[j] = slope * (u[j] - centre) + shift;
+    exp2_clamped(e);
+    for (int j = 0; j < N; ++j) g.m[j] = T(1) / (T(1) + e[j]);
+    for (int j = 0; j < N; ++j) g.complement[j] = e[j] * g.m[j];
+    for (int j = 0; j < N; ++j) g.s[j] = g.complement[j] * g.m[j];
+    return g;
   }
 };
 
@@ -108,7 +128,7 @@ struct ExactSum {
 };
 
 template <class T>
-inline void collect(Vec<T> u, Vec<T> a, uint32_t set, Sink<T>* sink) {
+[[gnu::noinline, gnu::cold]] void collect(Vec<T> u, Vec<T> a, uint32_t set, Sink<T>* sink) {
   while (set != 0) {
     const int lane = __builtin_ctz(set);
     set &= set - 1;
@@ -127,34 +147,46 @@ Moments scan(const Span<T>& span, const Logit<T>& p, const Window<T>& window, Si
     Moments total;
     ExactSum<T> mass;
     Vec<T> slope{}, curvature{}, above{}, poison{};
-    const auto body = [&](const Lane<T>& lane, Vec<T> live, uint32_t lanes) {
-      const Vec<T> weight = C == CostKind::array ? lane.a * live : live;
-      poison += lane.u * T(0);
+    Mask<T> number{};  // of entries above the window, where all cost the same
+    const auto body = [&]<int N>(const Lanes<T, N>& lanes, Vec<T> live, uint32_t lanes_in_use) {
+      Vec<T> weight[N];
+      for (int j = 0; j < N; ++j) weight[j] = C == CostKind::array ? lanes.a[j] * live : live;
       if (WithMoments) {
-        const Sigmoid<T> g = logistic(lane.u);
-        const Vec<T> s = weight * g.s;
-        WithWindow ? mass.add_roughly(weight * g.m) : mass.add(weight * g.m);
-        slope += s;
-        curvature += s * (g.complement - g.m);
+        const Sigmoid<T, N> g = logistic(lanes.u);
+        for (int j = 0; j < N; ++j) {
+          const Vec<T> s = weight[j] * g.s[j];
+          WithWindow ? mass.add_roughly(weight[j] * g.m[j]) : mass.add(weight[j] * g.m[j]);
+          slope += s;
+          curvature += s * (g.complement[j] - g.m[j]);
+        }
       }
+      for (int j = 0; j < N; ++j) poison += lanes.u[j] * T(0);
       if (WithWindow) {
-        const Mask<T> over = lane.u > high;
-        above += over ? weight : Vec<T>{};
-        const uint32_t inside = bits((lane.u >= low) & ~over) & lanes;
-        if (__builtin_expect(inside != 0, 0)) collect<T>(lane.u, lane.a, inside, sink);
+        uint32_t inside[N], any = 0;
+        for (int j = 0; j < N; ++j) {
+          const Mask<T> over = lanes.u[j] > high;
+          if (C == CostKind::array) above += over ? weight[j] : Vec<T>{};
+          else number -= over & (live != T(0));
+          inside[j] = bits((lanes.u[j] >= low) & (lanes.u[j] <= high)) & lanes_in_use;
+          any |= inside[j];
+        }
+        if (__builtin_expect(any != 0, 0))
+          for (int j = 0; j < N; ++j)
+            if (inside[j] != 0) collect<T>(lanes.u[j], lanes.a[j], inside[j], sink);
       }
     };
     walk<T, C, Absolute>(
-        span, [&](int64_t, const Lane<T>& lane) { body(lane, splat(T(1)), ~0u); },
-        [&](int64_t, int count, const Lane<T>& lane) { body(lane, live_lanes<T>(count), (1u << count) - 1); },
+        span, [&]<int N>(int64_t, const Lanes<T, N>& lanes) { body(lanes, splat(T(1)), ~0u); },
+        [&](int64_t, int count, const Lanes<T, 1>& lanes) { body(lanes, live_lanes<T>(count), (1u << count) - 1); },
         [&] {
           const double unit = C == CostKind::scalar ? static_cast<double>(span.cost) : 1.0;
           total.mass += unit * mass.take();
           total.slope += unit * sum<T>(slope);
           total.curvature += unit * sum<T>(curvature);
-          total.above += unit * sum<T>(above);
+          total.above += unit * sum<T>(above + __builtin_convertvector(number, Vec<T>));
           total.poison += sum<T>(poison);
           slope = curvature = above = poison = Vec<T>{};
+          number = Mask<T>{};
         });
     return total;
   });
@@ -180,10 +212,12 @@ double tied(const Span<T>& span, T ratio) {
   return specialised(span, [&]<CostKind C, bool Absolute>() {
     double total = 0;
     Vec<T> cost{};
-    const auto body = [&](const Lane<T>& lane, Vec<T> live) { cost += lane.u == ratio ? lane.a * live : Vec<T>{}; };
+    const auto body = [&]<int N>(const Lanes<T, N>& lanes, Vec<T> live) {
+      for (int j = 0; j < N; ++j) cost += lanes.u[j] == ratio ? lanes.a[j] * live : Vec<T>{};
+    };
     walk<T, C, Absolute>(
-        span, [&](int64_t, const Lane<T>& lane) { body(lane, splat(T(1))); },
-        [&](int64_t, int count, const Lane<T>& lane) { body(lane, live_lanes<T>(count)); },
+        span, [&]<int N>(int64_t, const Lanes<T, N>& lanes) { body(lanes, splat(T(1))); },
+        [&](int64_t, int count, const Lanes<T, 1>& lanes) { body(lanes, live_lanes<T>(count)); },
         [&] {
           total += sum<T>(cost);
           cost = Vec<T>{};
@@ -211,10 +245,13 @@ Extent extent(const Span<T>& span) {
       square += u * u * live;
     };
     walk<T, C, Absolute>(
-        span, [&](int64_t, const Lane<T>& lane) { body(lane.u, lane.a, splat(T(1)), Mask<T>{}); },
-        [&](int64_t, int count, const Lane<T>& lane) {
+        span,
+        [&]<int N>(int64_t, const Lanes<T, N>& lanes) {
+          for (int j = 0; j < N; ++j) body(lanes.u[j], lanes.a[j], splat(T(1)), Mask<T>{});
+        },
+        [&](int64_t, int count, const Lanes<T, 1>& lanes) {
           const Vec<T> live = live_lanes<T>(count);
-          body(lane.u, lane.a, live, live == T(0));
+          body(lanes.u[0], lanes.a[0], live, live == T(0));
         },
         [&] {
           out.cost += sum<T>(cost);
@@ -262,20 +299,30 @@ double write_masks(const Span<T>& span, const Logit<T>& p, T hard_from, T* soft,
     constexpr int W = Simd<T>::width;
     double total = 0;
     ExactSum<T> mass;
-    const auto compute = [&](const Lane<T>& lane, Vec<T> live) {
-      const Sigmoid<T> g = logistic(lane.u);
-      mass.add((C == CostKind::array ? lane.a * live : live) * g.m);
-      return kept_side ? g.m : g.complement;
+    const auto compute = [&mass, logistic]<int N>(const Lanes<T, N>& lanes, Vec<T> live) {
+      Sigmoid<T, N> g = logistic(lanes.u);
+      for (int j = 0; j < N; ++j) mass.add((C == CostKind::array ? lanes.a[j] * live : live) * g.m[j]);
+      return g;
     };
     walk<T, C, Absolute>(
         span,
-        [&](int64_t i, const Lane<T>& lane) {
-          if (Soft) Stream ? stream(soft + i, compute(lane, splat(T(1)))) : store(soft + i, compute(lane, splat(T(1))));
-          if (Hard) store_hard_full<T>(hard + i, lane.u >= hard_from);
+        [&, soft, hard, kept_side, hard_from]<int N>(int64_t i, const Lanes<T, N>& lanes) {
+          if (Hard)
+            for (int j = 0; j < N; ++j) store_hard_full<T>(hard + i + j * W, lanes.u[j] >= hard_from);
+          if (Soft) {
+            const Sigmoid<T, N> g = compute(lanes, splat(T(1)));
+            for (int j = 0; j < N; ++j) {
+              const Vec<T> mask = kept_side ? g.m[j] : g.complement[j];
+              Stream ? stream(soft + i + j * W, mask) : store(soft + i + j * W, mask);
+            }
+          }
         },
-        [&](int64_t i, int count, const Lane<T>& lane) {
-          if (Soft) store_partial<T>(soft + i, compute(lane, live_lanes<T>(count)), count);
-          if (Hard) store_hard(hard + i, bits(lane.u >= hard_from), count < W ? count : W);
+        [&](int64_t i, int count, const Lanes<T, 1>& lanes) {
+          if (Soft) {
+            const Sigmoid<T, 1> g = compute(lanes, live_lanes<T>(count));
+            store_partial<T>(soft + i, kept_side ? g.m[0] : g.complement[0], count);
+          }
+          if (Hard) store_hard(hard + i, bits(lanes.u[0] >= hard_from), count < W ? count : W);
         },
         [&] {
           total += (C == CostKind::scalar ? static_cast<double>(span.cost) : 1.0) * mass.take();
@@ -314,8 +361,11 @@ template <class T>
 void ratio(const Span<T>& span, T* out) {
   specialised(span, [&]<CostKind C, bool Absolute>() {
     walk<T, C, Absolute>(
-        span, [&](int64_t i, const Lane<T>& lane) { store(out + i, lane.u); },
-        [&](int64_t i, int count, const Lane<T>& lane) { store_partial<T>(out + i, lane.u, count); }, [] {});
+        span,
+        [&]<int N>(int64_t i, const Lanes<T, N>& lanes) {
+          for (int j = 0; j < N; ++j) store(out + i + j * Simd<T>::width, lanes.u[j]);
+        },
+        [&](int64_t i, int count, const Lanes<T, 1>& lanes) { store_partial<T>(out + i, lanes.u[0], count); }, [] {});
     return 0;
   });
 }
@@ -327,19 +377,28 @@ GradientSums gradient_sums(const Span<T>& span, const T* grad, const Logit<T>& p
     GradientSums total;
     Vec<T> gs{}, as{}, gsu{}, asu{};
     const T origin = p.origin();
-    const auto body = [&](const Lane<T>& lane, Vec<T> g, Vec<T> live) {
-      const Vec<T> s = logistic(lane.u).s * live;
-      const Vec<T> g_s = g * s, a_s = lane.a * s;
-      gs += g_s;
-      as += a_s;
-      const Vec<T> u = lane.u - origin;
-      gsu += g_s * u;
-      asu += a_s * u;
+    const auto body = [&]<int N>(const Lanes<T, N>& lanes, const Vec<T> (&g)[N], Vec<T> live) {
+      const Sigmoid<T, N> sigmoid = logistic(lanes.u);
+      for (int j = 0; j < N; ++j) {
+        const Vec<T> s = sigmoid.s[j] * live;
+        const Vec<T> g_s = g[j] * s, a_s = lanes.a[j] * s;
+        gs += g_s;
+        as += a_s;
+        const Vec<T> u = lanes.u[j] - origin;
+        gsu += g_s * u;
+        asu += a_s * u;
+      }
     };
     walk<T, C, Absolute>(
-        span, [&](int64_t i, const Lane<T>& lane) { body(lane, load(grad + i), splat(T(1))); },
-        [&](int64_t i, int count, const Lane<T>& lane) {
-          body(lane, load_partial(grad + i, count, T(0)), live_lanes<T>(count));
+        span,
+        [&]<int N>(int64_t i, const Lanes<T, N>& lanes) {
+          Vec<T> g[N];
+          for (int j = 0; j < N; ++j) g[j] = load(grad + i + j * Simd<T>::width);
+          body(lanes, g, splat(T(1)));
+        },
+        [&](int64_t i, int count, const Lanes<T, 1>& lanes) {
+          const Vec<T> g[1] = {load_partial(grad + i, count, T(0))};
+          body(lanes, g, live_lanes<T>(count));
         },
         [&] {
           total.gs += sum<T>(gs);
@@ -356,24 +415,28 @@ template <class T, bool Stream>
 void write_gradients(const Span<T>& span, const T* grad, const Logit<T>& p, T r, T* grad_values, T* grad_costs) {
   const Logistic<T> logistic(p);
   specialised(span, [&]<CostKind C, bool Absolute>() {
-    const auto body = [&](const Lane<T>& lane, Vec<T> g, Vec<T>* grad_cost) {
-      const Sigmoid<T> sig = logistic(lane.u);
-      const Vec<T> out = p.beta * sig.s * ((C == CostKind::unit ? g : g / lane.a) - r);
-      if (grad_costs != nullptr) *grad_cost = -out * lane.u - r * sig.m;
-      return out;
+    constexpr int W = Simd<T>::width;
+    const auto value_gradient = [&](Vec<T> s, Vec<T> a, Vec<T> g) {
+      return p.beta * s * ((C == CostKind::unit ? g : g / a) - r);
     };
+    const auto cost_gradient = [&](Vec<T> out, Vec<T> u, Vec<T> m) { return -out * u - r * m; };
     walk<T, C, Absolute>(
         span,
-        [&](int64_t i, const Lane<T>& lane) {
-          Vec<T> grad_cost{};
-          const Vec<T> out = body(lane, load(grad + i), &grad_cost);
-          Stream ? stream(grad_values + i, out) : store(grad_values + i, out);
-          if (grad_costs != nullptr) store(grad_costs + i, grad_cost);
+        [&]<int N>(int64_t i, const Lanes<T, N>& lanes) {
+          const Sigmoid<T, N> sigmoid = logistic(lanes.u);
+          for (int j = 0; j < N; ++j) {
+            const int64_t at = i + j * W;
+            const Vec<T> out = value_gradient(sigmoid.s[j], lanes.a[j], load(grad + at));
+            Stream ? stream(grad_values + at, out) : store(grad_values + at, out);
+            if (grad_costs != nullptr) store(grad_costs + at, cost_gradient(out, lanes.u[j], sigmoid.m[j]));
+          }
         },
-        [&](int64_t i, int count, const Lane<T>& lane) {
-          Vec<T> grad_cost{};
-          store_partial<T>(grad_values + i, body(lane, load_partial(grad + i, count, T(0)), &grad_cost), count);
-          if (grad_costs != nullptr) store_partial<T>(grad_costs + i, grad_cost, count);
+        [&](int64_t i, int count, const Lanes<T, 1>& lanes) {
+          const Sigmoid<T, 1> sigmoid = logistic(lanes.u);
+          const Vec<T> out = value_gradient(sigmoid.s[0], lanes.a[0], load_partial(grad + i, count, T(0)));
+          store_partial<T>(grad_values + i, out, count);
+          if (grad_costs != nullptr)
+            store_partial<T>(grad_costs + i, cost_gradient(out, lanes.u[0], sigmoid.m[0]), count);
         },
         [] {});
     return 0;

@@ -91,7 +91,10 @@ def test_an_emptied_weight_is_said() -> None:
     assert "nothing is kept" not in str(sparsifier.report())
     with torch.no_grad():
         model.get_parameter("3.weight").mul_(1e-6)
-    sparsifier.finalize()
+    with pytest.warns(
+        UserWarning, match=r"finalize\(\) keeps nothing of 3\.weight: .* distribution='uniform' or 'erk'"
+    ):
+        sparsifier.finalize()
     assert "nothing is kept (the layer is its bias alone): 3.weight" in str(sparsifier.report())
 
 

@@ -79,10 +79,15 @@ class Report:
 
     __repr__ = __str__
 
+    @property
+    def emptied(self) -> tuple[str, ...]:
+        """The names of the weights of which nothing is kept."""
+        return tuple(row.name for row in self.rows if row.sparsity == 1)
+
     def _notes(self) -> list[str]:
         reasons, kinds = _by_reason(self.skipped), _by_reason(self.dense_products)
-        empty = [row.name for row in self.rows if row.sparsity == 1]
-        kept = [f"nothing is kept (the layer is its bias alone): {', '.join(empty)}"] if empty else []
+        empty = ", ".join(self.emptied)
+        kept = [f"nothing is kept (the layer is its bias alone): {empty}"] if empty else []
         head = [] if self.no_head is None else [f"no head: {self.no_head}"]
         dense = [f"multiplied densely, blocks or not (by {kind}): {', '.join(names)}" for kind, names in kinds.items()]
         skipped = [f"not masked ({reason}): {', '.join(names)}" for reason, names in reasons.items()]

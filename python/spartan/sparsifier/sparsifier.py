@@ -344,7 +344,8 @@ class Sparsifier:
             ValueError: a weight that is not finite, by name. RuntimeError: finalized already.
 
         Warns:
-            UserWarning: no step was made, or too few of `total_steps` for the method to have fixed its masks.
+            UserWarning: no step was made, or too few of `total_steps` for the method to have fixed its masks; a weight
+                of which nothing is kept.
         """
         self._require_active()
         self._masks.require_finite()
@@ -352,6 +353,12 @@ class Sparsifier:
             self._warn_if_early()
             self.method.finish(self._masks)
         self._final_costs, self._final_report = self.costs(), self.report()
+        if emptied := ", ".join(self._final_report.emptied):
+            warnings.warn(
+                f"finalize() keeps nothing of {emptied}: such a layer is its bias alone. One budget over all layers may"
+                " empty some; distribution='uniform' or 'erk' keeps a part of each",
+                stacklevel=2,
+            )
         self._masks.project()
         self._final_masks = kept(self._placed_masks())
         disown(self._masks.tensors)

@@ -27,8 +27,7 @@ class Product {
     tokens_ = arena.take<float>(plan_.copies * plan_.chunk_floats);
     sums_ = arena.take<float>(threads * plan_.chunk * plan_.group);
     places_ = arena.take<int32_t>(plan_.across);
-    indices_ = arena.take<int32_t>(lines.blocks());
-    place_columns();
+    place_columns(arena.take<int32_t>(lines.blocks()));
     spread_bias(bias);
   }
 
@@ -80,14 +79,24 @@ class Product {
     bool shared() const { return parts > 1; }
   };
 
-  // Numbers the columns of blocks that are read, in their order: where each is packed, -1 for the others.
-  void place_columns() {
+  // Numbers the columns of blocks that are read, in their order: where each is packed, -1 for the others. Where all are
+  // read, which the first lines mostly show, blocks are found by the index as it is, and `packed` stays unused.
+  void place_columns(int32_t* packed) {
     std::fill_n(places_, plan_.across, -1);
-    for (int64_t e = 0; e < lines_.blocks(); ++e) places_[lines_.indices[e]] = 0;
+    int64_t read = 0;
+    for (int64_t e = 0; e < lines_.blocks() && read < plan_.across; ++e) {
+      int32_t& place = places_[lines_.indices[e]];
+      read += place < 0;
+      place = 0;
+    }
+    indices_ = lines_.indices;
+    extent_ = lines_.other_extent;
+    if (read == plan_.across) return;
     int32_t used = 0;
     for (int64_t j = 0; j < plan_.across; ++j)
       if (places_[j] == 0) places_[j] = used++;
-    for (int64_t e = 0; e < lines_.blocks(); ++e) indices_[e] = places_[lines_.indices[e]];
+    for (int64_t e = 0; e < lines_.blocks(); ++e) packed[e] = places_[lines_.indices[e]];
+    indices_ = packed;
     extent_ = used * lines_.other_span;
     if (plan_.across > 0 && places_[plan_.across - 1] >= 0) extent_ -= plan_.across * lines_.other_span - lines_.other_extent;
   }
@@ -207,7 +216,8 @@ class Product {
   int threads_;
   Plan plan_;
   float *panels_, *bias_, *tokens_, *sums_;
-  int32_t *places_, *indices_;  // of columns of blocks; of the active blocks, in what is packed
+  int32_t* places_;         // of columns of blocks in what is packed, unless all are
+  const int32_t* indices_;  // of the active blocks there
   int64_t extent_ = 0;          // columns that are packed
 };
 

@@ -65,11 +65,6 @@ class BlockSparseConv2d(PackedLayer):
         return BlockSparseFilter(self.matrix, self.in_channels, self.kernel_size)
 
     @property
-    def stored(self) -> BlockSparseFilter:
-        """`packed`."""
-        return self.packed
-
-    @property
     def weight(self) -> torch.Tensor:
         """The dense weight, for modules that read it of their parts."""
         layout = torch.channels_last if self.channels_last else torch.contiguous_format

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from spartan_kernels.layout import INDEX
 __all__ = ["PackedLayer"]
 
 
-class PackedLayer(nn.Module):
+class PackedLayer(nn.Module, ABC):
     """A layer on the packed blocks of a matrix.
 
     Args:
@@ -58,13 +59,18 @@ class PackedLayer(nn.Module):
         )
 
     @property
-    def stored(self) -> BlockSparseWeight | BlockSparseFilter:
-        """The packed weight, as the layer that this stands for stores it."""
-        raise NotImplementedError
+    @abstractmethod
+    def packed(self) -> BlockSparseWeight | BlockSparseFilter:
+        """The weight, by outputs, whose values are the parameter itself."""
 
+    @property
+    def stored(self) -> BlockSparseWeight | BlockSparseFilter:
+        """`packed`, as the layer that this stands for stores it."""
+        return self.packed
+
+    @abstractmethod
     def dense(self) -> nn.Module:
         """The layer that this stands for, with a dense weight."""
-        raise NotImplementedError
 
     def load_packed(self, packed: BlockSparseWeight) -> None:
         """Take over a matrix of the same shape, number and size of blocks; the parameter stays the same object.

@@ -115,10 +115,11 @@ def unpack(packed: Packed, shape: torch.Size, dtype: torch.dtype) -> torch.Tenso
 
 def pack_blocks(weight: BlockSparseWeight | BlockSparseFilter) -> Packed:
     """The stored blocks of a packed weight, or its values alone where these are fewer and tell the blocks."""
-    values = weight.values.detach().cpu()
-    active = (weight.mask() if isinstance(weight, BlockSparseFilter) else weight.layout.mask()).cpu()
     if isinstance(weight, BlockSparseFilter):  # in the order of the grid
+        active = weight.mask().cpu()
         values = _tiles(weight.to_dense().detach().cpu(), weight.block_size)[active]
+    else:
+        active, values = weight.layout.mask().cpu(), weight.values.detach().cpu()
     blocks = Packed("blocks", {"bitmap": _to_bitmap(active), "values": values.clone()}, weight.block_size)
     if not bool((values != 0).flatten(1).any(1).all()):  # a block of zeros is known by nothing else
         return blocks

@@ -163,10 +163,9 @@ def packing_report(
     for choice in _choices(model, block_size, tokens):
         candidate, packed = choice.candidate, choice.packed
         if choice.present is not None:
-            present = choice.present
-            packed = present.packed if isinstance(present, BlockSparseLinear) else present.stored
-            name, last = candidate.name.removesuffix("values") + "weight", getattr(present, "channels_last", False)
-            rows.append(_row(name, packed, tokens, last))
+            name = candidate.name.removesuffix("values") + "weight"
+            last = getattr(choice.present, "channels_last", False)
+            rows.append(_row(name, choice.present.packed, tokens, last))
         elif packed is not None:
             rows.append(_row(candidate.name, packed, tokens, _channels_last(candidate.weight)))
         else:

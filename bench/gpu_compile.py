@@ -3,11 +3,11 @@
 `python -m bench.gpu_compile` builds each Triton kernel in each configuration of `COMPILE_CASES`, as a launch builds it,
 and each CUDA source where `nvcc` is found, and prints registers, spilled bytes, shared memory, how many programs a
 processor holds, tensor-core instructions and copies ahead of the arithmetic; then what a first training step compiles,
-and the bytes that the plans of the products move. For sm_90 one configuration of each kernel is launched with integers
-of 1, 15, 16, 17 and past 2^31 as well, and everything is repeated under other versions of Triton, which are installed
-beside this one once. The exit status is 1 when a kernel does not compile, spills, needs more shared memory than the
-target has, or lacks tensor-core instructions (on sm_90 those of a warp group, for many tokens) or 16-byte loads it
-should have.
+the bytes that the plans of the products move, and instructions for each entry (`bench.gpu_counts`). For sm_90 one
+configuration of each kernel is launched with integers of 1, 15, 16, 17 and past 2^31 as well, and everything is
+repeated under other versions of Triton, which are installed beside this one once. The exit status is 1 when a kernel
+does not compile, spills, needs more shared memory than the target has, or lacks tensor-core instructions (on sm_90
+those of a warp group, for many tokens) or 16-byte loads it should have.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from bench import gpu_plan, tritons
+from bench import gpu_counts, gpu_plan, tritons
 
 ROOT = Path(__file__).resolve().parent.parent
 SAVED = ROOT / "bench" / "results" / "gpu-compile.csv"
@@ -432,6 +432,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.save:
         save(rows, SAVED)
         gpu_plan.save(plans, SAVED_PLANS)
+    if not options.pattern:
+        gpu_counts.main(["--workers", str(options.workers), *(["--save"] if options.save else [])])
     return int(not rows or any(row.problem for row in rows))
 
 

@@ -1,0 +1,379 @@
+"""Instructions and bytes for each entry of the Triton kernels on an H100, and the time they allow: counted, not run.
+
+Instructions are those of the hot loop in sm_90 machine code (`bench.sass`), over the entries that a thread handles in
+one trip; bytes are those of the launch plans. A kernel takes at least as long as its bytes take the memory, and as long
+as its busiest pipe: a scheduler issues one instruction of 32 threads in a clock, and pipes are narrower than that.
+`python -m bench.gpu_counts` prints the tables, `--save` writes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib
+import os
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import astuple, dataclass, fields
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import gpu_plan, sass
+
+RESULTS = Path(__file__).resolve().parent / "results"
+TABLES = {
+    RESULTS / "gpu-counts.csv": "Instructions and bytes for each entry, counted for an H100: nothing was run",
+    RESULTS / "gpu-counts-products.csv": "Instructions for each clock of the tensor cores, counted for an H100",
+    RESULTS / "gpu-operations.csv": "What a call takes at least, by these counts",
+}
+ENTRIES = 25_600_000
+# An H100 SXM: bytes in a second, processors, clocks in a second, schedulers of a processor, threads of a warp.
+BANDWIDTH, PROCESSORS, CLOCK, SCHEDULERS, WARP = 3.35e12, 132, 1.755e9, 4, 32
+TENSOR_CORE_RATE = 2048  # multiply-adds of bfloat16 in a clock of a processor
+LAUNCH = 1.5  # microseconds from one launch of a stream to the next: assumed, for those too that find nothing to do
+TRIALS = 3  # of Halley's steps by a row: normal values, a tenth kept, as `tests/test_gpu_counts.py` counts them
+# Most instructions for each entry: today's counts with this version of Triton, and a margin.
+COUNTED_WITH = "3.9.0"
+LIMITS = {
+    ("_survey_kernel", "fp32", "few near the cut"): 51.0,
+    ("_survey_kernel", "fp32", "many near the cut"): 73.0,
+    ("_write_kernel", "fp32", ""): 48.0,
+    ("_gradient_write_kernel", "fp32", ""): 36.5,
+    ("_soft_topk_forward_kernel", "rows of 4096, fp32", ""): 200.0,
+}
+ATOMICS = r"ATOM|RED[.\b]|REDG"
+BARRIERS = r"BAR"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A kernel, which of its compile cases, and how its machine code is read.
+
+    Attributes:
+        bytes: what it moves for each entry.
+        trips: how often the hot loop runs over the same entries, beside what runs once; 0: the loop is the whole walk.
+        rare: what ordinary entries do not come by (`bench.sass.Graph`).
+        note: what is ordinary, where a kernel is listed twice.
+    """
+
+    module: str
+    kernel: str
+    label: str
+    bytes: float
+    trips: int = 0
+    rare: str = ATOMICS
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class CountRow:
+    """What one kernel issues and moves for each entry.
+
+    Attributes:
+        entries: that a thread handles in one trip of the loop.
+        instructions: issued for each.
+        cycles: of a scheduler for each, on the busiest pipe.
+        microseconds: for 25.6 million entries, by the slower of memory and processors.
+    """
+
+    kernel: str
+    configuration: str
+    note: str
+    registers: int
+    shared: int
+    stages: int
+    entries: int
+    instructions: float
+    cycles: float
+    pipe: str
+    bytes: float
+    memory_microseconds: float
+    microseconds: float
+    bound: str
+
+
+@dataclass(frozen=True)
+class ProductRow:
+    """What one product issues while the tensor cores are busy for one clock, and the rate that this allows.
+
+    Attributes:
+        instructions: of a scheduler in the time in which full tensor cores do one clock's work: above 1 they wait.
+        issue: 10^12 operations a second by that.
+        plan: by the bytes from the L2 cache (`bench.gpu_plan`); 0 where there is no plan.
+    """
+
+    kernel: str
+    configuration: str
+    registers: int
+    shared: int
+    stages: int
+    instructions: float
+    issue: float
+    plan: float
+
+
+def _walks() -> list[Subject]:
+    """The passes over a list of tensors: bytes of float32 and bfloat16, with a cost for each entry twice as many."""
+    found = []
+    for label, size in (("fp32", 4), ("costs, fp32", 8), ("bf16", 2)):
+        value, wide = (2 if size == 2 else 4), size
+        walk = "global_solve"
+        found += [
+            Subject(walk, "_survey_kernel", label, wide, note="few near the cut"),
+            Subject(walk, "_survey_kernel", label, wide, rare="", note="many near the cut"),
+            Subject(walk, "_write_kernel", label, wide + value + 1, rare=BARRIERS),
+            Subject(walk, "_gradient_sums_kernel", label, wide + value),
+            Subject(walk, "_gradient_write_kernel", label, wide + value + value * (1 + (size == 8))),
+        ]
+    return found
+
+
+def _rows() -> list[Subject]:
+    """Rows in registers: `TRIALS` trips of the search, the rest once; hard rows: a trip for each bit of a key."""
+    found = []
+    for label, value in (("rows of 4, fp32", 4), ("rows of 4096, fp32", 4), ("rows of 4096, bf16", 2)):
+        found.append(Subject("soft_topk_rows", "_soft_topk_forward_kernel", label, 2 * value, TRIALS))
+        found.append(Subject("soft_topk_rows", "_soft_topk_backward_kernel", label, 3 * value, 1))
+    found.append(Subject("hard_topk", "_hard_topk_forward_kernel", "rows of 4096, fp32", 5, 32))
+    found.append(Subject("long_rows", "_long_soft_topk_forward_kernel", "fp32", 4, note="a trial"))
+    return found
+
+
+def _weights() -> list[Subject]:
+    """The masked weight and its gradient, where each entry is a block and where blocks are 32 x 32."""
+    per_entry = {
+        "_masked_weight_forward_kernel": (8, 5),
+        "_masked_weight_backward_kernel": (12, 5),
+        "_block_scores_kernel": (4, 4),
+    }  # bytes of float32 weights, and of what there is for each block
+    return [
+        Subject("masked_weight", kernel, label, entry + of_block / block, 1)
+        for kernel, (entry, of_block) in per_entry.items()
+        for label, block in (("block 1, 1-dim, fp32", 1), ("block 32, 2-dim, fp32", 1024))
+    ]
+
+
+def products() -> list[Subject]:
+    """Products of bfloat16, counted by clock of the tensor cores."""
+    blocks = (16, 32, 64, 128)
+    forward = [Subject("masked_matmul", "_product_kernel", f"block {b}, 8192 tokens, bfloat16", 0) for b in blocks]
+    return forward + [Subject("masked_matmul", "_sampled_kernel", f"block {b}, bfloat16", 0) for b in blocks]
+
+
+def subjects() -> list[Subject]:
+    """All that is counted by entry."""
+    return [*_walks(), *_rows(), *_weights()]
+
+
+def _case_of(subject: Subject) -> int:
+    """Index of the compile case, on sm_90."""
+    cases = importlib.import_module(f"spartan_kernels.backends.triton.{subject.module}").COMPILE_CASES
+    for index, case in enumerate(cases):
+        same = case.kernel.fn.__name__ == subject.kernel and case.label == subject.label
+        if same and (not case.targets or "sm_90" in case.targets):
+            return index
+    raise ValueError(f"{subject.module} has no case {subject.label} of {subject.kernel} for sm_90")
+
+
+def per_trip(constants: dict[str, Any]) -> int:
+    """Entries of a program in one trip of its loop; multiply-adds of a product."""
+    if "BLOCK_T" in constants:
+        return int(constants["BLOCK_R"] * constants["BLOCK_C"] * constants["BLOCK_T"])
+    if "SPAN" in constants:
+        return int(constants["BLOCK_M"] * constants["BLOCK_N"] * constants["BLOCK_K"])
+    if "BLOCK_B" in constants:
+        return int(constants["BLOCK_R"] * constants["BLOCK_B"] * constants["BLOCK_C"] * constants["BLOCK_K"])
+    if "BLOCK_M" in constants:
+        return int(constants["BLOCK_M"] * constants["BLOCK_N"])
+    return int(constants.get("CHUNK") or constants["TILE"])
+
+
+def disassembly(cubin: bytes) -> str:
+    """The listing of machine code by `nvdisasm`, which comes with Triton."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        return subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True).stdout
+
+
+def busy(text: str, subject: Subject) -> Counter[str]:
+    """Cycles by pipe for the entries of one trip, `issue` among them."""
+    graph = sass.Graph(text, subject.kernel, subject.rare)
+    loop = graph.hot_loop()
+    if loop is None:
+        return sass.pipes(graph.longest())
+    trip = sass.pipes(graph.longest(loop.body, loop.head))
+    if not subject.trips:
+        return trip
+    whole = sass.pipes(graph.longest())  # with the loop once
+    return whole + Counter({pipe: (subject.trips - 1) * count for pipe, count in trip.items()})
+
+
+def _compiled(subject: Subject) -> tuple[Any, Any, Counter[str]]:
+    """Compile a kernel for sm_90, as a launch does: its case, the kernel, and cycles by pipe for one trip."""
+    from bench import gpu_compile, launch_arguments
+
+    target = next(t for t in gpu_compile.TARGETS if t.name == "sm_90")
+    case, _ = gpu_compile._case(subject.module, _case_of(subject), target)
+    compiled = launch_arguments.launch(case, target, launch_arguments.integers_of(case))
+    return case, compiled, busy(disassembly(compiled.asm["cubin"]), subject)
+
+
+def _registers(compiled: Any) -> int:
+    from bench import gpu_compile
+
+    return gpu_compile._cuda_resources(compiled.asm["cubin"], compiled.asm["ptx"])[0]
+
+
+def count(subject: Subject) -> CountRow:
+    """What a kernel needs for each entry."""
+    case, compiled, pipes = _compiled(subject)
+    each = per_trip(case.constexprs) // (case.num_warps * WARP)
+    pipe, cycles = max(pipes.items(), key=lambda item: (item[1], item[0] == "issue"))
+    memory = subject.bytes * ENTRIES / BANDWIDTH
+    processors = cycles / each * ENTRIES / (PROCESSORS * SCHEDULERS * WARP * CLOCK)
+    return CountRow(
+        subject.kernel.strip("_"),
+        subject.label,
+        subject.note,
+        _registers(compiled),
+        compiled.metadata.shared,
+        case.num_stages,
+        each,
+        round(pipes["issue"] / each, 1),
+        round(cycles / each, 1),
+        pipe,
+        round(subject.bytes, 2),
+        round(1e6 * memory, 1),
+        round(1e6 * max(memory, processors), 1),
+        "memory" if memory >= processors else "processors",
+    )
+
+
+def count_product(subject: Subject) -> ProductRow:
+    """What a product needs for each clock of the tensor cores."""
+    case, compiled, pipes = _compiled(subject)
+    clocks = per_trip(case.constexprs) / TENSOR_CORE_RATE
+    issued = pipes["issue"] * case.num_warps / SCHEDULERS / clocks
+    fastest = 2 * TENSOR_CORE_RATE * PROCESSORS * CLOCK / 1e12
+    block = case.constexprs.get("SPAN", 0)
+    plans = {row.block: row.plan for row in gpu_plan.plan_rows() if row.direction == "forward"}
+    return ProductRow(
+        subject.kernel.strip("_"),
+        subject.label,
+        _registers(compiled),
+        compiled.metadata.shared,
+        case.num_stages,
+        round(issued, 2),
+        round(fastest / max(1.0, issued), 1),
+        plans.get(f"{block} x {block}", 0.0),
+    )
+
+
+def counted(workers: int) -> tuple[list[CountRow], list[ProductRow]]:
+    """All subjects, in their order; kernels that are compiled already come from Triton's cache."""
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        rows, multiplied = pool.map(count, subjects()), pool.map(count_product, products())
+        return list(rows), list(multiplied)
+
+
+@dataclass(frozen=True)
+class OperationRow:
+    """What a call launches and takes at least: the times of its passes, and `LAUNCH` for each launch.
+
+    Attributes:
+        launches: in all, and those that find something to do.
+        limit: the time that its bytes alone take the memory.
+    """
+
+    operation: str
+    launches: int
+    working: int
+    bytes: float
+    limit_microseconds: float
+    microseconds: float
+
+
+def operations(rows: list[CountRow]) -> list[OperationRow]:
+    """Solves of one tensor of 25.6 million values for a soft and a hard mask, and rows of 4096."""
+    found = {(row.kernel, row.configuration, row.note): row for row in rows}
+
+    def passed(operation: str, launches: int, working: int, *passes: tuple[str, str, str]) -> OperationRow:
+        kernels = [found[which] for which in passes]
+        memory = sum(row.memory_microseconds for row in kernels)
+        total = sum(row.microseconds for row in kernels) + launches * LAUNCH
+        moved = round(sum(row.bytes for row in kernels), 2)
+        return OperationRow(operation, launches, working, moved, round(memory, 1), round(total, 1))
+
+    made = []
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        always, cold, launches = _launches(dtype)
+        few, many = ("survey_kernel", name, "few near the cut"), ("survey_kernel", name, "many near the cut")
+        write = ("write_kernel", name, "")
+        made.append(passed(f"solve from a state, {name}", launches, always, few, write))
+        made.append(passed(f"first solve, {name}", launches, always + cold, many, few, write))
+        rows_of = f"rows of 4096, {name}"
+        made.append(passed(f"{rows_of}", 1, 1, ("soft_topk_forward_kernel", rows_of, "")))
+        made.append(passed(f"{rows_of}, gradient", 1, 1, ("soft_topk_backward_kernel", rows_of, "")))
+    return made
+
+
+def _launches(dtype: torch.dtype) -> tuple[int, int, int]:
+    """Launches of a solve that always work, those of a first one besides, and all."""
+    from spartan_kernels.backends.triton.global_solve import GlobalSolve
+    from spartan_kernels.backends.triton.tensor_list import TensorList
+
+    values, one = [torch.empty(5000, dtype=dtype)], torch.ones((), dtype=torch.float64)
+    problem = TensorList(values, [])
+    solve = GlobalSolve(problem.shape, True, True, True)
+    plan = solve.plan(problem.table(values, values), one, one, one, one, solve.workspace())
+    when = [launch.when for launch in plan]
+    return when.count("always"), when.count("cold"), len(plan)
+
+
+def report(rows: Sequence[Any], title: str) -> None:
+    """Print a table of rows of one kind."""
+    header = [field.name.replace("_", " ") for field in fields(rows[0])]
+    lines = [[str(value) for value in astuple(row)] for row in rows]
+    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+    print(f"\n{title}")
+    for line in [header, *lines]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def save(rows: Sequence[Any], path: Path) -> None:
+    """Write a table as CSV, to a temporary name and rename."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([field.name for field in fields(rows[0])])
+        writer.writerows(astuple(row) for row in rows)
+    os.replace(temporary, path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--save", action="store_true", help="write the tables, which the documentation shows")
+    options = parser.parse_args(arguments)
+    rows, multiplied = counted(options.workers)
+    tables: list[Sequence[Any]] = [rows, multiplied, operations(rows)]
+    for (path, title), table in zip(TABLES.items(), tables, strict=True):
+        report(table, title)
+        if options.save:
+            save(table, path)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -52,8 +52,8 @@ bool parallel_available();
 int64_t workspace_bytes(int64_t parts, int64_t length, int element_size, bool grouped = false);
 int64_t rows_workspace_bytes(int64_t length, int element_size, int threads);
 
-// One budget over a list. extra = {soft mask, hard mask or null}. `state` (8 doubles, see new_solver_state) or null to
-// start cold. threshold = {centre, shift}.
+// One budget over a list. extra = {soft mask or null, hard mask or null}, not both null. `state` (8 doubles, see
+// new_solver_state) or null to start cold. threshold = {centre, shift}.
 void soft_topk_global(Dtype, Table, double budget, double beta, bool absolute, double* state, double* threshold,
                       Workspace, int threads, const Group& = {});
 // extra = {gradient of the mask, gradient of values, gradient of costs or null}. scalars = {of budget, of beta}.
@@ -89,20 +89,27 @@ void hard_topk_rows(Dtype, Rows, RowBudgets, uint8_t* mask, Workspace, int threa
 struct Blocks {
   int64_t out, in, kernel, rows, columns;
 };
-struct Masks {
-  const void* soft;
-  const uint8_t* hard;
-};
 struct BlockCosts {
   const void* array;
   double cost;
 };
-void masked_weight(Dtype, Blocks, const void* weight, Masks, void* result, int threads);
-void masked_weight_backward(Dtype, Blocks, const void* grad, const void* weight, Masks, double beta, BlockCosts,
+// What m is made of: its values, null for ones, or {centre, shift} of the solution sigmoid(beta (|theta| / a - centre) + shift),
+// on the CPU where each weight is a block.
+struct SoftMask {
+  const void* values;
+  const double* solution;
+  double beta;
+  BlockCosts costs;
+};
+void masked_weight(Dtype, Blocks, const void* weight, SoftMask, const uint8_t* hard, void* result, int threads);
+void masked_weight_backward(Dtype, Blocks, const void* grad, const void* weight, SoftMask, const uint8_t* hard,
                             bool straight_through, void* result, Workspace, int threads);
-void masked_weight_coupling(Dtype, Blocks, const void* grad, const void* weight, const void* soft, double beta, BlockCosts,
-                            double* sums, Workspace, int threads);
-void masked_weight_correct(Dtype, Blocks, void* grad, const void* weight, const void* soft, double scale, int threads);
+void masked_weight_coupling(Dtype, Blocks, const void* grad, const void* weight, SoftMask, double* sums, Workspace,
+                            int threads);
+void masked_weight_correct(Dtype, Blocks, void* grad, const void* weight, SoftMask, double scale, int threads);
+// sums = {sum h m, sum h}, where each weight is a block
+void masked_weight_kept(Dtype, Blocks, const void* weight, SoftMask, const uint8_t* hard, double* sums, Workspace,
+                        int threads);
 // grad += sign(weight) * pull, one pull per block
 void add_block_signs(Dtype, Blocks, void* grad, const void* weight, const void* pull, int threads);
 void block_scores(Dtype, Blocks, const void* weight, void* scores, int threads);
@@ -175,12 +182,16 @@ struct Stream {
 using cpu::Blocks;
 
 // One cost per block in the weight's type, or one number: exactly one pointer is not null.
+struct Masks {
+  const void* soft;
+  const uint8_t* hard;
+};
 struct BlockCosts {
   const void* array;
   const double* number;
 };
-void masked_weight(Dtype, Blocks, const void* weight, cpu::Masks, void* result, Stream);
-void masked_weight_backward(Dtype, Blocks, const void* grad, const void* weight, cpu::Masks, const double* beta, BlockCosts,
+void masked_weight(Dtype, Blocks, const void* weight, Masks, void* result, Stream);
+void masked_weight_backward(Dtype, Blocks, const void* grad, const void* weight, Masks, const double* beta, BlockCosts,
                             bool straight_through, void* result, Stream);
 // `workspace` holds kCouplingPartials doubles.
 constexpr int64_t kCouplingPartials = 2 * 1024;

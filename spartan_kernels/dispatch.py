@@ -79,7 +79,7 @@ SUPPORT: dict[str, dict[str, Support]] = {
         native=_FLOATS,
         gpu=_NARROW,
     ),
-    **_rows("masked_weight", "add_block_signs_", "masked_weight_backward_", native=_FLOATS),
+    **_rows("masked_weight", "kept_soft_mass", "add_block_signs_", "masked_weight_backward_", native=_FLOATS),
     **_rows(
         "masked_matmul",
         "masked_linear_forward",

@@ -22,6 +22,7 @@ __all__ = [
     "BlockScores",
     "HardTopk",
     "HardTopkGlobal",
+    "KeptSoftMass",
     "MaskedConv",
     "MaskedConvBackward",
     "MaskedLinear",
@@ -92,7 +93,10 @@ class SoftTopkGlobalBackward(NamedTuple):
 
 
 class SolveMasks(NamedTuple):
-    """`block_sizes`: rows and columns of each tensor in turn; empty where values are scores already."""
+    """`block_sizes`: rows and columns of each tensor in turn; empty where values are scores already.
+
+    No `soft`: the soft masks are not written, and their solution (c, d) goes to the last two numbers of the state.
+    """
 
     values: list[Tensor]
     budget: Tensor
@@ -128,7 +132,10 @@ class HardTopkGlobal(NamedTuple):
 
 
 class MaskedWeight(NamedTuple):
-    """weight [out, in, ...]; soft, hard: one entry for each block of (rows, columns), None for ones; costs [] or so."""
+    """weight [out, in, ...]; soft, hard: one entry for each block of (rows, columns), None for ones; costs [] or so.
+
+    Where each weight is a block soft may be (c, d), float64 [2]: the solution m = sigmoid(beta (|theta| / a - c) + d).
+    """
 
     weight: Tensor
     soft: Tensor | None
@@ -170,14 +177,27 @@ class MaskedWeightCoupling(NamedTuple):
 
 
 class MaskedWeightCorrection(NamedTuple):
-    """grad_i -= sign(theta_i) s_b scale."""
+    """grad_i -= sign(theta_i) s_b scale; `beta` and `costs` are those of a solution."""
 
     grad: Tensor
     weight: Tensor
     soft: Tensor
     scale: Tensor
+    beta: Tensor
+    costs: Tensor
     rows: int
     columns: int
+    backend: str = ""
+
+
+class KeptSoftMass(NamedTuple):
+    """Where each weight is a block: sum of h m and sum of h; soft and hard as for `MaskedWeight`."""
+
+    weight: Tensor
+    soft: Tensor
+    hard: Tensor
+    beta: Tensor
+    costs: Tensor
     backend: str = ""
 
 

@@ -14,6 +14,7 @@ from spartan_kernels.block_sparse_filter import BlockSparseFilter
 from spartan_kernels.layout import BlockLayout
 from spartan_kernels.operands import (
     AddBlockSigns,
+    KeptSoftMass,
     MaskedConvBackward,
     MaskedLinearBackward,
     MaskedWeightBackward,
@@ -28,7 +29,12 @@ from spartan_kernels.ops.block_sparse import block_sparse_linear_backward
 from spartan_kernels.ops.block_sparse_conv import block_sparse_conv2d_backward
 from spartan_kernels.ops.masked_conv import masked_conv2d_backward
 from spartan_kernels.ops.masked_matmul import masked_linear_backward
-from spartan_kernels.ops.masked_weight import add_block_signs_, masked_weight_backward, masked_weight_backward_
+from spartan_kernels.ops.masked_weight import (
+    add_block_signs_,
+    kept_soft_mass,
+    masked_weight_backward,
+    masked_weight_backward_,
+)
 from spartan_kernels.ops.soft_topk import (
     soft_topk_backward,
     soft_topk_forward,
@@ -72,6 +78,7 @@ def make_inputs(seed: int = 0) -> Inputs:
         "bias": draw(70),
         "grad_y": draw(33, 70),
         "scale": torch.tensor(0.3, dtype=torch.float64),
+        "solution": torch.tensor([0.6, -0.2], dtype=torch.float64),
         "image": draw(2, 20, 9, 7),
         "filter": draw(37, 20, 3, 2),
         "filter_gate": draw(3, 3, 3, 2).clamp(0.0),
@@ -171,6 +178,9 @@ def probes() -> list[Probe]:
             i["weight"] * 2, i["weight"], i["gate"], block, beta=i["beta"], costs=128.0, backend=b
         ),
         "masked_weight_correct_": correct,
+        "kept_soft_mass": lambda i, b: kept_soft_mass(
+            KeptSoftMass(i["weight"], i["solution"], i["weight"] > 0.5, i["beta"], i["scale"], b)
+        ),
         "add_block_signs_": signs,
         "masked_weight_backward_": backward_in_place,
         "block_scores": lambda i, b: ops.block_scores(i["weight"], block, backend=b),
@@ -221,7 +231,7 @@ def compare(result: Any, expected: Any) -> str | None:
 
 def inputs_on(inputs: Inputs, device: str) -> Inputs:
     """The inputs on a device, what has a dtype of its own in float32."""
-    scalars = ("budget", "beta", "scale")
+    scalars = ("budget", "beta", "scale", "solution")
     moved = {
         name: t.to(device) if t.dtype == torch.bool or name in scalars else t.to(device, torch.float32)
         for name, t in inputs.items()

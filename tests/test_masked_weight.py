@@ -380,7 +380,7 @@ def test_opcheck(target: Any, block_size: Any) -> None:
     )
     torch.library.opcheck(
         spartan_ops.masked_weight_correct_.default,
-        (upstream, weight, soft, scale, rows, columns, target.backend),
+        (upstream, weight, soft, scale, beta, costs, rows, columns, target.backend),
     )
     torch.library.opcheck(spartan_ops.block_scores.default, (weight, rows, columns, target.backend))
 

@@ -4,37 +4,49 @@ namespace spartan::bindings {
 namespace {
 
 using cpu::Blocks;
+using cpu::SoftMask;
 
 Dtype dtype_of(int element_size) { return element_size == 8 ? Dtype::float64 : Dtype::float32; }
 
 void bind_cpu(py::module_& m) {
   m.def("blocks_workspace_bytes", &cpu::blocks_workspace_bytes);
+  py::class_<SoftMask>(m, "SoftMask").def(py::init([](Address values, Address solution, double beta, Address costs, double cost) {
+    return SoftMask{at(values), at<const double>(solution), beta, {at(costs), cost}};
+  }));
   m.def(
       "masked_weight",
-      [](int element, Blocks blocks, Address weight, Address soft, Address hard, Address result, int threads) {
-        cpu::masked_weight(dtype_of(element), blocks, at(weight), {at(soft), at<const uint8_t>(hard)}, at(result), threads);
+      [](int element, Blocks blocks, Address weight, SoftMask soft, Address hard, Address result, int threads) {
+        cpu::masked_weight(dtype_of(element), blocks, at(weight), soft, at<const uint8_t>(hard), at(result), threads);
       },
       Unlocked());
   m.def(
       "masked_weight_backward",
-      [](int element, Blocks blocks, Address grad, Address weight, Address soft, Address hard, double beta, Address costs,
-         double cost, bool straight_through, Address result, Address workspace, int64_t bytes, int threads) {
-        cpu::masked_weight_backward(dtype_of(element), blocks, at(grad), at(weight), {at(soft), at<const uint8_t>(hard)},
-                                    beta, {at(costs), cost}, straight_through, at(result), {at(workspace), bytes}, threads);
+      [](int element, Blocks blocks, Address grad, Address weight, SoftMask soft, Address hard, bool straight_through,
+         Address result, Address workspace, int64_t bytes, int threads) {
+        cpu::masked_weight_backward(dtype_of(element), blocks, at(grad), at(weight), soft, at<const uint8_t>(hard),
+                                    straight_through, at(result), {at(workspace), bytes}, threads);
       },
       Unlocked());
   m.def(
       "masked_weight_coupling",
-      [](int element, Blocks blocks, Address grad, Address weight, Address soft, double beta, Address costs, double cost,
-         Address sums, Address workspace, int64_t bytes, int threads) {
-        cpu::masked_weight_coupling(dtype_of(element), blocks, at(grad), at(weight), at(soft), beta, {at(costs), cost},
-                                    at<double>(sums), {at(workspace), bytes}, threads);
+      [](int element, Blocks blocks, Address grad, Address weight, SoftMask soft, Address sums, Address workspace,
+         int64_t bytes, int threads) {
+        cpu::masked_weight_coupling(dtype_of(element), blocks, at(grad), at(weight), soft, at<double>(sums),
+                                    {at(workspace), bytes}, threads);
+      },
+      Unlocked());
+  m.def(
+      "masked_weight_kept",
+      [](int element, Blocks blocks, Address weight, SoftMask soft, Address hard, Address sums, Address workspace,
+         int64_t bytes, int threads) {
+        cpu::masked_weight_kept(dtype_of(element), blocks, at(weight), soft, at<const uint8_t>(hard), at<double>(sums),
+                                {at(workspace), bytes}, threads);
       },
       Unlocked());
   m.def(
       "masked_weight_correct",
-      [](int element, Blocks blocks, Address grad, Address weight, Address soft, double scale, int threads) {
-        cpu::masked_weight_correct(dtype_of(element), blocks, at(grad), at(weight), at(soft), scale, threads);
+      [](int element, Blocks blocks, Address grad, Address weight, SoftMask soft, double scale, int threads) {
+        cpu::masked_weight_correct(dtype_of(element), blocks, at(grad), at(weight), soft, scale, threads);
       },
       Unlocked());
   m.def(

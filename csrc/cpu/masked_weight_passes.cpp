@@ -124,7 +124,7 @@ void backward(const BlockRow<T>& row, const T* grad, const T* weight, bool strai
 }
 
 template <class T>
-CouplingSums coupling(const BlockRow<T>& row, const T* grad, const T* weight, T* scratch) {
+TwoSums coupling(const BlockRow<T>& row, const T* grad, const T* weight, T* scratch) {
   const int64_t blocks = blocks_of(row);
   const bool single = row.columns == 1 && row.rows == 1;
   T* q = scratch;
@@ -133,7 +133,7 @@ CouplingSums coupling(const BlockRow<T>& row, const T* grad, const T* weight, T*
     block_sums(row, q, [&](int64_t i) { return grad[i] * weight[i]; });
     block_sums(row, v, [&](int64_t i) { return magnitude(weight[i]); });
   }
-  CouplingSums total;
+  TwoSums total;
   constexpr int64_t kBlock = 1024;
   constexpr int W = 16;
   for (int64_t begin = 0; begin < blocks; begin += kBlock) {
@@ -152,8 +152,36 @@ CouplingSums coupling(const BlockRow<T>& row, const T* grad, const T* weight, T*
       for (int lane = 0; lane < W; ++lane) add(b + lane, lane);
     for (; b < end; ++b) add(b, 0);
     for (int lane = 0; lane < W; ++lane) {
-      total.coupled += static_cast<double>(coupled[lane]);
-      total.slope += static_cast<double>(slope[lane]);
+      total.first += static_cast<double>(coupled[lane]);
+      total.second += static_cast<double>(slope[lane]);
+    }
+  }
+  return total;
+}
+
+template <class T>
+TwoSums kept(const BlockRow<T>& row) {
+  TwoSums total;
+  constexpr int64_t kBlock = 1024;
+  constexpr int W = 16;
+  const T* soft = row.soft;
+  const uint8_t* hard = row.hard;
+  for (int64_t begin = 0; begin < row.in; begin += kBlock) {
+    const int64_t end = begin + kBlock < row.in ? begin + kBlock : row.in;
+    T mass[W] = {}, count[W] = {};
+    int64_t i = begin;
+    for (; i + W <= end; i += W)
+      for (int lane = 0; lane < W; ++lane) {
+        mass[lane] += hard[i + lane] ? soft[i + lane] : T(0);
+        count[lane] += static_cast<T>(hard[i + lane]);
+      }
+    for (; i < end; ++i) {
+      mass[0] += hard[i] ? soft[i] : T(0);
+      count[0] += static_cast<T>(hard[i]);
+    }
+    for (int lane = 0; lane < W; ++lane) {
+      total.first += static_cast<double>(mass[lane]);
+      total.second += static_cast<double>(count[lane]);
     }
   }
   return total;
@@ -182,7 +210,8 @@ void scores(const BlockRow<T>& row, const T* weight, T* out) {
 }
 
 template <class T>
-constexpr MaskedWeightPasses<T> kPasses{forward<T>, backward<T>, coupling<T>, correct<T>, add_signs<T>, scores<T>};
+constexpr MaskedWeightPasses<T> kPasses{forward<T>, backward<T>,  coupling<T>, kept<T>,
+                                        correct<T>, add_signs<T>, scores<T>};
 
 }  // namespace
 

@@ -15,11 +15,11 @@ struct BlockRow {
   T cost, beta;
 };
 
-struct CouplingSums {
-  double coupled = 0, slope = 0;  // sum (1 - m) g m, sum a m (1 - m)
+struct TwoSums {
+  double first = 0, second = 0;
 
-  CouplingSums& operator+=(const CouplingSums& o) {
-    coupled += o.coupled, slope += o.slope;
+  TwoSums& operator+=(const TwoSums& o) {
+    first += o.first, second += o.second;
     return *this;
   }
 };
@@ -29,7 +29,8 @@ template <class T>
 struct MaskedWeightPasses {
   void (*forward)(const BlockRow<T>&, const T* weight, T* result);
   void (*backward)(const BlockRow<T>&, const T* grad, const T* weight, bool straight_through, T* result, T* scratch);
-  CouplingSums (*coupling)(const BlockRow<T>&, const T* grad, const T* weight, T* scratch);
+  TwoSums (*coupling)(const BlockRow<T>&, const T* grad, const T* weight, T* scratch);  // (1 - m) g m, a m (1 - m)
+  TwoSums (*kept)(const BlockRow<T>&);                                                  // h m, h: one long row
   void (*correct)(const BlockRow<T>&, T* grad, const T* weight, T scale);
   void (*add_signs)(const BlockRow<T>&, T* grad, const T* weight);  // grad += sign(weight) * soft
   void (*scores)(const BlockRow<T>&, const T* weight, T* scores);

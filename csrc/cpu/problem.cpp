@@ -255,7 +255,7 @@ double Problem<T>::write(const Logit<T>& logit, const Cut<T>* cut) {
   if (cut == nullptr) advise_fresh(0, storage_.bytes());  // masks of a training step are the caller's own
   return reduce<Total>([&](const Part& part, int64_t at, const Span<T>& span) {
            T buffer[kBuffer];
-           T* soft = storage_.target(part.row->extra[0], at, buffer);
+           T* soft = storage_.target(part.row->extra[0], at, buffer);  // null: it is only summed
            Total sum;
            if (cut == nullptr) {
              sum.value = passes_.write(span, logit, T(0), soft, nullptr, around);
@@ -263,8 +263,8 @@ double Problem<T>::write(const Logit<T>& logit, const Cut<T>* cut) {
              uint8_t* hard = static_cast<uint8_t*>(part.row->extra[1]) + at;
              split_at(*cut, part.first_index + at, span.length, [&](int64_t offset, int64_t length, T hard_from) {
                sum.value +=
-                   passes_.write(piece(span, offset, length), logit, hard_from, soft + offset, hard + offset,
-                                 around && length >= kLeastStreamed);
+                   passes_.write(piece(span, offset, length), logit, hard_from, soft == nullptr ? nullptr : soft + offset,
+                                 hard + offset, around && length >= kLeastStreamed);
              });
            }
            storage_.put(soft, span.length, part.row->extra[0], at, past_cache);

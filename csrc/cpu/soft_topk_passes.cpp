@@ -291,7 +291,10 @@ inline void store_hard_full(uint8_t* hard, Mask<T> keep) {
   std::memcpy(hard, &bytes, W < 8 ? W : 8);
 }
 
-template <class T, bool Soft, bool Hard, bool Stream>
+// What becomes of the soft mask: it is not looked at, only summed, or written, past the caches or not.
+enum class SoftMask { none, summed, written, streamed };
+
+template <class T, SoftMask Soft, bool Hard>
 double write_masks(const Span<T>& span, const Logit<T>& p, T hard_from, T* soft, uint8_t* hard) {
   const Logistic<T> logistic(p);
   const bool kept_side = p.sign > T(0);
@@ -309,18 +312,19 @@ double write_masks(const Span<T>& span, const Logit<T>& p, T hard_from, T* soft,
         [&, soft, hard, kept_side, hard_from]<int N>(int64_t i, const Lanes<T, N>& lanes) {
           if (Hard)
             for (int j = 0; j < N; ++j) store_hard_full<T>(hard + i + j * W, lanes.u[j] >= hard_from);
-          if (Soft) {
+          if (Soft != SoftMask::none) {
             const Sigmoid<T, N> g = compute(lanes, splat(T(1)));
             for (int j = 0; j < N; ++j) {
               const Vec<T> mask = kept_side ? g.m[j] : g.complement[j];
-              Stream ? stream(soft + i + j * W, mask) : store(soft + i + j * W, mask);
+              if (Soft == SoftMask::streamed) stream(soft + i + j * W, mask);
+              if (Soft == SoftMask::written) store(soft + i + j * W, mask);
             }
           }
         },
         [&](int64_t i, int count, const Lanes<T, 1>& lanes) {
-          if (Soft) {
+          if (Soft != SoftMask::none) {
             const Sigmoid<T, 1> g = compute(lanes, live_lanes<T>(count));
-            store_partial<T>(soft + i, kept_side ? g.m[0] : g.complement[0], count);
+            if (Soft != SoftMask::summed) store_partial<T>(soft + i, kept_side ? g.m[0] : g.complement[0], count);
           }
           if (Hard) store_hard(hard + i, bits(lanes.u[0] >= hard_from), count < W ? count : W);
         },
@@ -331,30 +335,30 @@ double write_masks(const Span<T>& span, const Logit<T>& p, T hard_from, T* soft,
   });
 }
 
-template <class T>
-double write(const Span<T>& span, const Logit<T>& p, T hard_from, T* soft, uint8_t* hard, bool past_cache) {
-  if (p.beta == T(0)) {  // one number for all, exactly 0 or 1 for a budget of nothing or everything
-    const T m = T(1) / (T(1) + std::exp(-p.shift));
-    for (int64_t i = 0; i < span.length; ++i) soft[i] = m;
-    if (hard != nullptr) write_masks<T, false, true, false>(span, p, hard_from, nullptr, hard);
-    return 0;
-  }
-  const bool around = past_cache && can_stream(soft);
-  double mass;
-  if (hard != nullptr) {
-    mass = around ? write_masks<T, true, true, true>(span, p, hard_from, soft, hard)
-                  : write_masks<T, true, true, false>(span, p, hard_from, soft, hard);
-  } else {
-    mass = around ? write_masks<T, true, false, true>(span, p, hard_from, soft, hard)
-                  : write_masks<T, true, false, false>(span, p, hard_from, soft, hard);
-  }
-  if (around) stream_end();
+template <class T, bool Hard>
+double write_as_wanted(const Span<T>& span, const Logit<T>& p, T hard_from, T* soft, uint8_t* hard, bool past_cache) {
+  if (soft == nullptr) return write_masks<T, SoftMask::summed, Hard>(span, p, hard_from, soft, hard);
+  if (!past_cache || !can_stream(soft)) return write_masks<T, SoftMask::written, Hard>(span, p, hard_from, soft, hard);
+  const double mass = write_masks<T, SoftMask::streamed, Hard>(span, p, hard_from, soft, hard);
+  stream_end();
   return mass;
 }
 
 template <class T>
 void write_hard(const Span<T>& span, T hard_from, uint8_t* hard) {
-  write_masks<T, false, true, false>(span, {}, hard_from, nullptr, hard);
+  write_masks<T, SoftMask::none, true>(span, {}, hard_from, nullptr, hard);
+}
+
+template <class T>
+double write(const Span<T>& span, const Logit<T>& p, T hard_from, T* soft, uint8_t* hard, bool past_cache) {
+  if (p.beta == T(0)) {  // one number for all, exactly 0 or 1 for a budget of nothing or everything
+    const T m = T(1) / (T(1) + std::exp(-p.shift));
+    for (int64_t i = 0; soft != nullptr && i < span.length; ++i) soft[i] = m;
+    if (hard != nullptr) write_hard(span, hard_from, hard);
+    return 0;
+  }
+  return hard != nullptr ? write_as_wanted<T, true>(span, p, hard_from, soft, hard, past_cache)
+                         : write_as_wanted<T, false>(span, p, hard_from, soft, hard, past_cache);
 }
 
 template <class T>

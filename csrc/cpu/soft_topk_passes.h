@@ -90,7 +90,7 @@ struct SoftTopkPasses {
   Moments (*count)(const Span<T>&, const Window<T>&, Sink<T>*);                    // above and the window
   double (*tied)(const Span<T>&, T ratio);                                         // sum a over u == ratio
   Extent (*extent)(const Span<T>&);
-  // Masks where not null; hard is u >= hard_from. Returns the sum of a sigmoid(x).
+  // Masks where not null, one of them at least; hard is u >= hard_from. Returns the sum of a sigmoid(x).
   // `past_cache` says that the output is larger than the caches.
   double (*write)(const Span<T>&, const Logit<T>&, T hard_from, T* soft, uint8_t* hard, bool past_cache);
   void (*write_hard)(const Span<T>&, T hard_from, uint8_t* hard);

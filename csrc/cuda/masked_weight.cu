@@ -407,13 +407,13 @@ Costs<T> typed(const BlockCosts& costs) {
 
 }  // namespace
 
-void masked_weight(Dtype dtype, Blocks blocks, const void* weight, cpu::Masks masks, void* result, Stream stream) {
+void masked_weight(Dtype dtype, Blocks blocks, const void* weight, Masks masks, void* result, Stream stream) {
   if (size_of(blocks) == 0) return;
   SPARTAN_CUDA_DISPATCH(
       forward<T>(blocks, {typed<T>(weight), typed<T>(masks.soft), masks.hard, static_cast<T*>(result)}, stream))
 }
 
-void masked_weight_backward(Dtype dtype, Blocks blocks, const void* grad, const void* weight, cpu::Masks masks,
+void masked_weight_backward(Dtype dtype, Blocks blocks, const void* grad, const void* weight, Masks masks,
                             const double* beta, BlockCosts costs, bool straight_through, void* result, Stream stream) {
   if (size_of(blocks) == 0) return;
   const uint8_t* hard = straight_through ? nullptr : masks.hard;

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from spartan_kernels.arguments import block_grid, inspectable
+from spartan_kernels.arguments import block_grid, inspectable, is_solution
 from spartan_kernels.layout import INDEX, active_blocks, longest_first
 from spartan_kernels.operands import (
     AddBlockSigns,
     BlockLayoutOf,
     HardTopkGlobal,
+    KeptSoftMass,
     MaskedConv,
     MaskedConvBackward,
     MaskedLinear,
@@ -109,7 +110,9 @@ def _scalar(name: str, tensor: torch.Tensor | float, device: torch.device) -> No
 
 
 def _masks(weight: Any, soft: Any, hard: Any, grid: Any) -> None:
-    if soft is not None:
+    if soft is not None and is_solution(soft, weight) and weight.shape == grid:
+        _tensor("soft", soft, (2,), torch.float64, weight.device)
+    elif soft is not None:
         _tensor("soft", soft, grid, _FLOAT, weight.device)
     if hard is not None:
         _tensor("hard", hard, grid, torch.bool, weight.device)
@@ -144,9 +147,17 @@ def _coupling(o: MaskedWeightCoupling) -> None:
 
 
 def _correct(o: MaskedWeightCorrection) -> None:
-    _masks(o.weight, o.soft, None, _blocks(o.weight, o.rows, o.columns))
+    grid = _blocks(o.weight, o.rows, o.columns)
+    _masks(o.weight, o.soft, None, grid)
+    _prices(o.beta, o.costs, grid, o.weight.device)
     _gradient(o.grad, o.weight)
     _scalar("scale", o.scale, o.weight.device)
+
+
+def _kept(o: KeptSoftMass) -> None:
+    _tensor("weight", o.weight, None, _FLOAT)
+    _masks(o.weight, o.soft, o.hard, tuple(o.weight.shape))
+    _prices(o.beta, o.costs, tuple(o.weight.shape), o.weight.device)
 
 
 def _signs(o: AddBlockSigns) -> None:
@@ -431,6 +442,8 @@ def _solve_masks(o: SolveMasks) -> None:
     device = values[0].device
     _scalar("budget", o.budget, device)
     for name, masks, dtype in (("soft", o.soft, values[0].dtype), ("hard", o.hard, torch.bool)):
+        if name == "soft" and not masks:
+            continue  # not written
         _length(name, masks, len(values))
         for index, (mask, grid) in enumerate(zip(masks, grids, strict=True)):
             _tensor(f"{name}[{index}]", mask, grid, dtype, device)
@@ -451,6 +464,7 @@ CHECKS: dict[str, Callable[..., Any]] = {
     "masked_weight_backward_": _masked_weight_backward,
     "masked_weight_coupling": _coupling,
     "masked_weight_correct_": _correct,
+    "kept_soft_mass": _kept,
     "add_block_signs_": _signs,
     "block_scores": lambda o: _blocks(o.weight, o.rows, o.columns),
     "masked_linear_forward": _linear_forward,

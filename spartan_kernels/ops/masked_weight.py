@@ -6,10 +6,19 @@ from typing import Any
 
 import torch
 
-from spartan_kernels.arguments import block_grid, block_shape, clip_block, number, require_device, require_float
+from spartan_kernels.arguments import (
+    block_grid,
+    block_shape,
+    clip_block,
+    is_solution,
+    number,
+    require_device,
+    require_float,
+)
 from spartan_kernels.operands import (
     AddBlockSigns,
     BlockScores,
+    KeptSoftMass,
     MaskedWeight,
     MaskedWeightBackward,
     MaskedWeightCorrection,
@@ -22,7 +31,7 @@ def _fake_weight(o: MaskedWeight | MaskedWeightBackward) -> torch.Tensor:
     return torch.empty_like(o.weight, memory_format=torch.contiguous_format)
 
 
-def _fake_sums(o: MaskedWeightCoupling) -> torch.Tensor:
+def _fake_sums(o: MaskedWeightCoupling | KeptSoftMass) -> torch.Tensor:
     return o.weight.new_empty(2, dtype=torch.float64)
 
 
@@ -40,6 +49,7 @@ masked_weight_backward = define("masked_weight_backward", MaskedWeightBackward, 
 masked_weight_backward_ = define("masked_weight_backward_", MaskedWeightBackward, "()", _fake_nothing, writes=("grad",))
 _coupling = define("masked_weight_coupling", MaskedWeightCoupling, "Tensor", _fake_sums)
 _correct = define("masked_weight_correct_", MaskedWeightCorrection, "()", _fake_nothing, writes=("grad",))
+kept_soft_mass = define("kept_soft_mass", KeptSoftMass, "Tensor", _fake_sums)
 add_block_signs_ = define("add_block_signs_", AddBlockSigns, "()", _fake_nothing, writes=("grad",))
 _scores = define("block_scores", BlockScores, "Tensor", _fake_scores)
 
@@ -115,7 +125,9 @@ def masked_weight(
 
     Args:
         weight: theta, [out, in, ...].
-        soft: m, one per block (`block_grid`), floating point; None for ones, whose gradient is G.
+        soft: m, one per block (`block_grid`), floating point; None for ones, whose gradient is G. Where each weight is
+            a block it may be the solution (c, d) that `solve_masks_` leaves in its state, float64 [2]: then m =
+            sigmoid(beta (|theta| / a - c) + d) is computed where it is needed, and takes no memory on the CPU.
         hard: h, one per block, bool; None for ones.
         block_size: an int or (rows, columns).
         beta: sharpness that m was solved with.
@@ -155,7 +167,7 @@ def masked_weight_coupling(
     Args:
         grad: the `.grad` of `weight`: accumulated, reduced over ranks and unscaled.
         weight: theta, as in the forward pass.
-        soft: m, one per block.
+        soft: m, one per block, or its solution, as for `masked_weight`.
         block_size: an int or (rows, columns).
         beta: sharpness that m was solved with.
         costs: a, a number, 0-dim or one per block.
@@ -182,6 +194,8 @@ def masked_weight_correct_(
     scale: float | torch.Tensor,
     block_size: int | tuple[int, int] = 1,
     *,
+    beta: float | torch.Tensor = 1.0,
+    costs: float | torch.Tensor = 1.0,
     backend: str | None = None,
 ) -> None:
     """Complete equation (2) in place: grad_i -= sign(theta_i) s_b scale, with scale = beta r.
@@ -189,18 +203,22 @@ def masked_weight_correct_(
     Args:
         grad: the gradient that `masked_weight_coupling` read.
         weight: theta, as in the forward pass.
-        soft: m, one per block.
+        soft: m, one per block, or its solution, as for `masked_weight`.
         scale: beta r, a number or 0-dim tensor.
         block_size: an int or (rows, columns).
+        beta: sharpness that m was solved with; read where `soft` is a solution.
+        costs: a, a number, 0-dim or one per block; likewise.
         backend: "auto" or the name of a backend.
 
     Raises:
         TypeError, ValueError: as `masked_weight_coupling`.
     """
-    soft_, _, scale_, _, rows, columns = masked_weight_arguments(weight, soft, None, block_size, scale, 1.0)
+    soft_, _, beta_, costs_, rows, columns = masked_weight_arguments(weight, soft, None, block_size, beta, costs)
     _require_grad(grad, weight)
     assert soft_ is not None
-    _correct(MaskedWeightCorrection(grad, weight.detach(), soft_, scale_, rows, columns, backend or ""))
+    scale_ = number("scale", scale, weight.device)
+    o = MaskedWeightCorrection(grad, weight.detach(), soft_, scale_, beta_, costs_, rows, columns, backend or "")
+    _correct(o)
 
 
 def masked_weight_arguments(
@@ -216,9 +234,12 @@ def masked_weight_arguments(
     rows, columns = block_shape(block_size)
     if soft is not None:
         require_float("soft", soft)
-        _require_grid("soft", soft, weight.shape, (rows, columns))
         require_device("soft", soft, weight.device, "weight")
-        soft = soft.to(weight.dtype)
+        if is_solution(soft, weight):
+            _require_solution(soft, (rows, columns))
+        else:
+            _require_grid("soft", soft, weight.shape, (rows, columns))
+            soft = soft.to(weight.dtype)
     if hard is not None:
         if hard.dtype != torch.bool:
             raise TypeError(f"hard must be a bool tensor; got dtype {hard.dtype}")
@@ -230,6 +251,16 @@ def masked_weight_arguments(
     else:
         costs = number("costs", costs, weight.device)
     return soft, hard, number("beta", beta, weight.device), costs, *clip_block((rows, columns), weight.shape)
+
+
+def _require_solution(soft: torch.Tensor, block_size: tuple[int, int]) -> None:
+    if soft.shape != (2,) or soft.dtype != torch.float64:
+        raise ValueError(
+            "soft must have one entry per block, or be a solution (c, d), float64 of shape (2,);"
+            f" got {soft.dtype} of shape {tuple(soft.shape)}"
+        )
+    if block_size != (1, 1):
+        raise ValueError(f"soft may be a solution (c, d) where each weight is a block; got block_size {block_size}")
 
 
 def _require_grid(

@@ -160,7 +160,8 @@ def new_solver_state(device: torch.device | str = "cpu") -> torch.Tensor:
 
     Returns:
         float64 [8]: soft threshold t, its predecessor, hard threshold (the largest v/a that is not wholly kept) and its
-        predecessor, the number of solves so far, and room for the backend's own use.
+        predecessor, the number of solves so far, room for the backend's own use, and two numbers for the solution of a
+        soft mask that is not written.
     """
     return torch.zeros(SOLVER_STATE_SIZE, dtype=torch.float64, device=device)
 
@@ -170,7 +171,7 @@ def solve_masks_(
     budget: float | torch.Tensor,
     costs: Sequence[float | torch.Tensor] | None,
     beta: float | torch.Tensor,
-    soft: Sequence[torch.Tensor],
+    soft: Sequence[torch.Tensor] | None,
     hard: Sequence[torch.Tensor],
     state: torch.Tensor,
     *,
@@ -191,6 +192,8 @@ def solve_masks_(
         costs: None, or for each tensor a number, a 0-dim tensor or a tensor of its shape.
         beta: sharpness, at least 0.
         soft: for each tensor, where its soft mask goes: its shape and dtype, contiguous; placed as it is for a DTensor.
+            None: it is not written, and `state[6:8]` is then its solution (c, d), m = sigmoid(beta (v / a - c) + d), of
+            which `masked_weight` makes it; on GPUs it takes its memory during the call all the same.
         hard: for each tensor, where its hard mask goes: its shape, bool, contiguous; placed as it is for a DTensor.
         state: from `new_solver_state`, updated; over ranks each has its own, all of the same bits.
         absolute: choose by magnitude.
@@ -210,10 +213,11 @@ def solve_masks_(
     if sides is not None and parts.layouts:
         raise ValueError("block_sizes must be 1 where values are DTensors; pass the scores of their blocks")
     tensors, cost_list = global_problem(parts.values, parts.costs, shapes)
-    soft_parts, hard_parts = parts.targets("soft", soft), parts.targets("hard", hard)
+    soft_parts, hard_parts = [] if soft is None else parts.targets("soft", soft), parts.targets("hard", hard)
     grids = shapes or [tensor.shape for tensor in tensors]
     device = tensors[0].device
-    _require_masks("soft", soft_parts, grids, tensors[0].dtype, device)
+    if soft is not None:
+        _require_masks("soft", soft_parts, grids, tensors[0].dtype, device)
     _require_masks("hard", hard_parts, grids, torch.bool, device)
     if state.shape != (SOLVER_STATE_SIZE,) or state.dtype != torch.float64:
         raise ValueError(f"state must come from new_solver_state; got {state.dtype} of shape {tuple(state.shape)}")
@@ -235,7 +239,8 @@ def solve_masks_(
         backend=backend or "",
     )
     _solve_masks(o)
-    parts.store(soft_parts, soft)
+    if soft is not None:
+        parts.store(soft_parts, soft)
     parts.store(hard_parts, hard)
 
 

@@ -23,13 +23,15 @@ _COST_ROUNDING = 1e-9
 class MaskGroup:
     """Weights that share one budget, of `target` out of `capacity` weights (or their cost), and their solver's state.
 
-    Budgets of the same `part` that lend give each other what is left of a block.
+    Budgets of the same `part` that lend give each other what is left of a block. `every_step`: soft masks are solved
+    for after each step, so that they may be computed from the weights and need not be kept.
     """
 
     tensors: list[MaskedTensor]
     target: float
     part: int = 0
     lends: bool = True
+    every_step: bool = False
     state: torch.Tensor = field(init=False)
     solved: bool = False
 
@@ -37,6 +39,7 @@ class MaskGroup:
         self.capacity = sum(tensor.size.count if tensor.cost is None else tensor.cost for tensor in self.tensors)
         self.initial = float(self.capacity)
         self.state = new_solver_state(self.device)
+        self._choose_soft()
 
     def start_from_zeros(self) -> None:
         """Keep at first only the blocks that are not all zeros; at least one."""
@@ -114,22 +117,45 @@ class MaskGroup:
         for _, carrier in carriers:
             carrier.masks_changed()
 
+    def _choose_soft(self) -> bool:
+        """Keep soft masks, or compute them from their solution: all of a budget alike. Whether they are computed."""
+        computed = self.every_step and all(tensor.can_compute_soft for tensor in self.tensors)
+        for tensor in self.tensors:
+            if self.every_step and tensor.carrier.soft_is_solution != computed:
+                tensor.carrier.compute_soft(computed)
+        return computed
+
+    def place_solution(self) -> None:
+        """Let soft masks that are computed be those of the state, which may have been solved for elsewhere."""
+        if not self._choose_soft() or not self.solved:
+            return
+        solution = self.state[6:].clone()
+        if not bool(solution.any()):  # solved for where soft masks are kept
+            centre = self.state[0].to(self.tensors[0].seen.dtype).double()
+            solution = torch.stack([centre, self.tensors[0].carrier.mask_beta * (centre - self.state[0])])
+        for tensor in self.tensors:
+            soft = tensor.carrier.mask_soft
+            assert soft is not None
+            soft.copy_(solution)
+
     def _solve(self, budget: float, beta: float | torch.Tensor) -> None:
         carriers = [tensor.carrier for tensor in self.tensors]
         self.state = self.state.to(self.device)
+        computed = self._choose_soft()
         rows, columns = carriers[0].mask_block_size
         for carrier in carriers:
             carrier.mask_beta.fill_(beta * (rows * columns) ** 0.5)
         together = any(tensor.shard.cut for tensor in self.tensors) and not self.tensors[0].unstructured
-        soft, hard = [tensor.soft for tensor in self.tensors], [tensor.hard for tensor in self.tensors]
+        soft, hard = [] if computed else [t.soft for t in self.tensors], [tensor.hard for tensor in self.tensors]
+        into_soft, into_hard = [_contiguous(mask) for mask in soft], [_contiguous(mask) for mask in hard]
         try:
             solve_masks_(
                 self._added_scores() if together else [tensor.values for tensor in self.tensors],
                 budget,
                 self._costs(),
                 carriers[0].mask_beta,
-                into_soft := [_contiguous(mask) for mask in soft],
-                into_hard := [_contiguous(mask) for mask in hard],
+                None if computed else into_soft,
+                into_hard,
                 self.state,
                 block_sizes=None if together else [carrier.mask_block_size for carrier in carriers],
                 group=self.group or None,
@@ -140,6 +166,9 @@ class MaskGroup:
         for mask, written in zip(soft + hard, into_soft + into_hard, strict=True):
             if written is not mask:
                 mask.copy_(written)
+        for carrier in carriers if computed else ():
+            assert carrier.mask_soft is not None
+            carrier.mask_soft.copy_(self.state[6:])
 
     def select(self, budget: float, scores: Sequence[torch.Tensor] | None = None) -> float:
         """Write the hard masks of the best blocks within `budget`, and return how much of it that takes.

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from spartan.budgets import LayerSize
-from spartan.distributed import Seen, Shard, fill, local, shard_of, total_over, totals_over
+from spartan.distributed import Seen, Shard, fill, is_dtensor, local, shard_of, total_over, totals_over
 from spartan.nn.mask_carrier import MaskCarrier
 from spartan.nn.modules import largest_block, unmask_weight
 from spartan.nn.stacks import Stack
@@ -23,6 +23,9 @@ from spartan_kernels import (
     masked_weight_correct_,
     masked_weight_coupling,
 )
+from spartan_kernels.arguments import is_solution
+from spartan_kernels.operands import KeptSoftMass
+from spartan_kernels.ops.masked_weight import kept_soft_mass
 
 __all__ = ["Mask", "MaskedTensor"]
 
@@ -136,7 +139,7 @@ class MaskedTensor:
     @property
     def mask(self) -> Mask:
         """The masks now, of all that the module computes with; a soft mask merged into the weight is ones."""
-        hard, soft = self.carrier.mask_hard, self.carrier.mask_soft
+        hard, soft = self.carrier.mask_hard, self.carrier.soft_of(self._whole_values())
         return Mask(torch.ones_like(hard, dtype=self.seen.dtype) if soft is None else soft, hard)
 
     @property
@@ -151,8 +154,20 @@ class MaskedTensor:
 
     @property
     def soft(self) -> torch.Tensor:
-        """m, likewise."""
+        """m, likewise; writing to it has no effect where it is computed."""
         return self._own(self.mask.soft)
+
+    @property
+    def soft_or_solution(self) -> torch.Tensor:
+        """What operators take as the soft mask: m, likewise, or the solution that it is computed from."""
+        soft = self.carrier.mask_soft
+        return soft if soft is not None and self.carrier.soft_is_solution else self.soft
+
+    @property
+    def can_compute_soft(self) -> bool:
+        """Whether the soft mask need not be kept: this process has all of the weight, each weight is a block."""
+        whole = self.stack is None and not self.carrier.mask_divided and not is_dtensor(self.weight)
+        return whole and self.unstructured and self.carrier.mask_hard.device.type == "cpu"
 
     @property
     def costs(self) -> torch.Tensor:
@@ -187,7 +202,8 @@ class MaskedTensor:
 
     def parts(self, *masks: torch.Tensor | None) -> list[tuple[torch.Tensor, Shard]]:
         """Those of the masks that this rank writes a part of, for `fill`."""
-        return [(mask, self.shard) for mask in masks if mask is not None and self.unstructured and self.shard.cut]
+        written = (mask for mask in masks if mask is not None and not is_solution(mask, self.carrier.mask_hard))
+        return [(mask, self.shard) for mask in written if self.unstructured and self.shard.cut]
 
     def own_of(self, whole: torch.Tensor) -> torch.Tensor:
         """Of a tensor with one entry for each block of the whole weight, the blocks that this rank chooses for."""
@@ -257,7 +273,7 @@ class MaskedTensor:
         carrier, weight = self.carrier, self.values
         if self.unstructured or not self.shard.cut:
             return masked_weight_coupling(
-                grad, weight, self.soft, carrier.mask_block_size, beta=carrier.mask_beta, costs=self.costs
+                grad, weight, self.soft_or_solution, carrier.mask_block_size, beta=carrier.mask_beta, costs=self.costs
             )
         soft, costs = self.soft.double(), self.costs.double()
         rest, beta = 1 - soft, carrier.mask_beta
@@ -267,10 +283,19 @@ class MaskedTensor:
 
     def correct(self, grad: torch.Tensor, scale: torch.Tensor) -> None:
         """grad_i -= sign(theta_i) s_b scale, in place."""
-        weight, soft = self.values, self.soft
+        weight, carrier = self.values, self.carrier
         if self.unstructured or not self.shard.cut:
-            masked_weight_correct_(grad, weight, soft, scale, self.carrier.mask_block_size)
+            masked_weight_correct_(
+                grad,
+                weight,
+                self.soft_or_solution,
+                scale,
+                carrier.mask_block_size,
+                beta=carrier.mask_beta,
+                costs=self.costs,
+            )
         else:
+            soft = self.soft
             grad.addcmul_(weight.sign(), self.expand(soft * (1 - soft) * scale).to(grad.dtype), value=-1)
 
     def project(self) -> None:
@@ -351,13 +376,22 @@ class MaskedTensor:
         carrier, stack = self.carrier, self.stack
         if carrier.mask_scale is None or carrier.mask_soft is None:
             return
+        if carrier.soft_is_solution:
+            operands = self.values, carrier.mask_soft, carrier.mask_hard, carrier.mask_beta, carrier.mask_costs
+            sums = kept_soft_mass(KeptSoftMass(*operands))
+            self._set_scale(sums[0] / sums[1])
+            return
         kept = carrier.mask_hard * carrier.mask_sizes.to(carrier.mask_soft.dtype)
         both = carrier.mask_soft * kept, kept
         own = [grid.sum() if stack is None else stack.back(grid).sum((-2, -1), keepdim=True) for grid in both]
         sums = total_over(torch.stack(own), self.shard.split)
-        mean = sums[0] / sums[1]
-        # A layer that keeps nothing has no mean.
-        carrier.mask_scale.copy_(torch.where(mean > 0, 1 / mean, 1.0))
+        self._set_scale(sums[0] / sums[1])
+
+    def _set_scale(self, mean: torch.Tensor) -> None:
+        """Undo this mean; a layer that keeps nothing has none."""
+        scale = self.carrier.mask_scale
+        assert scale is not None
+        scale.copy_(torch.where(mean > 0, 1 / mean, 1.0))
 
     def _turned(self, values: torch.Tensor) -> torch.Tensor:
         return values if self.stack is None else self.stack.turned(values)
@@ -366,6 +400,13 @@ class MaskedTensor:
         if self.stack is None:
             return shard_of(self.name, weight, self.made_for)
         return self.stack.shard(shard_of(self.name, weight, replace(self.made_for, shape=weight.shape)))
+
+    def _whole_values(self) -> torch.Tensor:
+        """theta as the module computes with it: gathered where a soft mask is computed of a weight divided since."""
+        weight: Any = self.weight
+        if self.carrier.soft_is_solution and is_dtensor(weight):
+            return self.seen.slice_of(self._turned(weight.detach().full_tensor()))
+        return self.values
 
     def _own(self, grid: torch.Tensor) -> torch.Tensor:
         return self.shard.of(grid) if self.unstructured else grid

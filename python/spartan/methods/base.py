@@ -26,6 +26,7 @@ class Method(ABC):
     """
 
     soft: bool = False
+    solves_every_step: bool = False  # whether soft masks are solved for, of the weights, after every step
     preserve_scale: bool = False
     takes_shards: bool = False  # whether it works on the parts of weights that FSDP2 or tensor parallelism divides
     one_optimizer: bool = False  # whether it changes weights for the time of an optimizer's step

@@ -54,6 +54,7 @@ class Spartan(SparseMethod):
     backward_tolerance: float = 0.0
 
     soft = True
+    solves_every_step = True
     takes_shards = True
     keeps_zeros = True
 

@@ -11,12 +11,15 @@ from spartan.distributed import placed_as
 from spartan.functional import masked_weight
 from spartan.nn.stacks import Stack
 from spartan_kernels import block_costs, block_grid
+from spartan_kernels.arguments import is_solution
+from spartan_kernels.backends.shared import soft_values
 
 __all__ = ["MaskCarrier"]
 
 
 _COMPUTED_WITH = ("mask_soft_values", "mask_scale_value")  # in the weight's dtype
 _COUNTED_WITH = ("mask_beta", "mask_costs", "mask_sizes")
+_KEEPS_ALL = (0.0, 1e4)  # the solution of m = 1; finite, as differences of infinities are NaN
 
 
 class MaskCarrier(nn.Module):
@@ -24,6 +27,9 @@ class MaskCarrier(nn.Module):
 
     There are as many buffers at any time: copies such as `torch.optim.swa_utils.AveragedModel` keep theirs like the
     model's, one after the other. Once a soft mask is merged its buffer is a single one, and `mask_soft` None.
+
+    Where each weight is a block, `mask_soft` may be the solution (c, d) of m = sigmoid(beta (|theta| / a - c) + d): m
+    is then computed wherever it is needed, of the weights that it was just solved for, and takes no memory.
 
     Attributes:
         mask_hard: h, one per block, bool. mask_beta: float64 0-dim, the sharpness that m was solved
@@ -110,7 +116,8 @@ class MaskCarrier(nn.Module):
         device = self.mask_hard.device
         for name, buffer in other._buffers.items():
             if name.startswith("mask_"):
-                dtype = self.mask_dtype if name in _COMPUTED_WITH else None
+                wide = name not in _COMPUTED_WITH or is_solution(buffer, self.mask_hard)
+                dtype = None if wide else self.mask_dtype
                 self._buffers[name] = None if buffer is None else buffer.detach().to(device, dtype, copy=True)
         backward = other.mask_backward
         self.mask_backward = None if backward is None else backward.detach().to(device, copy=True)
@@ -119,8 +126,27 @@ class MaskCarrier(nn.Module):
 
     @property
     def mask_soft(self) -> torch.Tensor | None:
-        """m, one per block; None once it is merged into the weight or if there is none."""
+        """m, one per block, or its solution; None once it is merged into the weight or if there is none."""
         return None if self.mask_merged else self.mask_soft_values
+
+    @property
+    def soft_is_solution(self) -> bool:
+        """Whether the soft mask is computed from its solution."""
+        return is_solution(self.mask_soft, self.mask_hard)
+
+    def compute_soft(self, from_solution: bool) -> None:
+        """Keep the solution of the soft mask, or its values, from now on; whatever it is, it keeps everything."""
+        if from_solution:
+            self.mask_soft_values = torch.tensor(_KEEPS_ALL, dtype=torch.float64, device=self.mask_hard.device)
+        else:
+            self.mask_soft_values = torch.ones_like(self.mask_hard, dtype=self.mask_dtype)
+
+    def soft_of(self, values: torch.Tensor) -> torch.Tensor | None:
+        """m, one per block, of a weight of these values; of a part of it, where m is computed."""
+        soft = self.mask_soft
+        if soft is None or not self.soft_is_solution:
+            return soft
+        return soft_values(values, soft, self.mask_beta, self.mask_costs)
 
     @property
     def mask_scale(self) -> torch.Tensor | None:
@@ -148,7 +174,8 @@ class MaskCarrier(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         if self.mask_backward is not None:  # not a buffer: there is none most of the time
             self.mask_backward = fn(self.mask_backward)
-        before = {name: self._buffers[name] for name in _COUNTED_WITH}
+        solution = ("mask_soft_values",) if self.soft_is_solution else ()
+        before = {name: self._buffers[name] for name in _COUNTED_WITH + solution}
         self.mask_dtype = fn(torch.empty((), dtype=self.mask_dtype, device=self.mask_hard.device)).dtype
         super()._apply(fn, recurse)
         for name, buffer in before.items():  # never narrower: half precision has no 17 x 17, nor a beta of 1e5
@@ -206,5 +233,5 @@ class MaskCarrier(nn.Module):
         scale = 1.0 if self.mask_scale is None else self.mask_scale.to(wide)
         if self.mask_soft is None:
             return torch.ones_like(self.mask_hard, dtype=wide) * scale, None
-        soft = self.mask_soft.to(wide)
+        soft = self.soft_of(weight).to(wide)  # type: ignore[union-attr]
         return soft * scale, (self.mask_beta * soft * (1 - soft) * scale / self.mask_costs).to(wide)

@@ -35,7 +35,7 @@ def mask_groups(model: nn.Module, method: SparseMethod, parts: list[Part], count
             groups += [PatternGroup(tensor, part.pattern) for tensor in tensors]
             continue
         for budget, target in zip(members[index], targets[index], strict=True):
-            groups.append(MaskGroup([tensors[i] for i in budget], target, index, lends))
+            groups.append(MaskGroup([tensors[i] for i in budget], target, index, lends, method.solves_every_step))
     return groups
 
 

@@ -67,6 +67,8 @@ def _tensor_state(tensor: MaskedTensor, entries: set[str]) -> dict[str, torch.Te
     state["restricted"] = torch.tensor(carrier.mask_backward is not None)
     for key in _OPTIONAL:
         present = getattr(carrier, f"mask_{key}")
+        if key == "soft" and present is not None:
+            present = tensor.mask.soft  # it may be computed
         if present is not None or key in entries:
             state[key] = absent[key] if present is None else present
     grid = block_grid(tensor.shape, carrier.mask_block_size)
@@ -194,6 +196,8 @@ def load_state(state: dict[str, Any], masks: MaskSet) -> None:
         group.state = solver.to(device=group.device, copy=True)
     for tensor in masks.tensors:
         _load_tensor(tensor, state["masks"][tensor.name], masks.frozen)
+    for group in masks.groups if not masks.frozen else ():
+        group.place_solution()
 
 
 def _load_tensor(tensor: MaskedTensor, state: dict[str, torch.Tensor], frozen: bool) -> None:

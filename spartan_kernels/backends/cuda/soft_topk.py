@@ -109,4 +109,7 @@ def solve_masks_(o: SolveMasks) -> None:
     """Soft and hard mask of a training step, in place."""
     values, absolute = score_list(o, block_scores)
     refuse_group(o.group, "cuda")
-    solve_list(values, o.budget, o.costs, o.beta, absolute, (o.soft, o.hard), o.state, None)
+    soft, threshold = o.soft, None
+    if not soft:
+        soft, threshold = [torch.empty_like(v, memory_format=torch.contiguous_format) for v in values], o.state[6:]
+    solve_list(values, o.budget, o.costs, o.beta, absolute, (soft, o.hard), o.state, threshold)

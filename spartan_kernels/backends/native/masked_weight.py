@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from spartan_kernels.arguments import block_grid
+from spartan_kernels.arguments import block_grid, is_solution
 from spartan_kernels.backends import extension
 from spartan_kernels.operands import (
     AddBlockSigns,
     BlockScores,
+    KeptSoftMass,
     MaskedWeight,
     MaskedWeightBackward,
     MaskedWeightCorrection,
@@ -28,27 +31,34 @@ class _Weight:
         return extension.workspace(extension.native.cpu.blocks_workspace_bytes(self.blocks))
 
 
-def _mask_arguments(
-    soft: torch.Tensor | None, hard: torch.Tensor | None
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    return None if soft is None else extension.compute(soft), None if hard is None else hard.contiguous()
+class _Soft:
+    """The soft mask as the extension takes it: values, or the solution that they are computed from; None for ones."""
 
-
-def _cost_arguments(costs: torch.Tensor | float) -> tuple[torch.Tensor | None, float]:
-    one = isinstance(costs, float) or costs.dim() == 0
-    return (None, float(costs)) if one else (extension.compute(costs), 1.0)  # type: ignore[arg-type]
+    def __init__(self, o: Any) -> None:
+        soft, costs = o.soft, o.costs
+        self.values = self.solution = self.costs = None  # kept alive
+        if soft is not None and is_solution(soft, o.weight):
+            self.solution = soft.contiguous()
+        elif soft is not None:
+            self.values = extension.compute(soft)
+        unit = 1.0
+        if isinstance(costs, float) or costs.dim() == 0:
+            unit = float(costs)
+        else:
+            self.costs = extension.compute(costs)
+        values, solution, array = map(extension.pointer, (self.values, self.solution, self.costs))
+        self.argument = extension.native.cpu.SoftMask(values, solution, float(o.beta), array, unit)
 
 
 def masked_weight_forward(o: MaskedWeight) -> torch.Tensor:
     """theta * m * h."""
-    w = _Weight(o.weight, o.rows, o.columns)
-    m, h = _mask_arguments(o.soft, o.hard)
+    w, m, h = _Weight(o.weight, o.rows, o.columns), _Soft(o), extension.contiguous(o.hard)
     result = torch.empty_like(w.weight)
     extension.native.cpu.masked_weight(
         w.element,
         w.blocks,
         w.weight.data_ptr(),
-        extension.pointer(m),
+        m.argument,
         extension.pointer(h),
         result.data_ptr(),
         torch.get_num_threads(),
@@ -72,20 +82,15 @@ def masked_weight_backward_(o: MaskedWeightBackward) -> None:
 
 
 def _backward_into(result: torch.Tensor, grad: torch.Tensor, o: MaskedWeightBackward) -> None:
-    w = _Weight(o.weight, o.rows, o.columns)
-    m, h = _mask_arguments(o.soft, o.hard)
-    array, unit = _cost_arguments(o.costs)
+    w, m, h = _Weight(o.weight, o.rows, o.columns), _Soft(o), extension.contiguous(o.hard)
     workspace = w.workspace()
     extension.native.cpu.masked_weight_backward(
         w.element,
         w.blocks,
         grad.data_ptr(),
         w.weight.data_ptr(),
-        extension.pointer(m),
+        m.argument,
         extension.pointer(h),
-        float(o.beta),
-        extension.pointer(array),
-        unit,
         o.straight_through,
         result.data_ptr(),
         workspace.data_ptr(),
@@ -102,19 +107,32 @@ def _write_back(computed: torch.Tensor, grad: torch.Tensor) -> None:
 
 def masked_weight_coupling(o: MaskedWeightCoupling) -> torch.Tensor:
     """[sum_b (1 - m_b) g_b m_b, sum_b a_b s_b] of this weight."""
-    w = _Weight(o.weight, o.rows, o.columns)
-    g, m = extension.compute(o.grad), extension.compute(o.soft)
-    array, unit = _cost_arguments(o.costs)
+    w, m, g = _Weight(o.weight, o.rows, o.columns), _Soft(o), extension.compute(o.grad)
     sums, workspace = torch.empty(2, dtype=torch.float64), w.workspace()
     extension.native.cpu.masked_weight_coupling(
         w.element,
         w.blocks,
         g.data_ptr(),
         w.weight.data_ptr(),
-        m.data_ptr(),
-        float(o.beta),
-        extension.pointer(array),
-        unit,
+        m.argument,
+        sums.data_ptr(),
+        workspace.data_ptr(),
+        workspace.numel(),
+        torch.get_num_threads(),
+    )
+    return sums
+
+
+def kept_soft_mass(o: KeptSoftMass) -> torch.Tensor:
+    """[sum h m, sum h] where each weight is a block."""
+    w, m, h = _Weight(o.weight, 1, 1), _Soft(o), o.hard.contiguous()
+    sums, workspace = torch.empty(2, dtype=torch.float64), w.workspace()
+    extension.native.cpu.masked_weight_kept(
+        w.element,
+        w.blocks,
+        w.weight.data_ptr(),
+        m.argument,
+        h.data_ptr(),
         sums.data_ptr(),
         workspace.data_ptr(),
         workspace.numel(),
@@ -125,10 +143,9 @@ def masked_weight_coupling(o: MaskedWeightCoupling) -> torch.Tensor:
 
 def masked_weight_correct_(o: MaskedWeightCorrection) -> None:
     """grad_i -= sign(theta_i) s_b scale."""
-    w = _Weight(o.weight, o.rows, o.columns)
-    g, m = extension.compute(o.grad), extension.compute(o.soft)
+    w, m, g = _Weight(o.weight, o.rows, o.columns), _Soft(o), extension.compute(o.grad)
     extension.native.cpu.masked_weight_correct(
-        w.element, w.blocks, g.data_ptr(), w.weight.data_ptr(), m.data_ptr(), float(o.scale), torch.get_num_threads()
+        w.element, w.blocks, g.data_ptr(), w.weight.data_ptr(), m.argument, float(o.scale), torch.get_num_threads()
     )
     _write_back(g, o.grad)
 

@@ -141,10 +141,12 @@ def solve_masks_(o: SolveMasks) -> None:
         _masks_of_list(o)
     except extension.native.NotFinite:
         rest = Unmasked(o.values, o.costs)
-        soft, hard = rest.parts(o.soft), rest.parts(o.hard)
-        _masks_of_list(o._replace(values=rest.values, costs=rest.costs, soft=soft, hard=hard))
-        for mask, found in zip([*o.soft, *o.hard], [*rest.whole(soft), *rest.whole(hard)], strict=True):
-            mask.copy_(found)
+        given = [masks for masks in (o.soft, o.hard) if masks]
+        left = [rest.parts(masks) for masks in given]
+        _masks_of_list(o._replace(values=rest.values, costs=rest.costs, soft=left[0] if o.soft else [], hard=left[-1]))
+        for masks, found in zip(given, left, strict=True):
+            for mask, entries in zip(masks, rest.whole(found), strict=True):
+                mask.copy_(entries)
 
 
 def _masks_of_list(o: SolveMasks) -> None:
@@ -154,3 +156,5 @@ def _masks_of_list(o: SolveMasks) -> None:
     extension.native.cpu.soft_topk_global(
         *first, float(o.budget), float(o.beta), o.absolute, o.state.data_ptr(), threshold.data_ptr(), *problem.rest()
     )
+    if not o.soft:
+        o.state[6:] = threshold

@@ -240,8 +240,11 @@ def solve_masks_(o: SolveMasks) -> None:
     threshold = solve(u, a, kept, known, o.beta, o.group)
     mask = _mask(u, threshold, o.beta).to(row.dtype)
     for source, targets in ((mask, o.soft), (kept, o.hard)):
-        for part, target in zip(_split(source, values), targets, strict=True):
-            target.copy_(part)
+        if targets:
+            for part, target in zip(_split(source, values), targets, strict=True):
+                target.copy_(part)
+    if not o.soft:
+        o.state[6:] = threshold[0]
     centre, shift = threshold[0]
     o.state[1], o.state[3] = o.state[0].clone(), o.state[2].clone()
     # the largest value not wholly kept; when all are, there is none and the last one stands

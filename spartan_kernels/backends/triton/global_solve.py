@@ -229,7 +229,9 @@ def solve_masks_(o: SolveMasks) -> None:
     problem = TensorList(values, o.costs)
     if problem.shape.length:
         solve = global_solve(problem.shape, absolute, True, True)
-        solve.run(problem.table(o.soft, o.hard), o.budget, o.beta, o.state)
+        threshold = solve.run(problem.table(o.soft or _empty(values), o.hard), o.budget, o.beta, o.state)
+        if not o.soft:
+            o.state[6:] = threshold
 
 
 def hard_topk_global_forward(o: HardTopkGlobal) -> list[torch.Tensor]:

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from spartan_kernels.backends.shared import with_values
 from spartan_kernels.backends.triton.configs import CompileCase, block_tile, name_of
 from spartan_kernels.backends.triton.primitives import all_loaded, sign_of
 from spartan_kernels.operands import (
@@ -229,6 +230,7 @@ def _bytes(hard: torch.Tensor | None, stand_in: torch.Tensor) -> torch.Tensor:
 
 def masked_weight_forward(o: MaskedWeight) -> torch.Tensor:
     """theta * m * h."""
+    o = with_values(o)
     weight = o.weight.contiguous()
     result = torch.empty_like(weight)
     _Blocks(weight.shape, o.rows, o.columns).launch(
@@ -241,6 +243,7 @@ def masked_weight_forward(o: MaskedWeight) -> torch.Tensor:
 
 def masked_weight_backward(o: MaskedWeightBackward) -> torch.Tensor:
     """G_i m_b + sign(theta_i) beta s_b g_b / a_b, the local part of equation (2)."""
+    o = with_values(o)
     weight, grad = o.weight.contiguous(), o.grad.contiguous()
     result = torch.empty_like(weight)
     soft, hard = o.soft, None if o.straight_through else o.hard
@@ -255,6 +258,7 @@ def masked_weight_backward(o: MaskedWeightBackward) -> torch.Tensor:
 
 def masked_weight_coupling(o: MaskedWeightCoupling) -> torch.Tensor:
     """[sum_b (1 - m_b) g_b m_b, sum_b a_b s_b] of this weight."""
+    o = with_values(o)
     blocks = _Blocks(o.weight.shape, o.rows, o.columns)
     partial = torch.empty((blocks.programs, 2), dtype=torch.float64, device=o.weight.device)
     blocks.launch(
@@ -267,6 +271,7 @@ def masked_weight_coupling(o: MaskedWeightCoupling) -> torch.Tensor:
 
 def masked_weight_correct_(o: MaskedWeightCorrection) -> None:
     """grad_i -= sign(theta_i) s_b scale."""
+    o = with_values(o)
     dense = o.grad.contiguous()
     _Blocks(o.weight.shape, o.rows, o.columns).launch(
         _masked_weight_correct_kernel, dense, o.weight.contiguous(), o.soft.contiguous(), o.scale

@@ -137,11 +137,6 @@ def _is_side(side: Any) -> bool:
     return isinstance(side, int) and not isinstance(side, bool) and side > 0
 
 
-def is_solution(soft: torch.Tensor | None, weight: torch.Tensor) -> bool:
-    """Whether a soft mask of a weight (or of another mask) is a solution (c, d) instead of one entry for each block."""
-    return soft is not None and soft.dim() == 1 < weight.dim()
-
-
 def clip_block(block_size: int | tuple[int, int], shape: tuple[int, ...] | torch.Size) -> tuple[int, int]:
     """`block_size` as (rows, columns) that reach no further than a weight of this shape: its grid is the same.
 

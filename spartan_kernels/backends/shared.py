@@ -6,7 +6,7 @@ A backend states what it computes itself: a product, its gradient for the input,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
@@ -14,7 +14,6 @@ from torch.nn import functional
 from spartan_kernels.arguments import (
     clamp_budget,
     inspectable,
-    is_solution,
     require_beta,
     require_costs,
     require_scores,
@@ -104,19 +103,6 @@ def expand(grid: torch.Tensor, shape: torch.Size, rows: int, columns: int) -> to
     if (rows, columns) == (1, 1) or grid.dim() == 0:
         return grid.expand(shape)
     return grid.repeat_interleave(rows, 0)[: shape[0]].repeat_interleave(columns, 1)[:, : shape[1]]
-
-
-def soft_values(weight: torch.Tensor, soft: torch.Tensor, beta: torch.Tensor, costs: torch.Tensor) -> torch.Tensor:
-    """m of each weight, from the solution (c, d): sigmoid(beta (|theta| / a - c) + d)."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    centre, shift = soft.to(wide)
-    logits = weight.abs().to(wide).div_(costs.to(wide)).sub_(centre).mul_(beta.to(wide)).add_(shift)
-    return logits.sigmoid_().to(weight.dtype)
-
-
-def with_values(o: Any) -> Any:
-    """Operands of a masked weight with the soft mask itself where there is its solution."""
-    return o._replace(soft=soft_values(o.weight, o.soft, o.beta, o.costs)) if is_solution(o.soft, o.weight) else o
 
 
 def block_sum(tensor: torch.Tensor, rows: int, columns: int) -> torch.Tensor:

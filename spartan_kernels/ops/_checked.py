@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from spartan_kernels.arguments import block_grid, inspectable, is_solution
+from spartan_kernels.arguments import block_grid, inspectable
 from spartan_kernels.layout import INDEX, active_blocks, longest_first
 from spartan_kernels.operands import (
     AddBlockSigns,
@@ -39,6 +39,7 @@ from spartan_kernels.operands import (
     SoftTopkGlobalBackward,
     SolveMasks,
 )
+from spartan_kernels.solution import is_solution
 
 __all__ = ["CHECKS", "checked"]
 

@@ -10,7 +10,6 @@ from spartan_kernels.arguments import (
     block_grid,
     block_shape,
     clip_block,
-    is_solution,
     number,
     require_device,
     require_float,
@@ -25,6 +24,7 @@ from spartan_kernels.operands import (
     MaskedWeightCoupling,
 )
 from spartan_kernels.ops._define import define
+from spartan_kernels.solution import is_solution
 
 
 def _fake_weight(o: MaskedWeight | MaskedWeightBackward) -> torch.Tensor:

@@ -23,9 +23,9 @@ from spartan_kernels import (
     masked_weight_correct_,
     masked_weight_coupling,
 )
-from spartan_kernels.arguments import is_solution
 from spartan_kernels.operands import KeptSoftMass
 from spartan_kernels.ops.masked_weight import kept_soft_mass
+from spartan_kernels.solution import is_solution
 
 __all__ = ["Mask", "MaskedTensor"]
 

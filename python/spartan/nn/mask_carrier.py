@@ -11,8 +11,7 @@ from spartan.distributed import placed_as
 from spartan.functional import masked_weight
 from spartan.nn.stacks import Stack
 from spartan_kernels import block_costs, block_grid
-from spartan_kernels.arguments import is_solution
-from spartan_kernels.backends.shared import soft_values
+from spartan_kernels.solution import is_solution, soft_values
 
 __all__ = ["MaskCarrier"]
 

@@ -6,7 +6,6 @@ import torch
 
 from spartan_kernels.arguments import block_grid
 from spartan_kernels.backends import extension
-from spartan_kernels.backends.shared import with_values
 from spartan_kernels.operands import (
     BlockScores,
     MaskedWeight,
@@ -14,6 +13,7 @@ from spartan_kernels.operands import (
     MaskedWeightCorrection,
     MaskedWeightCoupling,
 )
+from spartan_kernels.solution import with_values
 
 
 class _Weight:

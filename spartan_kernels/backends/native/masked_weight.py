@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from spartan_kernels.arguments import block_grid, is_solution
+from spartan_kernels.arguments import block_grid
 from spartan_kernels.backends import extension
 from spartan_kernels.operands import (
     AddBlockSigns,
@@ -17,6 +17,7 @@ from spartan_kernels.operands import (
     MaskedWeightCorrection,
     MaskedWeightCoupling,
 )
+from spartan_kernels.solution import is_solution
 
 
 class _Weight:

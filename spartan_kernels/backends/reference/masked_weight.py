@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from spartan_kernels.backends.shared import block_sum, expand, with_values
+from spartan_kernels.backends.shared import block_sum, expand
 from spartan_kernels.operands import (
     AddBlockSigns,
     BlockScores,
@@ -14,6 +14,7 @@ from spartan_kernels.operands import (
     MaskedWeightCorrection,
     MaskedWeightCoupling,
 )
+from spartan_kernels.solution import with_values
 
 
 def masked_weight_forward(o: MaskedWeight) -> torch.Tensor:

@@ -14,7 +14,6 @@ import torch
 import triton
 import triton.language as tl
 
-from spartan_kernels.backends.shared import with_values
 from spartan_kernels.backends.triton.configs import CompileCase, block_tile, name_of
 from spartan_kernels.backends.triton.primitives import all_loaded, sign_of
 from spartan_kernels.operands import (
@@ -24,6 +23,7 @@ from spartan_kernels.operands import (
     MaskedWeightCorrection,
     MaskedWeightCoupling,
 )
+from spartan_kernels.solution import with_values
 
 WARPS = 8
 

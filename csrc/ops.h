@@ -110,6 +110,10 @@ void masked_weight_correct(Dtype, Blocks, void* grad, const void* weight, SoftMa
 // sums = {sum h m, sum h}, where each weight is a block
 void masked_weight_kept(Dtype, Blocks, const void* weight, SoftMask, const uint8_t* hard, double* sums, Workspace,
                         int threads);
+// Through a gate of each block, in place: sums_b = sum of grad theta, grad <- grad gate_b + sign(theta) slope_b sums_b;
+// a null slope is 0.
+void gate_gradient(Dtype, Blocks, void* grad, const void* weight, const void* gate, const void* slope, void* sums,
+                   Workspace, int threads);  // blocks of more than one weight
 // grad += sign(weight) * pull, one pull per block
 void add_block_signs(Dtype, Blocks, void* grad, const void* weight, const void* pull, int threads);
 void block_scores(Dtype, Blocks, const void* weight, void* scores, int threads);

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 import spartan.functional as F
 from spartan_kernels import BlockLayout, ops
+from spartan_kernels.break_even import Crossing, using
 from spartan_kernels.testing import (
     assert_within_error_budget,
     make_values,
@@ -117,8 +118,12 @@ def test_value_and_gradients(
 
 @pytest.mark.parametrize("backward", [True, False])
 @pytest.mark.parametrize("gate_grad", [True, False])
-def test_a_gate_that_follows_the_weight(target: Any, backward: bool, gate_grad: bool) -> None:
-    """The weight's gradient is then that of theta itself and that through the gate."""
+@pytest.mark.parametrize("whole", [None, 0.5])
+def test_a_gate_that_follows_the_weight(target: Any, backward: bool, gate_grad: bool, whole: float | None) -> None:
+    """The weight's gradient is then that of theta itself and that through the gate.
+
+    Of every weight it is PyTorch's product, or that of all blocks where this was measured to be the faster (`whole`).
+    """
     p = problem((6,), 37, 50, (16, 8))
     p["backward_mask"] = p["backward_mask"] if backward else None
     slope, upstream = make_values("normal", p["gate"].shape, seed=9), make_values("normal", (6, 37), seed=8)
@@ -126,8 +131,9 @@ def test_a_gate_that_follows_the_weight(target: Any, backward: bool, gate_grad: 
     through = oracle_expand_blocks(slope.double() * of_gate, p["weight"].shape, (16, 8)) * p["weight"].double().sign()
     moved = {k: v.to(target.device) if isinstance(v, Tensor) else v for k, v in p.items()}
     leaves = [moved["weight"].requires_grad_()] + ([moved["gate"].requires_grad_()] if gate_grad else [])
-    y = F.masked_linear(**moved, slope=slope.to(target.device), backend=target.backend)
-    got = torch.autograd.grad(y, leaves, upstream.to(target.device))
+    with using(() if whole is None else (Crossing("float32", 16, 8, True, None, whole),)):
+        y = F.masked_linear(**moved, slope=slope.to(target.device), backend=target.backend)
+        got = torch.autograd.grad(y, leaves, upstream.to(target.device))
     torch.testing.assert_close(got[0].cpu().double(), of_weight + through, rtol=1e-5, atol=1e-5)
     if gate_grad:
         torch.testing.assert_close(got[1].cpu().double(), of_gate, rtol=1e-5, atol=1e-5)

@@ -50,6 +50,14 @@ void bind_cpu(py::module_& m) {
       },
       Unlocked());
   m.def(
+      "gate_gradient",
+      [](int element, Blocks blocks, Address grad, Address weight, Address gate, Address slope, Address sums,
+         Address workspace, int64_t bytes, int threads) {
+        cpu::gate_gradient(dtype_of(element), blocks, at(grad), at(weight), at(gate), at(slope), at(sums),
+                           {at(workspace), bytes}, threads);
+      },
+      Unlocked());
+  m.def(
       "add_block_signs",
       [](int element, Blocks blocks, Address grad, Address weight, Address pull, int threads) {
         cpu::add_block_signs(dtype_of(element), blocks, at(grad), at(weight), at(pull), threads);

@@ -147,6 +147,20 @@ void correct(Blocks blocks, void* grad, const void* weight, SoftMask soft, doubl
 }
 
 template <class T>
+void gate(Blocks blocks, void* grad, const void* weight, const void* values, const void* slope, void* sums,
+          Workspace workspace, int threads) {
+  const BlockLoop<T> loop(blocks, threads);
+  const T* w = static_cast<const T*>(weight);
+  const T* slopes = static_cast<const T*>(slope);
+  SoftMask soft = kNoMask;
+  soft.values = values;
+  loop.run(w, soft, nullptr, [&](int64_t item, const BlockRow<T>& row, int64_t at, int64_t block) {
+    masked_weight_passes<T>().gate(row, w + at, slopes != nullptr ? slopes + block : nullptr, static_cast<T*>(grad) + at,
+                                   static_cast<T*>(sums) + block, static_cast<T*>(workspace.data) + item * loop.scratch());
+  });
+}
+
+template <class T>
 void add_signs(Blocks blocks, void* grad, const void* weight, const void* pull, int threads) {
   const T* w = static_cast<const T*>(weight);
   SoftMask values = kNoMask;
@@ -194,6 +208,11 @@ void masked_weight_kept(Dtype dtype, Blocks blocks, const void* weight, SoftMask
 void masked_weight_correct(Dtype dtype, Blocks blocks, void* grad, const void* weight, SoftMask soft, double scale,
                            int threads) {
   SPARTAN_DISPATCH(correct<T>(blocks, grad, weight, soft, scale, threads))
+}
+
+void gate_gradient(Dtype dtype, Blocks blocks, void* grad, const void* weight, const void* values, const void* slope,
+                   void* sums, Workspace workspace, int threads) {
+  SPARTAN_DISPATCH(gate<T>(blocks, grad, weight, values, slope, sums, workspace, threads))
 }
 
 void add_block_signs(Dtype dtype, Blocks blocks, void* grad, const void* weight, const void* pull, int threads) {

@@ -198,6 +198,20 @@ void correct(const BlockRow<T>& row, T* grad, const T* weight, T scale) {
 }
 
 template <class T>
+void gate(const BlockRow<T>& row, const T* weight, const T* slope, T* grad, T* sums, T* scratch) {
+  const int64_t length = row.in * row.kernel;
+  block_sums(row, sums, [&](int64_t i) { return grad[i] * weight[i]; });
+  if (slope != nullptr)
+    for (int64_t b = 0, n = blocks_of(row); b < n; ++b) scratch[b] = slope[b] * sums[b];
+  for (int64_t r = 0; r < row.rows; ++r, grad += length, weight += length) {
+    if (slope != nullptr)
+      for_row(row, [&](int64_t i, int64_t b) { grad[i] = grad[i] * row.soft[b] + sign_of(weight[i]) * scratch[b]; });
+    else
+      for_row(row, [&](int64_t i, int64_t b) { grad[i] *= row.soft[b]; });
+  }
+}
+
+template <class T>
 void add_signs(const BlockRow<T>& row, T* grad, const T* weight) {
   const int64_t length = row.in * row.kernel;
   for (int64_t r = 0; r < row.rows; ++r, grad += length, weight += length)
@@ -211,7 +225,7 @@ void scores(const BlockRow<T>& row, const T* weight, T* out) {
 
 template <class T>
 constexpr MaskedWeightPasses<T> kPasses{forward<T>, backward<T>,  coupling<T>, kept<T>,
-                                        correct<T>, add_signs<T>, scores<T>};
+                                        correct<T>, gate<T>, add_signs<T>, scores<T>};
 
 }  // namespace
 

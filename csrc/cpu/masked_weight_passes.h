@@ -32,6 +32,8 @@ struct MaskedWeightPasses {
   TwoSums (*coupling)(const BlockRow<T>&, const T* grad, const T* weight, T* scratch);  // (1 - m) g m, a m (1 - m)
   TwoSums (*kept)(const BlockRow<T>&);                                                  // h m, h: one long row
   void (*correct)(const BlockRow<T>&, T* grad, const T* weight, T scale);
+  // sums_b = grad weight, grad = grad * soft_b + sign(weight) * slope_b sums_b; `scratch` holds an entry for each block
+  void (*gate)(const BlockRow<T>&, const T* weight, const T* slope, T* grad, T* sums, T* scratch);
   void (*add_signs)(const BlockRow<T>&, T* grad, const T* weight);  // grad += sign(weight) * soft
   void (*scores)(const BlockRow<T>&, const T* weight, T* scores);
 };

@@ -43,14 +43,15 @@ def _fake_sampled(o: SampledMatmul) -> torch.Tensor:
 
 
 def _serve_forward(o: MaskedLinear) -> Any:
-    function, o = _serving("masked_linear_forward", o)
-    return function(o)
+    name, o = _serving("masked_linear_forward", o)
+    return dispatch.implementation("masked_linear_forward", name)(o)
 
 
 def _serve_backward(o: MaskedLinearBackward) -> Any:
-    function, o = _serving("masked_linear_backward", o)
+    name, o = _serving("masked_linear_backward", o)
+    function = dispatch.implementation("masked_linear_backward", name)
     of_x, of_weight, of_gate, of_bias = o.needs
-    if o.slope is None or not of_weight:
+    if o.slope is None or not of_weight or name in _FOLLOW_SLOPE:
         return function(o)
     grads = function(o._replace(needs=[of_x, of_weight, True, of_bias]))
     named = dispatch.requested(o.backend)
@@ -62,8 +63,8 @@ def _serve_backward(o: MaskedLinearBackward) -> Any:
     return grads
 
 
-def _serving(operator: str, o: Any) -> tuple[Any, Any]:
-    """The backend's function and the operands as it takes them, with an index where it needs one.
+def _serving(operator: str, o: Any) -> tuple[str, Any]:
+    """The backend and the operands as it takes them, with an index where it needs one.
 
     In "auto" that is the dense product where so many blocks are active that it is faster.
     """
@@ -71,13 +72,14 @@ def _serving(operator: str, o: Any) -> tuple[Any, Any]:
     if name == "auto":
         limit = dense_above(o.x.device, o.x.dtype, (o.rows, o.columns), o.x.shape[:-1].numel())
         if limit < 1 and _density(o) > limit:
-            return dispatch.implementation(operator, "reference"), o
+            return "reference", o
     name = dispatch.select(operator, o.x.device.type, o.x.dtype, name)
     if not o.layout and name not in _INDEX_BLOCKS:
         o = o._replace(layout=list(block_layout(BlockLayoutOf(o.gate.detach(), None, o.backend))))
-    return dispatch.implementation(operator, name), o
+    return name, o
 
 
+_FOLLOW_SLOPE = ("native",)  # backends that add what a gate which follows the weight brings its gradient
 _INDEX_BLOCKS = ("native", "reference")  # backends that find the active blocks themselves
 
 

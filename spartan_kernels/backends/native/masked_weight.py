@@ -12,6 +12,7 @@ from spartan_kernels.operands import (
     AddBlockSigns,
     BlockScores,
     KeptSoftMass,
+    MaskedLinearBackward,
     MaskedWeight,
     MaskedWeightBackward,
     MaskedWeightCorrection,
@@ -149,6 +150,26 @@ def masked_weight_correct_(o: MaskedWeightCorrection) -> None:
         w.element, w.blocks, g.data_ptr(), w.weight.data_ptr(), m.argument, float(o.scale), torch.get_num_threads()
     )
     _write_back(g, o.grad)
+
+
+def gate_gradient_(grad: torch.Tensor, o: MaskedLinearBackward) -> torch.Tensor:
+    """G gate_b + sign(theta) slope_b g_b in place of G, a gated weight's gradient; returns g_b, the sums of G theta."""
+    w, gate = _Weight(o.weight, o.rows, o.columns), extension.compute(o.gate)
+    slope = None if o.slope is None else extension.compute(o.slope)
+    sums, workspace = torch.empty_like(gate), w.workspace()
+    extension.native.cpu.gate_gradient(
+        w.element,
+        w.blocks,
+        grad.data_ptr(),
+        w.weight.data_ptr(),
+        gate.data_ptr(),
+        extension.pointer(slope),
+        sums.data_ptr(),
+        workspace.data_ptr(),
+        workspace.numel(),
+        torch.get_num_threads(),
+    )
+    return sums
 
 
 def add_block_signs_(o: AddBlockSigns) -> None:

@@ -168,21 +168,15 @@ TwoSums kept(const BlockRow<T>& row) {
   const uint8_t* hard = row.hard;
   for (int64_t begin = 0; begin < row.in; begin += kBlock) {
     const int64_t end = begin + kBlock < row.in ? begin + kBlock : row.in;
-    T mass[W] = {}, count[W] = {};
+    T mass[W] = {};
+    int32_t count = 0;
+    for (int64_t i = begin; i < end; ++i) count += hard[i];
     int64_t i = begin;
     for (; i + W <= end; i += W)
-      for (int lane = 0; lane < W; ++lane) {
-        mass[lane] += hard[i + lane] ? soft[i + lane] : T(0);
-        count[lane] += static_cast<T>(hard[i + lane]);
-      }
-    for (; i < end; ++i) {
-      mass[0] += hard[i] ? soft[i] : T(0);
-      count[0] += static_cast<T>(hard[i]);
-    }
-    for (int lane = 0; lane < W; ++lane) {
-      total.first += static_cast<double>(mass[lane]);
-      total.second += static_cast<double>(count[lane]);
-    }
+      for (int lane = 0; lane < W; ++lane) mass[lane] += soft[i + lane] * static_cast<T>(hard[i + lane]);
+    for (; i < end; ++i) mass[0] += soft[i] * static_cast<T>(hard[i]);
+    for (int lane = 0; lane < W; ++lane) total.first += static_cast<double>(mass[lane]);
+    total.second += count;
   }
   return total;
 }

@@ -18,24 +18,35 @@ import pytest
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 TESTS = Path(__file__).parent
+# by the files that share a process: the start of one costs more than most of them
 SELECTIONS = {
-    "test_autograd.py": "(corners and (flat or nothing or everything)) or every_shape_of_costs or loses_nothing",
-    "test_corners.py": "1000000.0-1e-06-two_valued or 1000000.0-0.999999-quantised or 1.0-1e-06-normal",
-    "test_patterns.py": "(the_largest and quantised) or soft_pattern",
-    "test_magnitudes.py": "(9-1e-30-1.0 or 10-1e+13-1.0 or 64-smallest-10000.0 or 10--1e+30-10000.0) or gradient",
-    "test_masked_scores.py": "causal or step or a_masked_list or (lists and scalar-3.0) or (such_a_list and little)"
-    " or ((rows or gradients or such_a_row or refused) and (cpu-4 or cpu-64))",
-    "test_masked_weight.py": "block_scores or zero_weights or dropped or (forward_and_gradient and float32 and both)",
-    "test_soft_topk.py": "long_rows or odd_lengths or nothing_and or ties or plateau or non_finite"
-    " or (float32_gradient and 20.0)",
-    "test_hard_bits.py": "300-torch or 9000 or training or (lists and 1000)",
-    "test_hard_topk.py": "long_rows or lowest_index or first_entry or fractional or (concatenation and mixed_scales)",
-    "test_masked_linear.py": "(value and 37) or closed_gates or layout_replaces or nan_gate",
-    "test_layout.py": "what_is_empty or transposed or nan_is",
-    "test_block_sparse.py": "value_and",
-    "test_sampled_matmul.py": "opcheck",
-    "test_triton_launch_plan.py": "reads_of or last_solve",
-    "test_soft_topk_global.py": "list_equals or sharded or nothing or stale or carries or (oracle and mixed)",
+    "masks": {
+        "test_autograd.py": "(corners and (flat or nothing or everything)) or every_shape_of_costs or loses_nothing",
+        "test_corners.py": "1000000.0-1e-06-two_valued or 1000000.0-0.999999-quantised or 1.0-1e-06-normal",
+        "test_patterns.py": "(the_largest and quantised) or soft_pattern",
+        "test_magnitudes.py": "(9-1e-30-1.0 or 10-1e+13-1.0 or 64-smallest-10000.0 or 10--1e+30-10000.0) or gradient",
+    },
+    "rows": {
+        "test_soft_topk.py": "long_rows or odd_lengths or nothing_and or ties or plateau or non_finite"
+        " or (float32_gradient and 20.0)",
+        "test_hard_topk.py": "long_rows or lowest_index or first_entry or fractional"
+        " or (concatenation and mixed_scales)",
+        "test_hard_bits.py": "300-torch or 9000 or training or (lists and 1000)",
+        "test_masked_weight.py": "block_scores or zero_weights or dropped"
+        " or (forward_and_gradient and float32 and both)",
+    },
+    "lists": {
+        "test_soft_topk_global.py": "list_equals or sharded or nothing or stale or carries or (oracle and mixed)",
+        "test_masked_scores.py": "causal or step or a_masked_list or (lists and scalar-3.0) or (such_a_list and little)"
+        " or ((rows or gradients or such_a_row or refused) and (cpu-4 or cpu-64))",
+        "test_triton_launch_plan.py": "reads_of or last_solve",
+    },
+    "products": {
+        "test_masked_linear.py": "(value and 37) or closed_gates or layout_replaces or nan_gate",
+        "test_layout.py": "what_is_empty or transposed or nan_is",
+        "test_block_sparse.py": "value_and",
+        "test_sampled_matmul.py": "opcheck",
+    },
 }
 
 
@@ -47,12 +58,14 @@ def interpreted(*arguments: str) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("file", sorted(SELECTIONS))
-def test_operators_in_the_interpreter(file: str) -> None:
-    selection = SELECTIONS[file]
-    if not file.startswith("test_triton"):
-        selection = f"triton and not float64 and not bfloat16 and not float16 and ({selection})"
-    interpreted("-p", "tests.triton_races.plugin", str(TESTS / file), "-k", selection)
+@pytest.mark.parametrize("group", SELECTIONS)
+def test_operators_in_the_interpreter(group: str) -> None:
+    files = SELECTIONS[group]
+    chosen = " or ".join(f"({file} and ({selection}))" for file, selection in files.items())
+    dtypes = "(test_triton or triton and not float64 and not bfloat16 and not float16)"
+    interpreted(
+        "-p", "tests.triton_races.plugin", *(str(TESTS / file) for file in files), "-k", f"{dtypes} and ({chosen})"
+    )
 
 
 @pytest.mark.parametrize("file", ["test_planted.py", "test_kernels.py"])

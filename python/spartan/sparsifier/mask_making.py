@@ -16,8 +16,13 @@ from spartan.sparsifier.parts import Part, kept_by_part, seen_of
 __all__ = ["mask_groups", "require_takes_shards"]
 
 
-def mask_groups(model: nn.Module, method: SparseMethod, parts: list[Part], counted: int) -> list[MaskGroup]:
-    """Mask the weights of `parts`; nothing is changed if the sparsity, of `counted` weights, cannot be reached."""
+def mask_groups(
+    model: nn.Module, method: SparseMethod, parts: list[Part], counted: int, compute_soft: bool
+) -> list[MaskGroup]:
+    """Mask the weights of `parts`; nothing is changed if the sparsity, of `counted` weights, cannot be reached.
+
+    `compute_soft`: compute the soft masks of single weights where they are needed, instead of keeping them.
+    """
     require_takes_shards(method, {c.name: c.weight for part in parts for c in part.weights})
     seen = seen_of(model, parts)
     costs = [size.cost for part in parts for size in part.sizes() if size.cost is not None]
@@ -35,7 +40,7 @@ def mask_groups(model: nn.Module, method: SparseMethod, parts: list[Part], count
             groups += [PatternGroup(tensor, part.pattern) for tensor in tensors]
             continue
         for budget, target in zip(members[index], targets[index], strict=True):
-            groups.append(MaskGroup([tensors[i] for i in budget], target, index, lends, method.solves_every_step))
+            groups.append(MaskGroup([tensors[i] for i in budget], target, index, lends, compute_soft))
     return groups
 
 

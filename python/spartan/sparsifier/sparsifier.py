@@ -66,6 +66,9 @@ class Sparsifier:
             also where that is sparser than asked. With `Spartan`, `DualAveraging`, `DPF`, `IHT` and `SRSTE`, whose
             gradients reach dropped weights, they come back if they grow; `RigL`, `SET` and `GSE` begin with the largest
             of what is not zero instead of random blocks, and grow others. Not for patterns, `MaskDecay`, `WGSEF`.
+        compute_soft: with `Spartan` on a CPU, compute the soft masks of single weights from the weights wherever they
+            are needed, instead of keeping them: 1 byte a weight instead of 5. Copies of the model then have the soft
+            masks of their own weights, and cannot average buffers; other devices and divided weights keep theirs.
 
     Attributes:
         skipped: why a parameter is not masked, by its name.
@@ -98,6 +101,7 @@ class Sparsifier:
         count: str = "model",
         costs: CostModel | PricePerBlock | None = None,
         keep_zeros: bool = False,
+        compute_soft: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
@@ -116,6 +120,11 @@ class Sparsifier:
         parts: list[Part] = []
         if method.masking is not None:
             parts, self.skipped = parts_of(model, method.masking, include, exclude, groups)
+        if compute_soft and not (method.masking is not None and method.masking.solves_every_step):
+            raise ValueError(
+                "compute_soft is for a method that solves for soft masks after every step, such as Spartan;"
+                f" got {method!r}"
+            )
         if keep_zeros:
             require_keeps_zeros(method, (part.pattern for part in parts))
         masked_alone = count == "masked" or (method.masking is not None and method.masking.pattern is not None)
@@ -128,7 +137,9 @@ class Sparsifier:
         self._reported: dict[str, torch.Tensor] = {}
         if costs is not None and parts:
             parts, self._cost_unit = price_parts(parts, costs, model)
-        budgets = [] if method.masking is None else mask_groups(model, method.masking, parts, self._counted)
+        budgets = (
+            [] if method.masking is None else mask_groups(model, method.masking, parts, self._counted, compute_soft)
+        )
         self._masks = MaskSet(budgets, total_steps)
         if keep_zeros:
             self._masks.start_from_zeros()

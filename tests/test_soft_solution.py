@@ -142,3 +142,84 @@ def test_masks_of_single_weights_take_a_byte_each() -> None:
     assert mask_bytes(model) <= count + 100 * len(sparsifier.masks())
     blocks = network()
     grids = [m.hard for m in computing(blocks, spartan.Spartan(sparsity=0.8, block_size=2)).masks().values()]
+    assert mask_bytes(blocks) >= 5 * sum(grid.numel() for grid in grids)  # those of blocks are kept
+
+
+def test_computed_masks_are_those_of_the_weights_and_meet_the_budget() -> None:
+    model = network()
+    sparsifier = computing(model, spartan.Spartan(sparsity=0.8, ramp=0.0, beta=60.0, beta_units="paper"))
+    train(model, sparsifier, 3)
+    masks = sparsifier.masks()
+    parameters = dict(model.named_parameters())
+    names = {name: parameters[name].detach() for name in masks}
+    kept = sum(int(m.hard.sum()) for m in masks.values())
+    budget = float(sum(m.soft.double().sum() for m in masks.values()))
+    assert abs(kept - budget) <= 1 + 1e-6 * budget
+    wanted = F.soft_topk_global([theta.abs() for theta in names.values()], budget, beta=float(sparsifier.beta))
+    for name, m in zip(names, wanted, strict=True):
+        torch.testing.assert_close(masks[name].soft, m, rtol=1e-5, atol=1e-6)
+
+
+def test_methods_that_keep_their_soft_masks_refuse_to_compute_them() -> None:
+    with pytest.raises(ValueError, match=r"compute_soft is for .* Spartan; got GMP"):
+        computing(network(), spartan.GMP(sparsity=0.8))
+
+
+def test_masks_are_kept_unless_asked() -> None:
+    model = network()
+    sparsifier = spartan.Sparsifier(model, spartan.Spartan(sparsity=0.8), 20)
+    assert mask_bytes(model) >= 5 * sum(m.hard.numel() for m in sparsifier.masks().values())
+
+
+def test_before_the_first_solve_nothing_is_masked() -> None:
+    model, plain = network(), network()
+    computing(model, spartan.Spartan(sparsity=0.8))
+    assert torch.equal(run(model, batch()), run(plain, batch()))
+
+
+@pytest.mark.parametrize("forget", [False, True])
+def test_training_goes_on_from_a_state_also_of_masks_that_were_kept(forget: bool) -> None:
+    """`forget`: the state of a device on which soft masks are kept, whose solver left no solution."""
+    method = spartan.Spartan(sparsity=0.8)
+    model = network()
+    sparsifier = computing(model, method)
+    train(model, sparsifier, 6)
+    weights_, state = copy.deepcopy(model.state_dict()), copy.deepcopy(sparsifier.state_dict())
+    if forget:
+        for solver in state["solver"]:
+            solver[6:] = 0.0
+    train(model, sparsifier, 4)
+    again = network()
+    restored = computing(again, method)
+    restored.load_state_dict(state)
+    again.load_state_dict(weights_)
+    train(again, restored, 4)
+    for theta, other in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(theta, other) if not forget else torch.allclose(theta, other, rtol=1e-5, atol=1e-7)
+
+
+def test_the_solution_is_not_rounded_when_the_model_is() -> None:
+    model = network()
+    sparsifier = computing(model, spartan.Spartan(sparsity=0.8))
+    train(model, sparsifier, 6)
+    before = [m.soft for m in sparsifier.masks().values()]
+    carrier: Any = model[0]
+    solution = carrier.mask_soft.clone()
+    model.bfloat16()
+    assert torch.equal(carrier.mask_soft, solution)
+    for old, mask in zip(before, sparsifier.masks().values(), strict=True):
+        torch.testing.assert_close(mask.soft.float(), old, rtol=0.05, atol=0.02)
+    train(model, sparsifier, 2)
+
+
+def test_copies_have_the_masks_of_their_own_weights() -> None:
+    model = network()
+    sparsifier = computing(model, spartan.Spartan(sparsity=0.8))
+    train(model, sparsifier, 6)
+    twin, loss = copy.deepcopy(model), run(model, batch())
+    assert torch.equal(run(twin, batch()), loss)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(model)
+    assert torch.equal(run(average.module, batch()), loss)
+    spartan.finalize(twin)
+    torch.testing.assert_close(run(twin, batch()), loss, rtol=1e-6, atol=0.0)

@@ -40,6 +40,7 @@ SELECTIONS = {
         "test_masked_scores.py": "causal or step or a_masked_list or (lists and scalar-3.0) or (such_a_list and little)"
         " or ((rows or gradients or such_a_row or refused) and (cpu-4 or cpu-64))",
         "test_triton_launch_plan.py": "reads_of or last_solve",
+        "test_soft_solution.py": "operators_take",
     },
     "products": {
         "test_masked_linear.py": "(value and 37) or closed_gates or layout_replaces or nan_gate",

@@ -229,7 +229,8 @@ def solve_masks_(o: SolveMasks) -> None:
     problem = TensorList(values, o.costs)
     if problem.shape.length:
         solve = global_solve(problem.shape, absolute, True, True)
-        threshold = solve.run(problem.table(o.soft or _empty(values), o.hard), o.budget, o.beta, o.state)
+        soft = o.soft or _empty(values)  # the table holds addresses alone
+        threshold = solve.run(problem.table(soft, o.hard), o.budget, o.beta, o.state)
         if not o.soft:
             o.state[6:] = threshold
 

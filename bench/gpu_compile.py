@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import gpu_counts, gpu_plan, tritons
+from bench.columns import print_columns, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 SAVED = ROOT / "bench" / "results" / "gpu-compile.csv"
@@ -381,23 +382,11 @@ def report(rows: list[Row]) -> None:
         )
         for r in rows
     ]
-    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-    for line in [header, *lines]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print_columns(header, lines)
     bad = sum(bool(r.problem) for r in rows)
     print(f"\n{len(rows)} kernels compiled, {bad} not fit to ship. Compiled only: nothing here has run on a GPU.")
     if not shutil.which("nvcc"):
         print("nvcc was not found: the CUDA sources were left out.")
-
-
-def save(rows: list[Row], path: Path) -> None:
-    """Write every row as CSV, sorted, to a temporary name and rename."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([field.name for field in dataclasses.fields(Row)])
-        writer.writerows(sorted(dataclasses.astuple(row) for row in rows))
-    os.replace(temporary, path)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -418,8 +407,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET=1 replaces the compiler; unset it")
     targets = tuple(t for t in TARGETS if not options.target or t.name in options.target)
     rows = run(options.pattern, targets, options.workers, cuda=options.rows is None)
+    ordered = sorted(rows, key=dataclasses.astuple)
     if options.rows:
-        save(rows, options.rows)
+        write_rows(Row, ordered, options.rows)
         return 0
     wanted = tritons.others(version("triton")) if options.tritons is None else options.tritons
     for other in wanted:
@@ -430,8 +420,8 @@ def main(arguments: list[str] | None = None) -> int:
     plans = list(gpu_plan.plan_rows())
     gpu_plan.report(plans)
     if options.save:
-        save(rows, SAVED)
-        gpu_plan.save(plans, SAVED_PLANS)
+        write_rows(Row, ordered, SAVED)
+        write_rows(gpu_plan.PlanRow, plans, SAVED_PLANS)
     if not options.pattern:
         gpu_counts.main(["--workers", str(options.workers), *(["--save"] if options.save else [])])
     return int(not rows or any(row.problem for row in rows))

@@ -9,7 +9,6 @@ as its busiest pipe: a scheduler issues one instruction of 32 threads in a clock
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib
 import os
 import subprocess
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 
 from bench import gpu_plan, sass
+from bench.columns import print_columns, write_rows
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TABLES = {
@@ -344,20 +344,8 @@ def report(rows: Sequence[Any], title: str) -> None:
     """Print a table of rows of one kind."""
     header = [field.name.replace("_", " ") for field in fields(rows[0])]
     lines = [[str(value) for value in astuple(row)] for row in rows]
-    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
     print(f"\n{title}")
-    for line in [header, *lines]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-
-
-def save(rows: Sequence[Any], path: Path) -> None:
-    """Write a table as CSV, to a temporary name and rename."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([field.name for field in fields(rows[0])])
-        writer.writerows(astuple(row) for row in rows)
-    os.replace(temporary, path)
+    print_columns(header, lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -371,7 +359,7 @@ def main(arguments: list[str] | None = None) -> int:
     for (path, title), table in zip(TABLES.items(), tables, strict=True):
         report(table, title)
         if options.save:
-            save(table, path)
+            write_rows(type(table[0]), table, path)
     return 0
 
 

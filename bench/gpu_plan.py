@@ -7,13 +7,11 @@ than the tensor cores. A plan also brings the weights, once for every tile of to
 
 from __future__ import annotations
 
-import csv
 import itertools
-import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
+from bench.columns import print_columns
 from spartan_kernels.tiles import default_tile
 
 TOKENS = 8192
@@ -78,17 +76,5 @@ def report(rows: list[PlanRow]) -> None:
     header = ["in to out", "block", "product", "tile", "MB of L2", "MB of memory", "TFLOP/s", "bound", "part"]
     lines = [[str(value) for value in asdict(r).values()] for r in rows]
     lines = [[*cells[:6], cells[7], cells[6], f"{r.part:.2f}"] for cells, r in zip(lines, rows, strict=True)]
-    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
     print(f"\nWhat the launch plans allow on an H100: bfloat16, {TOKENS} tokens, {DENSITY:.0%} of the blocks active")
-    for line in [header, *lines]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-
-
-def save(rows: list[PlanRow], path: Path) -> None:
-    """Write the table as CSV, to a temporary name and rename."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([field.name for field in fields(PlanRow)])
-        writer.writerows(asdict(row).values() for row in rows)
-    os.replace(temporary, path)
+    print_columns(header, lines)

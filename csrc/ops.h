@@ -110,10 +110,10 @@ void masked_weight_correct(Dtype, Blocks, void* grad, const void* weight, SoftMa
 // sums = {sum h m, sum h}, where each weight is a block
 void masked_weight_kept(Dtype, Blocks, const void* weight, SoftMask, const uint8_t* hard, double* sums, Workspace,
                         int threads);
-// Through a gate of each block, in place: sums_b = sum of grad theta, grad <- grad gate_b + sign(theta) slope_b sums_b;
-// a null slope is 0.
+// Through a gate of each block of more than one weight, in place: sums_b = sum of grad theta, grad <- grad gate_b +
+// sign(theta) slope_b sums_b; a null slope is 0.
 void gate_gradient(Dtype, Blocks, void* grad, const void* weight, const void* gate, const void* slope, void* sums,
-                   Workspace, int threads);  // blocks of more than one weight
+                   Workspace, int threads);
 // grad += sign(weight) * pull, one pull per block
 void add_block_signs(Dtype, Blocks, void* grad, const void* weight, const void* pull, int threads);
 void block_scores(Dtype, Blocks, const void* weight, void* scores, int threads);
@@ -185,11 +185,11 @@ struct Stream {
 // Sizes and geometry of a weight in blocks are the CPU's.
 using cpu::Blocks;
 
-// One cost per block in the weight's type, or one number: exactly one pointer is not null.
 struct Masks {
   const void* soft;
   const uint8_t* hard;
 };
+// One cost per block in the weight's type, or one number: exactly one pointer is not null.
 struct BlockCosts {
   const void* array;
   const double* number;

@@ -28,7 +28,7 @@ def soft_values(weight: torch.Tensor, soft: torch.Tensor, beta: torch.Tensor, co
 
 
 def with_values(o: Any) -> Any:
-    """Operands of a masked weight with the soft mask itself where there is its solution."""
-    if not is_solution(o.soft, o.weight):
+    """Operands with the soft mask itself where a weight has its solution, which the native backend alone takes."""
+    if not {"soft", "weight"}.issubset(o._fields) or not is_solution(o.soft, o.weight):
         return o
     return o._replace(soft=soft_values(o.weight, o.soft, o.beta, o.costs))

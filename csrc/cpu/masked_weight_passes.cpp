@@ -218,7 +218,7 @@ void scores(const BlockRow<T>& row, const T* weight, T* out) {
 }
 
 template <class T>
-constexpr MaskedWeightPasses<T> kPasses{forward<T>, backward<T>,  coupling<T>, kept<T>,
+constexpr MaskedWeightPasses<T> kPasses{forward<T>, backward<T>, coupling<T>, kept<T>,
                                         correct<T>, gate<T>, add_signs<T>, scores<T>};
 
 }  // namespace

@@ -292,9 +292,9 @@ inline void store_hard_full(uint8_t* hard, Mask<T> keep) {
 }
 
 // What becomes of the soft mask: it is not looked at, only summed, or written, past the caches or not.
-enum class SoftMask { none, summed, written, streamed };
+enum class SoftOutput { none, summed, written, streamed };
 
-template <class T, SoftMask Soft, bool Hard>
+template <class T, SoftOutput Soft, bool Hard>
 double write_masks(const Span<T>& span, const Logit<T>& p, T hard_from, T* soft, uint8_t* hard) {
   const Logistic<T> logistic(p);
   const bool kept_side = p.sign > T(0);
@@ -312,19 +312,19 @@ double write_masks(const Span<T>& span, const Logit<T>& p, T hard_from, T* soft,
         [&, soft, hard, kept_side, hard_from]<int N>(int64_t i, const Lanes<T, N>& lanes) {
           if (Hard)
             for (int j = 0; j < N; ++j) store_hard_full<T>(hard + i + j * W, lanes.u[j] >= hard_from);
-          if (Soft != SoftMask::none) {
+          if (Soft != SoftOutput::none) {
             const Sigmoid<T, N> g = compute(lanes, splat(T(1)));
             for (int j = 0; j < N; ++j) {
               const Vec<T> mask = kept_side ? g.m[j] : g.complement[j];
-              if (Soft == SoftMask::streamed) stream(soft + i + j * W, mask);
-              if (Soft == SoftMask::written) store(soft + i + j * W, mask);
+              if (Soft == SoftOutput::streamed) stream(soft + i + j * W, mask);
+              if (Soft == SoftOutput::written) store(soft + i + j * W, mask);
             }
           }
         },
         [&](int64_t i, int count, const Lanes<T, 1>& lanes) {
-          if (Soft != SoftMask::none) {
+          if (Soft != SoftOutput::none) {
             const Sigmoid<T, 1> g = compute(lanes, live_lanes<T>(count));
-            if (Soft != SoftMask::summed) store_partial<T>(soft + i, kept_side ? g.m[0] : g.complement[0], count);
+            if (Soft != SoftOutput::summed) store_partial<T>(soft + i, kept_side ? g.m[0] : g.complement[0], count);
           }
           if (Hard) store_hard(hard + i, bits(lanes.u[0] >= hard_from), count < W ? count : W);
         },
@@ -337,16 +337,16 @@ double write_masks(const Span<T>& span, const Logit<T>& p, T hard_from, T* soft,
 
 template <class T, bool Hard>
 double write_as_wanted(const Span<T>& span, const Logit<T>& p, T hard_from, T* soft, uint8_t* hard, bool past_cache) {
-  if (soft == nullptr) return write_masks<T, SoftMask::summed, Hard>(span, p, hard_from, soft, hard);
-  if (!past_cache || !can_stream(soft)) return write_masks<T, SoftMask::written, Hard>(span, p, hard_from, soft, hard);
-  const double mass = write_masks<T, SoftMask::streamed, Hard>(span, p, hard_from, soft, hard);
+  if (soft == nullptr) return write_masks<T, SoftOutput::summed, Hard>(span, p, hard_from, soft, hard);
+  if (!past_cache || !can_stream(soft)) return write_masks<T, SoftOutput::written, Hard>(span, p, hard_from, soft, hard);
+  const double mass = write_masks<T, SoftOutput::streamed, Hard>(span, p, hard_from, soft, hard);
   stream_end();
   return mass;
 }
 
 template <class T>
 void write_hard(const Span<T>& span, T hard_from, uint8_t* hard) {
-  write_masks<T, SoftMask::none, true>(span, {}, hard_from, nullptr, hard);
+  write_masks<T, SoftOutput::none, true>(span, {}, hard_from, nullptr, hard);
 }
 
 template <class T>

@@ -11,13 +11,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from spartan_kernels.arguments import (
-    clamp_budget,
-    inspectable,
-    require_beta,
-    require_costs,
-    require_scores,
-)
+from spartan_kernels.arguments import clamp_budget, inspectable, require_beta, require_costs, require_scores
 from spartan_kernels.operands import MaskedConvBackward, MaskedLinearBackward, PackedLinearBackward
 
 _aten = torch.ops.aten

@@ -12,6 +12,7 @@ from spartan_kernels.calls import OPERATORS, Operator
 from spartan_kernels.operands import as_declared, schema
 from spartan_kernels.ops._checked import checked
 from spartan_kernels.ops._vmap import Rule, loop
+from spartan_kernels.solution import with_values
 
 LIBRARY = torch.library.Library("spartan", "DEF")
 
@@ -49,7 +50,7 @@ def define(
         like = like[0] if isinstance(like, (list, tuple)) else like
         chosen = dispatch.requested(o.backend)
         chosen = dispatch.select(name, like.device.type, like.dtype, chosen, over_group and bool(o.group))
-        return dispatch.implementation(name, chosen)(o if chosen == "native" else as_declared(o))
+        return dispatch.implementation(name, chosen)(o if chosen == "native" else with_values(as_declared(o)))
 
     run = checked(name, serve or resolved)
 

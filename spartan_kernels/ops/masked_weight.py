@@ -6,14 +6,7 @@ from typing import Any
 
 import torch
 
-from spartan_kernels.arguments import (
-    block_grid,
-    block_shape,
-    clip_block,
-    number,
-    require_device,
-    require_float,
-)
+from spartan_kernels.arguments import block_grid, block_shape, clip_block, number, require_device, require_float
 from spartan_kernels.operands import (
     AddBlockSigns,
     BlockScores,

@@ -119,9 +119,11 @@ class MaskGroup:
 
     def _choose_soft(self) -> bool:
         """Keep soft masks, or compute them from their solution: all of a budget alike. Whether they are computed."""
-        computed = self.compute_soft and all(tensor.can_compute_soft for tensor in self.tensors)
+        if not self.compute_soft:
+            return False
+        computed = all(tensor.can_compute_soft for tensor in self.tensors)
         for tensor in self.tensors:
-            if self.compute_soft and tensor.carrier.soft_is_solution != computed:
+            if tensor.carrier.soft_is_solution != computed:
                 tensor.carrier.compute_soft(computed)
         return computed
 
@@ -129,10 +131,13 @@ class MaskGroup:
         """Let soft masks that are computed be those of the state, which may have been solved for elsewhere."""
         if not self._choose_soft() or not self.solved:
             return
-        solution = self.state[6:].clone()
+        solution = self.state[6:]
         if not bool(solution.any()):  # solved for where soft masks are kept
             centre = self.state[0].to(self.tensors[0].seen.dtype).double()
             solution = torch.stack([centre, self.tensors[0].carrier.mask_beta * (centre - self.state[0])])
+        self._take_solution(solution)
+
+    def _take_solution(self, solution: torch.Tensor) -> None:
         for tensor in self.tensors:
             soft = tensor.carrier.mask_soft
             assert soft is not None
@@ -154,7 +159,7 @@ class MaskGroup:
                 budget,
                 self._costs(),
                 carriers[0].mask_beta,
-                None if computed else into_soft,
+                into_soft or None,
                 into_hard,
                 self.state,
                 block_sizes=None if together else [carrier.mask_block_size for carrier in carriers],
@@ -166,9 +171,8 @@ class MaskGroup:
         for mask, written in zip(soft + hard, into_soft + into_hard, strict=True):
             if written is not mask:
                 mask.copy_(written)
-        for carrier in carriers if computed else ():
-            assert carrier.mask_soft is not None
-            carrier.mask_soft.copy_(self.state[6:])
+        if computed:
+            self._take_solution(self.state[6:])
 
     def select(self, budget: float, scores: Sequence[torch.Tensor] | None = None) -> float:
         """Write the hard masks of the best blocks within `budget`, and return how much of it that takes.

@@ -139,7 +139,9 @@ class MaskedTensor:
     @property
     def mask(self) -> Mask:
         """The masks now, of all that the module computes with; a soft mask merged into the weight is ones."""
-        hard, soft = self.carrier.mask_hard, self.carrier.soft_of(self._whole_values())
+        hard, soft = self.carrier.mask_hard, self.carrier.mask_soft
+        if self.carrier.soft_is_solution:
+            soft = self.carrier.soft_of(self._whole_values())
         return Mask(torch.ones_like(hard, dtype=self.seen.dtype) if soft is None else soft, hard)
 
     @property
@@ -379,19 +381,14 @@ class MaskedTensor:
         if carrier.soft_is_solution:
             operands = self.values, carrier.mask_soft, carrier.mask_hard, carrier.mask_beta, carrier.mask_costs
             sums = kept_soft_mass(KeptSoftMass(*operands))
-            self._set_scale(sums[0] / sums[1])
-            return
-        kept = carrier.mask_hard * carrier.mask_sizes.to(carrier.mask_soft.dtype)
-        both = carrier.mask_soft * kept, kept
-        own = [grid.sum() if stack is None else stack.back(grid).sum((-2, -1), keepdim=True) for grid in both]
-        sums = total_over(torch.stack(own), self.shard.split)
-        self._set_scale(sums[0] / sums[1])
-
-    def _set_scale(self, mean: torch.Tensor) -> None:
-        """Undo this mean; a layer that keeps nothing has none."""
-        scale = self.carrier.mask_scale
-        assert scale is not None
-        scale.copy_(torch.where(mean > 0, 1 / mean, 1.0))
+        else:
+            kept = carrier.mask_hard * carrier.mask_sizes.to(carrier.mask_soft.dtype)
+            both = carrier.mask_soft * kept, kept
+            own = [grid.sum() if stack is None else stack.back(grid).sum((-2, -1), keepdim=True) for grid in both]
+            sums = total_over(torch.stack(own), self.shard.split)
+        mean = sums[0] / sums[1]
+        # A layer that keeps nothing has no mean.
+        carrier.mask_scale.copy_(torch.where(mean > 0, 1 / mean, 1.0))
 
     def _turned(self, values: torch.Tensor) -> torch.Tensor:
         return values if self.stack is None else self.stack.turned(values)
@@ -402,11 +399,9 @@ class MaskedTensor:
         return self.stack.shard(shard_of(self.name, weight, replace(self.made_for, shape=weight.shape)))
 
     def _whole_values(self) -> torch.Tensor:
-        """theta as the module computes with it: gathered where a soft mask is computed of a weight divided since."""
+        """theta as the module computes with it: gathered where it is divided."""
         weight: Any = self.weight
-        if self.carrier.soft_is_solution and is_dtensor(weight):
-            return self.seen.slice_of(self._turned(weight.detach().full_tensor()))
-        return self.values
+        return self.seen.slice_of(self._turned(weight.detach().full_tensor())) if is_dtensor(weight) else self.values
 
     def _own(self, grid: torch.Tensor) -> torch.Tensor:
         return self.shard.of(grid) if self.unstructured else grid

@@ -13,7 +13,6 @@ from spartan_kernels.operands import (
     MaskedWeightCorrection,
     MaskedWeightCoupling,
 )
-from spartan_kernels.solution import with_values
 
 
 class _Weight:
@@ -35,7 +34,6 @@ class _Costs:
 
 def masked_weight_forward(o: MaskedWeight) -> torch.Tensor:
     """theta * m * h."""
-    o = with_values(o)
     w = _Weight(o.weight, o.rows, o.columns)
     m, h = extension.contiguous(o.soft), extension.contiguous(o.hard)
     result = torch.empty_like(w.weight)
@@ -53,7 +51,6 @@ def masked_weight_forward(o: MaskedWeight) -> torch.Tensor:
 
 def masked_weight_backward(o: MaskedWeightBackward) -> torch.Tensor:
     """G_i m_b + sign(theta_i) beta s_b g_b / a_b."""
-    o = with_values(o)
     w, a = _Weight(o.weight, o.rows, o.columns), _Costs(o.costs)
     g, m, h = o.grad.to(o.weight.dtype).contiguous(), extension.contiguous(o.soft), extension.contiguous(o.hard)
     result = torch.empty_like(w.weight)
@@ -75,7 +72,6 @@ def masked_weight_backward(o: MaskedWeightBackward) -> torch.Tensor:
 
 def masked_weight_coupling(o: MaskedWeightCoupling) -> torch.Tensor:
     """[sum_b (1 - m_b) g_b m_b, sum_b a_b s_b] of this weight."""
-    o = with_values(o)
     w, a = _Weight(o.weight, o.rows, o.columns), _Costs(o.costs)
     g, m = o.grad.contiguous(), o.soft.contiguous()
     sums = torch.empty(2, dtype=torch.float64, device=o.weight.device)
@@ -97,7 +93,6 @@ def masked_weight_coupling(o: MaskedWeightCoupling) -> torch.Tensor:
 
 def masked_weight_correct_(o: MaskedWeightCorrection) -> None:
     """grad_i -= sign(theta_i) s_b scale."""
-    o = with_values(o)
     w = _Weight(o.weight, o.rows, o.columns)
     g, m = o.grad.contiguous(), o.soft.contiguous()
     extension.call(

@@ -34,20 +34,23 @@ class _Weight:
 
 
 class _Soft:
-    """The soft mask as the extension takes it: values, or the solution that they are computed from; None for ones."""
+    """The soft mask as the extension takes it: values, or the solution that they are computed from; None for ones.
 
-    def __init__(self, o: Any) -> None:
-        soft, costs = o.soft, o.costs
+    Costs are brought where they are read: of a solution, or `priced` anyway.
+    """
+
+    def __init__(self, o: Any, priced: bool = False) -> None:
         self.values = self.solution = self.costs = None  # kept alive
-        if soft is not None and is_solution(soft, o.weight):
-            self.solution = soft.contiguous()
-        elif soft is not None:
-            self.values = extension.compute(soft)
+        if is_solution(o.soft, o.weight):
+            self.solution = o.soft.contiguous()
+        elif o.soft is not None:
+            self.values = extension.compute(o.soft)
         unit = 1.0
-        if isinstance(costs, float) or costs.dim() == 0:
-            unit = float(costs)
-        else:
-            self.costs = extension.compute(costs)
+        if priced or self.solution is not None:
+            if isinstance(o.costs, float) or o.costs.dim() == 0:
+                unit = float(o.costs)
+            else:
+                self.costs = extension.compute(o.costs)
         values, solution, array = map(extension.pointer, (self.values, self.solution, self.costs))
         self.argument = extension.native.cpu.SoftMask(values, solution, float(o.beta), array, unit)
 
@@ -84,7 +87,7 @@ def masked_weight_backward_(o: MaskedWeightBackward) -> None:
 
 
 def _backward_into(result: torch.Tensor, grad: torch.Tensor, o: MaskedWeightBackward) -> None:
-    w, m, h = _Weight(o.weight, o.rows, o.columns), _Soft(o), extension.contiguous(o.hard)
+    w, m, h = _Weight(o.weight, o.rows, o.columns), _Soft(o, priced=True), extension.contiguous(o.hard)
     workspace = w.workspace()
     extension.native.cpu.masked_weight_backward(
         w.element,
@@ -109,7 +112,7 @@ def _write_back(computed: torch.Tensor, grad: torch.Tensor) -> None:
 
 def masked_weight_coupling(o: MaskedWeightCoupling) -> torch.Tensor:
     """[sum_b (1 - m_b) g_b m_b, sum_b a_b s_b] of this weight."""
-    w, m, g = _Weight(o.weight, o.rows, o.columns), _Soft(o), extension.compute(o.grad)
+    w, m, g = _Weight(o.weight, o.rows, o.columns), _Soft(o, priced=True), extension.compute(o.grad)
     sums, workspace = torch.empty(2, dtype=torch.float64), w.workspace()
     extension.native.cpu.masked_weight_coupling(
         w.element,

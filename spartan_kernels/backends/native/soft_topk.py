@@ -141,11 +141,10 @@ def solve_masks_(o: SolveMasks) -> None:
         _masks_of_list(o)
     except extension.native.NotFinite:
         rest = Unmasked(o.values, o.costs)
-        given = [masks for masks in (o.soft, o.hard) if masks]
-        left = [rest.parts(masks) for masks in given]
-        _masks_of_list(o._replace(values=rest.values, costs=rest.costs, soft=left[0] if o.soft else [], hard=left[-1]))
-        for masks, found in zip(given, left, strict=True):
-            for mask, entries in zip(masks, rest.whole(found), strict=True):
+        soft, hard = rest.parts(o.soft) if o.soft else [], rest.parts(o.hard)
+        _masks_of_list(o._replace(values=rest.values, costs=rest.costs, soft=soft, hard=hard))
+        for masks, found in ((o.soft, soft), (o.hard, hard)):
+            for mask, entries in zip(masks, rest.whole(found) if found else [], strict=True):
                 mask.copy_(entries)
 
 

@@ -14,12 +14,10 @@ from spartan_kernels.operands import (
     MaskedWeightCorrection,
     MaskedWeightCoupling,
 )
-from spartan_kernels.solution import with_values
 
 
 def masked_weight_forward(o: MaskedWeight) -> torch.Tensor:
     """theta * m * h."""
-    o = with_values(o)
     result = o.weight.clone(memory_format=torch.contiguous_format)
     if o.soft is not None:
         result = (result * expand(o.soft, o.weight.shape, o.rows, o.columns)).to(o.weight.dtype)
@@ -30,7 +28,6 @@ def masked_weight_forward(o: MaskedWeight) -> torch.Tensor:
 
 def masked_weight_backward(o: MaskedWeightBackward) -> torch.Tensor:
     """G_i m_b + sign(theta_i) beta s_b g_b / a_b, the local part of equation (2)."""
-    o = with_values(o)
     if o.soft is None:
         result = o.grad.clone(memory_format=torch.contiguous_format)
     else:
@@ -50,7 +47,6 @@ def masked_weight_backward_(o: MaskedWeightBackward) -> None:
 
 def masked_weight_coupling(o: MaskedWeightCoupling) -> torch.Tensor:
     """[sum_b (1 - m_b) g_b m_b, sum_b a_b s_b] of this weight."""
-    o = with_values(o)
     wide = torch.float64
     q = block_sum((o.grad * o.weight).to(wide), o.rows, o.columns)
     v = block_sum(o.weight.abs().to(wide), o.rows, o.columns)
@@ -61,7 +57,6 @@ def masked_weight_coupling(o: MaskedWeightCoupling) -> torch.Tensor:
 
 def masked_weight_correct_(o: MaskedWeightCorrection) -> None:
     """grad_i -= sign(theta_i) s_b scale."""
-    o = with_values(o)
     pull = (o.soft * (1 - o.soft) * o.scale).to(o.weight.dtype)
     o.grad.sub_(torch.sign(o.weight) * expand(pull, o.weight.shape, o.rows, o.columns))
 
@@ -69,7 +64,7 @@ def masked_weight_correct_(o: MaskedWeightCorrection) -> None:
 def kept_soft_mass(o: KeptSoftMass) -> torch.Tensor:
     """[sum h m, sum h] where each weight is a block."""
     wide = torch.float64
-    kept = torch.where(o.hard, with_values(o).soft.to(wide), 0.0)
+    kept = torch.where(o.hard, o.soft.to(wide), 0.0)
     return torch.stack([kept.sum(), o.hard.sum(dtype=wide)])
 
 

@@ -23,7 +23,6 @@ from spartan_kernels.operands import (
     MaskedWeightCorrection,
     MaskedWeightCoupling,
 )
-from spartan_kernels.solution import with_values
 
 WARPS = 8
 
@@ -230,7 +229,6 @@ def _bytes(hard: torch.Tensor | None, stand_in: torch.Tensor) -> torch.Tensor:
 
 def masked_weight_forward(o: MaskedWeight) -> torch.Tensor:
     """theta * m * h."""
-    o = with_values(o)
     weight = o.weight.contiguous()
     result = torch.empty_like(weight)
     _Blocks(weight.shape, o.rows, o.columns).launch(
@@ -243,7 +241,6 @@ def masked_weight_forward(o: MaskedWeight) -> torch.Tensor:
 
 def masked_weight_backward(o: MaskedWeightBackward) -> torch.Tensor:
     """G_i m_b + sign(theta_i) beta s_b g_b / a_b, the local part of equation (2)."""
-    o = with_values(o)
     weight, grad = o.weight.contiguous(), o.grad.contiguous()
     result = torch.empty_like(weight)
     soft, hard = o.soft, None if o.straight_through else o.hard
@@ -258,7 +255,6 @@ def masked_weight_backward(o: MaskedWeightBackward) -> torch.Tensor:
 
 def masked_weight_coupling(o: MaskedWeightCoupling) -> torch.Tensor:
     """[sum_b (1 - m_b) g_b m_b, sum_b a_b s_b] of this weight."""
-    o = with_values(o)
     blocks = _Blocks(o.weight.shape, o.rows, o.columns)
     partial = torch.empty((blocks.programs, 2), dtype=torch.float64, device=o.weight.device)
     blocks.launch(
@@ -271,7 +267,6 @@ def masked_weight_coupling(o: MaskedWeightCoupling) -> torch.Tensor:
 
 def masked_weight_correct_(o: MaskedWeightCorrection) -> None:
     """grad_i -= sign(theta_i) s_b scale."""
-    o = with_values(o)
     dense = o.grad.contiguous()
     _Blocks(o.weight.shape, o.rows, o.columns).launch(
         _masked_weight_correct_kernel, dense, o.weight.contiguous(), o.soft.contiguous(), o.scale

@@ -43,6 +43,8 @@ def _size(count: int) -> str:
 
 def _ceiling(result: Result, report: Report) -> str:
     assert result.time is not None
+    if result.flops and report.fma:
+        return f"{result.flops * report.fma.median / result.time.median:.0%} of FMA"
     if result.flops:
         return f"{result.flops * report.matmul.median / result.time.median:.0%} of matmul"
     return f"{result.bytes * report.copy.median / result.time.median:.0%} of copy"
@@ -88,7 +90,8 @@ def _print_report(report: Report) -> None:
         for name, reason in r.missing.items():
             console.print(f"{r.case}: peer {name} is missing: {reason}")
     copy, matmul = 1e-9 / report.copy.median, 1e-9 / report.matmul.median
-    console.print(f"copy ceiling {copy:.1f} GB/s (read + written), matmul ceiling {matmul:.0f} GFLOP/s")
+    fma = f", multiply-adds {1e-9 / report.fma.median:.0f} GFLOP/s" if report.fma else ""
+    console.print(f"copy ceiling {copy:.1f} GB/s (read + written), matmul ceiling {matmul:.0f} GFLOP/s{fma}")
     if report.noise:
         console.print(f"[yellow]The machine was not quiet: {'; '.join(report.noise)}.")
 

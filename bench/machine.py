@@ -15,6 +15,7 @@ import torch
 
 from bench.timing import Sample, measure
 from spartan_kernels import info
+from spartan_kernels.backends import extension
 
 ROOT = Path(__file__).resolve().parent.parent
 _BUSY_LOAD = 0.5  # runnable processes beside this one, averaged over a minute
@@ -31,6 +32,14 @@ def device_name(device: str) -> str:
         if match:
             return match[1].strip()
     return platform.processor() or platform.machine()
+
+
+def _model() -> str | None:
+    """Family and model of the CPU: a vendor's name alone can stand for many."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = [re.search(rf"^{name}\s*:\s*(\d+)$", text, re.M) for name in ("cpu family", "model")]
+    return " ".join(f"{name} {m[1]}" for name, m in zip(("family", "model"), found, strict=True) if m) or None
 
 
 def folder_name(device: str) -> str:
@@ -76,6 +85,7 @@ def describe(device: str) -> dict[str, Any]:
     cuda = torch.device(device).type == "cuda"
     return {
         "device": device_name(device),
+        "model": None if cuda else _model(),
         "device_type": torch.device(device).type,
         "driver": _driver() if cuda else platform.release(),
         "cuda": torch.version.cuda if cuda else None,
@@ -115,6 +125,16 @@ def matmul_ceiling(device: str, dtype: torch.dtype, quick: bool) -> Sample:
     n = n // 2 if quick else n
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return measure(lambda: a @ b, device, samples=10).scaled(1 / (2 * n**3))
+
+
+def fma_ceiling(device: str, quick: bool) -> Sample | None:
+    """Seconds per floating-point operation of multiply-adds in registers alone, on every thread of a CPU."""
+    if torch.device(device).type != "cpu" or extension.unavailable():
+        return None
+    rounds = (1 << 18) if quick else (1 << 22)
+    return measure(lambda: extension.multiply_adds(rounds), device, samples=10).scaled(
+        1 / extension.multiply_adds(rounds)
+    )
 
 
 def busy() -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from bench.run import Report
 
@@ -20,14 +21,19 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def named(machine: Mapping[str, Any]) -> str:
+    """A machine by its device, of a CPU also its family and model, and the instruction set of the kernels."""
+    model = f" ({machine['model']})" if machine.get("model") else ""
+    kernels = machine.get("native", {}).get("instruction_set")
+    return f"{machine['device']}{model}" + (f", kernels for {kernels.upper()}" if kernels else "")
+
+
 def provenance(reports: Sequence[Report]) -> str:
     """Machine, instruction set, threads, dtype, PyTorch and date of results that one machine made."""
     machine = reports[0].machine
-    kernels = machine["native"].get("instruction_set")
-    with_kernels = f"kernels for {kernels.upper()}, " if kernels else ""
     days = sorted({r.machine["date"][:10] for r in reports})
     noise = " In some runs the machine was not quiet." if any(r.noise for r in reports) else ""
     return (
-        f"{machine['device']}, {with_kernels}{machine['threads']} threads, {reports[0].dtype},"
+        f"{named(machine)}, {machine['threads']} threads, {reports[0].dtype},"
         f" PyTorch {machine['torch']}, {' to '.join(dict.fromkeys((days[0], days[-1])))}.{noise}\n"
     )

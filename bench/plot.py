@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from bench import save
+from bench.markdown import named
 from bench.run import Report, Result
 
 _OURS, _PEER = "#1f6f8b", "#c9c9c9"
@@ -29,7 +30,7 @@ Curve = list[tuple[float, float]]  # (sparsity, speed-up)
 
 def _caption(report: Report) -> str:
     machine = report.machine
-    where = f"{machine['device']}, {machine['threads']} threads, {report.dtype}, PyTorch {machine['torch']}"
+    where = f"{named(machine)}, {machine['threads']} threads, {report.dtype}, PyTorch {machine['torch']}"
     quiet = "; machine not quiet" if report.noise else ""
     return f"{where}, {machine['date'][:10]}, {machine['revision'][:9]}{quiet}"
 
@@ -196,7 +197,8 @@ def figure_of_sparsity(report: Report, path: Path) -> None:
 def figure_of_roofline(report: Report, path: Path) -> None:
     """Draw the rate of every case that states flops and bytes, under the ceilings measured in its own process."""
     results = [r for r in report.results if r.time is not None and r.flops and r.bytes]
-    bandwidth, peak = 1 / report.copy.median, 1 / report.matmul.median
+    bandwidth, peak = 1 / report.copy.median, 1 / (report.fma or report.matmul).median
+    limit = "multiply-adds in registers" if report.fma else "matmul"
     groups: dict[str, Curve] = {}
     for r in results:
         assert r.time is not None
@@ -212,7 +214,7 @@ def figure_of_roofline(report: Report, path: Path) -> None:
     ends = min(*intensities, peak / bandwidth) / 2, max(*intensities, peak / bandwidth) * 2
     corners = [ends[0], peak / bandwidth, ends[1]]
     axis.plot(corners, [min(peak, x * bandwidth) / 1e9 for x in corners], "k-", lw=1)
-    axis.annotate(f"matmul, {peak / 1e9:.3g} GFLOP/s", (ends[1], peak / 1e9), ha="right", va="bottom", fontsize=7)
+    axis.annotate(f"{limit}, {peak / 1e9:.3g} GFLOP/s", (ends[1], peak / 1e9), ha="right", va="bottom", fontsize=7)
     axis.annotate(f"  copy, {bandwidth / 1e9:.3g} GB/s", (ends[0], ends[0] * bandwidth / 1e9), va="top", fontsize=7)
     for i, (name, points) in enumerate(groups.items()):
         marker = "os^Dv*"[i % 6]

@@ -52,6 +52,7 @@ class Report:
     matmul: Sample  # seconds per floating-point operation
     noise: list[str]
     results: list[Result]
+    fma: Sample | None = None  # seconds per floating-point operation of multiply-adds in registers
 
 
 def run_case(case: Case, settings: Settings, against: Sequence[str] | None = None) -> Result:
@@ -123,6 +124,7 @@ def run_all(
     noise = machine.busy()
     copy = machine.copy_ceiling(settings.device, settings.quick)
     matmul = machine.matmul_ceiling(settings.device, settings.dtype, settings.quick)
+    fma = machine.fma_ceiling(settings.device, settings.quick)
     results = []
     for case in cases:
         progress(case.name, None, 0.0)
@@ -138,6 +140,7 @@ def run_all(
         matmul,
         noise + machine.unsteady(copy, after),
         results,
+        fma,
     )
 
 

@@ -47,7 +47,10 @@ def from_json(text: str, source: str) -> Report:
             raise ValueError("another version")
         results = [_result(r) for r in data.pop("results")]
         copy, matmul = (Sample(tuple(data.pop(name))) for name in ("copy", "matmul"))
-        return Report(copy=copy, matmul=matmul, results=results, **data)
+        fma = data.pop("fma", None)  # results of before it was measured have none
+        return Report(
+            copy=copy, matmul=matmul, results=results, fma=None if fma is None else Sample(tuple(fma)), **data
+        )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{source} is not a benchmark result of version {VERSION}: {error}") from error
 

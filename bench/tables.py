@@ -19,6 +19,7 @@ from bench.accuracy_table import NOT_RUN, accuracy_tables
 from bench.machine import ROOT
 from bench.markdown import markdown_table, provenance
 from bench.pretrained import METHODS
+from bench.product_table import products
 from bench.pruned import tables as pruned_tables
 from bench.run import Report, Result
 from bench.short_tables import FAMILIES, accuracy_of, accuracy_short, speed_short, training_short
@@ -196,6 +197,7 @@ TABLES = {
     **{f"accuracy-{family}": accuracy_of(family) for family in FAMILIES},
     "pretrained": pretrained,
     "pruned": pruned,
+    "products": products,
     "speed": speed,
     "speed-short": speed_short,
     "training-short": training_short,

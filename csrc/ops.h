@@ -156,6 +156,9 @@ int64_t block_layout_rows(const ActiveGates&, int32_t* row_offsets, int threads)
 // else the rows from the longest to the shortest, then the columns. `scratch` holds as many numbers as is said.
 int64_t block_layout_scratch(int64_t grid_rows, int64_t grid_columns, int threads);
 void block_layout(const ActiveGates&, const LayoutIndex&, int64_t capacity, int32_t* scratch, int threads);
+// Multiplies and adds in registers alone on every thread, for the peak that products are told by: returns the floating-point
+// operations of all of them. Thread i writes sinks[i].
+int64_t multiply_adds(int64_t rounds, float* sinks, int threads);
 // Asked for before each product: it throws where the index that the product reads does not lie within the matrix.
 int64_t masked_matmul_workspace_bytes(const BlockMatrix&, int64_t tokens, bool input_gradient, int threads);
 // y = act(z), z = x w^T + bias, contiguous [tokens, out]; z is written to `saved` unless that is null.

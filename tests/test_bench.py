@@ -24,12 +24,13 @@ from bench.__main__ import main
 from bench.case import CASES, Case, Settings, Work, case, select
 from bench.checks import check_budget_mask, check_hard_mask
 from bench.compare import compare
-from bench.machine import folder_name, unsteady
+from bench.machine import fma_ceiling, folder_name, unsteady
 from bench.peers import eager
 from bench.peers.sinkhorn import sinkhorn_soft_topk, sort_and_sinkhorn
 from bench.run import Report, Result, run_case, trace
 from bench.timing import Sample, interleave, peak_memory, rotated
 from spartan_kernels import ops
+from spartan_kernels.backends import extension
 from spartan_kernels.testing import make_values, oracle_hard_topk, oracle_soft_topk
 
 QUICK = Settings(quick=True)
@@ -59,7 +60,7 @@ def double_case(kernel: Callable[[Tensor], Tensor], **more: Any) -> Case:
 def report_of(*results: Result, quick: bool = True, copy: float = 1e-10) -> Report:
     machine = {"device": "a machine", "threads": 2, "torch": "2", "date": "2026-01-01", "revision": "abc"}
     ceiling = Sample((copy,) * 10)
-    return Report(machine, quick, "float32", ceiling, ceiling, [], list(results))
+    return Report(machine, quick, "float32", ceiling, ceiling, [], list(results), ceiling)
 
 
 # --------------------------------------------------------------------------------------------------- the gate
@@ -173,6 +174,16 @@ def test_peak_memory_counts_the_workspace_and_the_result() -> None:
     peak, kept = peak_memory(call, "cpu")
     assert kept == 4 << 10
     assert peak == (4 << 20) + (4 << 10)
+
+
+def test_the_peak_counts_the_operations_of_every_thread() -> None:
+    sink = torch.empty(1)
+    with_one = extension.native.cpu.multiply_adds(3, sink.data_ptr(), 1)
+    assert with_one > 0
+    assert extension.multiply_adds(12) == 4 * with_one * torch.get_num_threads()
+    peak = fma_ceiling("cpu", quick=True)
+    assert peak is not None
+    assert min(peak.values) > 0
 
 
 def test_an_unquiet_machine_is_reported() -> None:

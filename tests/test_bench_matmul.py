@@ -204,3 +204,25 @@ def test_speed_up_is_over_dense_and_break_even_where_it_stays_above_one() -> Non
     assert plot.break_even([(0.5, 2.0), (0.7, 0.5), (0.9, 2.0)]) == pytest.approx(0.8)
     assert plot.break_even([(0.5, 1.5), (0.9, 4.0)]) == 0.5
     assert plot.break_even(curves["torch BSR"]) is None
+
+
+def test_products_are_told_by_the_peak_of_multiply_adds(tmp_path: Path) -> None:
+    from bench.product_table import products
+
+    report = synthetic()
+    machine = {**report.machine, "model": "family 25 model 17", "native": {"instruction_set": "avx2"}}
+    notes = {"in": 768.0, "out": 3072.0, "rows": 2048.0, "passes": 1.0}
+    results = [
+        dataclasses.replace(r, case=f"masked_matmul/{kind}-{i}", notes={**r.notes, **notes})
+        for kind in ("forward", "packed-2048")
+        for i, r in enumerate(report.results)
+        if r.notes["passes"] == 1
+    ]
+    report = dataclasses.replace(report, machine=machine, results=results, fma=sample(5e-10))
+    save.write(report, tmp_path / "cpu-a-machine")
+    table = products(tmp_path)
+    # at 90%: twice as fast as dense, which takes 1 ms; 100,000 operations in 0.5 ms, where 1,000,000 are possible
+    assert "| 16×16 | mask moves | 2048 | 0.5× (0.12) | – | 1× (0.10) | 2× (0.10) | – | – |" in table
+    assert table.count("| packed |") == 2
+    assert "of 2 GFLOP/s" in table
+    assert "a machine (family 25 model 17), kernels for AVX2" in table

@@ -60,6 +60,21 @@ def test_packed(target: Any, block: tuple[int, int], tokens: int, dtype: torch.d
     compare(grads[2], dz.sum(0), "gradient of the bias")
 
 
+@pytest.mark.operators("block_sparse_linear_forward")
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("block", [(1, 1), (4, 1), (1, 16)], ids=str)
+def test_long_sums_are_as_accurate_as_a_dense_product(target: Any, block: tuple[int, int], tokens: int) -> None:
+    weight = make_values("uniform", (8, 8192), seed=4)  # all positive: a sum, and its roundings, only grow
+    mask = make_values("uniform", (8 // block[0], 8192 // block[1]), seed=3) < 0.5
+    packed = BlockSparseWeight.from_dense(weight.to(target.device), block, mask.to(target.device))
+    x = make_values("uniform", (tokens, 8192), seed=5)
+    dense = weight * oracle_expand_blocks(mask, (8, 8192), block)
+    y = spartan.block_sparse_linear(x.to(target.device), packed, backend=target.backend).cpu()
+    exact = x.double() @ dense.double().T
+    rounding = 2 * torch.finfo(torch.float32).eps * float(exact.abs().max())  # of sums in another order
+    assert_within_error_budget(y, exact, x @ dense.T, floor=rounding, name="y")
+
+
 @pytest.mark.operators("masked_linear_forward", "masked_linear_backward")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", TOKENS)

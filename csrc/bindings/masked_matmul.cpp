@@ -34,6 +34,10 @@ void bind_cpu(py::module_& m) {
                           capacity, at<int32_t>(scratch), threads);
       },
       Unlocked());
+  m.def(
+      "multiply_adds",
+      [](int64_t rounds, Address sinks, int threads) { return cpu::multiply_adds(rounds, at<float>(sinks), threads); },
+      Unlocked());
   m.def("masked_matmul_workspace_bytes", &cpu::masked_matmul_workspace_bytes);
   m.def(
       "masked_matmul",

@@ -295,4 +295,14 @@ void masked_matmul_input_gradient(Dtype dtype, const BlockMatrix& w, Tokens dz, 
   Product(dtype, lines, dz, nullptr, writer, workspace, threads).run();
 }
 
+int64_t multiply_adds(int64_t rounds, float* sinks, int threads) {
+  const MatmulPasses& passes = matmul_passes();
+  int64_t operations = 0;
+  parallel_for(threads, threads, [&](int64_t item) {
+    const int64_t done = passes.multiply_adds(rounds, sinks + item);
+    if (item == 0) operations = done * threads;
+  });
+  return operations;
+}
+
 }  // namespace spartan::cpu

@@ -360,9 +360,28 @@ double finish(Dtype dtype, const void* values, float* raw, float gate, int64_t c
   });
 }
 
+int64_t multiply_adds(int64_t rounds, float* sink) {
+  const Vec<float> half = Vec<float>{} + 0.5f;
+  Vec<float> sums[kRegisters];
+#pragma GCC unroll 32
+  for (int i = 0; i < kRegisters; ++i) sums[i] = Vec<float>{};
+  for (int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 32
+    for (int i = 0; i < kRegisters; ++i) {
+      sums[i] = sums[i] * half + half;
+      keep_in_register(sums[i]);
+    }
+  }
+#pragma GCC unroll 32
+  for (int i = 1; i < kRegisters; ++i) sums[0] += sums[i];
+  *sink = total(sums[0]);
+  return rounds * kRegisters * kLanes * 2;
+}
+
 constexpr MatmulPasses kPasses{within,      panel_width, tile_tokens, kLanes,   pack_transposed, pack,
                                pack_tokens,  product,     outer_sum,   dot,
-                               narrow_pack, narrow_sum,  narrow_dots, turn_back, activate,       widen, narrow,  settle,    finish};
+                               narrow_pack, narrow_sum,  narrow_dots, turn_back, activate,       widen, narrow,  settle,    finish,
+                               multiply_adds};
 
 }  // namespace
 

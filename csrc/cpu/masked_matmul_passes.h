@@ -51,7 +51,8 @@ struct DotProduct {
   int64_t y_stride;
 };
 
-// y[h, t] = bias[h] + sum over the active blocks' columns k of values[k, h] * x[k, t] for t < tile: tokens side by side.
+// y[h, t] = bias[h] + sum over the active blocks' columns k of values[k, h] * x[k, t] for t < tile: tokens side by side, in
+// whole vectors, or one.
 struct NarrowSum {
   const float* x;
   int64_t tile;
@@ -115,6 +116,8 @@ struct MatmulPasses {
   void (*settle)();
   // sum of values[i] * raw[i], and raw[i] *= gate.
   double (*finish)(Dtype, const void* values, float* raw, float gate, int64_t count);
+  // Multiplies and adds registers alone, `rounds` times; returns the floating-point operations. The sums go to `sink`.
+  int64_t (*multiply_adds)(int64_t rounds, float* sink);
 };
 
 const MatmulPasses& matmul_passes();

@@ -53,8 +53,9 @@ class NarrowProduct {
  private:
   static int height_of(const Lines& lines) { return lines.span <= 1 ? 1 : lines.span <= 2 ? 2 : 4; }
 
-  // As many vectors of tokens as the cache holds and there are.
+  // As many vectors of tokens as the cache holds and there are; one on its own is not put beside zeros.
   static int64_t tile_tokens(const Lines& lines, int64_t tokens) {
+    if (tokens == 1) return 1;
     int64_t tile = matmul_passes().lanes;
     while (tile < tokens && tile < kGroup && 2 * tile * lines.other_extent <= kTileFloats) tile *= 2;
     return tile;
@@ -112,8 +113,11 @@ class NarrowProduct {
       float* turned = scratch_ + worker * scratch_floats_;
       float* sums = turned + tile_ * lines_.other_extent;
       float* rows = sums + kRows * tile_;
-      passes_.pack_transposed(dtype_, offset_by(x_.data, token * x_.stride, dtype_), x_.stride, tokens, lines_.other_extent,
-                              1.0f, static_cast<int>(tile_), turned);
+      const void* x = offset_by(x_.data, token * x_.stride, dtype_);
+      if (tile_ == 1)
+        passes_.widen(dtype_, x, turned, lines_.other_extent);
+      else
+        passes_.pack_transposed(dtype_, x, x_.stride, tokens, lines_.other_extent, 1.0f, static_cast<int>(tile_), turned);
       const int64_t to = split_lines(lines_, begin, end, part + 1, parts);
       for (int64_t line = split_lines(lines_, begin, end, part, parts); line < to;) {
         const int64_t first = line;
@@ -124,6 +128,10 @@ class NarrowProduct {
                              lines_.active(line));
         }
         const int64_t at = token * lines_.extent + first * lines_.span;
+        if (tile_ == 1) {
+          writer_.write(sums, held, 1, held, at);
+          continue;
+        }
         if (float* y = writer_.direct(at); y != nullptr) {
           passes_.turn_back(sums, tile_, held, tokens, y, lines_.extent);
           continue;

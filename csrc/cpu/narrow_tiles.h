@@ -61,20 +61,23 @@ struct NarrowTile {
   }
 };
 
+constexpr int64_t kRun = 256;  // weights of an output in one chain of additions: rounding errors grow with its length
+
+// Adds what the blocks [begin, end) of a line give.
 template <int H, int N>
-void narrow_tile(const NarrowSum& p, const ActiveBlocks& active, int64_t at) {
+void narrow_run(const NarrowSum& p, const ActiveBlocks& active, int64_t begin, int64_t end, int64_t at, Vec<float> (&totals)[H][N]) {
   constexpr int U = H * N >= 8 ? 1 : 8 / (H * N);
   NarrowTile<H, N, U> tile{};
-  const float *x = p.x + at, *values = p.values;
+  const float *x = p.x + at, *values = p.values + begin * active.span * H;
   if (active.span == 1) {
-    int64_t e = 0;
-    for (; e + U <= active.count; e += U, values += U * H) {
+    int64_t e = begin;
+    for (; e + U <= end; e += U, values += U * H) {
 #pragma GCC unroll 8
       for (int u = 0; u < U; ++u) tile.add(u, x + active.indices[e + u] * p.tile, values + u * H);
     }
-    for (; e < active.count; ++e, values += H) tile.add(0, x + active.indices[e] * p.tile, values);
+    for (; e < end; ++e, values += H) tile.add(0, x + active.indices[e] * p.tile, values);
   } else {
-    for (int64_t e = 0; e < active.count; ++e, values += active.span * H) {
+    for (int64_t e = begin; e < end; ++e, values += active.span * H) {
       const int64_t from = active.indices[e] * active.span, left = active.limit - from;
       const int64_t depth = left < active.span ? left : active.span;
       const float* column = x + from * p.tile;
@@ -88,14 +91,24 @@ void narrow_tile(const NarrowSum& p, const ActiveBlocks& active, int64_t at) {
   }
 #pragma GCC unroll 4
   for (int h = 0; h < H; ++h) {
-    const Vec<float> bias = (p.bias != nullptr ? p.bias[h] : 0.0f) - Vec<float>{};
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      Vec<float> total = tile.sums[0][h][n];
 #pragma GCC unroll 8
-      for (int u = 1; u < U; ++u) total += tile.sums[u][h][n];
-      store(p.y + h * p.tile + at + n * kLanes, total + bias);
+      for (int u = 1; u < U; ++u) tile.sums[0][h][n] += tile.sums[u][h][n];
+      totals[h][n] += tile.sums[0][h][n];
     }
+  }
+}
+
+template <int H, int N>
+void narrow_tile(const NarrowSum& p, const ActiveBlocks& active, int64_t at) {
+  Vec<float> totals[H][N] = {};
+  const int64_t step = active.span < kRun ? kRun / active.span : 1;
+  for (int64_t e = 0; e < active.count; e += step)
+    narrow_run<H, N>(p, active, e, e + step < active.count ? e + step : active.count, at, totals);
+  for (int h = 0; h < H; ++h) {
+    const float bias = p.bias != nullptr ? p.bias[h] : 0.0f;
+    for (int n = 0; n < N; ++n) store(p.y + h * p.tile + at + n * kLanes, totals[h][n] + bias);
   }
 }
 
@@ -109,7 +122,77 @@ void narrow_tiles(const NarrowSum& p, const ActiveBlocks& active) {
   });
 }
 
+// The dot of a block's row with the tokens it meets, which lie side by side.
+inline float dot_of(const float* values, const float* x, int64_t count) {
+  Vec<float> sums{};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) sums += load(values + i) * load(x + i);
+  float sum = i > 0 ? total(sums) : 0.0f;
+  for (; i < count; ++i) sum += values[i] * x[i];
+  return sum;
+}
+
+// One token: bound by reading weights, so nothing is transposed and each x is gathered. Eight sums, so that no addition waits.
+inline float narrow_single_weights(const NarrowSum& p, const ActiveBlocks& active) {
+  const int32_t* at = active.indices;
+  const float *x = p.x, *values = p.values;
+  float sums[8];
+#pragma GCC unroll 8
+  for (int u = 0; u < 8; ++u) sums[u] = 0.0f;
+  int64_t e = 0;
+  for (; e + 8 <= active.count; e += 8) {
+#pragma GCC unroll 8
+    for (int u = 0; u < 8; ++u) {
+      sums[u] += values[e + u] * x[at[e + u]];
+      keep_in_register(sums[u]);  // put together to a vector, they would take more instructions than they save
+    }
+  }
+  for (; e < active.count; ++e) sums[0] += values[e] * x[at[e]];
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
+inline float narrow_single_rows(const NarrowSum& p, const ActiveBlocks& active) {
+  float sum = 0.0f;
+  for (int64_t e = 0; e < active.count; ++e) {
+    const int64_t from = active.indices[e] * active.span, left = active.limit - from;
+    sum += dot_of(p.values + e * active.span, p.x + from, left < active.span ? left : active.span);
+  }
+  return sum;
+}
+
+__attribute__((noinline)) void narrow_single(const NarrowSum& p, const ActiveBlocks& active) {
+  const float sum = active.span == 1 ? narrow_single_weights(p, active) : narrow_single_rows(p, active);
+  *p.y = sum + (p.bias != nullptr ? *p.bias : 0.0f);
+}
+
+// The same of H outputs side by side.
+template <int H>
+void narrow_single_of(const NarrowSum& p, const ActiveBlocks& active) {
+  typedef typename Floats<H>::V V;
+  constexpr int U = 4;
+  V sums[U] = {};
+  const float* values = p.values;
+  int64_t e = 0;
+  if (active.span == 1) {
+    for (; e + U <= active.count; e += U, values += U * H) {
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) sums[u] += p.x[active.indices[e + u]] * load_lanes<H>(values + u * H);
+    }
+  }
+  for (; e < active.count; ++e, values += active.span * H) {
+    const int64_t from = active.indices[e] * active.span, left = active.limit - from;
+    const int64_t depth = left < active.span ? left : active.span;
+    for (int64_t d = 0; d < depth; ++d) sums[d & (U - 1)] += p.x[from + d] * load_lanes<H>(values + d * H);
+  }
+  const V sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  for (int h = 0; h < H; ++h) p.y[h] = sum[h] + (p.bias != nullptr ? p.bias[h] : 0.0f);
+}
+
 void narrow_sum(const NarrowSum& p, const ActiveBlocks& active) {
+  if (p.tile == 1) {
+    if (p.height == 1) return narrow_single(p, active);
+    return p.height == 2 ? narrow_single_of<2>(p, active) : narrow_single_of<4>(p, active);
+  }
   if (p.height == 1) return narrow_tiles<1>(p, active);
   p.height == 2 ? narrow_tiles<2>(p, active) : narrow_tiles<4>(p, active);
 }

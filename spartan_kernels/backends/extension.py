@@ -78,6 +78,14 @@ def build_info() -> dict[str, Any]:
     }
 
 
+def multiply_adds(rounds: int) -> int:
+    """Multiply and add in registers alone, on every thread: the CPU's peak. Returns the floating-point operations."""
+    threads = torch.get_num_threads()
+    sinks = torch.empty(threads)
+    operations: int = native.cpu.multiply_adds(rounds, sinks.data_ptr(), threads)
+    return operations
+
+
 def compute(tensor: torch.Tensor) -> torch.Tensor:
     """Contiguous, in the dtype the CPU kernels compute in: float64, or float32 for everything narrower."""
     dtype = computed_in(tensor.dtype)

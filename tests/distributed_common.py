@@ -33,16 +33,19 @@ CUTS = ("even", "uneven", "first", "last")
 class Check(NamedTuple):
     """A check, called with a backend on every rank of a world of one of these sizes.
 
-    Those of one suite share a start. Checks of "operators" run on every backend, others with "auto".
+    Those of one suite share a start. Checks of "operators" run on every backend over their fewest ranks, and over more
+    on the first; others with "auto".
     """
 
     function: Callable[[str], None]
     worlds: tuple[int, ...]
     suite: str
 
-    @property
-    def backends(self) -> list[str]:
-        return BACKENDS if self.suite == "operators" else ["auto"]
+    def backends(self, size: int) -> list[str]:
+        """Those of a world of this size."""
+        if self.suite != "operators":
+            return ["auto"]
+        return BACKENDS if size == min(self.worlds) else BACKENDS[:1]
 
 
 CHECKS: dict[str, Check] = {}

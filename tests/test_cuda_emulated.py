@@ -57,6 +57,8 @@ def test_the_operators_pass_their_own_tests(emulated: Path, files: tuple[str, ..
     chosen = f"cuda-cpu and not opcheck and not compiled and not thread_count and (not test_corners or {few})"
     scales = "9-1e-30-1.0 or 10-1e+13-1.0 or 64-smallest-10000.0 or gradient or run_out or bfloat16"
     chosen += f" and not (test_masked_scores and 5001) and (not test_magnitudes or {scales})"
+    # a kernel sees distinct values or ties; how the distinct ones are spread is the same to it
+    chosen += " and not (stable_sort and (lognormal or student_t or uniform or sorted))"
     command += ["-k", chosen]
     command += [str(ROOT / "tests" / f"test_{name}.py") for name in files]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)

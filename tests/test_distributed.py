@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,29 +35,28 @@ def reports(world: int, suite: str) -> list[dict[str, str]]:
     path = os.pathsep.join([str(TESTS.parent), str(TESTS.parent / "python")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     with TemporaryDirectory() as folder:
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, str(TESTS / "distributed_worker.py"), str(rank), str(world), folder, suite],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(world)
-        ]
+        command = [sys.executable, str(TESTS / "distributed_worker.py"), str(world), folder, suite]
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
         try:
-            output = [process.communicate(timeout=SECONDS)[0] for process in ranks]
+            output = process.communicate(timeout=SECONDS)[0]
         except subprocess.TimeoutExpired:
-            output = ["timed out"] * world
+            output = "timed out"
         finally:
-            for process in ranks:
-                process.kill()
+            with suppress(ProcessLookupError):  # the ranks too
+                os.killpg(process.pid, signal.SIGKILL)
         files = [Path(folder) / f"rank-{rank}.json" for rank in range(world)]
-        return [json.loads(f.read_text()) if f.exists() else {"": text} for f, text in zip(files, output, strict=True)]
+        return [json.loads(file.read_text()) if file.exists() else {"": output} for file in files]
 
 
 @pytest.mark.parametrize(
-    ("world", "name", "backend"), [(w, n, b) for n, c in CHECKS.items() for w in c.worlds for b in c.backends]
+    ("world", "name", "backend"), [(w, n, b) for n, c in CHECKS.items() for w in c.worlds for b in c.backends(w)]
 )
 def test_over_processes(world: int, name: str, backend: str) -> None:
     for rank, report in enumerate(reports(world, CHECKS[name].suite)):

@@ -106,6 +106,7 @@ def main(name: str = "address") -> int:
         return 1
     files = [str(ROOT / "tests" / f"test_{test}.py") for test in TESTS]
     command = [sys.executable, "-m", "pytest", "-p", "tests.sanitizers.plugin", "-p", "no:cacheprovider"]
+    command += ["-n", "auto", "--dist", "worksteal"] if name == "address" else []  # a team needs the cores for itself
     return subprocess.run([*command, "-k", SELECTION, *files], env=variables, cwd=ROOT, check=False).returncode
 
 

@@ -76,8 +76,6 @@ void pack(Dtype dtype, const void* block, int64_t stride, int64_t depth, int64_t
 
 // -------------------------------------------------------------------------------------------------------- tiles
 
-constexpr int64_t kStretch = 256;  // terms of a sum before it is held
-
 // T tokens of a tile of `Stride` against a panel.
 template <int L, int T, int N, int Stride>
 void product_tile(const PanelProduct& p, const ActiveBlocks& active) {

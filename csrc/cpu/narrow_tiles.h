@@ -61,8 +61,6 @@ struct NarrowTile {
   }
 };
 
-constexpr int64_t kRun = 256;  // weights of an output in one chain of additions: rounding errors grow with its length
-
 // Adds what the blocks [begin, end) of a line give.
 template <int H, int N>
 void narrow_run(const NarrowSum& p, const ActiveBlocks& active, int64_t begin, int64_t end, int64_t at, Vec<float> (&totals)[H][N]) {
@@ -103,7 +101,7 @@ void narrow_run(const NarrowSum& p, const ActiveBlocks& active, int64_t begin, i
 template <int H, int N>
 void narrow_tile(const NarrowSum& p, const ActiveBlocks& active, int64_t at) {
   Vec<float> totals[H][N] = {};
-  const int64_t step = active.span < kRun ? kRun / active.span : 1;
+  const int64_t step = active.span < kStretch ? kStretch / active.span : 1;
   for (int64_t e = 0; e < active.count; e += step)
     narrow_run<H, N>(p, active, e, e + step < active.count ? e + step : active.count, at, totals);
   for (int h = 0; h < H; ++h) {

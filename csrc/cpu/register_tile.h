@@ -19,6 +19,8 @@ constexpr int kRegisters = 12;  // of 16
 constexpr int kWidestPanel = 2 * kLanes;
 #endif
 
+constexpr int64_t kStretch = 128;  // terms of a sum in one chain of additions: its rounding errors grow with its length
+
 template <int L>
 struct Floats {
   typedef float V __attribute__((vector_size(L * 4)));

@@ -171,7 +171,7 @@ def _block(r: Result) -> tuple[float, float]:
 
 def figure_of_sparsity(report: Report, path: Path) -> None:
     """Draw the speed-up over the dense product against sparsity: a row for each pass, a column for each block size."""
-    results = _of_one_shape([r for r in report.results if r.time is not None and "sparsity" in r.notes])
+    results = _of_one_shape([r for r in report.results if r.time is not None and "passes" in r.notes])
     passes, blocks = sorted({r.notes["passes"] for r in results}), sorted({_block(r) for r in results})
     names = dict.fromkeys(["ours", *(name for r in results for name in r.peers if name != "dense")])
     palette = plt.get_cmap("tab10")
@@ -182,11 +182,13 @@ def figure_of_sparsity(report: Report, path: Path) -> None:
         for column, block in enumerate(blocks):
             axis = axes[row, column]
             here = [r for r in results if (r.notes["passes"], _block(r)) == (count, block)]
-            if here:
-                _curves(axis, here, colours)
+            if not here:
+                axis.set_axis_off()
+                continue
+            _curves(axis, here, colours)
             axis.set_title(f"{_PASSES[count]}, blocks of {block[0]:.0f} x {block[1]:.0f}", fontsize=8, loc="left")
             axis.set_xlabel("sparsity", fontsize=8)
-        axes[row, 0].set_ylabel("speed-up over dense", fontsize=8)
+        next(axis for axis in axes[row] if axis.axison).set_ylabel("speed-up over dense", fontsize=8)
     notes = results[0].notes
     shape = f"{notes['rows']:.0f} x {notes['in']:.0f} times {notes['in']:.0f} x {notes['out']:.0f}; "
     figure.text(0.01, 0.005, shape + _caption(report), fontsize=6)
@@ -203,7 +205,7 @@ def figure_of_roofline(report: Report, path: Path) -> None:
     for r in results:
         assert r.time is not None
         group = r.case
-        if "sparsity" in r.notes:
+        if "passes" in r.notes:
             rows, columns = _block(r)
             group = f"{_PASSES[r.notes['passes']]}, blocks of {rows:.0f}" + (
                 "" if rows == columns else f" x {columns:.0f}"
@@ -276,7 +278,7 @@ def _drawings(report: Report, path: Path) -> list[tuple[Callable[[Report, Path],
     main: Callable[[Report, Path], None] = figure_of_op
     if any(r.parts for r in timed):
         main = figure_of_step
-    elif any("sparsity" in r.notes for r in timed):
+    elif any("in" in r.notes for r in timed):
         main = figure_of_sparsity
     drawings = [(main, path)]
     if any(r.flops and r.bytes for r in timed):

@@ -69,8 +69,11 @@ struct Workspace {
 class Launches {
  public:
   Launches(const Plan& plan, int resident, Stream stream)
-      : stream_(stream), grid_(grid_of(plan, resident, stream)), notes_(nullptr) {}
-  explicit Launches(std::vector<LaunchNote>* notes) : stream_{nullptr, 0}, grid_(1), notes_(notes) {}
+      : stream_(stream), plan_(&plan), grid_(grid_of(plan, resident, stream)), notes_(nullptr) {}
+  explicit Launches(std::vector<LaunchNote>* notes) : stream_{nullptr, 0}, plan_(nullptr), grid_(1), notes_(notes) {}
+
+  // The same for a kernel of which a multiprocessor holds another number of thread blocks: all of them run at a time.
+  Launches with(int resident) const { return notes_ != nullptr ? *this : Launches(*plan_, resident, stream_); }
 
   template <class... Parameters, class... Arguments>
   void operator()(const LaunchNote& note, void (*kernel)(Parameters...), Arguments... arguments) {
@@ -90,6 +93,7 @@ class Launches {
 
  private:
   Stream stream_;
+  const Plan* plan_;
   unsigned grid_;
   std::vector<LaunchNote>* notes_;
 };

@@ -126,9 +126,10 @@ __device__ void one_pass(const Plan& plan, const Workspace& w, double enough, Bi
   learn(sums, moments.moments(), alone(plan) || solve->again ? 0.0 : enough, solve, w.counts);
 }
 
-// Three a processor would spill on sm_100.
+constexpr int kSurveysResident = 2;  // three a processor would spill on sm_100
+
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) survey_kernel(Plan plan, Workspace w) {
+__global__ void __launch_bounds__(kThreads, kSurveysResident) survey_kernel(Plan plan, Workspace w) {
   __shared__ Bins bins;
   one_pass<T>(plan, w, kLastStep, &bins);
 }
@@ -342,7 +343,7 @@ void solve(const Plan& plan, const Request& request, bool cost_arrays, const Wor
   const int value = sizeof(T), cost = cost_arrays ? value : 0, written = (request.soft ? value : 0) + (request.hard ? 1 : 0);
   if (request.priced) run({"costs", cost, 0, 1, 1}, &costs_kernel<T>, plan, w);
   run.alone({"start", 0, 0, 1, 1}, kSampleThreads, &start_kernel<T>, plan, request, w);
-  run({"survey", value + cost, 0, 1, 1}, &survey_kernel<T>, plan, w);
+  run.with(kSurveysResident)({"survey", value + cost, 0, 1, 1}, &survey_kernel<T>, plan, w);
   run.together({"settle", value + cost, 0, request.soft ? 1 : 0, 0}, &settle_kernel<T>, plan, w);
   run({"write", value + cost, written, 1, 1}, &write_kernel<T>, plan, request, w);
   if (request.soft) run.together({"again", value + cost, value, 0, 0}, &again_kernel<T>, plan, request, w);

@@ -33,7 +33,8 @@ html_math_renderer = "mathml"  # of site_extensions: no script from another host
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
-autodoc_mock_imports = ["transformers", "accelerate", "lightning"]  # trainers: large, and only their names are needed
+# trainers: large, and only their names are needed
+autodoc_mock_imports = ["transformers", "accelerate", "lightning", "peft"]
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_custom_sections = [("Source", "notes_style"), ("Attributes", "params_style")]

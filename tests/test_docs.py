@@ -15,7 +15,7 @@ import spartan_kernels
 from tests import pages
 from tests.pages import PAGES, ROOT, Block
 
-TRAINERS = ("transformers", "accelerate", "lightning")
+TRAINERS = ("transformers", "accelerate", "lightning", "peft")
 
 
 def name_of(page: Path) -> str:

@@ -1,1 +1,1 @@
-"""One module for each trainer, which needs that trainer's package: `transformers`, `lightning`, `accelerate`."""
+"""One module for each package that it needs: `transformers`, `lightning`, `accelerate`, `peft`."""

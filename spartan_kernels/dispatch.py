@@ -44,14 +44,20 @@ _Dtypes = tuple[torch.dtype, ...]
 
 
 def _rows(
-    stem: str, *operators: str, reference: _Dtypes = _FLOATS, native: _Dtypes = (), gpu: _Dtypes = ()
+    stem: str,
+    *operators: str,
+    reference: _Dtypes = _FLOATS,
+    native: _Dtypes = (),
+    gpu: _Dtypes = (),
+    triton: _Dtypes = (),
 ) -> dict[str, dict[str, Support]]:
     """The same row for each operator of a stem, from the dtypes that each backend serves; `gpu`: triton and cuda."""
     row = {"reference": Support(stem, (), reference)}
     if native:
         row["native"] = Support(stem, ("cpu",), native)
+    if gpu or triton:
+        row["triton"] = Support(stem, _TRITON_DEVICES, gpu or triton)
     if gpu:
-        row["triton"] = Support(stem, _TRITON_DEVICES, gpu)
         row["cuda"] = Support(stem, ("cuda",), gpu)
     return {operator: row for operator in operators}
 
@@ -79,7 +85,14 @@ SUPPORT: dict[str, dict[str, Support]] = {
         native=_FLOATS,
         gpu=_NARROW,
     ),
-    **_rows("masked_weight", "kept_soft_mass", "add_block_signs_", "masked_weight_backward_", native=_FLOATS),
+    **_rows(
+        "masked_weight",
+        "kept_soft_mass",
+        "add_block_signs_",
+        "masked_weight_backward_",
+        native=_FLOATS,
+        triton=_NARROW,
+    ),
     **_rows(
         "masked_matmul",
         "masked_linear_forward",

@@ -33,14 +33,14 @@ SELECTIONS = {
         " or (concatenation and mixed_scales)",
         "test_hard_bits.py": "300-torch or 9000 or training or (lists and 1000)",
         "test_masked_weight.py": "block_scores or zero_weights or dropped"
-        " or (forward_and_gradient and float32 and both)",
+        " or (float32 and ((forward_and_gradient and both) or memory_of_its_input or signs_are))",
     },
     "lists": {
         "test_soft_topk_global.py": "list_equals or sharded or nothing or stale or carries or (oracle and mixed)",
         "test_masked_scores.py": "causal or step or a_masked_list or (lists and scalar-3.0) or (such_a_list and little)"
         " or ((rows or gradients or such_a_row or refused) and (cpu-4 or cpu-64))",
         "test_triton_launch_plan.py": "reads_of or last_solve",
-        "test_soft_solution.py": "operators_take",
+        "test_soft_solution.py": "operators_take or sum_over_the_kept",
     },
     "products": {
         "test_masked_linear.py": "(value and 37) or closed_gates or layout_replaces or nan_gate",

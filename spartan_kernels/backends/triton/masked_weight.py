@@ -14,10 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
-from spartan_kernels.backends.triton.configs import CompileCase, block_tile, name_of
+from spartan_kernels.backends.triton.configs import TILE, CompileCase, block_tile, name_of
 from spartan_kernels.backends.triton.primitives import all_loaded, sign_of
 from spartan_kernels.operands import (
+    AddBlockSigns,
     BlockScores,
+    KeptSoftMass,
     MaskedWeight,
     MaskedWeightBackward,
     MaskedWeightCorrection,
@@ -95,7 +97,7 @@ def _masked_weight_forward_kernel(
 @triton.jit
 def _masked_weight_backward_kernel(
     grad_ptr, weight_ptr, soft_ptr, hard_ptr, beta_ptr, costs_ptr, result_ptr, out, in_, grid_columns,
-    HAS_SOFT: tl.constexpr, HAS_HARD: tl.constexpr, HAS_COSTS: tl.constexpr,
+    HAS_SOFT: tl.constexpr, HAS_HARD: tl.constexpr, HAS_COSTS: tl.constexpr, IN_PLACE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, POSITIONS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -118,12 +120,16 @@ def _masked_weight_backward_kernel(
         m = _spread(m, BLOCK_B, BLOCK_K)
     if HAS_HARD:
         h = _spread(tl.load(hard_ptr + at, valid, other=0), BLOCK_B, BLOCK_K)
+    if IN_PLACE:
+        tl.debug_barrier()  # before any warp changes what another has yet to add
     for r0 in range(0, ROWS, BLOCK_R):
         for c0 in range(0, COLUMNS, BLOCK_C):
             offsets, inside = _tile_at(
                 r0, c0, out, in_, grid_columns, ROWS, COLUMNS, POSITIONS, BLOCK_R, BLOCK_B, BLOCK_C, BLOCK_K
             )
             result = tl.load(grad_ptr + offsets, inside, other=0.0).to(tl.float32)
+            if IN_PLACE:
+                all_loaded(BLOCK_R * BLOCK_B * BLOCK_C * BLOCK_K)
             if HAS_SOFT:
                 weight = tl.load(weight_ptr + offsets, inside, other=0.0).to(tl.float32)
                 result = result * m + sign_of(weight) * pull
@@ -178,6 +184,36 @@ def _masked_weight_correct_kernel(
             grad = tl.load(grad_ptr + offsets, inside, other=0.0).to(tl.float32) - sign_of(weight) * pull
             all_loaded(BLOCK_R * BLOCK_B * BLOCK_C * BLOCK_K)
             tl.store(grad_ptr + offsets, grad.to(grad_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def _add_block_signs_kernel(
+    grad_ptr, weight_ptr, pull_ptr, out, in_, grid_columns,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, POSITIONS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    at, valid = _blocks_at(grid_columns, POSITIONS, BLOCK_B, BLOCK_K)
+    pull = _spread(tl.load(pull_ptr + at, valid, other=0.0).to(tl.float32), BLOCK_B, BLOCK_K)
+    for r0 in range(0, ROWS, BLOCK_R):
+        for c0 in range(0, COLUMNS, BLOCK_C):
+            offsets, inside = _tile_at(
+                r0, c0, out, in_, grid_columns, ROWS, COLUMNS, POSITIONS, BLOCK_R, BLOCK_B, BLOCK_C, BLOCK_K
+            )
+            weight = tl.load(weight_ptr + offsets, inside, other=0.0).to(tl.float32)
+            grad = tl.load(grad_ptr + offsets, inside, other=0.0).to(tl.float32) + sign_of(weight) * pull
+            all_loaded(BLOCK_R * BLOCK_B * BLOCK_C * BLOCK_K)
+            tl.store(grad_ptr + offsets, grad.to(grad_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def _kept_soft_mass_kernel(soft_ptr, hard_ptr, partial_ptr, n, TILE: tl.constexpr):
+    program = tl.program_id(0)
+    at = program.to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = at < n
+    kept = tl.load(hard_ptr + at, inside, other=0) != 0
+    m = tl.load(soft_ptr + at, inside, other=0.0).to(tl.float32)
+    tl.store(partial_ptr + 2 * program, tl.sum(tl.where(kept, m, 0.0), 0).to(tl.float64))
+    tl.store(partial_ptr + 2 * program + 1, tl.sum(kept.to(tl.int32), 0).to(tl.float64))
 
 
 @triton.jit
@@ -241,16 +277,27 @@ def masked_weight_forward(o: MaskedWeight) -> torch.Tensor:
 
 def masked_weight_backward(o: MaskedWeightBackward) -> torch.Tensor:
     """G_i m_b + sign(theta_i) beta s_b g_b / a_b, the local part of equation (2)."""
-    weight, grad = o.weight.contiguous(), o.grad.contiguous()
-    result = torch.empty_like(weight)
-    soft, hard = o.soft, None if o.straight_through else o.hard
+    result = torch.empty_like(o.weight, memory_format=torch.contiguous_format)
+    _backward(o, o.grad.contiguous(), result)
+    return result
+
+
+def masked_weight_backward_(o: MaskedWeightBackward) -> None:
+    """The same, in the memory of grad."""
+    dense = o.grad.contiguous()
+    _backward(o, dense, dense)
+    if dense is not o.grad:
+        o.grad.copy_(dense)
+
+
+def _backward(o: MaskedWeightBackward, grad: torch.Tensor, result: torch.Tensor) -> None:
+    weight, soft, hard = o.weight.contiguous(), o.soft, None if o.straight_through else o.hard
     _Blocks(weight.shape, o.rows, o.columns).launch(
         _masked_weight_backward_kernel,
         grad, weight, weight if soft is None else soft.contiguous(), _bytes(hard, weight), o.beta, o.costs.contiguous(),
         result,
-        HAS_SOFT=soft is not None, HAS_HARD=hard is not None, HAS_COSTS=o.costs.dim() > 0,
+        HAS_SOFT=soft is not None, HAS_HARD=hard is not None, HAS_COSTS=o.costs.dim() > 0, IN_PLACE=result is grad,
     )  # fmt: skip
-    return result
 
 
 def masked_weight_coupling(o: MaskedWeightCoupling) -> torch.Tensor:
@@ -275,6 +322,29 @@ def masked_weight_correct_(o: MaskedWeightCorrection) -> None:
         o.grad.copy_(dense)
 
 
+def add_block_signs_(o: AddBlockSigns) -> None:
+    """grad_i += sign(theta_i) pull_b."""
+    dense = o.grad.contiguous()
+    _Blocks(o.weight.shape, o.rows, o.columns).launch(
+        _add_block_signs_kernel, dense, o.weight.contiguous(), o.pull.contiguous()
+    )
+    if dense is not o.grad:
+        o.grad.copy_(dense)
+
+
+def kept_soft_mass(o: KeptSoftMass) -> torch.Tensor:
+    """[sum h m, sum h] where each weight is a block."""
+    n = o.hard.numel()
+    partial = torch.empty((max(1, triton.cdiv(n, TILE)), 2), dtype=torch.float64, device=o.hard.device)
+    if n == 0:
+        return partial.new_zeros(2)
+    with torch.cuda.device_of(o.hard):
+        _kept_soft_mass_kernel[(partial.shape[0],)](
+            o.soft.contiguous(), o.hard.contiguous().view(torch.uint8), partial, n, TILE=TILE, num_warps=WARPS
+        )
+    return partial.sum(0)
+
+
 def block_scores(o: BlockScores) -> torch.Tensor:
     """Sum of |theta| over each block."""
     blocks = _Blocks(o.weight.shape, o.rows, o.columns)
@@ -296,16 +366,23 @@ def _compile_cases() -> list[CompileCase]:
             _masked_weight_backward_kernel: ("grad", "weight", "soft", "hard", "beta", "costs", "result"),
             _masked_weight_coupling_kernel: ("grad", "weight", "soft", "beta", "costs", "partial"),
             _masked_weight_correct_kernel: ("grad", "weight", "soft", "scale"),
+            _add_block_signs_kernel: ("grad", "weight", "pull"),
             _block_scores_kernel: ("weight", "scores"),
         }
         types = {"hard": "*u8", "beta": "*fp64", "costs": "*fp64", "partial": "*fp64", "scale": "*fp64"}
         for shape, block in (((1 << 20,), 1), ((4096, 4096), 4), ((4096, 4096), 32), ((256, 256, 3, 3), 16)):
             blocks = _Blocks(torch.Size(shape), block, block)
             for kernel, names in pointers.items():
-                flags = {name: name != "HAS_COSTS" for name in kernel.arg_names if name.startswith("HAS_")}
+                switches = [name for name in kernel.arg_names if name.startswith("HAS_") or name == "IN_PLACE"]
+                flags = {name: name not in ("HAS_COSTS", "IN_PLACE") for name in switches}
                 signature = {f"{name}_ptr": types.get(name, value) for name in names} | sizes
                 label = f"block {block}, {len(shape)}-dim, {name_of(dtype)}"
                 cases.append(CompileCase(kernel, signature, flags | blocks.constants, WARPS, label))
+                if "IN_PLACE" in flags:
+                    constants = flags | {"IN_PLACE": True} | blocks.constants
+                    cases.append(CompileCase(kernel, signature, constants, WARPS, f"{label}, in place"))
+        signature = {"soft_ptr": value, "hard_ptr": "*u8", "partial_ptr": "*fp64", "n": "i64"}
+        cases.append(CompileCase(_kept_soft_mass_kernel, signature, {"TILE": TILE}, WARPS, name_of(dtype)))
     return cases
 
 

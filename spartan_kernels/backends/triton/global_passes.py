@@ -11,24 +11,25 @@ import triton.language as tl
 from spartan_kernels.backends.triton.configs import SIZES
 from spartan_kernels.backends.triton.primitives import (
     INFINITY,
+    LOG2_E,
+    binary_logistic,
     lane_max,
     lane_min,
     lane_sum,
     limits_of_keys,
-    logistic,
     logit_at,
+    moments_of,
     ordered_key,
     value_of_key,
 )
 from spartan_kernels.backends.triton.tables import (
-    COST_STRIDE,
-    COSTS,
     FIRST_CHUNK,
-    LENGTH,
     OUTPUT,
+    VALUES,
     chunk_at,
+    chunks_of,
+    costs_at,
     load_chunk,
-    load_costs,
     load_ratio,
     locate,
     own_chunks,
@@ -86,34 +87,30 @@ def fixed_point(a, live, scale, HAS_COSTS: tl.constexpr):
 
 @triton.jit
 def moment_logit(t, beta, sign, lowest, highest):
-    """(centre, slope, shift) of the negated logit of the smaller side of the budget, float32."""
+    """(centre, slope, shift) of the negated logit of the smaller side of the budget, float32, as a power of two."""
     centre, shift = logit_at(t, beta, lowest, highest)
-    return centre, (-sign * beta).to(tl.float32), (-sign * shift).to(tl.float32)
-
-
-@triton.jit
-def moments_of(u, a, live, centre, slope, shift):
-    """a m, a s and a s (1 - 2 m) of entries, m on the smaller side of the budget; 0 where there is none."""
-    x = slope * (u - centre) + shift
-    # within these limits neither side overflows nor cancels, and what they add to a sum is lost in its rounding
-    x = tl.maximum(x, -85.0, propagate_nan=tl.PropagateNan.ALL)
-    z = tl.exp(tl.minimum(x, 85.0, propagate_nan=tl.PropagateNan.ALL))
-    m = 1.0 / (1.0 + z)
-    rest = z * m
-    mass = tl.where(live, a * m, 0.0)
-    s = mass * rest
-    return mass, s, s * (rest - m)
+    return centre, (-sign * beta * LOG2_E).to(tl.float32), (-sign * shift * LOG2_E).to(tl.float32)
 
 
 @triton.jit
 def chunk_moments(u, a, live, centre, slope, shift, LANES: tl.constexpr, VECTOR: tl.constexpr):
     """Sums by thread of `moments_of` a chunk."""
-    mass, s, bend = moments_of(u, a, live, centre, slope, shift)
+    mass, s, third = moments_of(u, a, live, centre, slope, shift)
     return (
         lane_sum(mass, LANES, VECTOR, tl.float64),
         lane_sum(s, LANES, VECTOR, tl.float64),
-        lane_sum(bend, LANES, VECTOR, tl.float64),
+        lane_sum(third, LANES, VECTOR, tl.float64),
     )
+
+
+@triton.jit
+def _chunk_cost(
+    costs_ptr, origin, length, chunk,
+    CHUNK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    start, live = chunk_at(origin, length, chunk, CHUNK, WHOLE)
+    a = load_chunk(costs_ptr, start, live, 0.0, CHUNK, WHOLE).to(tl.float64)
+    return lane_sum(a, LANES, VECTOR, tl.float64)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -126,14 +123,19 @@ def _total_cost_kernel(
     whole_tensors = tl.sum(total, 0)
     begin, end = own_chunks(n_chunks)
     row = locate(table_ptr, n_tensors, begin, FIRST_CHUNK)
-    for chunk in range(begin, end):
-        row, row_ptr, start, live, whole = chunk_at(table_ptr, n_tensors, row, chunk, CHUNK)
-        if tl.load(row_ptr + COST_STRIDE) == 0:
-            count = tl.minimum(tl.load(row_ptr + LENGTH) - start, CHUNK)
-            whole_tensors += count.to(tl.float64) * tl.load(pointer_at(row_ptr + COSTS, DTYPE, False)).to(tl.float64)
+    while begin < end:
+        row_ptr, begin, stop, whole, length, origin = chunks_of(table_ptr, row, begin, end, CHUNK)
+        costs_ptr, many, number = costs_at(row_ptr, DTYPE, True, ALIGNED)
+        if many:
+            for chunk in range(begin, whole):
+                total += _chunk_cost(costs_ptr, origin, length, chunk, CHUNK, LANES, VECTOR, True)
+            if whole < stop:
+                total += _chunk_cost(costs_ptr, origin, length, whole, CHUNK, LANES, VECTOR, False)
         else:
-            a = load_costs(row_ptr, start, live, whole, DTYPE, ALIGNED, CHUNK)
-            total += lane_sum(tl.where(live, a, 0.0).to(tl.float64), LANES, VECTOR, tl.float64)
+            before, after = (begin - origin).to(tl.int64) * CHUNK, (stop - origin).to(tl.int64) * CHUNK
+            whole_tensors += (tl.minimum(length, after) - before).to(tl.float64) * number.to(tl.float64)
+        begin = stop
+        row += 1
     tl.store(partial_ptr + tl.program_id(0), tl.sum(total, 0) + whole_tensors)
 
 
@@ -153,6 +155,56 @@ def _count_candidates(
         cost = fixed_point(a, inside, scale, HAS_COSTS)
         bins = ((key - first) >> shift).to(tl.int32)
         tl.atomic_add(select_ptr + HISTOGRAM + bins, cost.to(tl.int64), inside, sem="relaxed")
+
+
+@triton.jit
+def _survey_chunk(
+    mass, weight, third, cost_of_live, lowest, highest, above, found,
+    values_ptr, costs_ptr, many, number, origin, length, chunk, soft_open, selecting,
+    centre, slope, shift, scale, from_here, up_to, first, bits,
+    select_ptr, keys_ptr, prices_ptr, capacity,
+    HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr, SOFT: tl.constexpr, HARD: tl.constexpr,
+    CHUNK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """What one chunk adds to the sums of a survey, the histogram and the candidates."""
+    start, live = chunk_at(origin, length, chunk, CHUNK, WHOLE)
+    u, a, live = load_ratio(values_ptr, costs_ptr, many, number, start, live, HAS_COSTS, ABSOLUTE, CHUNK, WHOLE)
+    if SOFT:
+        if soft_open:
+            if not ABSOLUTE:
+                cost_of_live += lane_sum(tl.where(live, a, 0.0), LANES, VECTOR, tl.float64)
+            m0, m1, m2 = chunk_moments(u, a, live, centre, slope, shift, LANES, VECTOR)
+            mass += m0
+            weight += m1
+            third += m2
+            lowest = tl.minimum(lowest, lane_min(tl.where(live, u, INFINITY), LANES, VECTOR))
+            highest = tl.maximum(highest, lane_max(tl.where(live, u, -INFINITY), LANES, VECTOR))
+    if HARD:
+        if selecting:
+            if HAS_COSTS:
+                cost = fixed_point(a, live, scale, HAS_COSTS)
+                above += lane_sum(tl.where(u > up_to, cost, 0), LANES, VECTOR, tl.int64)
+                more = tl.sum((live & (u >= from_here) & (u <= up_to)).to(tl.int32), 0)
+            else:  # two counts in a number: 4096 for an entry above the range, 1 for one in it
+                both = tl.where(live, tl.where(u > up_to, 4096.0, tl.where(u >= from_here, 1.0, 0.0)), 0.0)
+                counts = lane_sum(both, LANES, VECTOR, tl.int32)
+                above += counts >> 12
+                more = tl.sum(counts & 4095, 0)
+            if more > 0:
+                inside = live & (u >= from_here) & (u <= up_to)
+                key = ordered_key(u)
+                bins = ((key - first) >> bits).to(tl.int32)
+                # a constant takes no registers
+                more_cost = cost.to(tl.int64) if HAS_COSTS else tl.full((CHUNK,), 1, tl.int64)
+                tl.atomic_add(select_ptr + HISTOGRAM + bins, more_cost, inside, sem="relaxed")
+                if found < capacity:
+                    at = found + tl.cumsum(inside.to(tl.int32), 0) - 1
+                    keep = inside & (at < capacity)
+                    tl.store(keys_ptr + at, key.to(tl.int32, bitcast=True), keep)
+                    if HAS_COSTS:
+                        tl.store(prices_ptr + at, a, keep)
+                found = tl.minimum(found + more, 1 << 30)
+    return mass, weight, third, cost_of_live, lowest, highest, above, found
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -184,7 +236,7 @@ def _survey_kernel(
     selecting = hard_open and not collected
     from_here, up_to = limits_of_keys(first, last)
     mass = tl.zeros((LANES,), tl.float64)
-    weight, bend = mass, mass
+    weight, third = mass, mass
     lowest = tl.full((LANES,), float("inf"), tl.float32)
     highest = -lowest
     cost_of_live = mass
@@ -193,43 +245,33 @@ def _survey_kernel(
     if soft_open or selecting:
         begin, end = own_chunks(n_chunks)
         row = locate(table_ptr, n_tensors, begin, FIRST_CHUNK)
-        for chunk in range(begin, end):
-            row, row_ptr, start, live, whole = chunk_at(table_ptr, n_tensors, row, chunk, CHUNK)
-            u, a, live = load_ratio(row_ptr, start, live, whole, DTYPE, HAS_COSTS, ABSOLUTE, ALIGNED, CHUNK)
-            if SOFT:
-                if soft_open:
-                    if not ABSOLUTE:
-                        cost_of_live += lane_sum(tl.where(live, a, 0.0), LANES, VECTOR, tl.float64)
-                    m0, m1, m2 = chunk_moments(u, a, live, centre, slope, shift, LANES, VECTOR)
-                    mass += m0
-                    weight += m1
-                    bend += m2
-                    lowest = tl.minimum(lowest, lane_min(tl.where(live, u, INFINITY), LANES, VECTOR))
-                    highest = tl.maximum(highest, lane_max(tl.where(live, u, -INFINITY), LANES, VECTOR))
-            if HARD:
-                if selecting:
-                    cost = fixed_point(a, live, scale, HAS_COSTS)
-                    above += lane_sum(tl.where(u > up_to, cost, 0), LANES, VECTOR, above.dtype)
-                    inside = live & (u >= from_here) & (u <= up_to)
-                    more = tl.sum(inside.to(tl.int32), 0)
-                    if more > 0:
-                        key = ordered_key(u)
-                        bins = ((key - first) >> bits).to(tl.int32)
-                        # a constant takes no registers
-                        more_cost = cost.to(tl.int64) if HAS_COSTS else tl.full((CHUNK,), 1, tl.int64)
-                        tl.atomic_add(select_ptr + HISTOGRAM + bins, more_cost, inside, sem="relaxed")
-                        if found < capacity:
-                            at = found + tl.cumsum(inside.to(tl.int32), 0) - 1
-                            keep = inside & (at < capacity)
-                            tl.store(keys_ptr + at, key.to(tl.int32, bitcast=True), keep)
-                            if HAS_COSTS:
-                                tl.store(prices_ptr + at, a, keep)
-                        found = tl.minimum(found + more, 1 << 30)
+        while begin < end:
+            row_ptr, begin, stop, whole, length, origin = chunks_of(table_ptr, row, begin, end, CHUNK)
+            values_ptr = pointer_at(row_ptr + VALUES, DTYPE, ALIGNED)
+            costs_ptr, many, number = costs_at(row_ptr, DTYPE, HAS_COSTS, ALIGNED)
+            for chunk in range(begin, whole):
+                mass, weight, third, cost_of_live, lowest, highest, above, found = _survey_chunk(
+                    mass, weight, third, cost_of_live, lowest, highest, above, found,
+                    values_ptr, costs_ptr, many, number, origin, length, chunk, soft_open, selecting,
+                    centre, slope, shift, scale, from_here, up_to, first, bits,
+                    select_ptr, keys_ptr, prices_ptr, capacity,
+                    HAS_COSTS, ABSOLUTE, SOFT, HARD, CHUNK, LANES, VECTOR, True,
+                )  # fmt: skip
+            if whole < stop:
+                mass, weight, third, cost_of_live, lowest, highest, above, found = _survey_chunk(
+                    mass, weight, third, cost_of_live, lowest, highest, above, found,
+                    values_ptr, costs_ptr, many, number, origin, length, whole, soft_open, selecting,
+                    centre, slope, shift, scale, from_here, up_to, first, bits,
+                    select_ptr, keys_ptr, prices_ptr, capacity,
+                    HAS_COSTS, ABSOLUTE, SOFT, HARD, CHUNK, LANES, VECTOR, False,
+                )  # fmt: skip
+            begin = stop
+            row += 1
     if SOFT:
         own = partial_ptr + program * MOMENTS
         tl.store(own, tl.sum(mass, 0))
         tl.store(own + 1, tl.sum(weight, 0))
-        tl.store(own + 2, tl.sum(bend, 0))
+        tl.store(own + 2, tl.sum(weight - 2 * third, 0))  # of a s (1 - 2 m)
         tl.store(own + 3, tl.min(lowest, 0).to(tl.float64))
         tl.store(own + 4, tl.max(highest, 0).to(tl.float64))
         tl.store(own + 5, INFINITY if ABSOLUTE else tl.sum(cost_of_live, 0))
@@ -266,12 +308,50 @@ def _ties_kernel(
         else:
             begin, end = own_chunks(n_chunks)
             row = locate(table_ptr, n_tensors, begin, FIRST_CHUNK)
-            for chunk in range(begin, end):
-                row, row_ptr, start, live, whole = chunk_at(table_ptr, n_tensors, row, chunk, CHUNK)
-                u, a, live = load_ratio(row_ptr, start, live, whole, DTYPE, HAS_COSTS, ABSOLUTE, ALIGNED, CHUNK)
-                cost = fixed_point(a, live & (u == cut), scale, HAS_COSTS)
-                tied += lane_sum(cost, LANES, VECTOR, tl.int64)
+            while begin < end:
+                row_ptr, begin, stop, _, length, origin = chunks_of(table_ptr, row, begin, end, CHUNK)
+                values_ptr = pointer_at(row_ptr + VALUES, DTYPE, ALIGNED)
+                costs_ptr, many, number = costs_at(row_ptr, DTYPE, HAS_COSTS, ALIGNED)
+                for chunk in range(begin, stop):
+                    start, live = chunk_at(origin, length, chunk, CHUNK, False)
+                    u, a, live = load_ratio(
+                        values_ptr, costs_ptr, many, number, start, live, HAS_COSTS, ABSOLUTE, CHUNK, False
+                    )
+                    cost = fixed_point(a, live & (u == cut), scale, HAS_COSTS)
+                    tied += lane_sum(cost, LANES, VECTOR, tl.int64)
+                begin = stop
+                row += 1
         tl.store(tally_ptr + tl.num_programs(0) + program, tl.sum(tied, 0))
+
+
+@triton.jit
+def _write_chunk(
+    mass, before, values_ptr, costs_ptr, many, number, soft_ptr, hard_ptr, origin, length, chunk,
+    centre, slope, shift, poison, sign, scale, cut, room,
+    HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr, SOFT: tl.constexpr, HARD: tl.constexpr, AGAIN: tl.constexpr,
+    CHUNK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The masks of one chunk, what they add to the sum, and the cost at the cut before it."""
+    start, live = chunk_at(origin, length, chunk, CHUNK, WHOLE)
+    u, a, kept = load_ratio(values_ptr, costs_ptr, many, number, start, live, HAS_COSTS, ABSOLUTE, CHUNK, WHOLE)
+    if SOFT:
+        m, rest = binary_logistic(slope * (u - centre) + shift)
+        if not ABSOLUTE:
+            m, rest = tl.where(kept, m, poison), tl.where(kept, rest, 0.0)
+        store_chunk(soft_ptr, start, live, m.to(soft_ptr.dtype.element_ty), CHUNK, WHOLE)
+        mass += lane_sum(tl.where(live, a * tl.where(sign > 0, m, rest), 0.0), LANES, VECTOR, tl.float64)
+    if HARD and AGAIN == 0:
+        keep = u > cut
+        if room > 0:
+            cost = fixed_point(a, kept & (u == cut), scale, HAS_COSTS)
+            here = tl.sum(cost, 0).to(tl.int64)
+            before -= here
+            if before + here <= room:
+                keep = u >= cut
+            elif before < room:
+                keep = keep | ((u == cut) & (before + tl.cumsum(cost, 0) <= room))
+        store_chunk(hard_ptr, start, live, keep.to(tl.uint8), CHUNK, WHOLE)
+    return mass, before
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -290,8 +370,8 @@ def _write_kernel(
     centre = tl.where(constant, 0.0, centre)
     shift -= beta * tl.load(solve_ptr + REST)
     poison = tl.load(solve_ptr + POISON).to(tl.float32)
-    shift = tl.where(constant, sign * target, shift).to(tl.float32) + poison
-    slope = tl.where(constant, 0.0, beta.to(tl.float32))
+    shift = (tl.where(constant, sign * target, shift) * LOG2_E).to(tl.float32) + poison
+    slope = tl.where(constant, 0.0, (beta * LOG2_E).to(tl.float32))
     cut, room = value_of_key(tl.load(select_ptr + LO).to(tl.uint32)), tl.load(select_ptr + ROOM)
     cut = tl.where(tl.load(select_ptr + EVERYTHING) != 0, -INFINITY, cut)
     before = room * 0  # cost at the cut before the chunk, walking back from the end of the run
@@ -302,31 +382,47 @@ def _write_kernel(
     mass = tl.zeros((LANES,), tl.float64)
     if AGAIN == 0 or tl.load(solve_ptr + REWRITE) != 0.0:
         begin, end = own_chunks(n_chunks)
-        row = locate(table_ptr, n_tensors, begin, FIRST_CHUNK)
-        for step in range(begin, end):
-            chunk = begin + end - 1 - step
-            row, row_ptr, start, live, whole = chunk_at(table_ptr, n_tensors, row, chunk, CHUNK)
-            u, a, kept = load_ratio(row_ptr, start, live, whole, DTYPE, HAS_COSTS, ABSOLUTE, ALIGNED, CHUNK)
-            if SOFT:
-                m, rest = logistic(slope * (u - centre) + shift)
-                if not ABSOLUTE:
-                    m, rest = tl.where(kept, m, poison), tl.where(kept, rest, 0.0)
-                store_chunk(pointer_at(row_ptr + OUTPUT, DTYPE, ALIGNED), start, live, whole, m.to(DTYPE), CHUNK)
-                mass += lane_sum(tl.where(live, a * tl.where(sign > 0, m, rest), 0.0), LANES, VECTOR, tl.float64)
-            if HARD and AGAIN == 0:
-                keep = u > cut
-                if room > 0:
-                    cost = fixed_point(a, kept & (u == cut), scale, HAS_COSTS)
-                    here = tl.sum(cost, 0).to(tl.int64)
-                    before -= here
-                    if before + here <= room:
-                        keep = u >= cut
-                    elif before < room:
-                        keep = keep | ((u == cut) & (before + tl.cumsum(cost, 0) <= room))
-                output = pointer_at(row_ptr + OUTPUT + 1, tl.uint8, ALIGNED)
-                store_chunk(output, start, live, whole, keep.to(tl.uint8), CHUNK)
+        row = locate(table_ptr, n_tensors, end - 1, FIRST_CHUNK)
+        while begin < end:
+            row_ptr, first, stop, whole, length, origin = chunks_of(table_ptr, row, begin, end, CHUNK)
+            values_ptr = pointer_at(row_ptr + VALUES, DTYPE, ALIGNED)
+            costs_ptr, many, number = costs_at(row_ptr, DTYPE, HAS_COSTS, ALIGNED)
+            soft_ptr = pointer_at(row_ptr + OUTPUT, DTYPE, ALIGNED)
+            hard_ptr = pointer_at(row_ptr + OUTPUT + 1, tl.uint8, ALIGNED, VECTOR)
+            if whole < stop:
+                mass, before = _write_chunk(
+                    mass, before, values_ptr, costs_ptr, many, number, soft_ptr, hard_ptr, origin, length, whole,
+                    centre, slope, shift, poison, sign, scale, cut, room,
+                    HAS_COSTS, ABSOLUTE, SOFT, HARD, AGAIN, CHUNK, LANES, VECTOR, False,
+                )  # fmt: skip
+            for step in range(first, whole):
+                mass, before = _write_chunk(
+                    mass, before, values_ptr, costs_ptr, many, number, soft_ptr, hard_ptr, origin, length,
+                    first + whole - 1 - step, centre, slope, shift, poison, sign, scale, cut, room,
+                    HAS_COSTS, ABSOLUTE, SOFT, HARD, AGAIN, CHUNK, LANES, VECTOR, True,
+                )  # fmt: skip
+            end = first
+            row -= 1
     if SOFT and AGAIN == 0:
         tl.store(partial_ptr + program * MOMENTS, tl.sum(mass, 0))
+
+
+@triton.jit
+def _gradient_sums_chunk(
+    gs, weight, gsu, asu, values_ptr, costs_ptr, many, number, grad_ptr, origin, length, chunk, slope, centre, shift,
+    HAS_COSTS: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    start, live = chunk_at(origin, length, chunk, CHUNK, WHOLE)
+    u, a, kept = load_ratio(values_ptr, costs_ptr, many, number, start, live, HAS_COSTS, False, CHUNK, WHOLE)
+    g = load_chunk(grad_ptr, start, live, 0.0, CHUNK, WHOLE).to(tl.float32)
+    away = tl.where(kept, u - centre, 0.0)
+    m, rest = binary_logistic(slope * away + shift)
+    s = tl.where(kept, m * rest, 0.0)
+    gs += lane_sum(g * s, LANES, VECTOR, tl.float64)
+    weight += lane_sum(a * s, LANES, VECTOR, tl.float64)
+    gsu += lane_sum(g * s * away, LANES, VECTOR, tl.float64)
+    asu += lane_sum(a * s * away, LANES, VECTOR, tl.float64)
+    return gs, weight, gsu, asu
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -336,23 +432,29 @@ def _gradient_sums_kernel(
     CHUNK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Sums of g s, a s, and of both times u - c, of this program's chunks."""
-    beta, centre = tl.load(beta_ptr).to(tl.float32), tl.load(threshold_ptr).to(tl.float32)
-    shift = tl.load(threshold_ptr + 1).to(tl.float32)
+    slope, centre = (tl.load(beta_ptr).to(tl.float64) * LOG2_E).to(tl.float32), tl.load(threshold_ptr).to(tl.float32)
+    shift = (tl.load(threshold_ptr + 1) * LOG2_E).to(tl.float32)
     gs = tl.zeros((LANES,), tl.float64)
     weight, gsu, asu = gs, gs, gs
     begin, end = own_chunks(n_chunks)
     row = locate(table_ptr, n_tensors, begin, FIRST_CHUNK)
-    for chunk in range(begin, end):
-        row, row_ptr, start, live, whole = chunk_at(table_ptr, n_tensors, row, chunk, CHUNK)
-        u, a, kept = load_ratio(row_ptr, start, live, whole, DTYPE, HAS_COSTS, False, ALIGNED, CHUNK)
-        g = load_chunk(pointer_at(row_ptr + OUTPUT, DTYPE, ALIGNED), start, live, whole, 0.0, CHUNK).to(tl.float32)
-        away = tl.where(kept, u - centre, 0.0)
-        m, rest = logistic(beta * away + shift)
-        s = tl.where(kept, m * rest, 0.0)
-        gs += lane_sum(g * s, LANES, VECTOR, tl.float64)
-        weight += lane_sum(a * s, LANES, VECTOR, tl.float64)
-        gsu += lane_sum(g * s * away, LANES, VECTOR, tl.float64)
-        asu += lane_sum(a * s * away, LANES, VECTOR, tl.float64)
+    while begin < end:
+        row_ptr, begin, stop, whole, length, origin = chunks_of(table_ptr, row, begin, end, CHUNK)
+        values_ptr = pointer_at(row_ptr + VALUES, DTYPE, ALIGNED)
+        costs_ptr, many, number = costs_at(row_ptr, DTYPE, HAS_COSTS, ALIGNED)
+        grad_ptr = pointer_at(row_ptr + OUTPUT, DTYPE, ALIGNED)
+        for chunk in range(begin, whole):
+            gs, weight, gsu, asu = _gradient_sums_chunk(
+                gs, weight, gsu, asu, values_ptr, costs_ptr, many, number, grad_ptr, origin, length, chunk,
+                slope, centre, shift, HAS_COSTS, CHUNK, LANES, VECTOR, True,
+            )  # fmt: skip
+        if whole < stop:
+            gs, weight, gsu, asu = _gradient_sums_chunk(
+                gs, weight, gsu, asu, values_ptr, costs_ptr, many, number, grad_ptr, origin, length, whole,
+                slope, centre, shift, HAS_COSTS, CHUNK, LANES, VECTOR, False,
+            )  # fmt: skip
+        begin = stop
+        row += 1
     own = partial_ptr + 4 * tl.program_id(0)
     tl.store(own, tl.sum(gs, 0))
     tl.store(own + 1, tl.sum(weight, 0))
@@ -373,6 +475,23 @@ def _gradient_totals_kernel(partial_ptr, scalars_ptr, n_programs, BLOCK: tl.cons
     tl.store(scalars_ptr + 1, gsu - r * asu)
 
 
+@triton.jit
+def _gradient_write_chunk(
+    values_ptr, costs_ptr, many, number, grad_ptr, pull_ptr, costs_pull_ptr, origin, length, chunk,
+    beta, slope, centre, shift, r,
+    HAS_COSTS: tl.constexpr, COST_GRAD: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    start, live = chunk_at(origin, length, chunk, CHUNK, WHOLE)
+    u, a, kept = load_ratio(values_ptr, costs_ptr, many, number, start, live, HAS_COSTS, False, CHUNK, WHOLE)
+    g = load_chunk(grad_ptr, start, live, 0.0, CHUNK, WHOLE).to(tl.float32)
+    m, rest = binary_logistic(slope * (u - centre) + shift)
+    pull = tl.where(kept, beta * m * rest * (g / a - r), 0.0)
+    store_chunk(pull_ptr, start, live, pull.to(pull_ptr.dtype.element_ty), CHUNK, WHOLE)
+    if COST_GRAD:
+        of_costs = tl.where(kept, -pull * u - r * m, 0.0)
+        store_chunk(costs_pull_ptr, start, live, of_costs.to(pull_ptr.dtype.element_ty), CHUNK, WHOLE)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _gradient_write_kernel(
     table_ptr, threshold_ptr, beta_ptr, scalars_ptr, n_tensors, n_chunks,
@@ -380,18 +499,26 @@ def _gradient_write_kernel(
     CHUNK: tl.constexpr,
 ):  # fmt: skip
     beta, centre = tl.load(beta_ptr).to(tl.float32), tl.load(threshold_ptr).to(tl.float32)
-    shift, r = tl.load(threshold_ptr + 1).to(tl.float32), tl.load(scalars_ptr).to(tl.float32)
+    slope = (tl.load(beta_ptr).to(tl.float64) * LOG2_E).to(tl.float32)
+    shift, r = (tl.load(threshold_ptr + 1) * LOG2_E).to(tl.float32), tl.load(scalars_ptr).to(tl.float32)
     begin, end = own_chunks(n_chunks)
-    row = locate(table_ptr, n_tensors, begin, FIRST_CHUNK)
-    for step in range(begin, end):
-        chunk = begin + end - 1 - step
-        row, row_ptr, start, live, whole = chunk_at(table_ptr, n_tensors, row, chunk, CHUNK)
-        u, a, kept = load_ratio(row_ptr, start, live, whole, DTYPE, HAS_COSTS, False, ALIGNED, CHUNK)
-        g = load_chunk(pointer_at(row_ptr + OUTPUT, DTYPE, ALIGNED), start, live, whole, 0.0, CHUNK).to(tl.float32)
-        m, rest = logistic(beta * (u - centre) + shift)
-        pull = tl.where(kept, beta * m * rest * (g / a - r), 0.0)
-        store_chunk(pointer_at(row_ptr + OUTPUT + 1, DTYPE, ALIGNED), start, live, whole, pull.to(DTYPE), CHUNK)
-        if COST_GRAD:
-            output = pointer_at(row_ptr + OUTPUT + 2, DTYPE, ALIGNED)
-            of_costs = tl.where(kept, -pull * u - r * m, 0.0).to(DTYPE)
-            store_chunk(output, start, live, whole, of_costs, CHUNK)
+    row = locate(table_ptr, n_tensors, end - 1, FIRST_CHUNK)
+    while begin < end:
+        row_ptr, first, stop, whole, length, origin = chunks_of(table_ptr, row, begin, end, CHUNK)
+        values_ptr = pointer_at(row_ptr + VALUES, DTYPE, ALIGNED)
+        costs_ptr, many, number = costs_at(row_ptr, DTYPE, HAS_COSTS, ALIGNED)
+        grad_ptr = pointer_at(row_ptr + OUTPUT, DTYPE, ALIGNED)
+        pull_ptr = pointer_at(row_ptr + OUTPUT + 1, DTYPE, ALIGNED)
+        costs_pull_ptr = pointer_at(row_ptr + OUTPUT + 2, DTYPE, ALIGNED)
+        if whole < stop:
+            _gradient_write_chunk(
+                values_ptr, costs_ptr, many, number, grad_ptr, pull_ptr, costs_pull_ptr, origin, length, whole,
+                beta, slope, centre, shift, r, HAS_COSTS, COST_GRAD, CHUNK, False,
+            )  # fmt: skip
+        for step in range(first, whole):
+            _gradient_write_chunk(
+                values_ptr, costs_ptr, many, number, grad_ptr, pull_ptr, costs_pull_ptr, origin, length,
+                first + whole - 1 - step, beta, slope, centre, shift, r, HAS_COSTS, COST_GRAD, CHUNK, True,
+            )  # fmt: skip
+        end = first
+        row -= 1

@@ -39,22 +39,32 @@ from spartan_kernels.backends.triton.global_passes import (
     T,
     chunk_moments,
     moment_logit,
-    moments_of,
 )
 from spartan_kernels.backends.triton.primitives import (
     INFINITY,
+    LOG2_E,
     clamped_budget,
     first_threshold,
     halley_step,
     load_beta,
     logit_at,
+    moments_of,
     ordered_key,
     overdrawn,
     smaller_side,
     value_of_key,
 )
 from spartan_kernels.backends.triton.soft_topk_rows import fine_logit, finer_bracket, search_ends
-from spartan_kernels.backends.triton.tables import chunk_at, gather_ratio, load_ratio
+from spartan_kernels.backends.triton.tables import (
+    VALUES,
+    chunk_at,
+    chunks_of,
+    costs_at,
+    gather_ratio,
+    load_ratio,
+    own_chunks,
+    pointer_at,
+)
 
 # |M - q| / q that written masks may have, and the residual whose Halley step, once checked, is exact to rounding.
 TOLERANCE = tl.constexpr(4e-7)
@@ -127,10 +137,10 @@ def _sample_threshold(u, a, live, count, total, beta, sign, quota, target):
         miss = tl.abs(mass - quota)
         best = tl.where(miss < best_miss, t, best)
         best_miss = tl.minimum(miss, best_miss)
+        slope_of_mass, third = tl.sum(m1, 0).to(tl.float64), tl.sum(m2, 0).to(tl.float64)
         t, low, high, residual, stuck = halley_step(
-            t, low, high, residual, mass, tl.sum(m1, 0).to(tl.float64), tl.sum(m2, 0).to(tl.float64),
-            beta, sign, quota, total, target,
-        )  # fmt: skip
+            t, low, high, residual, mass, slope_of_mass, slope_of_mass - 2 * third, beta, sign, quota, total, target
+        )
         pending = (miss > quota * TOLERANCE) & (stuck == 0)
         trial += 1
     return best
@@ -366,17 +376,27 @@ def _finish_kernel(
             residual = quota * 0.0 + INFINITY
             fine = fine | finer
         centre, shift = fine_logit(t, anchor, fine, beta, lowest, highest)
-        logit_slope, offset = (-sign * beta).to(tl.float32), (-sign * shift).to(tl.float32)
+        logit_slope = (-sign * beta * LOG2_E).to(tl.float32)
+        offset = (-sign * shift * LOG2_E).to(tl.float32)
         mass = tl.zeros((LANES,), tl.float64)
-        slope, curvature = mass, mass
+        slope, third = mass, mass
         row = tl.program_id(0).to(tl.int64)
-        for chunk in range(row, n_chunks):
-            row, row_ptr, start, live, whole = chunk_at(table_ptr, n_tensors, row, chunk, CHUNK)
-            u, a, live = load_ratio(row_ptr, start, live, whole, DTYPE, HAS_COSTS, ABSOLUTE, ALIGNED, CHUNK)
-            m0, m1, m2 = chunk_moments(u, a, live, centre, logit_slope, offset, LANES, VECTOR)
-            mass += m0
-            slope += m1
-            curvature += m2
+        begin, end = own_chunks(n_chunks)  # all of them
+        while begin < end:
+            row_ptr, begin, stop, _, length, origin = chunks_of(table_ptr, row, begin, end, CHUNK)
+            values_ptr = pointer_at(row_ptr + VALUES, DTYPE, ALIGNED)
+            costs_ptr, many, number = costs_at(row_ptr, DTYPE, HAS_COSTS, ALIGNED)
+            for chunk in range(begin, stop):
+                start, live = chunk_at(origin, length, chunk, CHUNK, False)
+                u, a, live = load_ratio(
+                    values_ptr, costs_ptr, many, number, start, live, HAS_COSTS, ABSOLUTE, CHUNK, False
+                )
+                m0, m1, m2 = chunk_moments(u, a, live, centre, logit_slope, offset, LANES, VECTOR)
+                mass += m0
+                slope += m1
+                third += m2
+            begin = stop
+            row += 1
         sum_mass = tl.sum(mass, 0)
         miss = tl.abs(sum_mass - quota)
         nearer = miss < best_miss
@@ -384,8 +404,9 @@ def _finish_kernel(
         best_miss = tl.minimum(miss, best_miss)
         tried = t
         t, low, high, residual, stuck = halley_step(
-            t, low, high, residual, sum_mass, tl.sum(slope, 0), tl.sum(curvature, 0), beta, sign, quota, total, target
-        )
+            t, low, high, residual, sum_mass, tl.sum(slope, 0), tl.sum(slope - 2 * third, 0), beta, sign, quota, total,
+            target,
+        )  # fmt: skip
         pending, finer = search_ends(miss > quota * (TOLERANCE / 4), stuck, tried, low, high, beta, fine)
         trial += 1
     if trial > 0:

@@ -24,6 +24,8 @@ from spartan_kernels.backends.triton.global_passes import chunk_moments
 from spartan_kernels.backends.triton.launches import FUSED
 from spartan_kernels.backends.triton.primitives import (
     INFINITY,
+    LOG2_E,
+    binary_logistic,
     clamped_budget,
     first_threshold,
     halley_step,
@@ -31,7 +33,6 @@ from spartan_kernels.backends.triton.primitives import (
     lane_min,
     lane_sum,
     load_beta,
-    logistic,
     logit_at,
     ordered_key,
     overdrawn,
@@ -150,15 +151,15 @@ def _long_soft_topk_forward_kernel(
             residual = total * 0.0 + INFINITY
             fine = fine | finer
         centre, shift = fine_logit(t, anchor, fine, beta, lowest, highest)
-        slope, offset = (-sign * beta).to(tl.float32), (-sign * shift).to(tl.float32)
+        slope, offset = (-sign * beta * LOG2_E).to(tl.float32), (-sign * shift * LOG2_E).to(tl.float32)
         mass = tl.zeros((LANES,), tl.float64)
-        weight, bend = mass, mass
+        weight, third = mass, mass
         for start in range(0, n, TILE):
             u, a, live = _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
             m0, m1, m2 = chunk_moments(u, a, live, centre, slope, offset, LANES, VECTOR)
             mass += m0
             weight += m1
-            bend += m2
+            third += m2
         found = tl.sum(mass, 0)
         miss = tl.abs(found - quota)
         nearer = miss < best_miss
@@ -166,18 +167,19 @@ def _long_soft_topk_forward_kernel(
         best_miss = tl.minimum(miss, best_miss)
         tried = t
         t, low, high, residual, stuck = halley_step(
-            t, low, high, residual, found, tl.sum(weight, 0), tl.sum(bend, 0), beta, sign, quota, total, target
-        )
+            t, low, high, residual, found, tl.sum(weight, 0), tl.sum(weight - 2 * third, 0), beta, sign, quota, total,
+            target,
+        )  # fmt: skip
         pending, finer = search_ends(miss > quota * TOLERANCE, stuck, tried, low, high, beta, fine)
         trial += 1
 
     centre, shift = best_centre, best_shift
     centre = tl.where(constant, 0.0, centre)
     shift = tl.where(constant, sign * target, shift) + poison
-    slope = tl.where(constant, 0.0, beta.to(tl.float32))
+    slope, offset = tl.where(constant, 0.0, (beta * LOG2_E).to(tl.float32)), (shift * LOG2_E).to(tl.float32)
     for start in range(0, n, TILE):
         u, _, live = _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
-        m, _ = logistic(slope * (u - centre) + shift.to(tl.float32))
+        m, _ = binary_logistic(slope * (u - centre) + offset)
         m = tl.where(live, m, poison.to(tl.float32)).to(mask_ptr.dtype.element_ty)
         _store_tile(mask_ptr + row * n, start, n, m, TILE)
     tl.store(threshold_ptr + 2 * row, centre.to(tl.float64))
@@ -196,15 +198,16 @@ def _long_soft_topk_backward_kernel(
     values_ptr += row * stride_vm
     costs_ptr += row * stride_cm
     beta = tl.load(beta_ptr).to(tl.float32)
+    slope = (tl.load(beta_ptr).to(tl.float64) * LOG2_E).to(tl.float32)
     centre = tl.load(threshold_ptr + 2 * row).to(tl.float32)
-    shift = tl.load(threshold_ptr + 2 * row + 1).to(tl.float32)
+    shift = (tl.load(threshold_ptr + 2 * row + 1) * LOG2_E).to(tl.float32)
     gs = tl.zeros((LANES,), tl.float64)
     weight, gsu, asu = gs, gs, gs
     for start in range(0, n, TILE):
         u, a, live = _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
         g = _load_tile(grad_ptr, stride_gn, start, n, 0.0, TILE)
         away = tl.where(live, u - centre, 0.0)
-        m, rest = logistic(beta * away + shift)
+        m, rest = binary_logistic(slope * away + shift)
         s = tl.where(live, m * rest, 0.0)
         gs += lane_sum(g * s, LANES, VECTOR, tl.float64)
         weight += lane_sum(a * s, LANES, VECTOR, tl.float64)
@@ -219,7 +222,7 @@ def _long_soft_topk_backward_kernel(
     for start in range(0, n, TILE):
         u, a, live = _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
         g = _load_tile(grad_ptr, stride_gn, start, n, 0.0, TILE)
-        m, rest = logistic(beta * (u - centre) + shift)
+        m, rest = binary_logistic(slope * (u - centre) + shift)
         pull = tl.where(live, beta * m * rest * (g / a - r), 0.0)
         _store_tile(grad_values_ptr + row * n, start, n, pull.to(grad_values_ptr.dtype.element_ty), TILE)
         if COST_GRAD:

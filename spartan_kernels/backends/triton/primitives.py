@@ -8,6 +8,7 @@ import triton.language as tl
 from spartan_kernels.arguments import BUDGET_ROUNDING, BUDGET_SLACK
 
 INFINITY = tl.constexpr(float("inf"))
+LOG2_E = tl.constexpr(1.4426950408889634)
 _ROUNDING = tl.constexpr(BUDGET_ROUNDING)
 _SLACK = tl.constexpr(BUDGET_SLACK)
 _SMALLEST_BETA = tl.constexpr(1.2e-38)  # that float32 holds in full
@@ -27,12 +28,31 @@ def all_loaded(ENTRIES: tl.constexpr):
 
 
 @triton.jit
-def logistic(x):
-    """sigmoid(x) and sigmoid(-x): neither side cancels, both are exact at infinity."""
-    z = tl.exp(-tl.abs(x))
-    near_one = 1.0 / (1.0 + z)
+def reciprocal(x):
+    """1 / x of a positive number to some 3 units in the last place; a division also minds numbers near the largest."""
+    root = tl.rsqrt(x)
+    return root * root
+
+
+@triton.jit
+def binary_logistic(x):
+    """sigmoid(x ln 2) and sigmoid(-x ln 2): neither cancels, both are exact at infinity; 2^x is one instruction."""
+    z = tl.exp2(-tl.abs(x))
+    near_one = reciprocal(1.0 + z)
+    near_one += near_one * (1.0 - near_one * (1.0 + z))
     near_zero = z * near_one
     return tl.where(x >= 0, near_one, near_zero), tl.where(x >= 0, near_zero, near_one)
+
+
+@triton.jit
+def moments_of(u, a, live, centre, slope, shift):
+    """a m, a s and a s m of entries, m on the smaller side of the budget; 0 where there is none."""
+    # below this limit z does not overflow, and what is left out of a sum is lost in its rounding
+    z = tl.exp2(tl.minimum(slope * (u - centre) + shift, 122.0, propagate_nan=tl.PropagateNan.ALL))
+    m = reciprocal(1.0 + z)
+    mass = tl.where(live, a * m, 0.0)
+    s = mass * (z * m)
+    return mass, s, s * m
 
 
 @triton.jit
@@ -141,7 +161,7 @@ def _of_threads(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
 @triton.jit
 def lane_sum(x, LANES: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr):
     """Sums of x [n] by thread, [LANES] in the dtype WIDE: entries that one thread loads, so nothing crosses threads."""
-    return tl.sum(tl.sum(_of_threads(x, LANES, VECTOR), 2).to(WIDE), 0)
+    return tl.sum(tl.sum(_of_threads(x, LANES, VECTOR), 2), 0).to(WIDE)
 
 
 @triton.jit

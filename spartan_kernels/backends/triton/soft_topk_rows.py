@@ -23,12 +23,14 @@ from spartan_kernels.backends.triton.configs import (
 from spartan_kernels.backends.triton.launches import Launch, start
 from spartan_kernels.backends.triton.primitives import (
     INFINITY,
+    LOG2_E,
+    binary_logistic,
     clamped_budget,
     first_threshold,
     halley_step,
     load_beta,
-    logistic,
     logit_at,
+    moments_of,
     overdrawn,
     smaller_side,
 )
@@ -90,15 +92,10 @@ def row_totals(a, live, HAS_COSTS: tl.constexpr):
 @triton.jit
 def _moments(u, a, centre, shift, beta, sign):
     """Sums of a m, a s and a s (1 - 2 m) of each row, m on the smaller side of its budget."""
-    x = beta.to(tl.float32) * (u - centre[:, None]) + shift.to(tl.float32)[:, None]
-    m, rest = logistic(x * sign.to(tl.float32)[:, None])
-    mass = tl.where(u == -INFINITY, 0.0, a * m)
-    slope = mass * rest
-    return (
-        tl.sum(mass, 1).to(tl.float64),
-        tl.sum(slope, 1).to(tl.float64),
-        tl.sum(slope * (rest - m), 1).to(tl.float64),
-    )
+    slope, offset = (-sign * beta * LOG2_E).to(tl.float32), (-sign * shift * LOG2_E).to(tl.float32)
+    m0, m1, m2 = moments_of(u, a, u != -INFINITY, centre[:, None], slope[:, None], offset[:, None])
+    mass, weight, third = tl.sum(m0, 1), tl.sum(m1, 1).to(tl.float64), tl.sum(m2, 1).to(tl.float64)
+    return mass.to(tl.float64), weight, weight - 2 * third
 
 
 @triton.jit
@@ -209,8 +206,8 @@ def _soft_topk_forward_kernel(
 
     centre = tl.where(constant, 0.0, centre)
     shift = tl.where(constant, sign * target, shift) + poison
-    slope = tl.where(constant, 0.0, beta.to(tl.float32))
-    m, _ = logistic(slope[:, None] * (u - centre[:, None]) + shift.to(tl.float32)[:, None])
+    slope = tl.where(constant, 0.0, (beta * LOG2_E).to(tl.float32))
+    m, _ = binary_logistic(slope[:, None] * (u - centre[:, None]) + (shift * LOG2_E).to(tl.float32)[:, None])
     m = tl.where(u == -INFINITY, poison.to(tl.float32)[:, None], m)
     tl.store(mask_ptr + offsets, m.to(mask_ptr.dtype.element_ty), inside)
     tl.store(threshold_ptr + 2 * row, centre.to(tl.float64), row < n_rows)
@@ -233,10 +230,10 @@ def _soft_topk_backward_kernel(
     g = tl.load(grad_ptr + where, inside, other=0.0).to(tl.float32)
     beta = tl.load(beta_ptr).to(tl.float32)
     centre = tl.load(threshold_ptr + 2 * row, row < n_rows, other=0.0).to(tl.float32)[:, None]
-    shift = tl.load(threshold_ptr + 2 * row + 1, row < n_rows, other=0.0).to(tl.float32)[:, None]
+    shift = (tl.load(threshold_ptr + 2 * row + 1, row < n_rows, other=0.0) * LOG2_E).to(tl.float32)[:, None]
     # times a slope that is not zero, and with a finite shift, what is at -inf has the mask 0, and s = 0
-    slope = tl.where(beta == 0.0, 1e-44, beta)
-    m, rest = logistic(slope * (u - centre) + tl.minimum(shift, 3e38, propagate_nan=tl.PropagateNan.ALL))
+    slope = tl.where(beta == 0.0, 1e-44, beta * LOG2_E)
+    m, rest = binary_logistic(slope * (u - centre) + tl.minimum(shift, 3e38, propagate_nan=tl.PropagateNan.ALL))
     s = m * rest
     least, _ = row_bounds(u)
     lowest = least.to(tl.float32)[:, None]

@@ -44,35 +44,52 @@ def own_chunks(n_chunks):
 
 
 @triton.jit
-def chunk_at(table_ptr, n_tensors, row, chunk, CHUNK: tl.constexpr):
-    """Its row of the table (as a number and a pointer), first entry, which entries exist, and if all do.
+def chunks_of(table_ptr, row, begin, end, CHUNK: tl.constexpr):
+    """The row of a tensor, and which of the chunks in [begin, end) it has.
 
-    `row` is the row of a chunk close by: mostly the same one. Entries of a chunk are counted in 32 bits.
+    A run is walked tensor by tensor: within one, no chunk needs the table. Only its last chunk may not be whole.
+
+    Returns:
+        The row as a pointer, the first chunk, past the last, past the last whole one, the tensor length, and the chunk
+        with which it begins.
     """
-    while tl.load(table_ptr + row * WIDTH + FIRST_CHUNK) > chunk:
-        row -= 1
-    while tl.load(table_ptr + (row + 1) * WIDTH + FIRST_CHUNK) <= chunk:  # the table's last row begins after all chunks
-        row += 1
     row_ptr = table_ptr + row * WIDTH
-    start = (chunk - tl.load(row_ptr + FIRST_CHUNK)) * CHUNK
-    count = tl.minimum(tl.load(row_ptr + LENGTH) - start, CHUNK).to(tl.int32)
-    return row, row_ptr, start, tl.arange(0, CHUNK) < count, count == CHUNK
+    origin, length = tl.load(row_ptr + FIRST_CHUNK).to(tl.int32), tl.load(row_ptr + LENGTH)
+    # the table's last row begins after all chunks
+    stop = tl.minimum(end, tl.load(row_ptr + WIDTH + FIRST_CHUNK).to(tl.int32))
+    first = tl.maximum(begin, origin)
+    return row_ptr, first, stop, tl.minimum(stop, origin + (length // CHUNK).to(tl.int32)), length, origin
 
 
 @triton.jit
-def pointer_at(word_ptr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The pointer in a word of the table; ALIGNED: to 16 bytes, which vector loads and stores need."""
+def chunk_at(origin, length, chunk, CHUNK: tl.constexpr, WHOLE: tl.constexpr):
+    """The first entry of a chunk of a tensor that begins at chunk `origin`, which of it exist; all where WHOLE."""
+    start = (chunk - origin).to(tl.int64) * CHUNK
+    if WHOLE:
+        live = tl.full((CHUNK,), 1, tl.int1)
+    else:
+        live = tl.arange(0, CHUNK) < (length - start).to(tl.int32)
+    return start, live
+
+
+@triton.jit
+def pointer_at(word_ptr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BYTES: tl.constexpr = 16):
+    """The pointer in a word of the table; ALIGNED: to BYTES, which vector loads and stores need.
+
+    A vector of a thread is no longer than that. Bytes beside values of 4 bytes come in vectors of 4 as those do: with
+    longer ones, the values of a chunk would change threads.
+    """
     pointer = tl.load(word_ptr).to(tl.pointer_type(DTYPE))
     if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
+        pointer = tl.multiple_of(pointer, BYTES)
     return pointer
 
 
 @triton.jit
-def load_chunk(pointer, start, live, whole, absent: tl.constexpr, CHUNK: tl.constexpr):
-    """Entries of a chunk. A mask that ends anywhere forbids vector loads: only a tensor's last chunk has one."""
+def load_chunk(pointer, start, live, absent: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr):
+    """Entries of a chunk. A mask that ends anywhere forbids vector loads."""
     at = pointer + start + tl.arange(0, CHUNK)
-    if whole:
+    if WHOLE:
         found = tl.load(at)
     else:
         found = tl.load(at, live, other=absent)
@@ -80,42 +97,50 @@ def load_chunk(pointer, start, live, whole, absent: tl.constexpr, CHUNK: tl.cons
 
 
 @triton.jit
-def store_chunk(pointer, start, live, whole, entries, CHUNK: tl.constexpr):
+def store_chunk(pointer, start, live, entries, CHUNK: tl.constexpr, WHOLE: tl.constexpr):
     """The counterpart of `load_chunk`."""
     at = pointer + start + tl.arange(0, CHUNK)
-    if whole:
+    if WHOLE:
         tl.store(at, entries)
     else:
         tl.store(at, entries, live)
 
 
 @triton.jit
-def load_costs(
-    row_ptr, start, live, whole, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
-    """a in float32; a cost that is one number for the tensor is read as one number."""
-    pointer = pointer_at(row_ptr + COSTS, DTYPE, ALIGNED)
-    if tl.load(row_ptr + COST_STRIDE) == 0:
-        a = tl.zeros((CHUNK,), tl.float32) + tl.load(pointer).to(tl.float32)
+def costs_at(row_ptr, DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, ALIGNED: tl.constexpr):
+    """(pointer to the costs of a tensor, whether they are an array, the number that they are else)."""
+    if HAS_COSTS:
+        pointer = pointer_at(row_ptr + COSTS, DTYPE, ALIGNED)
+        many, number = tl.load(row_ptr + COST_STRIDE) != 0, tl.load(pointer).to(tl.float32)
     else:
-        a = load_chunk(pointer, start, live, whole, 1.0, CHUNK).to(tl.float32)
+        pointer, many, number = row_ptr, False, 1.0
+    return pointer, many, number
+
+
+@triton.jit
+def load_costs(pointer, many, number, start, live, CHUNK: tl.constexpr, WHOLE: tl.constexpr):
+    """a in float32; a cost that is one number for the tensor is not read again."""
+    if many:
+        a = load_chunk(pointer, start, live, 1.0, CHUNK, WHOLE).to(tl.float32)
+    else:
+        a = tl.zeros((CHUNK,), tl.float32) + number
     return a
 
 
 @triton.jit
 def load_ratio(
-    row_ptr, start, live, whole,
-    DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
+    values_ptr, costs_ptr, many, number, start, live,
+    HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """u = v / a and a of a chunk in float32, and which entries are live: none of -inf, which are masked.
 
     u is 0 where there is no entry.
     """
-    u = load_chunk(pointer_at(row_ptr + VALUES, DTYPE, ALIGNED), start, live, whole, 0.0, CHUNK).to(tl.float32)
+    u = load_chunk(values_ptr, start, live, 0.0, CHUNK, WHOLE).to(tl.float32)
     if ABSOLUTE:
         u = tl.abs(u)
     if HAS_COSTS:
-        a = load_costs(row_ptr, start, live, whole, DTYPE, ALIGNED, CHUNK)
+        a = load_costs(costs_ptr, many, number, start, live, CHUNK, WHOLE)
         u = tl.div_rn(u, a)
     else:
         a = tl.full((CHUNK,), 1.0, tl.float32)

@@ -281,6 +281,17 @@ def _survey_kernel(
             tl.atomic_add(select_ptr + ABOVE, tl.sum(above.to(tl.int64), 0), sem="relaxed")
 
 
+@triton.jit
+def _tied_chunk(
+    values_ptr, costs_ptr, many, number, origin, length, chunk, cut, scale,
+    HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr, CHUNK: tl.constexpr,
+    LANES: tl.constexpr, VECTOR: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    start, live = chunk_at(origin, length, chunk, CHUNK, WHOLE)
+    u, a, live = load_ratio(values_ptr, costs_ptr, many, number, start, live, HAS_COSTS, ABSOLUTE, CHUNK, WHOLE)
+    return lane_sum(fixed_point(a, live & (u == cut), scale, HAS_COSTS), LANES, VECTOR, tl.int64)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _ties_kernel(
     table_ptr, solve_ptr, select_ptr, tally_ptr, keys_ptr, prices_ptr, n_tensors, n_chunks, capacity,
@@ -309,16 +320,19 @@ def _ties_kernel(
             begin, end = own_chunks(n_chunks)
             row = locate(table_ptr, n_tensors, begin, FIRST_CHUNK)
             while begin < end:
-                row_ptr, begin, stop, _, length, origin = chunks_of(table_ptr, row, begin, end, CHUNK)
+                row_ptr, begin, stop, whole, length, origin = chunks_of(table_ptr, row, begin, end, CHUNK)
                 values_ptr = pointer_at(row_ptr + VALUES, DTYPE, ALIGNED)
                 costs_ptr, many, number = costs_at(row_ptr, DTYPE, HAS_COSTS, ALIGNED)
-                for chunk in range(begin, stop):
-                    start, live = chunk_at(origin, length, chunk, CHUNK, False)
-                    u, a, live = load_ratio(
-                        values_ptr, costs_ptr, many, number, start, live, HAS_COSTS, ABSOLUTE, CHUNK, False
-                    )
-                    cost = fixed_point(a, live & (u == cut), scale, HAS_COSTS)
-                    tied += lane_sum(cost, LANES, VECTOR, tl.int64)
+                for chunk in range(begin, whole):
+                    tied += _tied_chunk(
+                        values_ptr, costs_ptr, many, number, origin, length, chunk, cut, scale,
+                        HAS_COSTS, ABSOLUTE, CHUNK, LANES, VECTOR, True,
+                    )  # fmt: skip
+                if whole < stop:
+                    tied += _tied_chunk(
+                        values_ptr, costs_ptr, many, number, origin, length, whole, cut, scale,
+                        HAS_COSTS, ABSOLUTE, CHUNK, LANES, VECTOR, False,
+                    )  # fmt: skip
                 begin = stop
                 row += 1
         tl.store(tally_ptr + tl.num_programs(0) + program, tl.sum(tied, 0))

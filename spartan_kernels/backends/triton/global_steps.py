@@ -342,6 +342,17 @@ def _advance_kernel(
         _hard_advance(select_ptr, tally_ptr, n_programs, capacity, BINS, BLOCK)
 
 
+@triton.jit
+def _trial_chunk(
+    values_ptr, costs_ptr, many, number, origin, length, chunk, centre, slope, shift,
+    HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr, CHUNK: tl.constexpr,
+    LANES: tl.constexpr, VECTOR: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    start, live = chunk_at(origin, length, chunk, CHUNK, WHOLE)
+    u, a, live = load_ratio(values_ptr, costs_ptr, many, number, start, live, HAS_COSTS, ABSOLUTE, CHUNK, WHOLE)
+    return chunk_moments(u, a, live, centre, slope, shift, LANES, VECTOR)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _finish_kernel(
     table_ptr, solve_ptr, partial_ptr, n_tensors, n_chunks, n_programs,
@@ -383,15 +394,22 @@ def _finish_kernel(
         row = tl.program_id(0).to(tl.int64)
         begin, end = own_chunks(n_chunks)  # all of them
         while begin < end:
-            row_ptr, begin, stop, _, length, origin = chunks_of(table_ptr, row, begin, end, CHUNK)
+            row_ptr, begin, stop, whole, length, origin = chunks_of(table_ptr, row, begin, end, CHUNK)
             values_ptr = pointer_at(row_ptr + VALUES, DTYPE, ALIGNED)
             costs_ptr, many, number = costs_at(row_ptr, DTYPE, HAS_COSTS, ALIGNED)
-            for chunk in range(begin, stop):
-                start, live = chunk_at(origin, length, chunk, CHUNK, False)
-                u, a, live = load_ratio(
-                    values_ptr, costs_ptr, many, number, start, live, HAS_COSTS, ABSOLUTE, CHUNK, False
-                )
-                m0, m1, m2 = chunk_moments(u, a, live, centre, logit_slope, offset, LANES, VECTOR)
+            for chunk in range(begin, whole):
+                m0, m1, m2 = _trial_chunk(
+                    values_ptr, costs_ptr, many, number, origin, length, chunk, centre, logit_slope, offset,
+                    HAS_COSTS, ABSOLUTE, CHUNK, LANES, VECTOR, True,
+                )  # fmt: skip
+                mass += m0
+                slope += m1
+                third += m2
+            if whole < stop:
+                m0, m1, m2 = _trial_chunk(
+                    values_ptr, costs_ptr, many, number, origin, length, whole, centre, logit_slope, offset,
+                    HAS_COSTS, ABSOLUTE, CHUNK, LANES, VECTOR, False,
+                )  # fmt: skip
                 mass += m0
                 slope += m1
                 third += m2

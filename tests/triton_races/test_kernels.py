@@ -30,6 +30,8 @@ from spartan_kernels.backends.triton import (
     masked_weight,
 )
 from spartan_kernels.backends.triton.tensor_list import TensorList
+from spartan_kernels.operands import KeptSoftMass
+from spartan_kernels.ops.masked_weight import kept_soft_mass
 from spartan_kernels.testing import make_values
 from tests.triton_races.recorder import RaceError, recording
 
@@ -93,7 +95,7 @@ def products(out: int, in_: int, block: tuple[int, int], tokens: int) -> None:
 
 
 def weights(shape: tuple[int, ...], block: int) -> None:
-    """The masked weight, its gradient, and the coupling between blocks."""
+    """The masked weight, its gradient, also in place, and the coupling between blocks."""
     weight, grad = make_values("normal", shape, seed=1).requires_grad_(), make_values("normal", shape, seed=2)
     scores = ops.block_scores(weight.detach(), block, backend="triton")
     soft = torch.sigmoid(scores - scores.mean())
@@ -101,6 +103,11 @@ def weights(shape: tuple[int, ...], block: int) -> None:
     torch.autograd.grad((masked * grad).sum(), weight)
     ops.masked_weight_coupling(grad, weight.detach(), soft, block, beta=2.0, backend="triton")
     ops.masked_weight_correct_(grad, weight.detach(), soft, 0.5, block, backend="triton")
+    theta, hard, beta, cost = weight.detach(), soft > 0.5, torch.tensor(2.0).double(), torch.tensor(1.0).double()
+    torch.ops.spartan.masked_weight_backward_(grad, theta, soft, hard, beta, cost, block, block, False, "triton")
+    torch.ops.spartan.add_block_signs_(grad, theta, soft, block, block, "triton")
+    if block == 1:
+        kept_soft_mass(KeptSoftMass(theta, soft, hard, beta, cost, "triton"))
 
 
 CASES: dict[str, Callable[[], None]] = {

@@ -60,6 +60,10 @@ def matches(printed: str, wanted: str) -> bool:
     return re.fullmatch(pattern, printed, re.DOTALL) is not None
 
 
+# A thread of gloo may release a tensor while the interpreter ends, with or without this package: 1 of 18 on busy cores.
+_LATE_THREAD = "terminate called without an active exception"
+
+
 def run_script(block: Block, folder: Path) -> str:
     """Run a program as its first line says, in `folder`; what it prints."""
     assert block.script is not None
@@ -72,7 +76,13 @@ def run_script(block: Block, folder: Path) -> str:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words, name]
     path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+
+    def started() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+
+    run = started()
+    if launcher and run.returncode and _LATE_THREAD in run.stderr:
+        run = started()
     assert run.returncode == 0, run.stderr
     return run.stdout
 

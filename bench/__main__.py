@@ -43,10 +43,9 @@ def _size(count: int) -> str:
 
 def _ceiling(result: Result, report: Report) -> str:
     assert result.time is not None
-    if result.flops and report.fma:
-        return f"{result.flops * report.fma.median / result.time.median:.0%} of FMA"
     if result.flops:
-        return f"{result.flops * report.matmul.median / result.time.median:.0%} of matmul"
+        name = "FMA" if report.fma else "matmul"
+        return f"{result.flops * report.peak.median / result.time.median:.0%} of {name}"
     return f"{result.bytes * report.copy.median / result.time.median:.0%} of copy"
 
 

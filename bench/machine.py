@@ -132,9 +132,8 @@ def fma_ceiling(device: str, quick: bool) -> Sample | None:
     if torch.device(device).type != "cpu" or extension.unavailable():
         return None
     rounds = (1 << 18) if quick else (1 << 22)
-    return measure(lambda: extension.multiply_adds(rounds), device, samples=10).scaled(
-        1 / extension.multiply_adds(rounds)
-    )
+    operations = extension.multiply_adds(rounds)  # and a warm-up
+    return measure(lambda: extension.multiply_adds(rounds), device, samples=10, warm_up=1).scaled(1 / operations)
 
 
 def busy() -> list[str]:

@@ -199,7 +199,7 @@ def figure_of_sparsity(report: Report, path: Path) -> None:
 def figure_of_roofline(report: Report, path: Path) -> None:
     """Draw the rate of every case that states flops and bytes, under the ceilings measured in its own process."""
     results = [r for r in report.results if r.time is not None and r.flops and r.bytes]
-    bandwidth, peak = 1 / report.copy.median, 1 / (report.fma or report.matmul).median
+    bandwidth, peak = 1 / report.copy.median, 1 / report.peak.median
     limit = "multiply-adds in registers" if report.fma else "matmul"
     groups: dict[str, Curve] = {}
     for r in results:

@@ -39,7 +39,7 @@ def _table(report: Report) -> str:
     rows: dict[Row, dict[float, Result]] = {}
     for result in shown:
         rows.setdefault(_row(result), {})[round(result.notes["sparsity"], 2)] = result
-    peak = report.fma or report.matmul
+    peak = report.peak
 
     def cell(found: Result | None) -> str:
         if found is None or found.time is None:

@@ -54,6 +54,11 @@ class Report:
     results: list[Result]
     fma: Sample | None = None  # seconds per floating-point operation of multiply-adds in registers
 
+    @property
+    def peak(self) -> Sample:
+        """Seconds per floating-point operation at the best rate measured: that of a large product without `fma`."""
+        return self.fma or self.matmul
+
 
 def run_case(case: Case, settings: Settings, against: Sequence[str] | None = None) -> Result:
     """Check a case, then time it against its peers.

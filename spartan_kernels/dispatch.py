@@ -23,7 +23,7 @@ AUTO_ORDER: dict[str, tuple[str, ...]] = {
     "cuda": ("triton", "cuda", "reference"),
 }
 # Those that solve over the ranks of a process group.
-GROUP_BACKENDS = ("native", "reference")
+GROUP_BACKENDS = ("native", "triton", "reference")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Triton's interpreter runs the same kernels on CPU tensors; chosen for the whole process, before triton is imported.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

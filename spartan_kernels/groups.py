@@ -43,12 +43,18 @@ def gather(tensor: torch.Tensor, name: str) -> torch.Tensor:
     """The tensors of all ranks, of one shape and dtype, stacked in the ranks' order: the same bits on every rank."""
     if not name:
         return tensor[None]
+    every = tensor.new_empty((process_group(name).size(), *tensor.shape))
+    gather_into(every.view(-1), tensor.reshape(-1), name)
+    return every
+
+
+def gather_into(every: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
+    """Write the vectors of all ranks, of one length and dtype, into `every`, in the ranks' order."""
     import torch.distributed as dist
 
-    group = process_group(name)
-    every = tensor.new_empty((group.size(), *tensor.shape))
-    dist.all_gather(list(every.unbind()), tensor.contiguous(), group=group)
-    return every
+    # PyTorch 2.13 renamed it
+    into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    into(every, tensor, group=process_group(name))
 
 
 def total(every: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 import spartan
 from spartan_kernels import ops
+from spartan_kernels.dispatch import refusal
 from spartan_kernels.testing import budget_error, make_values, oracle_hard_topk, oracle_soft_topk
 
 
@@ -81,6 +82,8 @@ def nothing_everything_and_no_entries_at_all(backend: str) -> None:
 @check()
 def narrow_dtypes(backend: str) -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        if refusal("soft_topk_global_forward", backend, "cpu", dtype, grouped=True):
+            continue
         values = [v.to(dtype) for v in layers("uniform")]
         row = rank_major(values, "uneven")
         masks = ops.soft_topk_global(
@@ -98,6 +101,7 @@ def narrow_dtypes(backend: str) -> None:
 
 @check()
 def gradients_match_the_oracle_of_the_whole(backend: str) -> None:
+    wide = refusal("soft_topk_global_backward", backend, "cpu", torch.float64, grouped=True) is None
     for kind, cost_kind in product(("even", "uneven"), ("none", "mixed")):
         values = layers(dtype=torch.float64)
         costs = layer_costs(cost_kind, values)
@@ -107,9 +111,10 @@ def gradients_match_the_oracle_of_the_whole(backend: str) -> None:
         upstream = make_values("normal", row.shape, seed=9, dtype=torch.float64)
         exact = torch.autograd.grad(oracle_soft_topk(row, k, a, b), (row, a, k, b), upstream)
 
-        parts = [shard(v, kind).clone().requires_grad_() for v in values]
+        dtype = torch.float64 if wide else torch.float32
+        parts = [shard(v, kind).to(dtype, copy=True).requires_grad_() for v in values]
         own = written_out(shard_costs(costs, kind), parts)
-        own = [x.clone().requires_grad_() for x in own]
+        own = [x.to(dtype, copy=True).requires_grad_() for x in own]
         masks = spartan.soft_topk_global(parts, k, own, b, dist.group.WORLD, backend=backend)
         sizes = [sum(p.numel() for p in row_parts) for row_parts in _all_parts(values, kind)]
         mine = upstream.split(sizes)[rank()].split([p.numel() for p in parts])
@@ -118,7 +123,8 @@ def gradients_match_the_oracle_of_the_whole(backend: str) -> None:
         n = len(parts)
         found = (gathered(grads[:n]), gathered(grads[n : 2 * n]), *grads[2 * n :])
         for one, other in zip(found, exact, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+            rtol, atol = (1e-6, 1e-9) if wide else (1e-4, 1e-5)
+            torch.testing.assert_close(one.double(), other, rtol=rtol, atol=atol)
         require_same_bits(*grads[2 * n :])
 
 
@@ -234,7 +240,7 @@ def a_bad_value_on_one_rank_is_refused_on_all(backend: str) -> None:
         poisoned = [v.clone() for v in good]
         if rank() == world() - 1:
             poisoned[2].view(-1)[3] = bad
-        refused("values must be finite", poisoned)
+        refused(r"values.* must be finite", poisoned)
     costly = [a.clone() for a in ones]
     if rank() == 0:
         costly[0][0] = -1.0
@@ -252,10 +258,11 @@ def a_bad_value_on_one_rank_is_refused_on_all(backend: str) -> None:
 def what_ranks_exchange_does_not_grow_with_the_values(backend: str) -> None:
     """A few exchanges of a sample or a histogram at most, however many values there are."""
     group = dist.group.WORLD
-    for length in (1_000, 1_000_000):
+    name = next(name for name in ("all_gather_single", "all_gather_into_tensor") if hasattr(dist, name))
+    for length in (1_000, 100_000 if backend == "triton" else 1_000_000):  # its interpreter takes seconds
         v = make_values("normal", (length,), seed=rank())
         state, soft, hard = ops.new_solver_state(), [torch.empty_like(v)], [torch.empty_like(v, dtype=torch.bool)]
-        with patch.object(dist, "all_gather", wraps=dist.all_gather) as exchange:
+        with patch.object(dist, name, wraps=getattr(dist, name)) as exchange:
             ops.soft_topk_global([v], 0.1 * length * world(), beta=5.0, group=group, backend=backend)
             ops.hard_topk_global([v], 0.1 * length * world(), group=group, backend=backend)
             ops.solve_masks_([v], 0.1 * length * world(), None, 5.0, soft, hard, state, group=group, backend=backend)

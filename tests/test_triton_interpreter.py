@@ -69,6 +69,11 @@ def test_operators_in_the_interpreter(group: str) -> None:
     )
 
 
+def test_operators_over_processes() -> None:
+    """The ranks' processes are not watched for races; their kernels are, with a group of one rank (below)."""
+    interpreted(str(TESTS / "test_distributed.py"), "-k", "2- and triton")
+
+
 @pytest.mark.parametrize("file", ["test_planted.py", "test_kernels.py"])
 def test_races_in_the_interpreter(file: str) -> None:
     """Planted faults of every kind are found, and the kernels have none."""

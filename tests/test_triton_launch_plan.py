@@ -28,7 +28,8 @@ from spartan_kernels.backends.triton import (
     soft_topk_rows,
     tensor_list,
 )
-from spartan_kernels.backends.triton.global_solve import GlobalGradient, GlobalSolve
+from spartan_kernels.backends.triton.global_gradient import GlobalGradient
+from spartan_kernels.backends.triton.global_solve import GlobalSolve
 from spartan_kernels.backends.triton.product_plan import ProductPlan
 from spartan_kernels.backends.triton.tensor_list import TensorList, list_shape
 from spartan_kernels.operands import MaskedLinear, SoftTopk, SoftTopkBackward

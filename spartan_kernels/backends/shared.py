@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from spartan_kernels.arguments import clamp_budget, inspectable, require_beta, require_costs, require_scores
+from spartan_kernels.groups import gather, raise_together, refusal, require_shared, total
 from spartan_kernels.operands import MaskedConvBackward, MaskedLinearBackward, PackedLinearBackward
 
 _aten = torch.ops.aten
@@ -143,20 +144,33 @@ def check_rows(
 
 
 def check_list(
-    values: list[torch.Tensor], budget: torch.Tensor, costs: list[torch.Tensor], beta: torch.Tensor | None
+    values: list[torch.Tensor],
+    budget: torch.Tensor,
+    costs: list[torch.Tensor],
+    beta: torch.Tensor | None,
+    group: str = "",
 ) -> None:
-    """The same for a list that shares one budget."""
+    """The same for a list that shares one budget; on every rank of a group alike, whichever has the bad value."""
     if not inspectable(values[0]):
         return
-    if beta is not None:
-        require_beta(beta)
-    for index, v in enumerate(values):
-        require_scores(f"values[{index}]", v)
-    for cost in costs:
-        require_costs(cost)
+
+    def check() -> None:
+        if beta is not None:
+            require_beta(beta)
+        for index, v in enumerate(values):
+            require_scores(f"values[{index}]", v)
+        for cost in costs:
+            require_costs(cost)
+
+    refused = refusal(check)
     ones = [v.new_ones(()) for v in values]
     each = [unmasked_cost(v.reshape(-1), c.reshape(-1)) for v, c in zip(values, costs or ones, strict=True)]
-    clamp_budget(budget, torch.stack(each).sum())
+    numbers = (float(bool(refused)), budget, 0.0 if beta is None else beta, torch.stack(each).sum())
+    every = gather(torch.stack([torch.as_tensor(n, dtype=torch.float64, device=budget.device) for n in numbers]), group)
+    raise_together(refused, every[:, 0], group)
+    for index, what in ((1, "budget"), (2, "beta")) if group else ():
+        require_shared(what, every[:, index])
+    clamp_budget(budget, total(every[:, 3]))
 
 
 def unmasked_cost(values: torch.Tensor, costs: torch.Tensor) -> torch.Tensor:

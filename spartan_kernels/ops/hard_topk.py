@@ -85,8 +85,8 @@ def hard_topk_global(
         absolute: choose by |values| (no copy is made).
         group: a `torch.distributed` process group (or its name) whose ranks each pass their own part, which may be
             empty; the index that breaks ties counts through the ranks in their order, on each through the list of its
-            parts. None for this process alone, and with DTensors, whose mesh has it. Served by the native and
-            reference backends.
+            parts. None for this process alone, and with DTensors, whose mesh has it. Served by the native,
+            Triton and reference backends.
         backend: "auto" or the name of a backend.
 
     Returns:

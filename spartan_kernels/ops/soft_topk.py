@@ -130,8 +130,8 @@ def soft_topk_global(
         beta: sharpness, at least 0.
         group: a `torch.distributed` process group (or its name) whose ranks each pass their own part, which may be
             empty; None for this process alone, and with DTensors, whose mesh has it. All ranks call with the same
-            budget and beta, and every mask comes out of the same bits of threshold. Served by the native and
-            reference backends.
+            budget and beta, and every mask comes out of the same bits of threshold. Served by the native,
+            Triton and reference backends.
         backend: "auto" or the name of a backend.
 
     Returns:

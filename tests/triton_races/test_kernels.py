@@ -11,10 +11,12 @@ import importlib.util
 import os
 import pkgutil
 from collections.abc import Callable
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton and TRITON_INTERPRET=1", allow_module_level=True)
@@ -59,6 +61,22 @@ def lists(costs: bool) -> None:
     leaves = [v.clone().requires_grad_() for v in values]
     masks = spartan.soft_topk_global(leaves, total / 4, a, 3.0, backend="triton")
     torch.autograd.grad(sum((m * m).sum() for m in masks), leaves)
+
+
+def one_rank() -> None:
+    """A list over a process group, which has one rank: with ties, soft and hard, and gradients."""
+    with TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            values = [make_values("quantised", shape, seed=1) for shape in ((3,), (50, 60), (0,), (2500,))]
+            soft, hard = [torch.empty_like(v) for v in values], [torch.empty_like(v, dtype=torch.bool) for v in values]
+            state, group = ops.new_solver_state(), dist.group.WORLD
+            ops.solve_masks_(values, 900.0, None, 3.0, soft, hard, state, group=group, backend="triton")
+            leaves = [v.clone().requires_grad_() for v in values]
+            masks = spartan.soft_topk_global(leaves, 900.0, None, 3.0, group, backend="triton")
+            torch.autograd.grad(sum((m * m).sum() for m in masks), leaves)
+        finally:
+            dist.destroy_process_group()
 
 
 def last_resort() -> None:
@@ -117,6 +135,7 @@ CASES: dict[str, Callable[[], None]] = {
     "long rows with costs": lambda: rows(5000, True),
     "lists": lambda: lists(False),
     "lists with costs": lambda: lists(True),
+    "a list over ranks": one_rank,
     "the last resort": last_resort,
     "products of small blocks": lambda: products(14, 17, (4, 4), 3),
     "products of large blocks": lambda: products(70, 90, (32, 64), 33),

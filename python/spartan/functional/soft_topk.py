@@ -97,7 +97,8 @@ def soft_topk_global(
         beta: sharpness, at least 0.
         group: a `torch.distributed` process group (or its name) whose ranks each pass their own part, which may be
             empty; None for this process alone, and with DTensors, whose mesh has it. All ranks call with the same
-            budget and beta, forward and backward. Served by the native and reference backends.
+            budget and beta, forward and backward. Served by the native, Triton and reference
+            backends.
         straight_through: return the hard masks of `hard_topk_global` as 0 and 1, with the gradient of the soft ones.
         backend: "auto" or the name of a backend.
 

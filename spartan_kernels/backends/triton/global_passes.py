@@ -56,17 +56,22 @@ HIGHEST = tl.constexpr(14)
 READS = tl.constexpr(15)  # surveys that read the values, the second write and its search
 REST = tl.constexpr(16)  # the threshold is T + REST: what float64 has no digits left for
 LIVE = tl.constexpr(17)  # cost of what is not masked by -inf, if the first survey finds less than all; else 0
-CONTROL = tl.constexpr(18)
+BEST_T = tl.constexpr(18)  # of a search that checks each of its steps: the trial with the smallest miss, and that
+BEST_REST = tl.constexpr(19)
+BEST_MISS = tl.constexpr(20)
+FINE = tl.constexpr(21)  # its steps are those of REST, measured from T
+CONTROL = tl.constexpr(22)
 # ... and in int64, the search for the key at which the budget runs out, from LO to LAST in BINS bins of 2^SHIFT keys.
 LO = tl.constexpr(0)
 SHIFT = tl.constexpr(1)
 LAST = tl.constexpr(2)
 HARD_DONE = tl.constexpr(3)
 BUDGET = tl.constexpr(4)
-ABOVE = tl.constexpr(5)  # fixed-point cost of all above the range
+ABOVE = tl.constexpr(5)  # fixed-point cost of what this survey finds above the range, beside BASE
 ROOM = tl.constexpr(6)  # what is left for the entries at the cut, when found
 EVERYTHING = tl.constexpr(7)
 COLLECTED = tl.constexpr(8)  # the candidates are all of the entries in the range
+BASE = tl.constexpr(9)  # fixed-point cost above the range that was known before
 HISTOGRAM = tl.constexpr(16)
 BINS = tl.constexpr(2048)
 MOMENTS = tl.constexpr(6)  # mass, slope, curvature, lowest, highest, cost of what is not masked
@@ -86,9 +91,10 @@ def fixed_point(a, live, scale, HAS_COSTS: tl.constexpr):
 
 
 @triton.jit
-def moment_logit(t, beta, sign, lowest, highest):
-    """(centre, slope, shift) of the negated logit of the smaller side of the budget, float32, as a power of two."""
+def moment_logit(t, rest, beta, sign, lowest, highest):
+    """(centre, slope, shift) of the negated logit of the smaller side at t + rest, float32, as a power of two."""
     centre, shift = logit_at(t, beta, lowest, highest)
+    shift -= beta * rest
     return centre, (-sign * beta * LOG2_E).to(tl.float32), (-sign * shift * LOG2_E).to(tl.float32)
 
 
@@ -224,9 +230,8 @@ def _survey_kernel(
     hard_open = HARD and tl.load(select_ptr + HARD_DONE) == 0
     collected = HARD and tl.load(select_ptr + COLLECTED) != 0
     beta, sign, scale = tl.load(solve_ptr + BETA), tl.load(solve_ptr + SIGN), tl.load(solve_ptr + SCALE)
-    centre, slope, shift = moment_logit(
-        tl.load(solve_ptr + T), beta, sign, tl.load(solve_ptr + LOWEST), tl.load(solve_ptr + HIGHEST)
-    )
+    t, rest = tl.load(solve_ptr + T), tl.load(solve_ptr + REST)
+    centre, slope, shift = moment_logit(t, rest, beta, sign, tl.load(solve_ptr + LOWEST), tl.load(solve_ptr + HIGHEST))
     lo, bits = tl.load(select_ptr + LO), tl.load(select_ptr + SHIFT).to(tl.uint32)
     first, last = lo.to(tl.uint32), tl.load(select_ptr + LAST).to(tl.uint32)
     if HARD:

@@ -8,11 +8,16 @@ import triton.language as tl
 from spartan_kernels.backends.triton.configs import SIZES
 from spartan_kernels.backends.triton.global_passes import (
     ABOVE,
+    BASE,
+    BEST_MISS,
+    BEST_REST,
+    BEST_T,
     BETA,
     BINS,
     BUDGET,
     COLLECTED,
     EVERYTHING,
+    FINE,
     HARD_DONE,
     HIGH,
     HIGHEST,
@@ -74,11 +79,17 @@ LARGEST = tl.constexpr(3.4028234663852886e38)
 LIVE_ROUNDING = tl.constexpr(2.5e-7)  # of the cost of what is not masked: a sum of float32 sums
 MAX_TRIALS = tl.constexpr(400)
 FULL_SHIFT = tl.constexpr(21)  # 2048 bins of 2^21 keys are all keys
+MESSAGE = tl.constexpr(
+    8
+)  # words that a rank sends of a survey before its histogram: moments, cost above, most candidates
+FACTS = tl.constexpr(
+    2
+)  # words that a rank sends before its sample: its cost, and the entries that each of them stands for
 SAMPLE_MARGIN = tl.constexpr(5.0)  # standard deviations of a rank in the sample, each side of the range
 
 
 @triton.jit
-def _sampled(
+def sampled(
     table_ptr, n_tensors, length, DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr,
     SAMPLE: tl.constexpr,
 ):  # fmt: skip
@@ -90,6 +101,26 @@ def _sampled(
     entry = tl.where(length > SAMPLE, index * part + (draw.to(tl.int64) * part >> 24), index)
     live = entry < length
     return gather_ratio(table_ptr, n_tensors, tl.where(live, entry, 0), live, DTYPE, HAS_COSTS, ABSOLUTE)
+
+
+@triton.jit
+def sampled_by_ranks(facts_ptr, sample_ptr, ranks, SHARE: tl.constexpr, SAMPLE: tl.constexpr):
+    """The same from what `_facts_kernel` drew on each rank, with costs weighted by the entries that one stands for.
+
+    Returns:
+        u, a, mask, and how many equal weights would tell as much (Kish's effective size of the sample).
+    """
+    index = tl.arange(0, SAMPLE)
+    rank = index // SHARE
+    mine = rank < ranks
+    message = rank.to(tl.int64) * (FACTS + SHARE)
+    entry_ptr = sample_ptr + 2 * (message + FACTS) + index % SHARE  # two float32 in a word
+    u, a = tl.load(entry_ptr, mine, other=0.0), tl.load(entry_ptr + SHARE, mine, other=0.0)
+    live = a != 0.0
+    weight = tl.where(live, tl.load(facts_ptr + message + 1, mine, other=0.0), 0.0)
+    sum_of_squares = tl.maximum(tl.sum(weight * weight, 0), 1e-300)
+    effective = tl.maximum(tl.sum(weight, 0) * tl.sum(weight, 0) / sum_of_squares, 1.0)
+    return u, a * weight.to(tl.float32), live, effective
 
 
 @triton.jit
@@ -131,7 +162,7 @@ def _sample_threshold(u, a, live, count, total, beta, sign, quota, target):
     trial = 0
     pending = quota * beta > 0.0
     while (trial < MAX_TRIALS) & pending:
-        centre, slope, shift = moment_logit(t, beta, sign, lowest, highest)
+        centre, slope, shift = moment_logit(t, 0.0, beta, sign, lowest, highest)
         m0, m1, m2 = moments_of(u, a, live, centre, slope, shift)
         mass = tl.sum(m0, 0).to(tl.float64)
         miss = tl.abs(mass - quota)
@@ -154,17 +185,23 @@ def _expected_hard(state_ptr):
 
 @triton.jit(do_not_specialize=SIZES)
 def _start_kernel(
-    table_ptr, budget_ptr, beta_ptr, state_ptr, solve_ptr, select_ptr, partial_ptr, n_tensors, length, n_programs,
+    table_ptr, budget_ptr, beta_ptr, state_ptr, solve_ptr, select_ptr, partial_ptr, sample_ptr,
+    n_tensors, length, n_programs,
     DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr, SOFT: tl.constexpr, HARD: tl.constexpr,
-    HAS_STATE: tl.constexpr, SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_STATE: tl.constexpr, SAMPLE: tl.constexpr, BLOCK: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
-    """The problem's constants; t and the range of keys from the last two solves, or from a sample."""
+    """The problem's constants; t and the range of keys from the last two solves, or from a sample.
+
+    SHARE > 0: over ranks, of which each has sent its `_facts_kernel` and as many entries; these are the programs.
+    """
     beta = load_beta(beta_ptr)
     total = beta * 0.0 + length
     scale = beta * 0.0 + 1.0
-    if HAS_COSTS:
+    if HAS_COSTS or SHARE > 0:
         at = tl.arange(0, BLOCK)
-        total = tl.sum(tl.load(partial_ptr + at, at < n_programs, other=0.0), 0)
+        own = partial_ptr + at * (FACTS + SHARE if SHARE > 0 else 1)
+        total = tl.sum(tl.load(own, at < n_programs, other=0.0), 0)
+    if HAS_COSTS:
         exponent = (total.to(tl.int64, bitcast=True) >> 52) - 1023
         scale = ((60 - exponent + 1023) << 52).to(tl.float64, bitcast=True)
     asked = tl.load(budget_ptr).to(tl.float64)
@@ -185,12 +222,17 @@ def _start_kernel(
         bottom = ordered_key((hard - width).to(tl.float32)).to(tl.int64)
         top = ordered_key((hard + width).to(tl.float32)).to(tl.int64)
     else:
-        u, a, live = _sampled(table_ptr, n_tensors, length, DTYPE, HAS_COSTS, ABSOLUTE, SAMPLE)
+        if SHARE > 0:
+            u, a, live, ranked = sampled_by_ranks(partial_ptr, sample_ptr, n_programs, SHARE, SAMPLE)
+        else:
+            u, a, live = sampled(table_ptr, n_tensors, length, DTYPE, HAS_COSTS, ABSOLUTE, SAMPLE)
         count = tl.maximum(tl.sum(live.to(tl.int32), 0).to(tl.float64), 1.0)
         cost = tl.maximum(tl.sum(tl.where(live, a, 0.0), 0).to(tl.float64), 1e-300)
         if SOFT:
             t = _sample_threshold(u, a, live, count, cost, beta, sign, quota * (cost / total), target)
         if HARD:
+            if SHARE > 0:
+                count = ranked
             bottom, top = _sample_range(u, a, live, share, count, cost)
     t = tl.where((t == t) & (tl.abs(t) < INFINITY), t, 0.0)
     shift = bottom * 0
@@ -218,6 +260,10 @@ def _start_kernel(
     tl.store(solve_ptr + READS, 0.0)
     tl.store(solve_ptr + REST, 0.0)
     tl.store(solve_ptr + LIVE, 0.0)
+    tl.store(solve_ptr + BEST_T, t)
+    tl.store(solve_ptr + BEST_REST, 0.0)
+    tl.store(solve_ptr + BEST_MISS, INFINITY)
+    tl.store(solve_ptr + FINE, 0.0)
     tl.store(select_ptr + LO, bottom)
     tl.store(select_ptr + LAST, top)
     tl.store(select_ptr + SHIFT, shift)
@@ -226,6 +272,7 @@ def _start_kernel(
     tl.store(select_ptr + BUDGET, tl.floor(budget * scale).to(tl.int64))
     tl.store(select_ptr + ROOM, 0)
     tl.store(select_ptr + COLLECTED, 0)
+    tl.store(select_ptr + BASE, 0)
 
 
 @triton.jit
@@ -238,31 +285,62 @@ def within_live(sign, quota, total, live):
 
 
 @triton.jit
-def _soft_advance(solve_ptr, partial_ptr, n_programs, BLOCK: tl.constexpr):
-    """One Halley step from the moments of a survey. All is loaded before anything is stored: one thread stores."""
+def moments_found(partial_ptr, n_programs, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """What all programs of a survey found, or all ranks: three sums, the bounds, and the cost of what is not masked."""
     at = tl.arange(0, BLOCK)
-    own, mask = partial_ptr + at * MOMENTS, at < n_programs
+    own, mask = partial_ptr + at.to(tl.int64) * STRIDE, at < n_programs
     mass = tl.sum(tl.load(own, mask, other=0.0), 0)
     slope = tl.sum(tl.load(own + 1, mask, other=0.0), 0)
     curvature = tl.sum(tl.load(own + 2, mask, other=0.0), 0)
     lowest = tl.min(tl.load(own + 3, mask, other=INFINITY), 0)
     highest = tl.max(tl.load(own + 4, mask, other=-INFINITY), 0)
-    live = tl.maximum(tl.sum(tl.load(own + 5, mask, other=0.0), 0), 1e-300)
+    return mass, slope, curvature, lowest, highest, tl.sum(tl.load(own + 5, mask, other=0.0), 0)
+
+
+@triton.jit
+def _soft_advance(
+    solve_ptr, partial_ptr, n_programs, CHECKED: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One Halley step from the moments of a survey. All is loaded before anything is stored: one thread stores.
+
+    CHECKED: no step ends the search before a survey has met the budget at it. Else the last one is checked when the
+    masks are written, and `_finish_kernel` is there for what then misses.
+    """
+    mass, slope, curvature, lowest, highest, live = moments_found(partial_ptr, n_programs, STRIDE, BLOCK)
+    live = tl.maximum(live, 1e-300)
     poisoned = (mass != mass) | (lowest == -INFINITY) | (highest == INFINITY)
     beta, sign, quota = tl.load(solve_ptr + BETA), tl.load(solve_ptr + SIGN), tl.load(solve_ptr + QUOTA)
     total, target = tl.load(solve_ptr + TOTAL), tl.load(solve_ptr + TARGET)
     again = (live < total * (1 - LIVE_ROUNDING)) & (tl.load(solve_ptr + LIVE) == 0.0)
-    t, reads = tl.load(solve_ptr + T), tl.load(solve_ptr + READS)
+    t, rest, reads = tl.load(solve_ptr + T), tl.load(solve_ptr + REST), tl.load(solve_ptr + READS)
+    fine = CHECKED and tl.load(solve_ptr + FINE) != 0.0
+    origin, tried = tl.where(fine, t, 0.0), tl.where(fine, rest, t)
     edge = sign * target / beta
-    low = tl.maximum(tl.load(solve_ptr + LOW), lowest - edge)
-    high = tl.minimum(tl.load(solve_ptr + HIGH), highest - edge)
+    low = tl.maximum(tl.load(solve_ptr + LOW), lowest - origin - edge)
+    high = tl.minimum(tl.load(solve_ptr + HIGH), highest - origin - edge)
     ahead, low, high, residual, stuck = halley_step(
-        t, low, high, tl.load(solve_ptr + RESIDUAL), mass, slope, curvature, beta, sign, quota, total, target
+        tried, low, high, tl.load(solve_ptr + RESIDUAL), mass, slope, curvature, beta, sign, quota, total, target
     )
-    met = tl.abs(mass - quota) <= quota * (TOLERANCE / 4)
-    # a step from where the sum is met still sharpens t, and is checked when written
-    ahead = tl.where(met & (residual == INFINITY), t, ahead)
-    done = met | stuck | (residual < LAST_STEP) | poisoned | (quota * beta <= 0.0)
+    miss = tl.abs(mass - quota)
+    met = miss <= quota * (TOLERANCE if CHECKED else TOLERANCE / 4)
+    if CHECKED:
+        best, best_rest, best_miss = tl.load(solve_ptr + BEST_T), tl.load(solve_ptr + BEST_REST), INFINITY
+        nearer = again | (miss < tl.load(solve_ptr + BEST_MISS))
+        best, best_rest = tl.where(nearer, t, best), tl.where(nearer, rest, best_rest)
+        best_miss = tl.where(again, INFINITY, tl.minimum(miss, tl.load(solve_ptr + BEST_MISS)))
+        more, finer = search_ends(met == 0, stuck, tried, low, high, beta, fine)
+        done = more == 0
+        centre, from_low, from_high = finer_bracket(low, high, lowest, highest, -edge, beta)
+        low, high = tl.where(finer, from_low, low), tl.where(finer, from_high, high)
+        rest = tl.where(finer, low + (high - low) / 2, tl.where(fine, ahead, 0.0))
+        ahead = tl.where(finer, centre.to(tl.float64), tl.where(fine, t, ahead))
+        residual = tl.where(finer, INFINITY, residual)
+        fine = fine | finer
+    else:
+        # a step from where the sum is met still sharpens t, and is checked when written
+        ahead = tl.where(met & (residual == INFINITY), t, ahead)
+        done = met | stuck | (residual < LAST_STEP)
+    done = done | poisoned | (quota * beta <= 0.0)
     # What is masked costs nothing: the others' costs are the total, and the search begins once more from t.
     new_sign, new_quota, new_target, poison = within_live(sign, quota, total, live)
     poisoned = poisoned | (again & (poison != poison))
@@ -276,6 +354,12 @@ def _soft_advance(solve_ptr, partial_ptr, n_programs, BLOCK: tl.constexpr):
         tl.store(solve_ptr + TARGET, new_target)
         tl.store(solve_ptr + TOTAL, live)
         tl.store(solve_ptr + LIVE, live)
+    if CHECKED:
+        tl.store(solve_ptr + BEST_T, best)
+        tl.store(solve_ptr + BEST_REST, best_rest)
+        tl.store(solve_ptr + BEST_MISS, best_miss)
+        tl.store(solve_ptr + REST, tl.where(again, 0.0, rest))
+        tl.store(solve_ptr + FINE, (fine & (again == 0)).to(tl.float64))
     tl.store(solve_ptr + T, tl.where(poisoned, 0.0, t))
     tl.store(solve_ptr + LOW, low)
     tl.store(solve_ptr + HIGH, high)
@@ -288,14 +372,32 @@ def _soft_advance(solve_ptr, partial_ptr, n_programs, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _hard_advance(select_ptr, tally_ptr, n_programs, capacity, BINS: tl.constexpr, BLOCK: tl.constexpr):
-    """The bin in which the budget runs out becomes the range; a range that misses it gives way to all keys."""
-    bins = tl.arange(0, BINS)
-    cost = tl.load(select_ptr + HISTOGRAM + bins)
-    lo, shift = tl.load(select_ptr + LO), tl.load(select_ptr + SHIFT)
-    budget, above = tl.load(select_ptr + BUDGET), tl.load(select_ptr + ABOVE)
+def _costs_found(select_ptr, tally_ptr, n_programs, BINS: tl.constexpr, BLOCK: tl.constexpr):
+    """Cost in each bin of the range and above it, and the most candidates that a program found."""
     at = tl.arange(0, BLOCK)
     most = tl.max(tl.load(tally_ptr + at, at < n_programs, other=0), 0)
+    return tl.load(select_ptr + HISTOGRAM + tl.arange(0, BINS)), tl.load(select_ptr + ABOVE), most
+
+
+@triton.jit
+def _costs_of_ranks(messages_ptr, ranks, BINS: tl.constexpr, STRIDE: tl.constexpr):
+    """The same of all ranks, from what `_message_kernel` sent on each."""
+    bins = tl.arange(0, BINS)
+    cost, above, most = tl.zeros((BINS,), tl.int64), tl.load(messages_ptr) * 0, tl.load(messages_ptr) * 0
+    for _ in range(ranks):
+        above += tl.load(messages_ptr + MOMENTS)
+        most = tl.maximum(most, tl.load(messages_ptr + MOMENTS + 1))
+        cost += tl.load(messages_ptr + MESSAGE + bins)
+        messages_ptr += STRIDE
+    return cost, above, most
+
+
+@triton.jit
+def _hard_advance(select_ptr, cost, above, most, capacity, BINS: tl.constexpr):
+    """The bin in which the budget runs out becomes the range; a range that misses it gives way to all keys."""
+    bins = tl.arange(0, BINS)
+    lo, shift = tl.load(select_ptr + LO), tl.load(select_ptr + SHIFT)
+    budget, above = tl.load(select_ptr + BUDGET), tl.load(select_ptr + BASE) + above
     from_here = above + tl.sum(cost, 0) - tl.cumsum(cost, 0) + cost
     over = tl.sum((from_here > budget).to(tl.int32), 0)
     chosen = bins == over - 1
@@ -312,7 +414,8 @@ def _hard_advance(select_ptr, tally_ptr, n_programs, capacity, BINS: tl.constexp
     collected = (missed == 0) & (most <= capacity)
     tl.debug_barrier()
     tl.store(select_ptr + HISTOGRAM + bins, tl.zeros((BINS,), tl.int64))
-    tl.store(select_ptr + ABOVE, tl.where(collected, next_above, 0))
+    tl.store(select_ptr + ABOVE, 0)
+    tl.store(select_ptr + BASE, tl.where(collected, next_above, 0))
     tl.store(select_ptr + LO, next_lo)
     tl.store(select_ptr + LAST, next_last)
     tl.store(select_ptr + SHIFT, next_shift)
@@ -322,16 +425,32 @@ def _hard_advance(select_ptr, tally_ptr, n_programs, capacity, BINS: tl.constexp
     tl.store(select_ptr + HARD_DONE, (finished | everything).to(tl.int64))
 
 
+@triton.jit
+def _restart_at_cut(solve_ptr, select_ptr):
+    """A search for the soft threshold that is still far off goes on from the hard one, once that is found.
+
+    Where 1 / beta is small beside the entries' spread, the sum has plateaus, and a step there only halves the bracket.
+    """
+    cut = value_of_key(tl.load(select_ptr + LO).to(tl.uint32)).to(tl.float64)
+    low, high = tl.load(solve_ptr + LOW), tl.load(solve_ptr + HIGH)
+    far = (tl.load(solve_ptr + SOFT_DONE) == 0.0) & (tl.load(solve_ptr + RESIDUAL) > 0.5)
+    found = (tl.load(select_ptr + HARD_DONE) != 0) & (tl.load(select_ptr + EVERYTHING) == 0)
+    if far & found & (cut > low) & (cut < high):
+        tl.store(solve_ptr + T, cut)
+        tl.store(solve_ptr + RESIDUAL, INFINITY)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _advance_kernel(
     solve_ptr, select_ptr, partial_ptr, tally_ptr, n_programs, capacity,
-    SOFT: tl.constexpr, HARD: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
+    SOFT: tl.constexpr, HARD: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
+    OVER_RANKS: tl.constexpr,
 ):  # fmt: skip
-    """After a survey; one program."""
+    """After a survey; one program. OVER_RANKS: what all ranks have sent takes the place of what programs found."""
     soft_open = SOFT and tl.load(solve_ptr + SOFT_DONE) == 0.0
     hard_open = HARD and tl.load(select_ptr + HARD_DONE) == 0
     if soft_open:
-        _soft_advance(solve_ptr, partial_ptr, n_programs, BLOCK)
+        _soft_advance(solve_ptr, partial_ptr, n_programs, OVER_RANKS, STRIDE, BLOCK)
     elif hard_open:
         if tl.load(select_ptr + COLLECTED) == 0:
             reads = tl.load(solve_ptr + READS)
@@ -339,7 +458,14 @@ def _advance_kernel(
             tl.store(solve_ptr + READS, reads + 1)
     tl.debug_barrier()
     if hard_open:
-        _hard_advance(select_ptr, tally_ptr, n_programs, capacity, BINS, BLOCK)
+        if OVER_RANKS:
+            cost, above, most = _costs_of_ranks(tally_ptr, n_programs, BINS, STRIDE)
+        else:
+            cost, above, most = _costs_found(select_ptr, tally_ptr, n_programs, BINS, BLOCK)
+        _hard_advance(select_ptr, cost, above, most, capacity, BINS)
+        if OVER_RANKS and SOFT:
+            tl.debug_barrier()
+            _restart_at_cut(solve_ptr, select_ptr)
 
 
 @triton.jit

@@ -19,8 +19,8 @@ from spartan_kernels.backends.triton.configs import (
     name_of,
     row_tile,
 )
-from spartan_kernels.backends.triton.global_solve import hard_topk_global_forward
 from spartan_kernels.backends.triton.launches import FUSED
+from spartan_kernels.backends.triton.lists import hard_topk_global_forward
 from spartan_kernels.backends.triton.primitives import INFINITY, clamped_budget, ordered_key
 from spartan_kernels.backends.triton.soft_topk_rows import cost_strides, dense, load_rows, row_totals
 from spartan_kernels.operands import HardTopk, HardTopkGlobal

@@ -7,7 +7,7 @@ import torch
 from spartan_kernels.backends.shared import check_rows, costs_of_row
 from spartan_kernels.backends.triton import long_rows, soft_topk_rows
 from spartan_kernels.backends.triton.configs import fits_in_registers, fits_one_program
-from spartan_kernels.backends.triton.global_solve import (
+from spartan_kernels.backends.triton.lists import (
     soft_topk_global_backward,
     soft_topk_global_forward,
     solve_masks_,

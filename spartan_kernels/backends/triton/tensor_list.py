@@ -148,6 +148,8 @@ class ListShape:
     def filled(self, columns: dict[int, tuple[int, ...]]) -> torch.Tensor:
         """The table on the host with pointers, by column."""
         words = self.words.clone()
+        if not self.live:
+            return words
         pointers = torch.frombuffer(array("q", chain.from_iterable(columns.values())), dtype=torch.int64)
         words[:-1, list(columns)] = pointers.view(len(columns), -1).T
         return words

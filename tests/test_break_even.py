@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import spartan
 from spartan.tuning import interpolated_crossing
 from spartan_kernels import break_even, dispatch
 from spartan_kernels.break_even import Crossing, dense_wins, device_kind, load, store
+from spartan_kernels.testing import make_values
 
 CPU = torch.device("cpu")
 KIND = device_kind(CPU)
@@ -207,3 +210,21 @@ def test_tuning_a_cpu_also_measures_single_weights() -> None:
     spartan.tune("cpu", (torch.float32,), timer=lambda call, device: 1.0)
     sides = {(entry.rows, entry.columns) for entry in load()[KIND]}
     assert sides == {(16, 16), (32, 32), (64, 64), (128, 128), (4, 1), (1, 1)}
+
+
+def test_a_device_that_is_not_asked_is_told_the_density_of_the_budget() -> None:
+    """On its way to the target a schedule passes the break-even; the host knows where it is."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 4))
+    sparsifier = spartan.Sparsifier(model, spartan.methods.GMP(sparsity=0.75, block_size=8, interval=1), total_steps=10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    sparsifier.attach(optimizer)
+    told = []
+    for step in range(10):
+        on_cpu, elsewhere = (copy.deepcopy(model).to(device)[0]._layout() for device in ("cpu", "meta"))
+        assert on_cpu.density is None  # counted where it is read
+        told.append(elsewhere.density)
+        model(make_values("normal", (4, 64), seed=step)).square().mean().backward()
+        optimizer.step()
+    kept = float(model[0].mask_hard.double().mean())
+    assert told[0] is None and all(0 < after <= before < 1 for before, after in pairwise(told[1:]))
+    assert told[1] > 2 * kept and model[0].mask_expected == pytest.approx(kept, abs=1 / 64)

@@ -95,6 +95,7 @@ class MaskGroup:
             self._solve(budget, beta)  # the first time there is no threshold yet
         self._solve(budget, beta if units == "paper" else (beta / self._unit(units)).clamp(max=_SHARPEST))
         self.solved = True
+        self._expect(budget)
         self.changed(soft=True)
         for tensor in self.tensors:
             tensor.rescale()
@@ -116,6 +117,10 @@ class MaskGroup:
         fill([part for t, c in carriers for part in t.parts(c.mask_hard, c.mask_soft if soft else None)])
         for _, carrier in carriers:
             carrier.masks_changed()
+
+    def _expect(self, budget: float) -> None:
+        for tensor in self.tensors:
+            tensor.carrier.mask_expected = budget / self.capacity
 
     def _choose_soft(self) -> bool:
         """Keep soft masks, or compute them from their solution: all of a budget alike. Whether they are computed."""
@@ -179,6 +184,7 @@ class MaskGroup:
 
         `scores` replaces the magnitudes that decide.
         """
+        self._expect(min(budget, self.capacity))
         if budget >= self.capacity and not (self.keeps_zeros and scores is None):
             for tensor in self.tensors:
                 tensor.carrier.mask_hard.fill_(True)

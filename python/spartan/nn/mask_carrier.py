@@ -41,6 +41,8 @@ class MaskCarrier(nn.Module):
         mask_divided: whether it is, by tensor parallelism.
         mask_straight_through: whether gradients reach dropped blocks.
         mask_multiplies_blocks: whether the module can multiply by kept blocks alone.
+        mask_expected: the part of all blocks of its budget that is kept, None before that is known: a GPU is not asked
+        how many blocks of its own are.
         mask_stack: how the masks see the weight where it is several matrices; None for one.
     """
 
@@ -60,6 +62,7 @@ class MaskCarrier(nn.Module):
     mask_dtype: torch.dtype
     mask_divided: bool
     mask_straight_through: bool
+    mask_expected: float | None
 
     def attach_masks(
         self,
@@ -95,6 +98,7 @@ class MaskCarrier(nn.Module):
         self.mask_dtype = weight.dtype
         self.mask_divided = False
         self.mask_straight_through = soft or straight_through
+        self.mask_expected = None
 
     def detach_masks(self) -> None:
         """Remove everything `attach_masks` added."""
@@ -108,6 +112,7 @@ class MaskCarrier(nn.Module):
             self.mask_dtype,
             self.mask_divided,
             self.mask_straight_through,
+            self.mask_expected,
         )
 
     def take_masks(self, other: MaskCarrier) -> None:
@@ -121,6 +126,7 @@ class MaskCarrier(nn.Module):
         backward = other.mask_backward
         self.mask_backward = None if backward is None else backward.detach().to(device, copy=True)
         self.mask_merged, self.mask_straight_through = other.mask_merged, other.mask_straight_through
+        self.mask_expected = other.mask_expected
         self.masks_changed()
 
     @property

@@ -113,7 +113,8 @@ class _MaskedProduct(MaskCarrier):
 
     def _layout(self) -> BlockLayout:
         a, b, c, d, e = (self.get_buffer(f"mask_{name}") for name in INDEX)
-        return BlockLayout(*self._sizes(), a, b, c, d, e)
+        known = not (a.is_cpu or torch.compiler.is_compiling())  # a graph would be traced again for each number
+        return BlockLayout(*self._sizes(), a, b, c, d, e, self.mask_expected if known else None)
 
 
 class MaskedLinear(_MaskedProduct, nn.Linear):

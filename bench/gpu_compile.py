@@ -140,11 +140,14 @@ def _nvidia(tool: str, *arguments: str) -> str:
 
 
 def _amd_resources(assembly: str) -> tuple[int, int]:
-    """Vector registers and bytes of scratch; scalar registers that move to vector lanes cost no memory."""
-    return (
-        int(_found(r"\.vgpr_count:\s+(\d+)", assembly)),
-        int(_found(r"\.private_segment_fixed_size:\s+(\d+)", assembly)),
-    )
+    """Vector registers and bytes of scratch; scalar registers that move to vector lanes cost no memory.
+
+    Where a function is called, its scratch is what it saves for its caller; what is spilled is counted by register.
+    """
+    scratch = int(_found(r"\.private_segment_fixed_size:\s+(\d+)", assembly))
+    if "s_swappc" in assembly:
+        scratch = 4 * int(_found(r"\.vgpr_spill_count:\s+(\d+)", assembly))
+    return int(_found(r"\.vgpr_count:\s+(\d+)", assembly)), scratch
 
 
 def _found(pattern: str, text: str) -> str:

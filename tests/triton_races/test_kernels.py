@@ -27,7 +27,6 @@ from spartan_kernels.backends import triton as backend
 from spartan_kernels.backends.triton import (
     global_passes,
     global_solve,
-    global_steps,
     masked_matmul_kernels,
     masked_weight,
 )
@@ -35,6 +34,7 @@ from spartan_kernels.backends.triton.tensor_list import TensorList
 from spartan_kernels.operands import KeptSoftMass
 from spartan_kernels.ops.masked_weight import kept_soft_mass
 from spartan_kernels.testing import make_values
+from tests.triton_races.declared import DECLARED
 from tests.triton_races.recorder import RaceError, recording
 
 
@@ -80,17 +80,17 @@ def one_rank() -> None:
 
 
 def last_resort() -> None:
-    """A solve whose masks, so it is made to believe, missed the budget when they were written."""
+    """A solve whose threshold is moved before the masks are written, so that they miss the budget."""
     values, masks = [make_values("normal", (5000,), seed=1)], [torch.empty(5000)]
     problem = TensorList(values, [])
     solve = global_solve.GlobalSolve(problem.shape, absolute=False, soft=True, hard=False)
     memory, threshold = solve.workspace(), torch.empty(2).double()
     for launch in solve.plan(problem.table(masks), torch.tensor(500.0), torch.tensor(3.0), None, threshold, memory):
-        if launch.kernel is global_steps._finish_kernel:
-            memory.partial[:, 0] *= 1.5
+        if launch.options.get("FINISH"):
+            memory.control[int(global_passes.T)] += 0.1
         launch()
     assert abs(float(masks[0].sum()) - 500) < 1e-3
-    assert memory.control[int(global_passes.REWRITE)] == 1
+    assert memory.control[int(global_passes.REWRITE)] > 0
 
 
 def products(out: int, in_: int, block: tuple[int, int], tokens: int) -> None:
@@ -154,7 +154,7 @@ def kernels() -> set[str]:
 
 
 def test_every_kernel_is_launched_and_sound() -> None:
-    with recording() as recorder:
+    with recording(DECLARED) as recorder:
         for name, case in CASES.items():
             try:
                 case()

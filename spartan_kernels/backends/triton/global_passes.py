@@ -71,6 +71,7 @@ ABOVE = tl.constexpr(5)  # fixed-point cost of what this survey finds above the 
 ROOM = tl.constexpr(6)  # what is left for the entries at the cut, when found
 EVERYTHING = tl.constexpr(7)
 COLLECTED = tl.constexpr(8)  # the candidates are all of the entries in the range
+TICKET = tl.constexpr(10)  # programs of a launch that are done
 BASE = tl.constexpr(9)  # fixed-point cost above the range that was known before
 HISTOGRAM = tl.constexpr(16)
 BINS = tl.constexpr(2048)
@@ -213,8 +214,8 @@ def _survey_chunk(
     return mass, weight, third, cost_of_live, lowest, highest, above, found
 
 
-@triton.jit(do_not_specialize=SIZES)
-def _survey_kernel(
+@triton.jit
+def survey(
     table_ptr, solve_ptr, select_ptr, partial_ptr, tally_ptr, keys_ptr, prices_ptr, n_tensors, n_chunks, capacity,
     DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr, ALIGNED: tl.constexpr,
     SOFT: tl.constexpr, HARD: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
@@ -373,8 +374,8 @@ def _write_chunk(
     return mass, before
 
 
-@triton.jit(do_not_specialize=SIZES)
-def _write_kernel(
+@triton.jit
+def write_masks(
     table_ptr, solve_ptr, select_ptr, tally_ptr, partial_ptr, n_tensors, n_chunks,
     DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr, ALIGNED: tl.constexpr,
     SOFT: tl.constexpr, HARD: tl.constexpr, AGAIN: tl.constexpr,

@@ -2,11 +2,10 @@
 
 total cost     only where there are costs
 start          t and a range of keys, from the state or from a sample
-4 x (survey, advance)   moments and key histogram in one read; one Halley step and a narrower range
+4 x survey     moments and key histogram in one read; then one Halley step and a narrower range
 ties           who among equals is kept: nothing to do where the budget runs out between two values
-write          masks with their sum
-finish, write  only when that sum misses the budget: the search to its end, and the soft masks again
-remember       thresholds for the backward pass and for the next solve
+write          masks with their sum, and the thresholds for the backward pass and the next solve
+write          the soft masks again, only when that sum missed the budget and the search went on to its end
 
 From the state of the last solve the first survey is enough: its step is exact to rounding, and the entries it keeps
 from the range decide the hard threshold. From a sample the soft threshold needs a second.
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from spartan_kernels.backends.triton import global_kernels as kernels
 from spartan_kernels.backends.triton import global_passes as passes
 from spartan_kernels.backends.triton import global_steps as steps
 from spartan_kernels.backends.triton.configs import (
@@ -130,14 +130,8 @@ class GlobalSolve:
     ) -> list[Launch]:
         """Everything there is to launch; (c, d) goes to `threshold`."""
         made = self.launches(table, budget, beta, state, threshold, memory)
-        found = made.of_programs
-        plan = [*made.total_cost(), made.start(found)]
-        for when in _SURVEYS:
-            plan += [made.survey(when), made.advance(found, when)]
-        plan += [*made.ties(), made.write()]
-        if self.soft:
-            plan += [made.finish(), made.write(again=True)]
-        return [*plan, made.remember()]
+        plan = [*made.total_cost(), made.start(made.of_programs), *map(made.survey, _SURVEYS), *made.ties()]
+        return [*plan, made.write(finish=self.soft), *([made.write(again=True)] if self.soft else [])]
 
     def run(
         self, table: Table, budget: torch.Tensor, beta: torch.Tensor, state: torch.Tensor | None = None
@@ -183,24 +177,21 @@ def _compile_cases() -> list[CompileCase]:
     sizes = dict.fromkeys(("n_tensors", "n_chunks", "n_programs", "capacity", "length"), "i32")
     flags: dict[str, Any] = {
         "SOFT": True, "HARD": True, "ABSOLUTE": True, "AGAIN": False, "HAS_STATE": True, "ALIGNED": True,
-        "BINS": HISTOGRAM_BINS, "LANES": LANES, "SAMPLE": SAMPLE, "SHARE": 0, "OVER_RANKS": False,
+        "BINS": HISTOGRAM_BINS, "LANES": LANES, "SAMPLE": SAMPLE, "SHARE": 0, "ADVANCE": True, "FINISH": True,
         "STRIDE": int(passes.MOMENTS),
     }  # fmt: skip
-    kernels = {
+    warps_of = {
         passes._total_cost_kernel: (chunk_warps(), True),
-        passes._survey_kernel: (chunk_warps(), True),
+        kernels._survey_kernel: (chunk_warps(), True),
         passes._ties_kernel: (chunk_warps(), True),
-        passes._write_kernel: (chunk_warps(), True),
+        kernels._write_kernel: (chunk_warps(), True),
         passes._gradient_sums_kernel: (chunk_warps(), True),
         passes._gradient_totals_kernel: (STEP_WARPS, False),
         passes._gradient_write_kernel: (chunk_warps(), True),
         steps._start_kernel: (SAMPLE_WARPS, False),
-        steps._advance_kernel: (STEP_WARPS, False),
-        steps._finish_kernel: (chunk_warps(), True),
-        steps._remember_kernel: (1, False),
     }
     cases = []
-    for kernel, (warps, vectors) in kernels.items():
+    for kernel, (warps, vectors) in warps_of.items():
         for dtype, costs in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
             if "HAS_COSTS" not in kernel.arg_names and (costs or dtype != torch.float32):
                 continue  # the same kernel again

@@ -5,7 +5,7 @@ start
 rounds x   survey, message                                                       -> sent
            advance
 ties                                                                             -> sent
-settle, write, remember
+settle, write
 
 Everything is on the stream and the host looks at nothing. So the number of rounds is fixed, and where all is found
 already a round sends what nobody needs. No second write stands behind a step that misses: each is checked by a survey.
@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 
+from spartan_kernels.backends.triton import global_kernels as together
 from spartan_kernels.backends.triton import global_ranks as kernels
 from spartan_kernels.backends.triton import global_steps as steps
 from spartan_kernels.backends.triton.configs import (
@@ -91,9 +92,9 @@ class RankedSolve:
                 search = replace(made, hard=False)
             words = self._words(search)
             when: When = "always" if number < 2 else "rare"
-            yield [step, search.survey(when), self._message(search, m)], words
+            yield [step, search.survey(when, advance=False), self._message(search, m)], words
             step = search.advance(Found(m.sums, m.sample, m.received, self.ranks, words, self.share), when)
-        last = [self._settle(made, m), made.write(), made.remember()]
+        last = [self._settle(made, m), made.write()]
         if made.hard:
             yield [step, *made.ties(), self._tied(made, m)], 1
             yield last, 0
@@ -170,7 +171,7 @@ def _compile_cases() -> list[CompileCase]:
     share, message = SAMPLE // 2, int(MESSAGE) + HISTOGRAM_BINS
     flags = {
         "SOFT": True, "HARD": True, "ABSOLUTE": True, "HAS_STATE": True, "BINS": HISTOGRAM_BINS, "SAMPLE": SAMPLE,
-        "SHARE": share, "STRIDE": message, "OVER_RANKS": True, "RANKS": 2, "BLOCK": 1024,
+        "SHARE": share, "STRIDE": message, "RANKS": 2, "BLOCK": 1024,
     }  # fmt: skip
     words = ("table_ptr", "select_ptr", "tally_ptr", "costs_ptr")
     types = dict.fromkeys(words, "*i64") | {"sample_ptr": "*fp32"}
@@ -180,7 +181,7 @@ def _compile_cases() -> list[CompileCase]:
         kernels._ties_message_kernel: STEP_WARPS,
         kernels._settle_kernel: 1,
         steps._start_kernel: SAMPLE_WARPS,
-        steps._advance_kernel: STEP_WARPS,
+        together._advance_kernel: STEP_WARPS,
     }
     cases = []
     for kernel, threads in warps.items():

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
+from spartan_kernels.backends.triton import global_kernels as kernels
 from spartan_kernels.backends.triton import global_passes as passes
 from spartan_kernels.backends.triton import global_steps as steps
 from spartan_kernels.backends.triton.configs import (
@@ -26,6 +27,7 @@ from spartan_kernels.backends.triton.tensor_list import ListShape, Table
 
 STEP_WARPS = 8
 HISTOGRAM_BINS = 2048
+_STEP = {"BINS": HISTOGRAM_BINS}
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -143,20 +145,19 @@ class SolveLaunches:
         options |= {"HAS_STATE": self.state is not None, "num_warps": SAMPLE_WARPS}
         return Launch(steps._start_kernel, 1, arguments, options)
 
-    def survey(self, when: When) -> Launch:
-        """Moments and key histogram in one read."""
+    def survey(self, when: When, advance: bool = True) -> Launch:
+        """Moments and key histogram in one read; then one Halley step and a narrower range."""
         m = self.memory
         arguments = (self.table.words, m.control, m.select, m.partial, *self._candidates, *self._sizes, self.capacity)
-        options = self._walk | self._sides
-        return Launch(passes._survey_kernel, self.shape.programs, arguments, options, self.shape.bytes, when=when)
+        options = self._walk | self._sides | self._block | _STEP | {"STRIDE": int(passes.MOMENTS), "ADVANCE": advance}
+        return Launch(kernels._survey_kernel, self.shape.programs, arguments, options, self.shape.bytes, when=when)
 
     def advance(self, found: Found, when: When) -> Launch:
-        """One Halley step and a narrower range."""
+        """The step after a survey of several ranks."""
         m = self.memory
         arguments = (m.control, m.select, found.sums, found.costs, found.programs, self.capacity)
-        options = self._sides | self._block | {"BINS": HISTOGRAM_BINS, "STRIDE": found.stride}
-        options |= {"OVER_RANKS": found.share > 0, "num_warps": STEP_WARPS}
-        return Launch(steps._advance_kernel, 1, arguments, options, when=when)
+        options = self._sides | self._block | _STEP | {"STRIDE": found.stride, "num_warps": STEP_WARPS}
+        return Launch(kernels._advance_kernel, 1, arguments, options, when=when)
 
     def ties(self) -> list[Launch]:
         """Who among equals is kept: nothing to do where the budget runs out between two values."""
@@ -166,25 +167,18 @@ class SolveLaunches:
         arguments = (self.table.words, m.control, m.select, *self._candidates, *self._sizes, self.capacity)
         return [Launch(passes._ties_kernel, p.programs, arguments, self._walk, p.bytes, when="rare")]
 
-    def write(self, again: bool = False) -> Launch:
-        """Masks with their sum; `again`: the soft ones alone, if that sum missed the budget."""
-        m, p = self.memory, self.shape
-        arguments = (self.table.words, m.control, m.select, m.tally, m.partial, *self._sizes)
-        options = self._walk | self._sides | self._block | {"AGAIN": again}
-        written = self._written + (self.hard and not again) * p.length
-        return Launch(
-            passes._write_kernel, p.programs, arguments, options, p.bytes, written, "rare" if again else "always"
-        )
+    def write(self, again: bool = False, finish: bool = False) -> Launch:
+        """Masks with their sum, and the thresholds for the backward pass and the next solve.
 
-    def finish(self) -> Launch:
-        """The search to its end, where the masks as written miss the budget."""
+        Args:
+            again: the soft masks alone, if that sum missed the budget.
+            finish: where it does, the search goes on to its end.
+        """
         m, p = self.memory, self.shape
-        arguments = (self.table.words, m.control, m.partial, *self._sizes, p.programs)
-        return Launch(steps._finish_kernel, 1, arguments, self._walk | self._block, p.bytes, when="rare")
-
-    def remember(self) -> Launch:
-        """Thresholds for the backward pass and for the next solve."""
-        m = self.memory
         where = m.control if self.state is None else self.state
-        options = {"HAS_STATE": self.state is not None, "num_warps": 1}
-        return Launch(steps._remember_kernel, 1, (where, self.threshold, m.control, m.select), options)
+        arguments = (self.table.words, m.control, m.select, m.tally, m.partial, where, self.threshold, *self._sizes)
+        options = self._walk | self._sides | self._block
+        options |= {"AGAIN": again, "FINISH": finish, "HAS_STATE": self.state is not None}
+        written = self._written + (self.hard and not again) * p.length
+        when: When = "rare" if again else "always"
+        return Launch(kernels._write_kernel, p.programs, arguments, options, p.bytes, written, when)

@@ -26,8 +26,8 @@ from spartan_kernels.backends.triton import (
     global_passes,
     global_solve,
     global_steps,
-    masked_matmul_kernels,
     masked_weight,
+    sampled_kernels,
 )
 from spartan_kernels.backends.triton.tensor_list import TensorList
 from spartan_kernels.operands import KeptSoftMass
@@ -120,6 +120,7 @@ CASES: dict[str, Callable[[], None]] = {
     "the last resort": last_resort,
     "products of small blocks": lambda: products(14, 17, (4, 4), 3),
     "products of large blocks": lambda: products(70, 90, (32, 64), 33),
+    "products of many tokens": lambda: products(14, 17, (4, 8), 2050),
     "products of one entry": lambda: products(3, 4, (1, 1), 1),
     "weights by entry": lambda: weights((6, 7), 1),
     "weights by block": lambda: weights((17, 30), 4),
@@ -147,7 +148,7 @@ def test_every_kernel_is_launched_and_sound() -> None:
 @pytest.mark.parametrize(
     ("module", "case", "kernel"),
     [
-        (masked_matmul_kernels, "products of small blocks", "_gate_gradient_kernel"),
+        (sampled_kernels, "products of small blocks", "_gate_gradient_kernel"),
         (masked_weight, "weights by block", "_masked_weight_correct_kernel"),
     ],
 )

@@ -11,10 +11,11 @@ import triton
 
 from spartan_kernels.backends.triton import masked_matmul_kernels as kernels
 from spartan_kernels.backends.triton.launches import Launch, Recording
-from spartan_kernels.backends.triton.product_plan import ProductPlan
+from spartan_kernels.backends.triton.product_plan import ProductPlan, scaled_tile
 from spartan_kernels.tiles import Tile
 
 JOIN_BLOCK = 1024
+_SCALING_PROGRAMS = 2048
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ class ProductLaunches:
         """Programs that share one sum."""
         return self.plan.split
 
+    @property
+    def scales_first(self) -> bool:
+        """Whether weights are multiplied by their gates in a pass of their own, into memory of the weight's size."""
+        return self.has_gate and not self.packed and self.plan.scales_first
+
     def launches(
         self,
         flat: torch.Tensor,
@@ -71,10 +77,17 @@ class ProductLaunches:
         saved: torch.Tensor,
         index: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         positions: torch.Tensor | None,
+        scaled: torch.Tensor | None,
     ) -> list[Launch]:
-        """The sums, into `out`; then, where programs share them, what joins their parts, into `y`."""
-        plan, grid_columns = self.plan, triton.cdiv(self.shape[1], self.block[1])
-        strides = (self.row, 1, grid_columns, 1) if self.forward else (1, self.row, 1, grid_columns)
+        """The sums, into `out`; where programs share them, then what joins their parts, into `y`.
+
+        With `scaled`, memory of the weight's size, its active blocks times their gates come first.
+        """
+        plan, result, row = self.plan, [], self.row
+        if scaled is not None and gate is not None:
+            result.append(self._scaling(data, gate, scaled, index))
+            data, gate, row = scaled, None, self.shape[1]
+        strides = self._strides(row) + self._strides(self._grid_columns)
         tokens, indices = _descriptor(flat, plan), index[2]
         arguments: tuple[Any, ...] = (
             tokens, data, pointer_or(gate, flat), pointer_or(bias, flat), out, saved if self.save else out, *index,
@@ -84,15 +97,35 @@ class ProductLaunches:
         flags = {"HAS_BIAS": self.has_bias, "ACTIVATION": self.activation, "SAVE": self.save, "SPLIT": plan.split}
         options = {
             "SPAN": plan.span, "OTHER": plan.other, "PACKED": self.packed,
-            "HAS_POSITIONS": self.packed and not self.forward, "HAS_GATE": self.has_gate, "PRECISION": self.precision,
-            **flags, **plan.tile.options(), "TMA": tokens is not flat,
+            "HAS_POSITIONS": self.packed and not self.forward, "HAS_GATE": gate is not None,
+            "PRECISION": self.precision, **flags, **plan.tile.options(), "TMA": tokens is not flat,
         }  # fmt: skip
-        result = [Launch(kernels._product_kernel, (plan.tiles, plan.split), arguments, options)]
+        result.append(Launch(kernels._product_kernel, (plan.tiles, plan.split), arguments, options))
         if plan.split > 1:
             arguments = out, pointer_or(bias, flat), y, saved if self.save else y, y.numel(), plan.extent
             grid = triton.cdiv(y.numel(), JOIN_BLOCK)
             result.append(Launch(kernels._join_kernel, grid, arguments, flags | {"BLOCK": JOIN_BLOCK}))
         return result
+
+    def _scaling(
+        self, data: torch.Tensor, gate: torch.Tensor, scaled: torch.Tensor, index: tuple[torch.Tensor, ...]
+    ) -> Launch:
+        """The weights of this product's lines times their gates."""
+        plan, tile = self.plan, scaled_tile(self.plan.span)
+        steps = triton.cdiv(plan.other_extent, tile["BLOCK_K"])
+        parts = max(1, min(steps, triton.cdiv(_SCALING_PROGRAMS, plan.lines)))
+        strides = self._strides(self.row) + self._strides(self.shape[1]) + self._strides(self._grid_columns)
+        arguments = data, gate, scaled, *index[1:], plan.extent, plan.other_extent, *strides
+        options = {"SPAN": plan.span, "OTHER": plan.other, **tile}
+        return Launch(kernels._scaled_kernel, (plan.lines, parts), arguments, options)
+
+    @property
+    def _grid_columns(self) -> int:
+        return triton.cdiv(self.shape[1], self.block[1])
+
+    def _strides(self, row: int) -> tuple[int, int]:
+        """How far apart neighbours along the outputs and along the sum lie, in rows that are `row` apart."""
+        return (row, 1) if self.forward else (1, row)
 
 
 product_launches = lru_cache(maxsize=1024)(ProductLaunches)

@@ -116,6 +116,22 @@ def test_value_and_gradients(
             assert_within_error_budget(got, want, want.float(), floor=floor, name=f"{name} without {missing}")
 
 
+@pytest.mark.parametrize(("block_size", "contiguous"), [((16, 8), True), ((20, 3), False), ((64, 32), False)], ids=str)
+def test_many_tokens(target: Any, block_size: tuple[int, int], contiguous: bool) -> None:
+    """Weights may be multiplied by their gates first; those of no active block, here NaN, are not looked at."""
+    shape = (70, 50)
+    p = problem((2050,), *shape, block_size)
+    p["backward_mask"] = p["forward_mask"] & (p["gate"] != 0)
+    active = oracle_expand_blocks(p["backward_mask"], shape, block_size)
+    upstream = make_values("normal", (2050, 70), seed=8)
+    expected = exact({**p, "weight": torch.where(active, p["weight"], 0.0)}, "relu", upstream)
+    weight = torch.where(active, p["weight"], torch.nan)
+    p["weight"] = weight if contiguous else functional.pad(weight, (3, 6), value=torch.nan)[:, 3:-6]
+    for name, got, want in zip(NAMES, run(p, "relu", upstream, target), expected, strict=True):
+        floor = 4e-6 * (1 + float(want.abs().max()))
+        assert_within_error_budget(got, want, want.float(), floor=floor, name=name)
+
+
 @pytest.mark.parametrize("backward", [True, False])
 @pytest.mark.parametrize("gate_grad", [True, False])
 @pytest.mark.parametrize("whole", [None, 0.5])

@@ -48,6 +48,7 @@ def test_a_stored_tile_is_taken_for_its_class_alone(own_cache: Path) -> None:
     assert tile_for(CPU, 500, 32, 64, "bfloat16") == tile
     for tokens, span, other, kind in ((8, 32, 64, "bfloat16"), (500, 64, 32, "bfloat16"), (500, 32, 64, "tf32")):
         assert tile_for(CPU, tokens, span, other, kind) == default_tile(0, tokens, span, kind)
+    assert tile_for(CPU, 17, 32, 64, "bfloat16") == default_tile(0, 17, 32, "bfloat16")  # found with more tokens
     with using(Tile(128, 128, 16, 8)):
         assert tile_for(CPU, 500, 32, 64, "bfloat16").num_warps == 8
     assert tile_for(CPU, 500, 32, 64, "bfloat16") == tile

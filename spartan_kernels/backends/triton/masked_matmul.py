@@ -117,13 +117,15 @@ def _compile_cases() -> list[CompileCase]:
     copied = replace(default_tile(90, 8192, 128, "bfloat16"), TMA=True)
     flags = _product_flags((128, 128), True, 8192, "ieee")
     cases.append(
-        _case(kernels._product_kernel, torch.bfloat16, flags | copied.options(), "block 128, TMA", ("sm_90", "sm_100"))
+        _case(
+            kernels._product_kernel,
+            torch.bfloat16,
+            flags | copied.options(),
+            "block 128 x 128, TMA",
+            ("sm_90", "sm_100"),
+        )
     )
     return cases
-
-
-def _block(block: tuple[int, int]) -> str:
-    return f"block {block[0]}" if block[0] == block[1] else f"block {block[0]} x {block[1]}"
 
 
 def _product_cases(
@@ -134,7 +136,7 @@ def _product_cases(
     for architecture, targets in _ARCHITECTURES.items():
         tile = default_tile(architecture, tokens, block[0] if forward else block[1], kind)
         tiles.setdefault(tile, []).extend(targets)
-    label = f"{_block(block)}, {tokens} tokens, {kind}" + ("" if forward else ", input gradient")
+    label = f"block {block[0]} x {block[1]}, {tokens} tokens, {kind}" + ("" if forward else ", input gradient")
     flags = _product_flags(block, forward, tokens, precision)
     return [
         _case(kernels._product_kernel, dtype, flags | tile.options(), label, tuple(here))
@@ -177,7 +179,7 @@ def _sampled_cases(dtype: torch.dtype, precision: str, block: tuple[int, int]) -
     for out in (4096, 16384):
         for architecture, targets in _ARCHITECTURES.items():
             plan = SampledPlan((out // block[0], 4096 // block[1]), *block, kind, architecture)
-            label = f"{_block(block)}, {plan.blocks} to a program, {kind}"
+            label = f"block {block[0]} x {block[1]}, {plan.blocks} to a program, {kind}"
             found.setdefault(tuple(plan.options().items()), (label, []))[1].extend(targets)
     return [
         _case(sampled_kernels._sampled_kernel, dtype, flags | dict(options), label, tuple(dict.fromkeys(here)))

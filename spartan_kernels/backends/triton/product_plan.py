@@ -184,19 +184,20 @@ class SampledPlan:
             "BLOCKS": self.blocks, "BLOCK_C": c, "BLOCK_R": r, "BLOCK_T": steps, "num_warps": warps, "num_stages": 3
         }  # fmt: skip
 
-    def traffic(self, tokens: int, density: float) -> Traffic:
-        """What a gate costs on average whose blocks are active with a chance of `density` each.
-
-        A program reads the rows of dz once for its blocks, as does the last one of a row, which may have fewer.
-        """
-        n, width = self.grid[1], 4 if self.kind in ("float32", "tf32") else 2
+    def programs(self, density: float) -> float:
+        """Those that find blocks, on average, where each block is active with that chance."""
+        n = self.grid[1]
         chances = (math.comb(n, k) * density**k * (1 - density) ** (n - k) for k in range(n + 1))
-        programs = self.grid[0] * sum(chance * _ceil_div(k, self.blocks) for k, chance in enumerate(chances))
-        active, weights = round(density * self.grid[0] * n), self.rows * self.columns
+        return self.grid[0] * sum(chance * _ceil_div(k, self.blocks) for k, chance in enumerate(chances))
+
+    def traffic(self, tokens: int, density: float) -> Traffic:
+        """What that costs: a program reads the rows of dz once for its blocks, of which the last of a row has fewer."""
+        width = 4 if self.kind in ("float32", "tf32") else 2
+        active, weights = round(density * self.grid[0] * self.grid[1]), self.rows * self.columns
         return Traffic(
             flops=2 * tokens * active * weights,
             x_bytes=tokens * active * self.columns * width,
-            weight_bytes=round(programs * tokens * self.rows * width),
+            weight_bytes=round(self.programs(density) * tokens * self.rows * width),
             y_bytes=active * weights * width,
-            memory_bytes=tokens * (self.grid[0] * self.rows + n * self.columns) * width,
+            memory_bytes=tokens * (self.grid[0] * self.rows + self.grid[1] * self.columns) * width,
         )

@@ -160,9 +160,9 @@ def predicted(results: Path) -> str:
     }  # fmt: skip
     return (
         f"{_cells(results / 'gpu-counts-products.csv', columns)}\n"
-        "Counted from machine code for sm_90 and from launch plans, not measured: the H100 above, with 132 processors of"
-        " 4 schedulers at 1.755 GHz. Instructions of a scheduler are for each clock of the tensor cores. Forward passes"
-        " and input gradients first multiply the weights by their gates, at 3.35 TB/s.\n"
+        "Counted from machine code for sm_90 and from launch plans, not measured: the H100 above, with 132 processors"
+        " of 4 schedulers at 1.755 GHz. Instructions of a scheduler are for each clock of the tensor cores. Forward"
+        " passes and input gradients first multiply the weights by their gates, at 3.35 TB/s.\n"
     )
 
 

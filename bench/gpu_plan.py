@@ -39,8 +39,9 @@ class PlanRow:
         tile: tokens, outputs and depth of a step; of a weight's gradient, columns and rows of it, and tokens of a step.
         bound: with the bytes of x alone, each element serving a whole block.
         plan: with the bytes of x and weights that the launch moves.
-        full: how much of the tiles active blocks fill.
-        scaling_microseconds: of the pass that multiplies weights by their gates, with its launch.
+        full: how much of what the tensor cores multiply is active.
+        scaling_microseconds: of the pass that multiplies weights by their gates, with its launch, and of the launch
+            that finds the blocks of lines which share a program.
     """
 
     shape: str
@@ -61,13 +62,20 @@ class PlanRow:
         return self.plan / self.bound
 
     @property
+    def united(self) -> bool:
+        """Whether lines of blocks share a program."""
+        span = int(self.block.split(" x ")[self.direction != "forward"])
+        return self.direction != "weight gradient" and int(self.tile.split(" x ")[1]) > span
+
+    @property
     def case(self) -> tuple[str, str]:
         """The kernel, and the label of its compile case."""
         if self.direction == "weight gradient":
             blocks = int(self.tile.split(" x ")[0]) // int(self.block.split(" x ")[1])
             return "_sampled_kernel", f"block {self.block}, {blocks} to a program, bfloat16"
         label = f"block {self.block}, {TOKENS} tokens, bfloat16"
-        return "_product_kernel", label if self.direction == "forward" else f"{label}, {self.direction}"
+        kernel = "_united_product_kernel" if self.united else "_product_kernel"
+        return kernel, label if self.direction == "forward" else f"{label}, {self.direction}"
 
 
 def plan_rows() -> Iterator[PlanRow]:
@@ -81,24 +89,24 @@ def plan_rows() -> Iterator[PlanRow]:
             ("input gradient", columns, rows, in_, out),
         ):
             tile = default_tile(_HOPPER, TOKENS, span, "bfloat16")
-            plan = ProductPlan(TOKENS, extent, across, span, other, _WIDTH, tile)
+            plan = ProductPlan(TOKENS, extent, across, span, other, _WIDTH, tile).fitted(scaled=True)
+            tile = plan.tile
             traffic = plan.traffic(round(DENSITY * grid[0] * grid[1]))
             sides = f"{tile.BLOCK_M} x {tile.BLOCK_N} x {tile.BLOCK_K}"
-            yield _row(f"{in_} to {out}", (rows, columns), direction, sides, span, traffic, 1.0)
+            yield _row(f"{in_} to {out}", (rows, columns), direction, sides, span, traffic, 1 + (plan.united > 1))
         sampled = SampledPlan(grid, rows, columns, "bfloat16", _HOPPER)
         size = sampled.options()
         sides = f"{size['BLOCK_C']} x {size['BLOCK_R']} x {size['BLOCK_T']}"
         traffic = sampled.traffic(TOKENS, DENSITY)
-        full = DENSITY * grid[0] * grid[1] / (sampled.programs(DENSITY) * sampled.blocks)
-        yield _row(f"{in_} to {out}", (rows, columns), "weight gradient", sides, rows, traffic, full)
+        yield _row(f"{in_} to {out}", (rows, columns), "weight gradient", sides, rows, traffic, 0)
 
 
 def _row(
-    shape: str, block: tuple[int, int], direction: str, tile: str, served: int, traffic: Traffic, full: float
+    shape: str, block: tuple[int, int], direction: str, tile: str, served: int, traffic: Traffic, launches: int
 ) -> PlanRow:
-    """The row of a product where an element of x serves that many outputs."""
+    """The row of a product where an element of x serves that many outputs, and with what is launched before it."""
     from_l2 = traffic.x_bytes + traffic.weight_bytes
-    scaling = 1e6 * traffic.scaling_bytes / BANDWIDTH + LAUNCH if traffic.scaling_bytes else 0.0
+    scaling = 1e6 * traffic.scaling_bytes / BANDWIDTH + launches * LAUNCH
     return PlanRow(
         shape,
         f"{block[0]} x {block[1]}",
@@ -108,8 +116,8 @@ def _row(
         round(from_l2 / 1e6, 1),
         round((traffic.memory_bytes + traffic.y_bytes) / 1e6, 1),
         round(min(_TENSOR_CORES, 2 * served / _WIDTH * _L2_BANDWIDTH) / 1e12, 1),
-        round(min(_TENSOR_CORES, traffic.flops / from_l2 * _L2_BANDWIDTH) / 1e12, 1),
-        round(full, 2),
+        round(min(traffic.full * _TENSOR_CORES, traffic.flops / from_l2 * _L2_BANDWIDTH) / 1e12, 1),
+        round(traffic.full, 3),
         round(scaling, 1),
     )
 

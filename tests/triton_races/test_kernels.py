@@ -20,7 +20,7 @@ if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton
     pytest.skip("needs triton and TRITON_INTERPRET=1", allow_module_level=True)
 
 import spartan
-from spartan_kernels import BlockSparseWeight, ops
+from spartan_kernels import BlockSparseWeight, ops, tiles
 from spartan_kernels.backends import triton as backend
 from spartan_kernels.backends.triton import (
     global_passes,
@@ -94,6 +94,12 @@ def products(out: int, in_: int, block: tuple[int, int], tokens: int) -> None:
     torch.autograd.grad((y * y).sum(), [x])
 
 
+def united() -> None:
+    """Lines of small blocks that share programs, the last of them with fewer."""
+    with tiles.using(tiles.Tile(16, 64, 16, 4)):
+        products(125, 70, (8, 8), 2050)
+
+
 def weights(shape: tuple[int, ...], block: int) -> None:
     """The masked weight, its gradient, also in place, and the coupling between blocks."""
     weight, grad = make_values("normal", shape, seed=1).requires_grad_(), make_values("normal", shape, seed=2)
@@ -121,6 +127,7 @@ CASES: dict[str, Callable[[], None]] = {
     "products of small blocks": lambda: products(14, 17, (4, 4), 3),
     "products of large blocks": lambda: products(70, 90, (32, 64), 33),
     "products of many tokens": lambda: products(14, 17, (4, 8), 2050),
+    "products of lines that share a program": united,
     "products of one entry": lambda: products(3, 4, (1, 1), 1),
     "weights by entry": lambda: weights((6, 7), 1),
     "weights by block": lambda: weights((17, 30), 4),

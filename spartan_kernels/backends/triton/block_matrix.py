@@ -51,12 +51,12 @@ class BlockMatrix:
             self.gate is not None, bias is not None, activation, save, precision, tile,
         )  # fmt: skip
         out = y if product.split == 1 else torch.empty((product.split, y.numel()), dtype=torch.float32, device=device)
-        scaled = torch.empty(self.shape, dtype=dtype, device=device) if product.scales_first else None
+        workspace = product.workspace()
         index = order, offsets, indices
         pointers = [flat, self.data, out, *index]
-        pointers += [p for p in (self.gate, bias, self.positions, scaled) if p is not None]
+        pointers += [p for p in (self.gate, bias, self.positions, *workspace) if p is not None]
         pointers += [saved] * save + [y] * (out is not y)
-        operands = flat, self.data, self.gate, bias, out, y, saved, index, self.positions, scaled
+        operands = flat, self.data, self.gate, bias, out, y, saved, index, self.positions, workspace
         launches.run(product.recording, pointers, lambda: product.launches(*operands))
         return y, saved
 

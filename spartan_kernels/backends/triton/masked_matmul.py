@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from spartan_kernels.backends.shared import flat, layer_gradients
-from spartan_kernels.backends.triton import block_layout_kernels, sampled_kernels
+from spartan_kernels.backends.triton import block_layout_kernels, sampled_kernels, united_kernels
 from spartan_kernels.backends.triton import masked_matmul_kernels as kernels
 from spartan_kernels.backends.triton.block_layout import LAYOUT_BLOCK
 from spartan_kernels.backends.triton.block_matrix import BlockMatrix, dense_float
 from spartan_kernels.backends.triton.configs import CompileCase, name_of, power_of_two
 from spartan_kernels.backends.triton.launches import Launch, start
 from spartan_kernels.backends.triton.product_launches import JOIN_BLOCK
-from spartan_kernels.backends.triton.product_plan import SampledPlan, kind_of, scaled_tile
+from spartan_kernels.backends.triton.product_plan import ProductPlan, SampledPlan, kind_of, scaled_tile, union_tile
 from spartan_kernels.operands import MaskedLinear, MaskedLinearBackward, SampledMatmul
 from spartan_kernels.tiles import MANY_TOKENS, Tile, default_tile
 
@@ -94,7 +94,7 @@ _ARCHITECTURES = {80: ("sm_80", "gfx942"), 90: ("sm_90",), 100: ("sm_100",)}
 _TYPES = {
     "gate": "*fp32", "grad_gate": "*fp32", "order": "*i32", "offsets": "*i32", "indices": "*i32", "positions": "*i32",
     "mask": "*u8", "counts": "*i32", "row_offsets": "*i32", "column_indices": "*i32", "column_offsets": "*i32",
-    "row_indices": "*i32", "parts": "*fp32",
+    "united": "*i32", "row_indices": "*i32", "parts": "*fp32",
 }  # fmt: skip
 
 
@@ -109,6 +109,7 @@ def _compile_cases() -> list[CompileCase]:
             cases += [_scaled_case(dtype, side, forward) for side in (4, 32, 128)]
     for side in (16, 32, 64, 128):
         cases += _product_cases(torch.bfloat16, "ieee", (side, side), False, 8192)
+    cases += _product_cases(torch.bfloat16, "ieee", (8, 8), True, 8192)
     for columns in (16, 32):
         cases += _product_cases(torch.bfloat16, "ieee", (128, columns), True, 8192)
         cases += _product_cases(torch.bfloat16, "ieee", (128, columns), False, 8192)
@@ -137,11 +138,16 @@ def _product_cases(
         tile = default_tile(architecture, tokens, block[0] if forward else block[1], kind)
         tiles.setdefault(tile, []).extend(targets)
     label = f"block {block[0]} x {block[1]}, {tokens} tokens, {kind}" + ("" if forward else ", input gradient")
-    flags = _product_flags(block, forward, tokens, precision)
-    return [
-        _case(kernels._product_kernel, dtype, flags | tile.options(), label, tuple(here))
-        for tile, here in tiles.items()
-    ]
+    flags, cases = _product_flags(block, forward, tokens, precision), []
+    span, other = block if forward else block[::-1]
+    for tile, here in tiles.items():
+        plan = ProductPlan(tokens, 4096, 4096, span, other, dtype.itemsize, tile)
+        alone = flags | plan.fitted(scaled=False).tile.options()
+        cases.append(_case(kernels._product_kernel, dtype, alone, label, tuple(here)))
+        if plan.fitted(scaled=not flags["HAS_GATE"]).united > 1:
+            kernel = united_kernels._united_product_kernel
+            cases.append(_case(kernel, dtype, flags | tile.options(), label, tuple(here)))
+    return cases
 
 
 def _product_flags(block: tuple[int, int], forward: bool, tokens: int, precision: str) -> dict[str, Any]:
@@ -193,6 +199,7 @@ def _small_cases() -> list[CompileCase]:
     join = {"HAS_BIAS": True, "ACTIVATION": "gelu", "SAVE": True, "SPLIT": 4, "BLOCK": JOIN_BLOCK}
     found = block_layout_kernels._layout_count_kernel, block_layout_kernels._layout_fill_kernel
     cases = [_case(kernel, torch.float32, layout, "") for kernel in found]
+    cases += [_case(united_kernels._union_kernel, torch.float32, union_tile(n), f"{n} lines") for n in (8, 16)]
     for dtype in (torch.float32, torch.bfloat16):
         cases.append(_case(kernels._join_kernel, dtype, join, name_of(dtype)))
         for side in (1, 4, 32, 128):

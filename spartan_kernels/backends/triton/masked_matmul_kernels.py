@@ -17,7 +17,8 @@ from spartan_kernels.backends.triton.primitives import dot
 
 
 @triton.jit
-def _activated(z, ACTIVATION: tl.constexpr):
+def activated(z, ACTIVATION: tl.constexpr):
+    """act(z)."""
     if ACTIVATION == "relu":
         z = tl.where(z < 0, 0.0, z)  # NaN stays
     if ACTIVATION == "silu":
@@ -148,7 +149,7 @@ def _product_kernel(
             sums += tl.load(bias_ptr + output, inside_n, other=0.0).to(tl.float32)[None, :]
         if SAVE:
             tl.store(saved_ptr + at, sums.to(saved_ptr.dtype.element_ty), inside)
-        tl.store(y_ptr + at, _activated(sums, ACTIVATION).to(y_ptr.dtype.element_ty), inside)
+        tl.store(y_ptr + at, activated(sums, ACTIVATION).to(y_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -167,7 +168,7 @@ def _join_kernel(
         z += tl.load(bias_ptr + at % extent, inside, other=0.0).to(tl.float32)
     if SAVE:
         tl.store(saved_ptr + at, z.to(saved_ptr.dtype.element_ty), inside)
-    tl.store(y_ptr + at, _activated(z, ACTIVATION).to(y_ptr.dtype.element_ty), inside)
+    tl.store(y_ptr + at, activated(z, ACTIVATION).to(y_ptr.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=["stride_gate_line", "stride_gate_other"])

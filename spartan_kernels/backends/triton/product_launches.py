@@ -10,8 +10,9 @@ import torch
 import triton
 
 from spartan_kernels.backends.triton import masked_matmul_kernels as kernels
+from spartan_kernels.backends.triton import united_kernels
 from spartan_kernels.backends.triton.launches import Launch, Recording
-from spartan_kernels.backends.triton.product_plan import ProductPlan, scaled_tile
+from spartan_kernels.backends.triton.product_plan import ProductPlan, scaled_tile, union_tile
 from spartan_kernels.tiles import Tile
 
 JOIN_BLOCK = 1024
@@ -54,7 +55,8 @@ class ProductLaunches:
         """Programs and their order."""
         extent, other_extent = self.shape if self.forward else self.shape[::-1]
         span, other = self.block if self.forward else self.block[::-1]
-        return ProductPlan(self.tokens, extent, other_extent, span, other, self.dtype.itemsize, self.tile)
+        plan = ProductPlan(self.tokens, extent, other_extent, span, other, self.dtype.itemsize, self.tile)
+        return plan.fitted(self.has_gate and not self.packed and plan.scales_first)
 
     @cached_property
     def split(self) -> int:
@@ -65,6 +67,16 @@ class ProductLaunches:
     def scales_first(self) -> bool:
         """Whether weights are multiplied by their gates in a pass of their own, into memory of the weight's size."""
         return self.has_gate and not self.packed and self.plan.scales_first
+
+    def workspace(self) -> list[torch.Tensor]:
+        """Memory for scaled weights, and for the blocks of lines that share a program; as far as it is needed."""
+        plan, found = self.plan, []
+        if self.scales_first:
+            found.append(torch.empty(self.shape, dtype=self.dtype, device=self.device))
+        if plan.united > 1:
+            size = plan.groups * (triton.cdiv(plan.other_extent, plan.other) + 1)
+            found.append(torch.empty(size, dtype=torch.int32, device=self.device))
+        return found
 
     def launches(
         self,
@@ -77,15 +89,18 @@ class ProductLaunches:
         saved: torch.Tensor,
         index: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         positions: torch.Tensor | None,
-        scaled: torch.Tensor | None,
+        workspace: list[torch.Tensor],
     ) -> list[Launch]:
         """The sums, into `out`; where programs share them, then what joins their parts, into `y`.
 
-        With `scaled`, memory of the weight's size, its active blocks times their gates come first.
+        With a workspace, the active blocks times their gates come first.
         """
         plan, result, row = self.plan, [], self.row
-        if scaled is not None and gate is not None:
+        if workspace and gate is not None:
+            scaled = workspace[0]
             result.append(self._scaling(data, gate, scaled, index))
+            if plan.united > 1:
+                return result + self._united(flat, scaled, bias, y, saved, index, workspace[1])
             data, gate, row = scaled, None, self.shape[1]
         strides = self._strides(row) + self._strides(self._grid_columns)
         tokens, indices = _descriptor(flat, plan), index[2]
@@ -118,6 +133,33 @@ class ProductLaunches:
         arguments = data, gate, scaled, *index[1:], plan.extent, plan.other_extent, *strides
         options = {"SPAN": plan.span, "OTHER": plan.other, **tile}
         return Launch(kernels._scaled_kernel, (plan.lines, parts), arguments, options)
+
+    def _united(
+        self,
+        flat: torch.Tensor,
+        scaled: torch.Tensor,
+        bias: torch.Tensor | None,
+        y: torch.Tensor,
+        saved: torch.Tensor,
+        index: tuple[torch.Tensor, ...],
+        united: torch.Tensor,
+    ) -> list[Launch]:
+        """The blocks that are active in any of the lines of a program, and the product with them."""
+        plan, grid_other = self.plan, triton.cdiv(self.plan.other_extent, self.plan.other)
+        found = *index[1:], united, plan.lines, grid_other, grid_other.bit_length()
+        arguments: tuple[Any, ...] = (
+            flat, scaled, pointer_or(bias, flat), y, saved if self.save else y, united, plan.tokens, plan.groups,
+            plan.group, grid_other, plan.extent, plan.other_extent, self.stride, *self._strides(self.shape[1]),
+        )  # fmt: skip
+        options = {
+            "SPAN": plan.span, "OTHER": plan.other, "HAS_BIAS": self.has_bias, "ACTIVATION": self.activation,
+            "SAVE": self.save, "PRECISION": self.precision, **plan.tile.options(),
+        }  # fmt: skip
+        del options["TMA"]
+        return [
+            Launch(united_kernels._union_kernel, plan.groups, found, union_tile(plan.united)),
+            Launch(united_kernels._united_product_kernel, plan.tiles, arguments, options),
+        ]
 
     @property
     def _grid_columns(self) -> int:

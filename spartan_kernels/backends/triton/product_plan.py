@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -42,6 +42,7 @@ class Traffic:
         y_bytes: written.
         memory_bytes: read from device memory, where the L2 cache holds the tokens of a group but not the weights.
         scaling_bytes: read and written beforehand, by the pass that multiplies weights by their gates.
+        full: how much of what the tensor cores multiply is active.
     """
 
     flops: int
@@ -50,6 +51,7 @@ class Traffic:
     y_bytes: int
     memory_bytes: int
     scaling_bytes: int = 0
+    full: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,27 @@ class ProductPlan:
         return _ceil_div(self.extent, self.span)
 
     @property
+    def united(self) -> int:
+        """Neighbouring lines that share a program, which walks the blocks that are active in any of them."""
+        alone = max(16, power_of_two(self.span))
+        return self.tile.BLOCK_N // self.span if self.tile.BLOCK_N > alone else 1
+
+    @property
+    def groups(self) -> int:
+        """Programs, or those of a piece, for all lines and one tile of tokens."""
+        return _ceil_div(self.lines, self.united)
+
+    def fitted(self, scaled: bool) -> ProductPlan:
+        """This plan, or if lines cannot share programs, with a tile for one line; `scaled`: gates are done with."""
+        can = scaled and self.span == power_of_two(self.span) and self.other >= 8 and not self.tile.TMA
+        can = can and self.tile.BLOCK_K % self.other == 0 and self.tiles >= _FEW_PROGRAMS
+        # an index and a bit for each line are one number
+        can = can and _ceil_div(self.other_extent, self.other) << self.united < 1 << 31
+        if can or self.united == 1:
+            return self
+        return replace(self, tile=replace(self.tile, BLOCK_N=max(16, power_of_two(self.span))))
+
+    @property
     def pieces(self) -> int:
         """Tiles that share the outputs of a block."""
         return _ceil_div(self.span, self.tile.BLOCK_N)
@@ -92,7 +115,7 @@ class ProductPlan:
     @property
     def tiles(self) -> int:
         """Programs of one part of the sum."""
-        return self.token_tiles * self.lines * self.pieces
+        return self.token_tiles * self.groups * self.pieces
 
     @property
     def split(self) -> int:
@@ -122,17 +145,22 @@ class ProductPlan:
 
         A tile of outputs reads the active columns of its tokens: each element of x that comes from the L2 cache serves
         min(outputs of a block, BLOCK_N) outputs, and each weight BLOCK_M tokens. That bounds a product with small
-        blocks.
+        blocks. Lines that share a program read the columns that are active in any of them, and multiply them all.
         """
         weights = active * self.span * self.other
         groups = _ceil_div(self.token_tiles, self.group)
+        grid_other = max(1, _ceil_div(self.other_extent, self.other))
+        density = active / (self.lines * grid_other)
+        # blocks that are active in any of the lines of a program, where they lie at random, and all of these together
+        walked = self.groups * grid_other * (1 - (1 - density) ** self.united) if self.united > 1 else active
         return Traffic(
             flops=2 * self.tokens * weights,
-            x_bytes=self.tokens * active * self.other * self.pieces * self.width,
+            x_bytes=round(self.tokens * walked * self.other * self.pieces * self.width),
             weight_bytes=self.token_tiles * weights * self.width,
             y_bytes=self.tokens * self.extent * self.width,
             memory_bytes=(self.tokens * self.other_extent + groups * weights) * self.width,
             scaling_bytes=2 * weights * self.width if self.scales_first else 0,
+            full=active / (walked * self.united) if walked else 1.0,
         )
 
 
@@ -140,6 +168,11 @@ def scaled_tile(span: int) -> dict[str, int]:
     """The tile of weights that are multiplied by their gates at a time."""
     block_n = min(64, power_of_two(span))
     return {"BLOCK_N": block_n, "BLOCK_K": 4096 // block_n, "num_warps": 4}
+
+
+def union_tile(united: int) -> dict[str, int]:
+    """Blocks of a line that are searched for at a time, in each of the lines that share a program."""
+    return {"LINES": united, "BLOCK": 256, "num_warps": 8}
 
 
 @dataclass(frozen=True)
@@ -200,4 +233,5 @@ class SampledPlan:
             weight_bytes=round(self.programs(density) * tokens * self.rows * width),
             y_bytes=active * weights * width,
             memory_bytes=tokens * (self.grid[0] * self.rows + self.grid[1] * self.columns) * width,
+            full=active / (self.programs(density) * self.blocks),
         )

@@ -2,7 +2,7 @@
 
 Each element of x that comes from the L2 cache serves the rows of a block at most (its columns, in the input gradient),
 so that many operations for two bytes of bfloat16: no plan multiplies faster than that times the cache's bandwidth, nor
-than the tensor cores. A plan also brings the weights, once for every tile of tokens; a weight's gradient brings the
+than the tensor cores, unless lines of blocks share a tile of x. A plan also brings the weights, once for every tile of tokens; a weight's gradient brings the
 rows of dz, once for every program. A pass that multiplies weights by their gates comes before, and takes time too.
 """
 
@@ -37,7 +37,7 @@ class PlanRow:
 
     Attributes:
         tile: tokens, outputs and depth of a step; of a weight's gradient, columns and rows of it, and tokens of a step.
-        bound: with the bytes of x alone, each element serving a whole block.
+        bound: with the bytes of x alone, each element serving one whole block.
         plan: with the bytes of x and weights that the launch moves.
         full: how much of what the tensor cores multiply is active.
         scaling_microseconds: of the pass that multiplies weights by their gates, with its launch, and of the launch

@@ -120,7 +120,7 @@ def plans(results: Path) -> str:
     return (
         f"{markdown_table(header, [line(row) for row in rows])}\nComputed from the launch plans, not measured: an H100"
         " with 800 TFLOP/s and 5.5 TB/s from its L2 cache, bfloat16, 8192 tokens, a tenth of the blocks active. The"
-        " bound counts the bytes of x alone.\n"
+        " bound counts the bytes of x alone, which one line of blocks after the other reads.\n"
     )
 
 

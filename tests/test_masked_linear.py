@@ -139,7 +139,7 @@ def test_many_tokens(target: Any, block_size: tuple[int, int], contiguous: bool)
 @pytest.mark.parametrize("block_size", [(8, 8), (16, 8)], ids=str)
 def test_many_tokens_of_small_blocks(target: Any, block_size: tuple[int, int]) -> None:
     """Lines of blocks may share a program, with a tile that is wider than a block."""
-    with tiles.using(tiles.Tile(16, 64, 16, 4)):
+    with tiles.using(tiles.Tile(16, 64, 32, 4)):
         check_many_tokens(target, (125, 70), block_size, False)
 
 

@@ -96,8 +96,10 @@ def products(out: int, in_: int, block: tuple[int, int], tokens: int) -> None:
 
 def united() -> None:
     """Lines of small blocks that share programs, the last of them with fewer."""
-    with tiles.using(tiles.Tile(16, 64, 16, 4)):
-        products(125, 70, (8, 8), 2050)
+    x, weight = make_values("normal", (2050, 40), seed=1), make_values("normal", (125, 40), seed=2)
+    gate = torch.where(make_values("uniform", (16, 5), seed=3) < 0.5, 0.0, 1.0)
+    with tiles.using(tiles.Tile(16, 64, 32, 4)):
+        spartan.masked_linear(x, weight, gate, (8, 8), backend="triton")
 
 
 def weights(shape: tuple[int, ...], block: int) -> None:
@@ -126,7 +128,6 @@ CASES: dict[str, Callable[[], None]] = {
     "the last resort": last_resort,
     "products of small blocks": lambda: products(14, 17, (4, 4), 3),
     "products of large blocks": lambda: products(70, 90, (32, 64), 33),
-    "products of many tokens": lambda: products(14, 17, (4, 8), 2050),
     "products of lines that share a program": united,
     "products of one entry": lambda: products(3, 4, (1, 1), 1),
     "weights by entry": lambda: weights((6, 7), 1),

@@ -2,8 +2,9 @@
 
 Each element of x that comes from the L2 cache serves the rows of a block at most (its columns, in the input gradient),
 so that many operations for two bytes of bfloat16: no plan multiplies faster than that times the cache's bandwidth, nor
-than the tensor cores, unless lines of blocks share a tile of x. A plan also brings the weights, once for every tile of tokens; a weight's gradient brings the
-rows of dz, once for every program. A pass that multiplies weights by their gates comes before, and takes time too.
+than the tensor cores, unless lines of blocks share a tile of x. A plan also brings the weights, once for every tile of
+tokens; a weight's gradient brings the rows of dz, once for every program. A pass that multiplies weights by their gates
+comes before, and takes time too.
 """
 
 from __future__ import annotations

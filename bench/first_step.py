@@ -11,7 +11,7 @@ import argparse
 import os
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest import mock
 
 PROCESSORS = 132  # of an H100
@@ -56,7 +56,7 @@ def _train() -> None:
 
     support = dispatch.SUPPORT
     on_cpu = {
-        operator: {name: dispatch.replace(s, devices=()) if name == "triton" else s for name, s in row.items()}
+        operator: {name: replace(s, devices=()) if name == "triton" else s for name, s in row.items()}
         for operator, row in support.items()
     }
     limit = PROCESSORS * configs.PROGRAMS_PER_PROCESSOR

@@ -25,18 +25,18 @@ import torch
 
 from bench import gpu_plan, sass
 from bench.columns import print_columns, write_rows
+from bench.gpu_plan import BANDWIDTH, LAUNCH, PlanRow
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TABLES = {
     RESULTS / "gpu-counts.csv": "Instructions and bytes for each entry, counted for an H100: nothing was run",
-    RESULTS / "gpu-counts-products.csv": "Instructions for each clock of the tensor cores, counted for an H100",
+    RESULTS / "gpu-counts-products.csv": "What the products reach by their counts, for an H100: nothing was run",
     RESULTS / "gpu-operations.csv": "What a call takes at least, by these counts",
 }
 ENTRIES = 25_600_000
-# An H100 SXM: bytes in a second, processors, clocks in a second, schedulers of a processor, threads of a warp.
-BANDWIDTH, PROCESSORS, CLOCK, SCHEDULERS, WARP = 3.35e12, 132, 1.755e9, 4, 32
+# An H100 SXM: processors, clocks in a second, schedulers of a processor, threads of a warp.
+PROCESSORS, CLOCK, SCHEDULERS, WARP = 132, 1.755e9, 4, 32
 TENSOR_CORE_RATE = 2048  # multiply-adds of bfloat16 in a clock of a processor
-LAUNCH = 1.5  # microseconds from one launch of a stream to the next: assumed, for those too that find nothing to do
 TRIALS = 3  # of Halley's steps by a row: normal values, a tenth kept, as `tests/test_gpu_counts.py` counts them
 # Most instructions for each entry: today's counts with this version of Triton, and a margin.
 COUNTED_WITH = "3.9.0"
@@ -100,22 +100,30 @@ class CountRow:
 
 @dataclass(frozen=True)
 class ProductRow:
-    """What one product issues while the tensor cores are busy for one clock, and the rate that this allows.
+    """What one product issues while the tensor cores are busy for one clock, and the rate that this and bytes allow.
 
     Attributes:
         instructions: of a scheduler in the time in which full tensor cores do one clock's work: above 1 they wait.
         issue: 10^12 operations a second by that.
-        plan: by the bytes from the L2 cache (`bench.gpu_plan`); 0 where there is no plan.
+        plan: by the bytes from the L2 cache (`bench.gpu_plan`).
+        predicted: by the slower of the two, after the pass that multiplies weights by their gates.
+        bound: by the bytes of x alone, or by the tensor cores.
+        part: of the bound that is predicted.
     """
 
-    kernel: str
-    configuration: str
+    shape: str
+    block: str
+    product: str
+    tile: str
     registers: int
     shared: int
     stages: int
     instructions: float
     issue: float
     plan: float
+    predicted: float
+    bound: float
+    part: float
 
 
 def _walks() -> list[Subject]:
@@ -157,13 +165,6 @@ def _weights() -> list[Subject]:
         for kernel, (entry, of_block) in per_entry.items()
         for label, block in (("block 1, 1-dim, fp32", 1), ("block 32, 2-dim, fp32", 1024))
     ]
-
-
-def products() -> list[Subject]:
-    """Products of bfloat16, counted by clock of the tensor cores."""
-    blocks = (16, 32, 64, 128)
-    forward = [Subject("masked_matmul", "_product_kernel", f"block {b}, 8192 tokens, bfloat16", 0) for b in blocks]
-    return forward + [Subject("masked_matmul", "_sampled_kernel", f"block {b}, bfloat16", 0) for b in blocks]
 
 
 def subjects() -> list[Subject]:
@@ -259,30 +260,37 @@ def count(subject: Subject) -> CountRow:
     )
 
 
-def count_product(subject: Subject) -> ProductRow:
-    """What a product needs for each clock of the tensor cores."""
-    case, compiled, pipes = _compiled(subject)
+def count_product(row: PlanRow) -> ProductRow:
+    """What a product of a plan needs for each clock of the tensor cores, and the rate that is left."""
+    kernel, label = row.case
+    case, compiled, pipes = _compiled(Subject("masked_matmul", kernel, label, 0))
     clocks = per_trip(case.constexprs) / TENSOR_CORE_RATE
     issued = pipes["issue"] * case.num_warps / SCHEDULERS / clocks
     fastest = 2 * TENSOR_CORE_RATE * PROCESSORS * CLOCK / 1e12
-    block = case.constexprs.get("SPAN", 0)
-    plans = {row.block: row.plan for row in gpu_plan.plan_rows() if row.direction == "forward"}
+    issue = row.full * fastest / max(1.0, issued)
+    milliseconds = row.gigaflops / min(issue, row.plan) + 1e-3 * row.scaling_microseconds
+    predicted = row.gigaflops / milliseconds
     return ProductRow(
-        subject.kernel.strip("_"),
-        subject.label,
+        row.shape,
+        row.block,
+        row.direction,
+        row.tile,
         _registers(compiled),
         compiled.metadata.shared,
         case.num_stages,
         round(issued, 2),
-        round(fastest / max(1.0, issued), 1),
-        plans.get(f"{block} x {block}", 0.0),
+        round(issue, 1),
+        row.plan,
+        round(predicted, 1),
+        row.bound,
+        round(predicted / row.bound, 2),
     )
 
 
 def counted(workers: int) -> tuple[list[CountRow], list[ProductRow]]:
     """All subjects, in their order; kernels that are compiled already come from Triton's cache."""
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        rows, multiplied = pool.map(count, subjects()), pool.map(count_product, products())
+        rows, multiplied = pool.map(count, subjects()), pool.map(count_product, list(gpu_plan.plan_rows()))
         return list(rows), list(multiplied)
 
 

@@ -120,7 +120,7 @@ def plans(results: Path) -> str:
     return (
         f"{markdown_table(header, [line(row) for row in rows])}\nComputed from the launch plans, not measured: an H100"
         " with 800 TFLOP/s and 5.5 TB/s from its L2 cache, bfloat16, 8192 tokens, a tenth of the blocks active. The"
-        " bound counts the bytes of x alone.\n"
+        " bound counts the bytes of x alone, which one line of blocks after the other reads.\n"
     )
 
 
@@ -138,10 +138,6 @@ def counts(results: Path) -> str:
         "instructions": "instructions", "cycles": "cycles", "pipe": "busiest pipe", "bytes": "bytes",
         "memory_microseconds": "µs of memory", "microseconds": "µs", "bound": "bound by",
     }  # fmt: skip
-    multiplied = {
-        "kernel": "kernel", "configuration": "configuration", "registers": "registers", "shared": "shared memory",
-        "stages": "stages", "instructions": "instructions", "issue": "TFLOP/s by them", "plan": "TFLOP/s by L2",
-    }  # fmt: skip
     calls = {
         "operation": "call", "launches": "launches", "working": "that work", "bytes": "bytes",
         "limit_microseconds": "µs of memory", "microseconds": "µs",
@@ -149,11 +145,24 @@ def counts(results: Path) -> str:
     return (
         f"{_cells(results / 'gpu-operations.csv', calls)}\n"
         f"{_cells(results / 'gpu-counts.csv', kernels)}\n"
-        f"{_cells(results / 'gpu-counts-products.csv', multiplied)}\n"
         "Counted from machine code for sm_90 and from launch plans, not measured: an H100 with 3.35 TB/s and 132"
         " processors of 4 schedulers at 1.755 GHz. Instructions, cycles of a scheduler and bytes are for each entry,"
-        " times for 25.6 million entries; a launch takes 1.5 µs. Instructions of products are for each clock of the"
-        " tensor cores.\n"
+        " times for 25.6 million entries; a launch takes 1.5 µs.\n"
+    )
+
+
+def predicted(results: Path) -> str:
+    """What the products reach by their counts on a GPU, from gpu-counts-products.csv."""
+    columns = {
+        "shape": "in to out", "block": "block", "product": "product", "tile": "tile", "registers": "registers",
+        "instructions": "instructions", "issue": "TFLOP/s by them", "plan": "by L2", "predicted": "predicted",
+        "bound": "bound", "part": "part",
+    }  # fmt: skip
+    return (
+        f"{_cells(results / 'gpu-counts-products.csv', columns)}\n"
+        "Counted from machine code for sm_90 and from launch plans, not measured: the H100 above, with 132 processors"
+        " of 4 schedulers at 1.755 GHz. Instructions of a scheduler are for each clock of the tensor cores. Forward"
+        " passes and input gradients first multiply the weights by their gates, at 3.35 TB/s.\n"
     )
 
 
@@ -204,6 +213,7 @@ TABLES = {
     "compiled": compiled,
     "plans": plans,
     "counts": counts,
+    "predicted": predicted,
 }
 
 

@@ -1,7 +1,8 @@
 """Tiles in which a GPU multiplies with active blocks: a default for each architecture, or what `spartan.tune` found.
 
 A tile is BLOCK_M tokens by BLOCK_N outputs, summed in steps of BLOCK_K, by num_warps warps with num_stages steps under
-way; with TMA, tokens are copied to shared memory by the processor's copy engine where blocks and strides allow it.
+way. Where BLOCK_N is more than a block has, neighbouring lines of blocks share a program, if the product allows it.
+With TMA, tokens are copied to shared memory by the processor's copy engine where blocks and strides allow it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from spartan_kernels.break_even import FEW_TOKENS, cache_file, checked, device_k
 __all__ = ["Tile", "TunedTile", "candidates", "default_tile", "store_tiles", "tile_for", "tiles_file", "using"]
 
 HOPPER = 90  # from here on the tensor cores read both operands from shared memory
+MANY_TOKENS = 2048  # from here on a program may take 512, and gates are worth a pass of their own over the weights
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,11 @@ def default_tile(architecture: int, tokens: int, span: int, kind: str) -> Tile:
     """The tile of a product on a GPU of compute capability `architecture` / 10 (0: of another maker).
 
     Tokens are on the side of 64 and more rows, so that small blocks use the tensor cores fully. Where the sums leave
-    the registers room, a tile has 256 tokens: that halves how often weights come from the L2 cache. Without tensor
-    cores (float32 in full precision) operands are held in registers as well, and tiles are smaller.
+    the registers room, a tile has 256 tokens, or 512 at blocks of 64: that divides how often weights come from the L2
+    cache, for which larger blocks have no registers. Blocks of 8 and 16 are bound by how often x comes: lines of 128
+    outputs share it. Five stages are three steps in
+    shared memory: the index of a step is loaded two stages before its operands are multiplied. Without tensor cores
+    (float32 in full precision) operands are held in registers as well, and tiles are smaller.
     """
     cores, width = kind != "float32", 4 if kind in ("float32", "tf32") else 2
     most = 128 if cores else 64
@@ -73,8 +78,10 @@ def default_tile(architecture: int, tokens: int, span: int, kind: str) -> Tile:
     block_m = min(256 if wide else most, max(16, power_of_two(tokens)))
     block_n = min(most, max(16, power_of_two(span)))
     outputs = block_m * block_n
+    if wide and tokens >= MANY_TOKENS:
+        block_m, block_n = 512 if block_n == 64 else block_m, 128 if 8 <= span <= 16 else block_n
     if wide:
-        return Tile(block_m, block_n, 64, 8)
+        return Tile(block_m, block_n, 64, 8, 5)
     block_k = 128 // width if cores else 16
     return Tile(block_m, block_n, block_k, 8 if outputs >= (8192 if cores else 4096) else 4)
 
@@ -83,8 +90,10 @@ def candidates(architecture: int, tokens: int, span: int, other: int, kind: str)
     """The default, then the tiles that may be faster: what a search measures."""
     first = default_tile(architecture, tokens, span, kind)
     m, n, k, warps, stages = first.BLOCK_M, first.BLOCK_N, first.BLOCK_K, first.num_warps, first.num_stages
-    tiles = [first, *(Tile(m, n, k, w, s) for w in (4, 8) for s in (2, 3, 4))]
+    tiles = [first, *(Tile(m, n, k, w, s) for w in (4, 8) for s in (2, 3, 4, 5))]
     tiles += [Tile(m, n, depth, warps, stages) for depth in (k // 2, 2 * k) if depth >= 16]
+    if n > max(16, power_of_two(span)):  # lines of blocks each by itself
+        tiles += [Tile(m, 16, k, w, s) for w in (4, 8) for s in (3, 5)]
     if m > 64:
         tiles += [Tile(m // 2, n, k, w, s) for w in (4, 8) for s in (3, 4)]
     if architecture >= HOPPER:
@@ -110,7 +119,9 @@ def tile_for(device: torch.device, tokens: int, span: int, other: int, kind: str
     if _forced:
         return _forced[-1]
     tuned = _tuned(device.type, device.index, span, other, kind, tokens <= FEW_TOKENS)
-    return tuned or default_tile(architecture_of(device), tokens, span, kind)
+    if tuned is not None and tuned.BLOCK_M <= max(16, power_of_two(tokens)):  # found with many more tokens, maybe
+        return tuned
+    return default_tile(architecture_of(device), tokens, span, kind)
 
 
 @cache

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import spartan.functional as F
-from spartan_kernels import BlockLayout, ops
+from spartan_kernels import BlockLayout, ops, tiles
 from spartan_kernels.break_even import Crossing, using
 from spartan_kernels.testing import (
     assert_within_error_budget,
@@ -114,6 +114,33 @@ def test_value_and_gradients(
             # sums of products in float32: their order is the kernel's own
             floor = 4e-6 * (1 + float(want.detach().abs().max())) if want.numel() else 0.0
             assert_within_error_budget(got, want, want.float(), floor=floor, name=f"{name} without {missing}")
+
+
+def check_many_tokens(target: Any, shape: tuple[int, int], block_size: tuple[int, int], contiguous: bool) -> None:
+    """Weights of no active block are NaN here: nothing looks at them."""
+    p = problem((2050,), *shape, block_size)
+    p["backward_mask"] = p["forward_mask"] & (p["gate"] != 0)
+    active = oracle_expand_blocks(p["backward_mask"], shape, block_size)
+    upstream = make_values("normal", (2050, shape[0]), seed=8)
+    expected = exact({**p, "weight": torch.where(active, p["weight"], 0.0)}, "relu", upstream)
+    weight = torch.where(active, p["weight"], torch.nan)
+    p["weight"] = weight if contiguous else functional.pad(weight, (3, 6), value=torch.nan)[:, 3:-6]
+    for name, got, want in zip(NAMES, run(p, "relu", upstream, target), expected, strict=True):
+        floor = 4e-6 * (1 + float(want.abs().max()))
+        assert_within_error_budget(got, want, want.float(), floor=floor, name=name)
+
+
+@pytest.mark.parametrize(("block_size", "contiguous"), [((16, 8), True), ((20, 3), False), ((64, 32), False)], ids=str)
+def test_many_tokens(target: Any, block_size: tuple[int, int], contiguous: bool) -> None:
+    """Weights may be multiplied by their gates first."""
+    check_many_tokens(target, (70, 50), block_size, contiguous)
+
+
+@pytest.mark.parametrize("block_size", [(8, 8), (16, 8)], ids=str)
+def test_many_tokens_of_small_blocks(target: Any, block_size: tuple[int, int]) -> None:
+    """Lines of blocks may share a program, with a tile that is wider than a block."""
+    with tiles.using(tiles.Tile(16, 64, 32, 4)):
+        check_many_tokens(target, (125, 70), block_size, False)
 
 
 @pytest.mark.parametrize("backward", [True, False])

@@ -14,7 +14,17 @@ import spartan
 from spartan import tuning
 from spartan_kernels import break_even, tiles
 from spartan_kernels.break_even import device_kind
-from spartan_kernels.tiles import Tile, TunedTile, candidates, default_tile, load_tiles, store_tiles, tile_for, using
+from spartan_kernels.tiles import (
+    MANY_TOKENS,
+    Tile,
+    TunedTile,
+    candidates,
+    default_tile,
+    load_tiles,
+    store_tiles,
+    tile_for,
+    using,
+)
 
 CPU = torch.device("cpu")
 KINDS = ("float32", "tf32", "bfloat16", "float16")
@@ -36,7 +46,8 @@ def test_tiles_are_powers_of_two_and_no_wider_than_the_problem(architecture: int
         for tile in found:
             sides = tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K
             assert all(side >= 16 and side & (side - 1) == 0 for side in sides), tile
-            assert tile.BLOCK_M <= max(16, 2 * tokens) and tile.BLOCK_N <= max(16, 2 * span)
+            shared = 128 if span == 8 and tokens >= MANY_TOKENS else 16  # by lines of small blocks
+            assert tile.BLOCK_M <= max(16, 2 * tokens) and tile.BLOCK_N <= max(shared, 2 * span)
             assert not tile.TMA or (architecture >= 90 and other % tile.BLOCK_K == 0)
 
 
@@ -48,6 +59,7 @@ def test_a_stored_tile_is_taken_for_its_class_alone(own_cache: Path) -> None:
     assert tile_for(CPU, 500, 32, 64, "bfloat16") == tile
     for tokens, span, other, kind in ((8, 32, 64, "bfloat16"), (500, 64, 32, "bfloat16"), (500, 32, 64, "tf32")):
         assert tile_for(CPU, tokens, span, other, kind) == default_tile(0, tokens, span, kind)
+    assert tile_for(CPU, 17, 32, 64, "bfloat16") == default_tile(0, 17, 32, "bfloat16")  # found with more tokens
     with using(Tile(128, 128, 16, 8)):
         assert tile_for(CPU, 500, 32, 64, "bfloat16").num_warps == 8
     assert tile_for(CPU, 500, 32, 64, "bfloat16") == tile

@@ -22,13 +22,13 @@ if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton
     pytest.skip("needs triton and TRITON_INTERPRET=1", allow_module_level=True)
 
 import spartan
-from spartan_kernels import BlockSparseWeight, ops
+from spartan_kernels import BlockSparseWeight, ops, tiles
 from spartan_kernels.backends import triton as backend
 from spartan_kernels.backends.triton import (
     global_passes,
     global_solve,
-    masked_matmul_kernels,
     masked_weight,
+    sampled_kernels,
 )
 from spartan_kernels.backends.triton.tensor_list import TensorList
 from spartan_kernels.operands import KeptSoftMass
@@ -112,6 +112,14 @@ def products(out: int, in_: int, block: tuple[int, int], tokens: int) -> None:
     torch.autograd.grad((y * y).sum(), [x])
 
 
+def united() -> None:
+    """Lines of small blocks that share programs, the last of them with fewer."""
+    x, weight = make_values("normal", (2050, 40), seed=1), make_values("normal", (125, 40), seed=2)
+    gate = torch.where(make_values("uniform", (16, 5), seed=3) < 0.5, 0.0, 1.0)
+    with tiles.using(tiles.Tile(16, 64, 32, 4)):
+        spartan.masked_linear(x, weight, gate, (8, 8), backend="triton")
+
+
 def weights(shape: tuple[int, ...], block: int) -> None:
     """The masked weight, its gradient, also in place, and the coupling between blocks."""
     weight, grad = make_values("normal", shape, seed=1).requires_grad_(), make_values("normal", shape, seed=2)
@@ -139,6 +147,7 @@ CASES: dict[str, Callable[[], None]] = {
     "the last resort": last_resort,
     "products of small blocks": lambda: products(14, 17, (4, 4), 3),
     "products of large blocks": lambda: products(70, 90, (32, 64), 33),
+    "products of lines that share a program": united,
     "products of one entry": lambda: products(3, 4, (1, 1), 1),
     "weights by entry": lambda: weights((6, 7), 1),
     "weights by block": lambda: weights((17, 30), 4),
@@ -166,7 +175,7 @@ def test_every_kernel_is_launched_and_sound() -> None:
 @pytest.mark.parametrize(
     ("module", "case", "kernel"),
     [
-        (masked_matmul_kernels, "products of small blocks", "_gate_gradient_kernel"),
+        (sampled_kernels, "products of small blocks", "_gate_gradient_kernel"),
         (masked_weight, "weights by block", "_masked_weight_correct_kernel"),
     ],
 )

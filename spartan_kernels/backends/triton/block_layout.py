@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from spartan_kernels.backends.triton import masked_matmul_kernels as kernels
+from spartan_kernels.backends.triton import block_layout_kernels as kernels
 from spartan_kernels.backends.triton.launches import Launch, start
 from spartan_kernels.operands import BlockLayoutOf
 

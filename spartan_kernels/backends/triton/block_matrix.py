@@ -1,16 +1,15 @@
-"""The block-sparse matrix of a product on Triton: launches and their sizes. Kernels are in masked_matmul_kernels.py."""
+"""The block-sparse matrix of a product on Triton: launches and their sizes."""
 
 from __future__ import annotations
 
 import torch
 import triton
 
-from spartan_kernels.backends.triton import launches
-from spartan_kernels.backends.triton import masked_matmul_kernels as kernels
+from spartan_kernels.backends.triton import launches, sampled_kernels
 from spartan_kernels.backends.triton.launches import Launch, start
 from spartan_kernels.backends.triton.product_launches import pointer_or, product_launches
-from spartan_kernels.backends.triton.product_plan import kind_of, precision_of, sampled_tile
-from spartan_kernels.tiles import tile_for
+from spartan_kernels.backends.triton.product_plan import SampledPlan, kind_of, precision_of
+from spartan_kernels.tiles import architecture_of, tile_for
 
 
 class BlockMatrix:
@@ -52,11 +51,12 @@ class BlockMatrix:
             self.gate is not None, bias is not None, activation, save, precision, tile,
         )  # fmt: skip
         out = y if product.split == 1 else torch.empty((product.split, y.numel()), dtype=torch.float32, device=device)
+        workspace = product.workspace()
         index = order, offsets, indices
         pointers = [flat, self.data, out, *index]
-        pointers += [p for p in (self.gate, bias, self.positions) if p is not None]
+        pointers += [p for p in (self.gate, bias, self.positions, *workspace) if p is not None]
         pointers += [saved] * save + [y] * (out is not y)
-        operands = flat, self.data, self.gate, bias, out, y, saved, index, self.positions
+        operands = flat, self.data, self.gate, bias, out, y, saved, index, self.positions, workspace
         launches.run(product.recording, pointers, lambda: product.launches(*operands))
         return y, saved
 
@@ -67,22 +67,22 @@ class BlockMatrix:
         left = dz if dz.dim() == 2 else dz.reshape(dz.shape[:-1].numel(), dz.shape[-1])
         right = _tokens(x)
         rows, columns = self.block
-        grid_columns = triton.cdiv(self.shape[1], columns)
-        programs = triton.cdiv(self.shape[0], rows) * grid_columns
+        grid = triton.cdiv(self.shape[0], rows), triton.cdiv(self.shape[1], columns)
         precision = precision_of(x)
+        plan = SampledPlan(grid, rows, columns, kind_of(x.dtype, precision), architecture_of(x.device))
+        programs = grid[0] * plan.parts
         if programs == 0 or left.shape[0] == 0:
             return out
         arguments = (
             left, right, self.data, pointer_or(self.gate, right), out, pointer_or(grad_gate, right), *self.layout[:2],
-            left.shape[0], *self.shape, grid_columns, left.stride(0), left.stride(1), right.stride(0),
+            left.shape[0], *self.shape, grid[1], plan.parts, left.stride(0), left.stride(1), right.stride(0),
             self.data.stride(0), 0 if self.positions is not None else out.stride(0),
         )  # fmt: skip
         options = {
             "ROWS": rows, "COLUMNS": columns, "PACKED": self.positions is not None, "HAS_GATE": self.gate is not None,
-            "GATE_GRAD": grad_gate is not None, "PRECISION": precision,
-            **sampled_tile(rows, columns, kind_of(x.dtype, precision) != "float32", x.element_size()),
+            "GATE_GRAD": grad_gate is not None, "PRECISION": precision, **plan.options(),
         }  # fmt: skip
-        start(Launch(kernels._sampled_kernel, programs, arguments, options))
+        start(Launch(sampled_kernels._sampled_kernel, programs, arguments, options))
         return out
 
 

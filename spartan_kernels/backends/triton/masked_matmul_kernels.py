@@ -1,4 +1,4 @@
-"""Kernels of the block-sparse products: layout, product with active blocks, sampled product.
+"""Kernels of the product with active blocks: the product, what joins its parts, and the weights times their gates.
 
 A product walks "lines" of blocks: rows of blocks for y = x w^T, columns of blocks for dx = dz w. The active blocks of
 a line are gathered side by side into tiles of BLOCK_K columns, whatever the size of a block; tokens are the rows of a
@@ -13,81 +13,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from spartan_kernels.backends.triton.primitives import all_loaded
+from spartan_kernels.backends.triton.primitives import dot
 
 
 @triton.jit
-def _line_of(line, grid_rows, grid_columns):
-    """(first, step, length) of a row of the grid, or past the rows, of a column."""
-    by_row = line < grid_rows
-    first = tl.where(by_row, line.to(tl.int64) * grid_columns, (line - grid_rows).to(tl.int64))
-    return first, tl.where(by_row, 1, grid_columns), tl.where(by_row, grid_columns, grid_rows)
-
-
-@triton.jit
-def _active_at(gate_ptr, mask_ptr, first, step, at, inside, HAS_MASK: tl.constexpr):
-    place = first + at.to(tl.int64) * step
-    active = tl.load(gate_ptr + place, inside, other=0.0) != 0  # true for NaN
-    if HAS_MASK:
-        active = active & (tl.load(mask_ptr + place, inside, other=0) != 0)
-    return (active & inside).to(tl.int32)
-
-
-@triton.jit(do_not_specialize=["grid_rows", "grid_columns"])
-def _layout_count_kernel(
-    gate_ptr, mask_ptr, counts_ptr, grid_rows, grid_columns, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Active blocks of each row of blocks, then of each column."""
-    line = tl.program_id(0)
-    first, step, length = _line_of(line, grid_rows, grid_columns)
-    total = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, length, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        total += _active_at(gate_ptr, mask_ptr, first, step, at, at < length, HAS_MASK)
-    tl.store(counts_ptr + line, tl.sum(total))
-
-
-@triton.jit(do_not_specialize=["grid_rows", "grid_columns"])
-def _layout_fill_kernel(
-    gate_ptr, mask_ptr, counts_ptr, row_offsets_ptr, column_indices_ptr, column_offsets_ptr, row_indices_ptr, order_ptr,
-    grid_rows, grid_columns, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Every line sums the counts before it and writes its indices there; and its place, longest first."""
-    line = tl.program_id(0)
-    by_row = line < grid_rows
-    begin = tl.where(by_row, 0, grid_rows)
-    index = line - begin
-    lines = tl.where(by_row, grid_rows, grid_columns)
-    count = tl.load(counts_ptr + line)
-    before, longer = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
-    for start in range(begin, begin + lines, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        counts = tl.load(counts_ptr + at, at < begin + lines, other=-1)
-        before += tl.where(at < line, counts, 0)
-        longer += ((counts > count) | ((counts == count) & (at < line))).to(tl.int32)
-    offset = tl.sum(before)
-    tl.store(order_ptr + begin + tl.sum(longer), index)
-    last = index == lines - 1
-    if by_row:
-        tl.store(row_offsets_ptr + index, offset)
-        tl.store(row_offsets_ptr + lines, offset + count, mask=last)
-    else:
-        tl.store(column_offsets_ptr + index, offset)
-        tl.store(column_offsets_ptr + lines, offset + count, mask=last)
-    first, step, length = _line_of(line, grid_rows, grid_columns)
-    for start in range(0, length, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        active = _active_at(gate_ptr, mask_ptr, first, step, at, at < length, HAS_MASK)
-        place = offset + tl.cumsum(active, 0) - active
-        if by_row:
-            tl.store(column_indices_ptr + place, at, active != 0)
-        else:
-            tl.store(row_indices_ptr + place, at, active != 0)
-        offset += tl.sum(active)
-
-
-@triton.jit
-def _activated(z, ACTIVATION: tl.constexpr):
+def activated(z, ACTIVATION: tl.constexpr):
+    """act(z)."""
     if ACTIVATION == "relu":
         z = tl.where(z < 0, 0.0, z)  # NaN stays
     if ACTIVATION == "silu":
@@ -97,15 +28,6 @@ def _activated(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu_tanh":
         z = z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
     return z
-
-
-@triton.jit
-def _dot(a, b, sums, PRECISION: tl.constexpr):
-    if PRECISION == "widened":  # the interpreter multiplies the bits of bfloat16, not its numbers
-        sums = tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="ieee")
-    else:
-        sums = tl.dot(a, b, sums, input_precision=PRECISION)
-    return sums
 
 
 @triton.jit
@@ -216,7 +138,7 @@ def _product_kernel(
             else:
                 gate = tl.load(gate_ptr + gate_at, k < depth, other=0.0)
                 w = (w.to(tl.float32) * gate[:, None]).to(w.dtype)
-        sums = _dot(x, w, sums, PRECISION)
+        sums = dot(x, w, sums, PRECISION)
 
     at = token[:, None] * extent + output[None, :]
     inside = inside_m[:, None] & inside_n[None, :]
@@ -227,7 +149,7 @@ def _product_kernel(
             sums += tl.load(bias_ptr + output, inside_n, other=0.0).to(tl.float32)[None, :]
         if SAVE:
             tl.store(saved_ptr + at, sums.to(saved_ptr.dtype.element_ty), inside)
-        tl.store(y_ptr + at, _activated(sums, ACTIVATION).to(y_ptr.dtype.element_ty), inside)
+        tl.store(y_ptr + at, activated(sums, ACTIVATION).to(y_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -246,71 +168,31 @@ def _join_kernel(
         z += tl.load(bias_ptr + at % extent, inside, other=0.0).to(tl.float32)
     if SAVE:
         tl.store(saved_ptr + at, z.to(saved_ptr.dtype.element_ty), inside)
-    tl.store(y_ptr + at, _activated(z, ACTIVATION).to(y_ptr.dtype.element_ty), inside)
+    tl.store(y_ptr + at, activated(z, ACTIVATION).to(y_ptr.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "grid_columns"])
-def _sampled_kernel(
-    dz_ptr, x_ptr, theta_ptr, gate_ptr, out_ptr, grad_gate_ptr, offsets_ptr, indices_ptr,
-    tokens, rows_extent, columns_extent, grid_columns, stride_dz, stride_dz_row, stride_x, stride_theta, stride_out,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PACKED: tl.constexpr, HAS_GATE: tl.constexpr,
-    GATE_GRAD: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+@triton.jit(do_not_specialize=["stride_gate_line", "stride_gate_other"])
+def _scaled_kernel(
+    w_ptr, gate_ptr, scaled_ptr, offsets_ptr, indices_ptr, extent, other_extent, stride_wn, stride_wk, stride_sn,
+    stride_sk, stride_gate_line, stride_gate_other,
+    SPAN: tl.constexpr, OTHER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One active block of dz^T x, times its gate; and its product with theta, the gradient of the gate."""
-    i, slot = tl.program_id(0) // grid_columns, tl.program_id(0) % grid_columns
-    first = tl.load(offsets_ptr + i)
-    if slot < tl.load(offsets_ptr + i + 1) - first:
-        j = tl.load(indices_ptr + first + slot)
-        r, c, t = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_T)
-        row, column = i.to(tl.int64) * ROWS + r, j.to(tl.int64) * COLUMNS + c
-        inside_r, inside_c = (r < ROWS) & (row < rows_extent), (c < COLUMNS) & (column < columns_extent)
-        sums = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-        for start in range(0, tokens, BLOCK_T):
-            token = start + t.to(tl.int64)
-            inside_t = token < tokens
-            dz = tl.load(
-                dz_ptr + row[:, None] * stride_dz_row + token[None, :] * stride_dz,
-                inside_r[:, None] & inside_t[None, :], other=0.0,
-            )  # fmt: skip
-            x = tl.load(
-                x_ptr + token[:, None] * stride_x + column[None, :], inside_t[:, None] & inside_c[None, :], other=0.0
-            )
-            sums = _dot(dz, x, sums, PRECISION)
-        inside = inside_r[:, None] & inside_c[None, :]
-        b = i.to(tl.int64) * grid_columns + j
-        if GATE_GRAD:
-            theta = tl.load(theta_ptr + row[:, None] * stride_theta + column[None, :], inside, other=0.0)
-            # kept two-dimensional: a sum to a scalar of what tensor memory holds does not compile in Triton 3.7
-            of_rows = tl.sum(sums * theta.to(tl.float32), 1, keep_dims=True)
-            tl.store(grad_gate_ptr + b + tl.arange(0, 1), tl.sum(of_rows, 0))
-        if HAS_GATE:
-            sums *= tl.load(gate_ptr + b)
-        if PACKED:
-            block = (first + slot).to(tl.int64) * (ROWS * COLUMNS)
-            whole = (r < ROWS)[:, None] & (c < COLUMNS)[None, :]
-            tl.store(out_ptr + block + r[:, None] * COLUMNS + c[None, :], sums.to(out_ptr.dtype.element_ty), whole)
-        else:
-            tl.store(out_ptr + row[:, None] * stride_out + column[None, :], sums.to(out_ptr.dtype.element_ty), inside)
-
-
-@triton.jit(do_not_specialize=["rows_extent", "grid_columns"])
-def _gate_gradient_kernel(
-    raw_ptr, theta_ptr, gate_ptr, grad_gate_ptr, rows_extent, columns_extent, grid_columns, stride_theta,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """For every block of a dense raw gradient: its product with theta, and raw *= gate."""
-    b = tl.program_id(0).to(tl.int64)
-    i, j = b // grid_columns, b % grid_columns
-    gate = tl.load(gate_ptr + b)
-    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for r0 in range(0, ROWS, BLOCK_R):
-        for c0 in range(0, COLUMNS, BLOCK_C):
-            r, c = r0 + tl.arange(0, BLOCK_R)[:, None], c0 + tl.arange(0, BLOCK_C)[None, :]
-            row, column = i * ROWS + r, j * COLUMNS + c
-            inside = (r < ROWS) & (c < COLUMNS) & (row < rows_extent) & (column < columns_extent)
-            raw = tl.load(raw_ptr + row * columns_extent + column, inside, other=0.0).to(tl.float32)
-            total += raw * tl.load(theta_ptr + row * stride_theta + column, inside, other=0.0).to(tl.float32)
-            all_loaded(BLOCK_R * BLOCK_C)
-            tl.store(raw_ptr + row * columns_extent + column, (raw * gate).to(raw_ptr.dtype.element_ty), inside)
-    tl.store(grad_gate_ptr + b, tl.sum(tl.sum(total, 1), 0))
+    """The active blocks of a line times their gates, each at its place; nothing is written to the others."""
+    line = tl.program_id(0)
+    first = tl.load(offsets_ptr + line)
+    depth = (tl.load(offsets_ptr + line + 1) - first) * OTHER
+    for step in range(tl.program_id(1), tl.cdiv(depth, BLOCK_K), tl.num_programs(1)):
+        k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        index = tl.load(indices_ptr + first + k // OTHER, k < depth, other=0).to(tl.int64)
+        other = index * OTHER + k % OTHER
+        if OTHER >= 8 and BLOCK_K % OTHER == 0:
+            other = tl.max_contiguous(tl.multiple_of(other, OTHER), OTHER)
+        inside_k = (k < depth) & (other < other_extent)
+        gate = tl.load(gate_ptr + line.to(tl.int64) * stride_gate_line + index * stride_gate_other, inside_k, other=0.0)
+        for start in range(0, SPAN, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)
+            output = line.to(tl.int64) * SPAN + n
+            inside = ((n < SPAN) & (output < extent))[:, None] & inside_k[None, :]
+            w = tl.load(w_ptr + output[:, None] * stride_wn + other[None, :] * stride_wk, inside, other=0.0)
+            scaled = (w.to(tl.float32) * gate[None, :]).to(scaled_ptr.dtype.element_ty)
+            tl.store(scaled_ptr + output[:, None] * stride_sn + other[None, :] * stride_sk, scaled, inside)

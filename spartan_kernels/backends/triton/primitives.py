@@ -28,6 +28,16 @@ def all_loaded(ENTRIES: tl.constexpr):
 
 
 @triton.jit
+def dot(a, b, sums, PRECISION: tl.constexpr):
+    """sums + a b, as the products multiply."""
+    if PRECISION == "widened":  # the interpreter multiplies the bits of bfloat16, not its numbers
+        sums = tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="ieee")
+    else:
+        sums = tl.dot(a, b, sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
 def reciprocal(x):
     """1 / x of a positive number to some 3 units in the last place; a division also minds numbers near the largest."""
     root = tl.rsqrt(x)

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from spartan_kernels.arguments import memory_format, require_float
+from spartan_kernels.arguments import memory_format, output_size, require_float
 from spartan_kernels.block_sparse_filter import BlockSparseFilter
 from spartan_kernels.operands import PackedConv, PackedConvBackward
 from spartan_kernels.ops._define import define
-from spartan_kernels.ops.masked_conv import output_size, pair, require_image
+from spartan_kernels.ops.masked_conv import pair, require_image
 from spartan_kernels.ops.masked_matmul import in_autocast, require_bias
 from spartan_kernels.torch_private import autocast_may_be_on
 

@@ -8,7 +8,15 @@ from typing import Any
 import torch
 
 from spartan_kernels import dispatch
-from spartan_kernels.arguments import block_grid, block_shape, clip_block, memory_format, require_device, require_float
+from spartan_kernels.arguments import (
+    block_grid,
+    block_shape,
+    clip_block,
+    memory_format,
+    output_size,
+    require_device,
+    require_float,
+)
 from spartan_kernels.break_even import dense_convolution_wins
 from spartan_kernels.operands import MaskedConv, MaskedConvBackward, MaskedWeight
 from spartan_kernels.ops._define import define
@@ -30,15 +38,6 @@ def _fake_backward(o: MaskedConvBackward) -> Any:
     ]
 
 
-def output_size(x: Any, weight: Any, stride: Any, padding: Any, dilation: Any) -> tuple[Any, ...]:
-    """The shape of the result, from those of image and weight."""
-    spatial = (
-        (size + 2 * p - d * (kernel - 1) - 1) // s + 1
-        for size, kernel, s, p, d in zip(x[2:], weight[2:], stride, padding, dilation, strict=True)
-    )
-    return (x[0], weight[0], *spatial)
-
-
 def _serve_forward(o: MaskedConv) -> Any:
     function = _dense_forward if _goes_dense(o, o.rows) else dispatch.resolve("masked_conv2d_forward", o.x, o.backend)
     return function(o).contiguous(memory_format=memory_format(o.x))
@@ -48,7 +47,7 @@ def _serve_backward(o: MaskedConvBackward) -> Any:
     dense = _goes_dense(o, o.columns)
     function = _dense_backward if dense else dispatch.resolve("masked_conv2d_backward", o.x, o.backend)
     dx, *others = function(o)
-    if dx.numel():
+    if dx is not None and dx.numel():
         dx = dx.contiguous(memory_format=memory_format(o.x))
     return [dx, *others]
 

@@ -158,8 +158,9 @@ def convolved(
     )
     arguments = (
         source, blocks, places, pointer_or(bias, source), out, lines.order, lines.offsets,
-        images, rows, columns, plan.lines * walk.phases, plan.lines, plan.group, plan.extent, plan.other_extent,
-        *source.shape[2:], height, width, *walk.step, *walk.jump, *source.stride(), *out.stride(),
+        images, *_divisors(rows, columns), plan.lines * walk.phases, plan.lines, plan.group,
+        plan.extent, plan.other_extent, *source.shape[2:], height, width, *walk.step, *walk.jump,
+        *source.stride(), *out.stride(),
     )  # fmt: skip
     options = {
         "SPAN": lines.span, "OTHER": lines.other, "APART": source.stride(1) != 1, "APART_OUT": out.stride(1) != 1,
@@ -167,6 +168,23 @@ def convolved(
     }  # fmt: skip
     start(Launch(kernels._conv_product_kernel, plan.tiles * walk.phases, arguments, options))
     return out
+
+
+def _divisors(rows: int, columns: int) -> tuple[int, ...]:
+    """Pixels of an image and of a row of it; with each the two numbers by which kernels divide by it."""
+    return (rows * columns, *multiplier(rows * columns), columns, *multiplier(columns))
+
+
+def multiplier(divisor: int) -> tuple[int, int]:
+    """(m, s) with n // divisor = n * m // 2^32 // 2^s for 0 <= n < 2^31, where divisor > 1; m as an int32.
+
+    From m = ceil(2^(31 + l) / divisor), l = ceil(log2(divisor)): the error n (m divisor - 2^(31 + l)) / divisor /
+    2^(31 + l) is less than 1 / divisor. (T. Granlund, P. Montgomery, Division by Invariant Integers using
+    Multiplication, 1994.)
+    """
+    length = max(1, (divisor - 1).bit_length())
+    m = min(-(-(1 << (31 + length)) // divisor), (1 << 32) - 1)
+    return m - (m >> 31 << 32), length - 1
 
 
 def tile_options(tile: Tile) -> dict[str, int]:
@@ -222,8 +240,8 @@ def sampled_parts(
     split = min(most, triton.cdiv(_SAMPLED_PROGRAMS, max(1, programs)))
     parts = torch.empty((split, capacity, lines.span, lines.other), dtype=torch.float32, device=x.device)
     arguments = (
-        dz, x, parts, lines.order, lines.offsets, lines.indices, images, rows, columns, lines.of_phase, tiles,
-        lines.extent, lines.other_extent, *x.shape[2:],
+        dz, x, parts, lines.order, lines.offsets, lines.indices, images, *_divisors(rows, columns), lines.of_phase,
+        tiles, lines.extent, lines.other_extent, *x.shape[2:],
         lines.blocks if lines.position_first else walk.positions, walk.kernel[1], *walk.step, *walk.base, *walk.walk,
         size, *dz.stride(), *x.stride(),
     )  # fmt: skip

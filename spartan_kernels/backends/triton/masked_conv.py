@@ -139,8 +139,9 @@ _CHANNELS = ("extent", "other_extent", "stride_wn")
 _LAST = tuple(f"stride_{image}{side}" for image in ("", "y", "z") for side in "nhw")
 _APART = tuple(f"stride_{image}{side}" for image in ("", "y", "z") for side in "nc")
 _BOUNDED = (
-    "rows", "columns", "height", "width", "out_height", "out_width", "step_h", "step_w", "jump_h", "jump_w", "base_h",
-    "base_w", "walk_h", "walk_w", "kernel_columns", "positions", "inner", "grid_rows", "grid_columns", "slots",
+    "area", "of_area", "area_shift", "columns", "of_columns", "columns_shift", "height", "width", "out_height",
+    "out_width", "step_h", "step_w", "jump_h", "jump_w", "base_h", "base_w", "walk_h", "walk_w", "kernel_columns",
+    "positions", "inner", "grid_rows", "grid_columns", "slots",
 )  # fmt: skip
 _PIXELS = 12544
 

@@ -17,10 +17,20 @@ from spartan_kernels.backends.triton.masked_matmul_kernels import _dot
 
 
 @triton.jit
-def _pixels(image, within, area, columns, BLOCK: tl.constexpr):
+def _quotient(at, divisor, magic, shift):
+    """at // divisor of 0 <= at < 2^31 by a multiplication: in a loop, divisions would be most of the instructions."""
+    high = tl.umulhi(at.to(tl.uint32), magic.to(tl.uint32)) >> shift.to(tl.uint32)
+    return tl.where(divisor == 1, at, high.to(tl.int32))
+
+
+@triton.jit
+def _pixels(image, within, area, of_area, area_shift, columns, of_columns, columns_shift, BLOCK: tl.constexpr):
     """Image, row and column of BLOCK pixels in their order, from one of an image on."""
     within += tl.arange(0, BLOCK)
-    return image + within // area, within % area // columns, within % area % columns
+    images = _quotient(within, area, of_area, area_shift)
+    within -= images * area
+    row = _quotient(within, columns, of_columns, columns_shift)
+    return image + images, row, within - row * columns
 
 
 @triton.jit
@@ -112,12 +122,13 @@ def _conv_blocks_kernel(
 
 
 @triton.jit(do_not_specialize=[
-    "images", "rows", "columns", "lines", "phase_lines", "group", "height", "width", "out_height", "out_width",
-    "step_h", "step_w", "jump_h", "jump_w",
+    "images", "area", "of_area", "area_shift", "columns", "of_columns", "columns_shift", "lines", "phase_lines",
+    "group", "height", "width", "out_height", "out_width", "step_h", "step_w", "jump_h", "jump_w",
 ])  # fmt: skip
 def _conv_product_kernel(
     image_ptr, blocks_ptr, places_ptr, bias_ptr, out_ptr, order_ptr, offsets_ptr,
-    images, rows, columns, lines, phase_lines, group, extent, other_extent, height, width, out_height, out_width,
+    images, area, of_area, area_shift, columns, of_columns, columns_shift, lines, phase_lines, group,
+    extent, other_extent, height, width, out_height, out_width,
     step_h, step_w, jump_h, jump_w, stride_n, stride_c, stride_h, stride_w, stride_yn, stride_yc, stride_yh, stride_yw,
     SPAN: tl.constexpr, OTHER: tl.constexpr, APART: tl.constexpr, APART_OUT: tl.constexpr, HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -125,16 +136,18 @@ def _conv_product_kernel(
     """BLOCK_M pixels and up to BLOCK_N channels of one line, programs in the order of the product of matrices.
 
     A step reads BLOCK_M pixels of BLOCK_K channels and as many weights of each output: an element of the image serves
-    BLOCK_N outputs, a weight BLOCK_M pixels. `rows` and `columns` are those of the pixels of a phase.
+    BLOCK_N outputs, a weight BLOCK_M pixels. `area` and `columns` are those of the pixels of a phase.
     """
     tile = tl.program_id(0)
     pieces: tl.constexpr = (SPAN + BLOCK_N - 1) // BLOCK_N
-    area = rows * columns
     first_tile = tile // (group * lines * pieces) * group
     tile = tile % (group * lines * pieces)
     tiles = tl.minimum(tl.cdiv(images.to(tl.int64) * area, BLOCK_M) - first_tile, group).to(tl.int32)
     pixel = (first_tile + tile % tiles).to(tl.int64) * BLOCK_M
-    image, row, column = _pixels((pixel // area).to(tl.int32), (pixel % area).to(tl.int32), area, columns, BLOCK_M)
+    image, row, column = _pixels(
+        (pixel // area).to(tl.int32), (pixel % area).to(tl.int32), area, of_area, area_shift, columns, of_columns,
+        columns_shift, BLOCK_M,
+    )  # fmt: skip
     line = tl.load(order_ptr + tile // tiles // pieces)
     phase, line_of_phase = line // phase_lines, line % phase_lines
     n = (tile // tiles) % pieces * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -193,12 +206,14 @@ def _conv_product_kernel(
 
 
 @triton.jit(do_not_specialize=[
-    "images", "rows", "columns", "lines", "tiles", "height", "width", "inner", "kernel_columns", "step_h", "step_w",
-    "base_h", "base_w", "walk_h", "walk_w", "stride_part",
+    "images", "area", "of_area", "area_shift", "columns", "of_columns", "columns_shift", "lines", "tiles",
+    "height", "width", "inner", "kernel_columns", "step_h", "step_w", "base_h", "base_w", "walk_h", "walk_w",
+    "stride_part",
 ])  # fmt: skip
 def _conv_sampled_kernel(
     dz_ptr, x_ptr, parts_ptr, order_ptr, offsets_ptr, indices_ptr,
-    images, rows, columns, lines, tiles, extent, other_extent, height, width, inner, kernel_columns,
+    images, area, of_area, area_shift, columns, of_columns, columns_shift, lines, tiles,
+    extent, other_extent, height, width, inner, kernel_columns,
     step_h, step_w, base_h, base_w, walk_h, walk_w, stride_part,
     stride_zn, stride_zc, stride_zh, stride_zw, stride_n, stride_c, stride_h, stride_w,
     SPAN: tl.constexpr, OTHER: tl.constexpr, POSITION_FIRST: tl.constexpr, APART_Z: tl.constexpr, APART: tl.constexpr,
@@ -230,13 +245,14 @@ def _conv_sampled_kernel(
         inside_m, inside_n = (m < depth) & (other < other_extent), (n < SPAN) & (output < extent)
         of_entry = other.to(tl.int64) * stride_c + down.to(tl.int64) * stride_h + right.to(tl.int64) * stride_w
 
-        area = rows * columns
         steps = tl.cdiv(tl.cdiv(images.to(tl.int64) * area, BLOCK_K), SPLIT)
         pixel = part * steps * BLOCK_K
         from_image, within_image = (pixel // area).to(tl.int32), (pixel % area).to(tl.int32)
         sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for _ in range(0, steps.to(tl.int32)):
-            image, row, column = _pixels(from_image, within_image, area, columns, BLOCK_K)
+            image, row, column = _pixels(
+                from_image, within_image, area, of_area, area_shift, columns, of_columns, columns_shift, BLOCK_K
+            )
             inside_k = image < images
             from_row, from_column = row * step_h, column * step_w
             at = image.to(tl.int64) * stride_n + from_row.to(tl.int64) * stride_h
@@ -254,8 +270,9 @@ def _conv_sampled_kernel(
             dz = tl.load(dz_ptr + z_at, inside_k[:, None] & inside_n[None, :], other=0.0)
             sums = _dot(x, dz, sums, PRECISION)
             within_image += BLOCK_K
-            from_image += within_image // area
-            within_image = within_image % area
+            images_passed = _quotient(within_image, area, of_area, area_shift)
+            from_image += images_passed
+            within_image -= images_passed * area
         out = parts_ptr + part.to(tl.int64) * stride_part + (entry * (SPAN * OTHER) + within)[:, None]
         tl.store(out + (n * OTHER)[None, :], sums, (m < depth)[:, None] & (n < SPAN)[None, :])
 

@@ -1,4 +1,4 @@
-"""How GPU kernels multiply float32: in full precision or in TF32, as PyTorch's switch for its own products says."""
+"""How GPU kernels multiply float32: in full precision or in TF32, as PyTorch's switches for its own kernels say."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["tf32", "using"]
+__all__ = ["tf32", "tf32_of_convolutions", "using"]
 
 _forced: list[bool] = []
 
@@ -19,6 +19,12 @@ def tf32() -> bool:
     once somebody has used it.
     """
     return _forced[-1] if _forced else torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def tf32_of_convolutions() -> bool:
+    """The same of convolutions, for which PyTorch has a switch of its own, in cuDNN's name; it starts as TF32."""
+    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # PyTorch puts it there as it is imported
+    return _forced[-1] if _forced else conv.fp32_precision == "tf32"
 
 
 @contextmanager

@@ -93,6 +93,15 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture
+def convolutions_in_full_precision() -> Iterator[None]:
+    """On a GPU, PyTorch convolves float32 in TF32 unless it is told not to; the backends here do as it says."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+@pytest.fixture
 def thread_count() -> Iterator[None]:
     """Restore the number of threads that a test changes."""
     threads = torch.get_num_threads()

@@ -24,7 +24,7 @@ from spartan_kernels.testing import (
 
 pytestmark = [
     pytest.mark.operators("masked_conv2d_forward", "masked_conv2d_backward"),
-    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.usefixtures("poisoned_memory", "convolutions_in_full_precision"),
 ]
 
 

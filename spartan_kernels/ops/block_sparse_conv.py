@@ -46,8 +46,8 @@ def block_sparse_conv2d(
 ) -> torch.Tensor:
     """Convolution with a packed block-sparse weight, for inference and for masks that no longer change.
 
-    y = conv(x, w) + b. The gradient for `packed.values` is dL/dw on the stored blocks. On the CPU only these are
-    multiplied, with no im2col in memory; elsewhere PyTorch's own convolution takes the weight made of them.
+    y = conv(x, w) + b. The gradient for `packed.values` is dL/dw on the stored blocks. Only these are multiplied, with
+    no im2col in memory, on the CPU and on GPUs; elsewhere PyTorch's own convolution takes the weight made of them.
 
     Args:
         x: [batch, in, height, width] or [in, height, width].

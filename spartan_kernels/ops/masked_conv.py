@@ -17,7 +17,7 @@ from spartan_kernels.arguments import (
     require_device,
     require_float,
 )
-from spartan_kernels.break_even import dense_convolution_wins
+from spartan_kernels.break_even import dense_convolution_on_gpu, dense_convolution_wins
 from spartan_kernels.operands import MaskedConv, MaskedConvBackward, MaskedWeight
 from spartan_kernels.ops._define import define
 from spartan_kernels.ops.masked_matmul import in_autocast, require_bias
@@ -97,8 +97,10 @@ def dense_wins(
 
     `side`: outputs of a block, as `break_even.dense_convolution_wins` takes it.
     """
-    if x.device.type != "cpu" or not weight.numel() or transforms_active():
+    if not weight.numel() or transforms_active():
         return False
+    if x.device.type != "cpu":
+        return x.device.type == "cuda" and dense_convolution_on_gpu(side)
     active = int(torch.count_nonzero(_active(gate, mask)))
     return dense_convolution_wins(x, weight, active / gate.numel(), side)
 
@@ -132,8 +134,9 @@ def masked_conv2d(
     its own. With G = dL/dw, the gradients are G * gate * backward_mask for the weight and the sum over a block of
     G * theta * backward_mask for its gate: straight through the forward mask, as in `masked_linear`.
 
-    On the CPU only the active blocks are multiplied, with no im2col in memory, where few enough are active; elsewhere,
-    and for groups other than 1, PyTorch's own convolution takes the masked weight.
+    Only the active blocks are multiplied, with no im2col in memory: on the CPU where few enough are active, on a GPU
+    where blocks have at least 16 outputs (in channels for the gradient of x). Elsewhere, and for groups other than 1,
+    PyTorch's own convolution takes the masked weight.
 
     Args:
         x: [batch, in, height, width] or [in, height, width].

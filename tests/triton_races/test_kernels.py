@@ -20,7 +20,7 @@ if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton
     pytest.skip("needs triton and TRITON_INTERPRET=1", allow_module_level=True)
 
 import spartan
-from spartan_kernels import BlockSparseWeight, ops
+from spartan_kernels import BlockSparseFilter, BlockSparseWeight, ops
 from spartan_kernels.backends import triton as backend
 from spartan_kernels.backends.triton import (
     global_passes,
@@ -106,6 +106,9 @@ def convolutions(out: int, in_: int, kernel: tuple[int, int], block: tuple[int, 
             x, weight, gate, block, bias, stride, 1, forward_mask=mask, backward_mask=~mask, backend="triton"
         )
         torch.autograd.grad((y * y).sum(), [x, weight, gate])
+        packed = BlockSparseFilter.from_dense(weight.detach(), block, mask)
+        y = spartan.block_sparse_conv2d(x, packed, bias, stride, 1, backend="triton")
+        torch.autograd.grad((y * y).sum(), [x])
 
 
 def weights(shape: tuple[int, ...], block: int) -> None:

@@ -13,6 +13,7 @@ from spartan_kernels.backends.triton.configs import power_of_two
 from spartan_kernels.backends.triton.launches import Launch, start
 from spartan_kernels.backends.triton.product_launches import pointer_or
 from spartan_kernels.backends.triton.product_plan import ProductPlan, kind_of, precision_of
+from spartan_kernels.precision import tf32_of_convolutions
 from spartan_kernels.tiles import Tile, architecture_of, default_tile
 
 _FEW_PROGRAMS = 256  # under which tiles are made lower
@@ -22,6 +23,7 @@ _SAMPLED_PROGRAMS = 2048  # that a weight gradient with every block would have: 
 _MOST_PARTS = 64
 _PART_BYTES = 64 << 20  # of memory for the parts of all blocks
 _BLOCKS_TILE = 2048
+STORED_BLOCK = 256
 
 
 class Walk(NamedTuple):
@@ -72,7 +74,7 @@ class Lines(NamedTuple):
         offsets, indices, order: as `block_layout` returns them of rows.
         span, other: sides of a block, along the results and along the sum.
         extent, other_extent: channels of the result and of the source.
-        position_first: whether an index counts blocks before kernel positions, or the other way about.
+        position_first: whether an index is position * blocks + block, or block * positions + position.
     """
 
     offsets: torch.Tensor
@@ -89,6 +91,10 @@ class Lines(NamedTuple):
         """Along the sum, at one kernel position."""
         return triton.cdiv(self.other_extent, self.other)
 
+    def inner(self, walk: Walk) -> int:
+        """What an index counts first: kernel positions, or blocks."""
+        return self.blocks if self.position_first else walk.positions
+
     @property
     def of_phase(self) -> int:
         """Lines of one phase."""
@@ -101,9 +107,13 @@ def _pair(sides: Any) -> tuple[int, int]:
 
 
 def gathered(
-    lines: Lines, walk: Walk, data: torch.Tensor, strides: tuple[int, ...], gate: torch.Tensor
+    lines: Lines,
+    walk: Walk,
+    data: torch.Tensor,
+    strides: tuple[int, ...],
+    gate: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The active blocks in the order of the lines, times their gates, [n, span, other]; and their places [n, 3].
+    """The active blocks of a weight in the order of the lines, times their gates, [n, span, other]; and their places.
 
     Args:
         lines: of blocks.
@@ -113,20 +123,43 @@ def gathered(
             one line of a phase and one block to the next.
         gate: float32, without gaps.
     """
-    capacity, positions = gate.numel(), walk.positions
-    places = torch.empty((capacity, 3), dtype=torch.int32, device=data.device)
-    blocks = torch.empty((capacity, lines.span, lines.other), dtype=data.dtype, device=data.device)
+    blocks = torch.empty((gate.numel(), lines.span, lines.other), dtype=data.dtype, device=data.device)
+    return blocks, _placed(lines, walk, "weight", data, gate, gate, blocks, strides)
+
+
+def reordered(
+    lines: Lines, walk: Walk, values: torch.Tensor, stored: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed blocks [n, other, span] in the order of the lines, [n, span, other]; and their places.
+
+    stored: int32 [lines, indices], one more than where each block lies.
+    """
+    blocks = torch.empty((values.shape[0], lines.span, lines.other), dtype=values.dtype, device=values.device)
+    strides = 1, lines.span, 0, 0, stored.shape[1], 0
+    return blocks, _placed(lines, walk, "packed", values, values, stored, blocks, strides)
+
+
+def placed(lines: Lines, walk: Walk, values: torch.Tensor) -> torch.Tensor:
+    """The places of packed blocks [n, span, other] that lie in the order of the lines."""
+    return _placed(lines, walk, "", values, values, values, values, (0,) * 6)
+
+
+def _placed(
+    lines: Lines, walk: Walk, source: str, data: Any, gate: Any, stored: Any, blocks: Any, strides: tuple[int, ...]
+) -> torch.Tensor:
+    """Places [n, 3] of `blocks`: first channel, and how far rows and columns lie off; fills `blocks` from a source."""
+    places = torch.empty((blocks.shape[0], 3), dtype=torch.int32, device=data.device)
     tile = blocks_tile(lines.span, lines.other)
-    tiles = triton.cdiv(lines.blocks * positions * lines.other, tile["BLOCK_K"])
+    tiles = triton.cdiv(lines.blocks * walk.positions * lines.other, tile["BLOCK_K"])
     programs = lines.of_phase * walk.phases * tiles
     if programs:
         arguments = (
-            data, gate, blocks, places, lines.offsets, lines.indices, tiles, lines.of_phase, lines.extent,
-            lines.other_extent, positions, walk.kernel[1], *walk.shifts, *strides,
+            data, gate, stored, blocks, places, lines.offsets, lines.indices, tiles, lines.of_phase, lines.extent,
+            lines.other_extent, lines.inner(walk), walk.kernel[1], *walk.shifts, *strides,
         )  # fmt: skip
-        options = {"POSITION_FIRST": lines.position_first, "GATHER": True, **tile}
+        options = {"POSITION_FIRST": lines.position_first, "SOURCE": source, **tile}
         start(Launch(kernels._conv_blocks_kernel, programs, arguments, options))
-    return blocks, places
+    return places
 
 
 def blocks_tile(span: int, other: int) -> dict[str, Any]:
@@ -134,6 +167,13 @@ def blocks_tile(span: int, other: int) -> dict[str, Any]:
     block_n = min(64, power_of_two(span))
     block_k = min(max(_BLOCKS_TILE // block_n, 32), 512)
     return {"SPAN": span, "OTHER": other, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4}
+
+
+def precision_of_convolution(image: torch.Tensor) -> str:
+    """How its float32 is multiplied: PyTorch's switch for TF32 in convolutions."""
+    if image.dtype != torch.float32:
+        return precision_of(image)
+    return "tf32" if tf32_of_convolutions() else "ieee"
 
 
 def convolved(
@@ -148,7 +188,7 @@ def convolved(
     """The convolution of `source` with the blocks of lines, in `out`."""
     images, _, height, width = out.shape
     rows, columns = (triton.cdiv(side, jump) for side, jump in zip((height, width), walk.jump, strict=True))
-    precision = precision_of(source)
+    precision = precision_of_convolution(source)
     tile = convolution_tile(
         architecture_of(source.device), images * rows * columns, lines.of_phase * walk.phases, lines.span, lines.other,
         kind_of(source.dtype, precision), are_scattered(lines.other, source),
@@ -229,7 +269,7 @@ def sampled_parts(
 ) -> tuple[torch.Tensor, int]:
     """x dz on the active blocks, in so many parts of a sum over pixels: float32 [parts, n, span, other]."""
     images, _, rows, columns = dz.shape
-    precision = precision_of(x)
+    precision = precision_of_convolution(x)
     depth = lines.blocks * walk.positions * lines.other
     kind, scattered = kind_of(x.dtype, precision), are_scattered(lines.other, x, dz)
     tile = sampled_tile(architecture_of(x.device), depth, lines.span, kind, scattered)
@@ -242,7 +282,7 @@ def sampled_parts(
     arguments = (
         dz, x, parts, lines.order, lines.offsets, lines.indices, images, *_divisors(rows, columns), lines.of_phase,
         tiles, lines.extent, lines.other_extent, *x.shape[2:],
-        lines.blocks if lines.position_first else walk.positions, walk.kernel[1], *walk.step, *walk.base, *walk.walk,
+        lines.inner(walk), walk.kernel[1], *walk.step, *walk.base, *walk.walk,
         size, *dz.stride(), *x.stride(),
     )  # fmt: skip
     options = {

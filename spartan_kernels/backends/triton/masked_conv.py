@@ -15,6 +15,7 @@ from spartan_kernels.backends.triton.block_layout import row_layout
 from spartan_kernels.backends.triton.block_matrix import dense_float
 from spartan_kernels.backends.triton.configs import CompileCase, multiplying_case, name_of, power_of_two
 from spartan_kernels.backends.triton.conv_lines import (
+    STORED_BLOCK,
     Lines,
     Walk,
     blocks_tile,
@@ -132,7 +133,7 @@ def _gradients_tile(rows: int, columns: int) -> dict[str, int]:
 _ARCHITECTURES = {80: ("sm_80", "gfx942"), 90: ("sm_90",), 100: ("sm_100",)}
 _TYPES = {
     "gate": "*fp32", "grad_gate": "*fp32", "order": "*i32", "offsets": "*i32", "indices": "*i32", "places": "*i32",
-    "mask": "*u8", "active": "*u8", "parts": "*fp32",
+    "stored": "*i32", "mask": "*u8", "active": "*u8", "parts": "*fp32",
 }  # fmt: skip
 # sizes and strides of layers as they are: channels in multiples of 16; where they lie apart, images of 28 x 28
 _CHANNELS = ("extent", "other_extent", "stride_wn")
@@ -170,10 +171,13 @@ def _small_cases() -> list[CompileCase]:
     """What stands around the products."""
     transposed = {"HAS_MASK": True, "BLOCK": _TRANSPOSED_BLOCK, "num_warps": 4}
     cases = [_case(kernels._conv_transposed_kernel, torch.float32, 1, True, transposed, "")]
+    cases.append(_case(kernels._conv_stored_kernel, torch.float32, 1, True, {"BLOCK": STORED_BLOCK}, ""))
     for dtype in (torch.float32, torch.bfloat16):
         for side in (1, 3, 32, 128):
             label = f"block {side}, {name_of(dtype)}"
-            cases.append(_case(kernels._conv_blocks_kernel, dtype, side, True, blocks_tile(side, side), label))
+            for source in ("weight", "packed"):
+                tile = {"SOURCE": source, **blocks_tile(side, side)}
+                cases.append(_case(kernels._conv_blocks_kernel, dtype, side, True, tile, f"{source}, {label}"))
             cases.append(_case(kernels._conv_gradients_kernel, dtype, side, True, _gradients_tile(side, side), label))
     return cases
 
@@ -189,7 +193,7 @@ def _case(
 ) -> CompileCase:
     flags = {
         "SPAN": side, "OTHER": side, "APART": not last, "APART_OUT": not last, "APART_Z": not last, "HAS_BIAS": True,
-        "POSITION_FIRST": False, "GATHER": True, "SPLIT": 4, "WEIGHT_GRAD": True, "GATE_GRAD": True, "stride_ww": 1,
+        "POSITION_FIRST": False, "SOURCE": "weight", "SPLIT": 4, "WEIGHT_GRAD": True, "GATE_GRAD": True, "stride_ww": 1,
     }  # fmt: skip
     ones = {f"stride_{image}{'c' if last else 'w'}": 1 for image in ("", "y", "z")}
     divisible = (*_CHANNELS, *(_LAST if last else _APART)) if side % 16 == 0 else ()

@@ -46,6 +46,13 @@ def _shift(phase, position, base, walk, jump):
 
 
 @triton.jit
+def _phase(position, base, walk, jump):
+    """The phase that has a kernel position."""
+    rest = (base + position * walk) % jump  # has the sign of what it is the remainder of
+    return (jump - rest) % jump
+
+
+@triton.jit
 def _place(index, inner, POSITION_FIRST: tl.constexpr):
     """(block, kernel position) of an entry of a line; `inner` is the number of what lies side by side."""
     outer = index // inner
@@ -79,17 +86,43 @@ def _conv_transposed_kernel(
 
 
 @triton.jit(do_not_specialize=[
+    "grid_rows", "grid_columns", "positions", "kernel_columns", "base_h", "base_w", "walk_h", "walk_w", "jump_h",
+    "jump_w",
+])  # fmt: skip
+def _conv_stored_kernel(
+    offsets_ptr, indices_ptr, stored_ptr, grid_rows, grid_columns, positions, kernel_columns, base_h, base_w, walk_h,
+    walk_w, jump_h, jump_w, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The same of packed blocks, from a row of them: one more than where each is stored, at its place in the grid."""
+    row = tl.program_id(0)
+    last = tl.load(offsets_ptr + row + 1)
+    for start in range(tl.load(offsets_ptr + row), last, BLOCK):
+        entry = start + tl.arange(0, BLOCK)
+        index = tl.load(indices_ptr + entry, entry < last, other=0)
+        column, position = _place(index, grid_columns, True)
+        down = _phase(position // kernel_columns, base_h, walk_h, jump_h)
+        right = _phase(position % kernel_columns, base_w, walk_w, jump_w)
+        line = (down * jump_w + right) * grid_columns + column
+        at = (line.to(tl.int64) * grid_rows + row) * positions + position
+        tl.store(stored_ptr + at, entry + 1, entry < last)
+
+
+@triton.jit(do_not_specialize=[
     "tiles", "lines", "inner", "kernel_columns", "base_h", "base_w", "walk_h", "walk_w", "jump_h", "jump_w",
     "stride_gate_line", "stride_gate_other",
 ])  # fmt: skip
 def _conv_blocks_kernel(
-    w_ptr, gate_ptr, blocks_ptr, places_ptr, offsets_ptr, indices_ptr,
+    w_ptr, gate_ptr, stored_ptr, blocks_ptr, places_ptr, offsets_ptr, indices_ptr,
     tiles, lines, extent, other_extent, inner, kernel_columns, base_h, base_w, walk_h, walk_w, jump_h, jump_w,
     stride_wn, stride_wk, stride_wh, stride_ww, stride_gate_line, stride_gate_other,
-    SPAN: tl.constexpr, OTHER: tl.constexpr, POSITION_FIRST: tl.constexpr, GATHER: tl.constexpr,
+    SPAN: tl.constexpr, OTHER: tl.constexpr, POSITION_FIRST: tl.constexpr, SOURCE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Places of some entries of a line, and their blocks times their gates, [SPAN, OTHER] each in the line's order."""
+    """Places of some entries of a line, and their blocks in the line's order, [SPAN, OTHER] each.
+
+    SOURCE: a "weight", times its gates; "packed" blocks in another order, one more than where each lies in `stored`; or
+    none, where they lie in this order already.
+    """
     line, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     first = tl.load(offsets_ptr + line)
     depth = (tl.load(offsets_ptr + line + 1) - first) * OTHER
@@ -104,21 +137,27 @@ def _conv_blocks_kernel(
         tl.store(place, block * OTHER, starts)
         tl.store(place + 1, _shift(phase // jump_w, down, base_h, walk_h, jump_h), starts)
         tl.store(place + 2, _shift(phase % jump_w, right, base_w, walk_w, jump_w), starts)
-        if GATHER:
+        if SOURCE != "":
             column, other = line % lines, block.to(tl.int64) * OTHER + within
-            gate_at = column.to(tl.int64) * stride_gate_line + block.to(tl.int64) * stride_gate_other + position
-            gate = tl.load(gate_ptr + gate_at, inside, other=0.0)
-            w_at = other * stride_wk + down.to(tl.int64) * stride_wh + right.to(tl.int64) * stride_ww
+            if SOURCE == "weight":
+                w_at = other * stride_wk + down.to(tl.int64) * stride_wh + right.to(tl.int64) * stride_ww
+                w_at += column.to(tl.int64) * SPAN * stride_wn
+                gate_at = column.to(tl.int64) * stride_gate_line + block.to(tl.int64) * stride_gate_other + position
+                gate = tl.load(gate_ptr + gate_at, inside, other=0.0)
+            else:
+                stored = tl.load(stored_ptr + line.to(tl.int64) * stride_gate_line + index, inside, other=1)
+                w_at = (stored - 1).to(tl.int64) * (SPAN * OTHER) + within * stride_wk
             for start in range(0, SPAN, BLOCK_N):
                 n = start + tl.arange(0, BLOCK_N)
                 output = column.to(tl.int64) * SPAN + n
-                stored = (n < SPAN)[:, None] & inside[None, :]
+                whole = (n < SPAN)[:, None] & inside[None, :]
                 there = (output < extent)[:, None] & (other < other_extent)[None, :]
-                w = tl.load(w_ptr + (output * stride_wn)[:, None] + w_at[None, :], stored & there, other=0.0)
-                # a gate that is NaN leaves the padding of its block zero
-                w = tl.where(there, w.to(tl.float32) * gate[None, :], 0.0)
+                at = (n.to(tl.int64) * stride_wn)[:, None] + w_at[None, :]
+                w = tl.load(w_ptr + at, whole & there, other=0.0)
+                if SOURCE == "weight":  # a gate that is NaN leaves the padding of its block zero
+                    w = tl.where(there, w.to(tl.float32) * gate[None, :], 0.0)
                 out = blocks_ptr + (entry * (SPAN * OTHER) + within)[None, :] + (n * OTHER)[:, None]
-                tl.store(out, w.to(blocks_ptr.dtype.element_ty), stored)
+                tl.store(out, w.to(blocks_ptr.dtype.element_ty), whole)
 
 
 @triton.jit(do_not_specialize=[

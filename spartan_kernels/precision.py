@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["tf32", "tf32_of_convolutions", "using"]
+__all__ = ["convolving_in_full", "tf32", "tf32_of_convolutions", "using"]
 
 _forced: list[bool] = []
 
@@ -35,3 +35,14 @@ def using(enabled: bool) -> Iterator[None]:
         yield
     finally:
         _forced.pop()
+
+
+@contextmanager
+def convolving_in_full() -> Iterator[None]:
+    """No TF32 in convolutions, neither in those of this package nor in PyTorch's: for a check against float64."""
+    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before, conv.fp32_precision = conv.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        conv.fp32_precision = before

@@ -37,7 +37,7 @@ def block_sparse_conv2d_backward(o: PackedConvBackward) -> list[torch.Tensor | N
     dvalues = None
     if needs.values and o.grad.numel():
         lines, walk = _by_rows(o, o.grad.shape[1]), Walk.of_output(o, o.kernel)
-        dvalues = sampled_parts(o.grad, o.x, lines, walk, o.values.shape[0])[0].sum(0).to(o.values.dtype)
+        dvalues = sampled_parts(o.grad, o.x, lines, walk, o.values.shape[0]).sum(0).to(o.values.dtype)
     elif needs.values:
         dvalues = torch.zeros_like(o.values)
     dx = _input_gradient(o) if needs.x else None

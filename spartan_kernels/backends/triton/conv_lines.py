@@ -254,8 +254,11 @@ def sampled_tile(architecture: int, depth: int, span: int, kind: str, scattered:
 
 
 def are_scattered(other: int, *images: torch.Tensor) -> bool:
-    """Whether elements are loaded one by one: where channels lie apart in memory or are few."""
-    return other < 8 or any(image.stride(1) != 1 for image in images)
+    """Whether elements are loaded one by one: where channels lie apart in memory, or not in runs that begin evenly."""
+    return other % 8 != 0 or any(
+        channel != 1 or bool(n % 16 or height % 16 or width % 16)
+        for n, channel, height, width in (image.stride() for image in images)
+    )
 
 
 def _for_single_loads(tile: Tile) -> Tile:
@@ -264,10 +267,8 @@ def _for_single_loads(tile: Tile) -> Tile:
     return replace(tile, BLOCK_K=deep, num_warps=8 if tile.BLOCK_M * deep >= _SCATTERED * 32 else tile.num_warps)
 
 
-def sampled_parts(
-    dz: torch.Tensor, x: torch.Tensor, lines: Lines, walk: Walk, capacity: int
-) -> tuple[torch.Tensor, int]:
-    """x dz on the active blocks, in so many parts of a sum over pixels: float32 [parts, n, span, other]."""
+def sampled_parts(dz: torch.Tensor, x: torch.Tensor, lines: Lines, walk: Walk, capacity: int) -> torch.Tensor:
+    """x dz on the active blocks, in parts of a sum over pixels: float32 [parts, n, span, other]."""
     images, _, rows, columns = dz.shape
     precision = precision_of_convolution(x)
     depth = lines.blocks * walk.positions * lines.other
@@ -292,4 +293,4 @@ def sampled_parts(
     }  # fmt: skip
     if programs:
         start(Launch(kernels._conv_sampled_kernel, (programs, split), arguments, options))
-    return parts, split
+    return parts

@@ -38,16 +38,13 @@ _TRANSPOSED_BLOCK = 1024
 def masked_conv2d_forward(o: MaskedConv) -> torch.Tensor:
     """Convolution of x with theta * gate on the active blocks, plus b."""
     require_one_group(o.groups, "triton")
-    walk, shape = (
-        Walk.of_output(o, o.weight.shape[2:]),
-        output_size(o.x.shape, o.weight.shape, o.stride, o.padding, o.dilation),
-    )
+    shape = output_size(o.x.shape, o.weight.shape, o.stride, o.padding, o.dilation)
     y = torch.empty(shape, dtype=o.x.dtype, device=o.x.device, memory_format=memory_format(o.x))
     if y.numel() == 0:
         return y
-    lines, strides = _of_output(o, o.gate, o.forward_mask), o.weight.stride()
+    lines, walk = _of_output(o, o.gate, o.forward_mask), Walk.of_output(o, o.weight.shape[2:])
     gate = dense_float(o.gate)
-    packed = gathered(lines, walk, o.weight, (*strides, gate.stride(0), gate.stride(1)), gate)
+    packed = gathered(lines, walk, o.weight, (*o.weight.stride(), gate.stride(0), gate.stride(1)), gate)
     return convolved(o.x, lines, walk, *packed, o.bias, y)
 
 
@@ -108,14 +105,15 @@ def _sampled_gradients(o: MaskedConvBackward) -> tuple[torch.Tensor, torch.Tenso
     dgate = torch.zeros(o.gate.shape if needs.gate else 0, dtype=torch.float32, device=weight.device)
     if weight.numel() and o.grad.numel():
         lines, walk = _of_output(o, mask, None), Walk.of_output(o, weight.shape[2:])
-        parts, split = sampled_parts(o.grad, o.x, lines, walk, mask.numel())
+        parts = sampled_parts(o.grad, o.x, lines, walk, mask.numel())
         slots = mask[0].numel()
         arguments = (
             parts, weight, dense_float(o.gate), dweight, dgate, lines.offsets, lines.indices, slots,
             *weight.shape[:2], walk.positions, walk.kernel[1], parts.stride(0), *weight.stride(),
         )  # fmt: skip
         options = {
-            "WEIGHT_GRAD": needs.weight, "GATE_GRAD": needs.gate, "SPLIT": split, **_gradients_tile(o.rows, o.columns),
+            "WEIGHT_GRAD": needs.weight, "GATE_GRAD": needs.gate, "SPLIT": parts.shape[0],
+            **_gradients_tile(o.rows, o.columns),
         }  # fmt: skip
         start(Launch(kernels._conv_gradients_kernel, mask.numel(), arguments, options))
     return dweight, dgate.to(o.gate.dtype)
@@ -151,9 +149,9 @@ def _compile_cases() -> list[CompileCase]:
     cases = _small_cases()
     for dtype, precision in ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee")):
         kind = kind_of(dtype, precision)
-        for side, last in ((32, True), (32, False), (3, True), (16, True), (64, True), (128, True)):
+        for side, last in ((32, True), (32, False), (3, True), (16, True), (24, True), (64, True), (128, True)):
             label = f"block {side}, channels {'last' if last else 'first'}, {kind}"
-            scattered = side < 8 or not last
+            scattered = not last or side % 8 != 0
             for kernel in (kernels._conv_product_kernel, kernels._conv_sampled_kernel):
                 tiles: dict[Tile, list[str]] = {}
                 for architecture, targets in _ARCHITECTURES.items():
@@ -196,10 +194,10 @@ def _case(
         "POSITION_FIRST": False, "SOURCE": "weight", "SPLIT": 4, "WEIGHT_GRAD": True, "GATE_GRAD": True, "stride_ww": 1,
     }  # fmt: skip
     ones = {f"stride_{image}{'c' if last else 'w'}": 1 for image in ("", "y", "z")}
-    divisible = (*_CHANNELS, *(_LAST if last else _APART)) if side % 16 == 0 else ()
+    divisible = (*_CHANNELS, *(_LAST if last else _APART)) if side % 8 == 0 else ()
     case = multiplying_case(kernel, dtype, flags | ones | options, label, _TYPES, divisible, targets, _BOUNDED)
     # single elements of 2 bytes cannot be copied ahead of the arithmetic: other programs of the processor hide them
-    return replace(case, tensor_cores=case.tensor_cores and (dtype.itemsize == 4 or (last and side >= 8)))
+    return replace(case, tensor_cores=case.tensor_cores and (dtype.itemsize == 4 or (last and side % 8 == 0)))
 
 
 COMPILE_CASES = _compile_cases()

@@ -172,13 +172,14 @@ def _conv_product_kernel(
     SPAN: tl.constexpr, OTHER: tl.constexpr, APART: tl.constexpr, APART_OUT: tl.constexpr, HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M pixels and up to BLOCK_N channels of one line, programs in the order of the product of matrices.
+    """BLOCK_M pixels and up to BLOCK_N channels of one line; programs in the order of the product of matrices.
 
     A step reads BLOCK_M pixels of BLOCK_K channels and as many weights of each output: an element of the image serves
     BLOCK_N outputs, a weight BLOCK_M pixels. `area` and `columns` are those of the pixels of a phase.
     """
     tile = tl.program_id(0)
     pieces: tl.constexpr = (SPAN + BLOCK_N - 1) // BLOCK_N
+    RUN: tl.constexpr = OTHER & -OTHER  # channels of a block that lie in one step, whatever the step
     first_tile = tile // (group * lines * pieces) * group
     tile = tile % (group * lines * pieces)
     tiles = tl.minimum(tl.cdiv(images.to(tl.int64) * area, BLOCK_M) - first_tile, group).to(tl.int32)
@@ -220,8 +221,7 @@ def _conv_product_kernel(
             place = places_ptr + entry * 3
             other = tl.load(place, k < depth, other=0) + within
             down, right = tl.load(place + 1, k < depth, other=0), tl.load(place + 2, k < depth, other=0)
-            if OTHER >= 8 and BLOCK_K % OTHER == 0:
-                other = tl.max_contiguous(tl.multiple_of(other, OTHER), OTHER)
+            other = tl.max_contiguous(tl.multiple_of(other, RUN), RUN)
             inside_k = (k < depth) & (other < other_extent)
             there = _within(from_row[:, None] + down[None, :], height)
             there = there & _within(from_column[:, None] + right[None, :], width)
@@ -276,9 +276,9 @@ def _conv_sampled_kernel(
         index = tl.load(indices_ptr + entry, m < depth, other=0)
         block, position = _place(index, inner, POSITION_FIRST)
         other = block * OTHER + within
-        if OTHER % BLOCK_M == 0 or (OTHER >= 8 and BLOCK_M % OTHER == 0):
-            run: tl.constexpr = OTHER if OTHER < BLOCK_M else BLOCK_M
-            other = tl.max_contiguous(tl.multiple_of(other, run), run)
+        RUN: tl.constexpr = OTHER & -OTHER
+        SHARED: tl.constexpr = RUN if RUN < BLOCK_M else BLOCK_M
+        other = tl.max_contiguous(tl.multiple_of(other, SHARED), SHARED)
         down = _shift(0, position // kernel_columns, base_h, walk_h, 1)
         right = _shift(0, position % kernel_columns, base_w, walk_w, 1)
         inside_m, inside_n = (m < depth) & (other < other_extent), (n < SPAN) & (output < extent)

@@ -170,3 +170,12 @@ def memory_format(image: torch.Tensor) -> torch.memory_format:
     """How to lay out what is made from an image: channels-last where it is that and not plainly contiguous."""
     last = image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
+
+
+def output_size(x: Any, weight: Any, stride: Any, padding: Any, dilation: Any) -> tuple[Any, ...]:
+    """The shape of a convolution's result, from those of image and weight."""
+    spatial = (
+        (size + 2 * p - d * (kernel - 1) - 1) // s + 1
+        for size, kernel, s, p, d in zip(x[2:], weight[2:], stride, padding, dilation, strict=True)
+    )
+    return (x[0], weight[0], *spatial)

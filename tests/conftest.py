@@ -16,6 +16,7 @@ from torch.utils import deterministic
 os.environ.setdefault("SPARTAN_CHECK_OPERANDS", "1")  # read when the operators are defined
 
 from spartan_kernels import info
+from spartan_kernels.precision import convolving_in_full
 
 hypothesis.settings.register_profile("dev", max_examples=25, deadline=None)
 hypothesis.settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True)
@@ -90,6 +91,13 @@ def poisoned_memory() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
     deterministic.fill_uninitialized_memory = filling
+
+
+@pytest.fixture
+def convolutions_in_full_precision() -> Iterator[None]:
+    """On a GPU, PyTorch convolves float32 in TF32 unless it is told not to; the backends here do as it says."""
+    with convolving_in_full():
+        yield
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from spartan_kernels.testing import assert_within_error_budget, make_values
 
 pytestmark = [
     pytest.mark.operators("block_sparse_conv2d_forward", "block_sparse_conv2d_backward"),
-    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.usefixtures("poisoned_memory", "convolutions_in_full_precision"),
 ]
 
 CASES = [

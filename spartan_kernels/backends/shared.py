@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from spartan_kernels.arguments import clamp_budget, inspectable, require_beta, require_costs, require_scores
 from spartan_kernels.groups import gather, raise_together, refusal, require_shared, total
-from spartan_kernels.operands import MaskedConvBackward, MaskedLinearBackward, PackedLinearBackward
+from spartan_kernels.operands import MaskedConvBackward, MaskedLinearBackward, MaskedWeight, PackedLinearBackward
 
 _aten = torch.ops.aten
 
@@ -127,6 +127,27 @@ def parameter_gradients(
         weight = o.weight if keep is None else torch.where(keep, o.weight, 0.0)  # dropped ones may be NaN
         dgate = block_sum(dense.to(wide) * weight, o.rows, o.columns).to(o.gate.dtype).contiguous()
     return dweight, dgate
+
+
+def dense_filter_gradients(
+    o: MaskedConvBackward, masked: Callable[[MaskedWeight], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of weight and gate from PyTorch's gradient of all of the weight, which `masked` scales by the gate."""
+    geometry = o.stride, o.padding, o.dilation, False, [0, 0], o.groups
+    dense = torch.ops.aten.convolution_backward(o.grad, o.x, o.weight, None, *geometry, [False, True, False])[1]
+    if LayerNeeds(*o.needs).gate:  # sums over blocks
+        mask = o.backward_mask
+        keep = None if mask is None else expand(mask, o.weight.shape, o.rows, o.columns)
+        return parameter_gradients(dense, keep, o)
+    unused = o.gate.new_ones(())  # what the gradient of a masked weight takes
+    gated = MaskedWeight(dense.contiguous(), o.gate.float(), o.backward_mask, unused, unused, o.rows, o.columns, True)
+    return masked(gated), o.x.new_empty(0)
+
+
+def require_one_group(groups: int, backend: str) -> None:
+    """Raise ValueError for a convolution in groups, which this backend does not serve."""
+    if groups != 1:
+        raise ValueError(f"groups must be 1 for backend={backend!r}; got {groups}: leave the backend to 'auto'")
 
 
 def check_rows(

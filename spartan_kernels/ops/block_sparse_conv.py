@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from spartan_kernels.arguments import memory_format, require_float
+from spartan_kernels.arguments import memory_format, output_size, require_float
 from spartan_kernels.block_sparse_filter import BlockSparseFilter
 from spartan_kernels.operands import PackedConv, PackedConvBackward
 from spartan_kernels.ops._define import define
-from spartan_kernels.ops.masked_conv import output_size, pair, require_image
+from spartan_kernels.ops.masked_conv import pair, require_image
 from spartan_kernels.ops.masked_matmul import in_autocast, require_bias
 from spartan_kernels.torch_private import autocast_may_be_on
 
@@ -46,8 +46,8 @@ def block_sparse_conv2d(
 ) -> torch.Tensor:
     """Convolution with a packed block-sparse weight, for inference and for masks that no longer change.
 
-    y = conv(x, w) + b. The gradient for `packed.values` is dL/dw on the stored blocks. On the CPU only these are
-    multiplied, with no im2col in memory; elsewhere PyTorch's own convolution takes the weight made of them.
+    y = conv(x, w) + b. The gradient for `packed.values` is dL/dw on the stored blocks. Only these are multiplied, with
+    no im2col in memory, on the CPU and on GPUs; elsewhere PyTorch's own convolution takes the weight made of them.
 
     Args:
         x: [batch, in, height, width] or [in, height, width].

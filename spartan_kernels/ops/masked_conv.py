@@ -8,8 +8,16 @@ from typing import Any
 import torch
 
 from spartan_kernels import dispatch
-from spartan_kernels.arguments import block_grid, block_shape, clip_block, memory_format, require_device, require_float
-from spartan_kernels.break_even import dense_convolution_wins
+from spartan_kernels.arguments import (
+    block_grid,
+    block_shape,
+    clip_block,
+    memory_format,
+    output_size,
+    require_device,
+    require_float,
+)
+from spartan_kernels.break_even import dense_convolution_on_gpu, dense_convolution_wins
 from spartan_kernels.operands import MaskedConv, MaskedConvBackward, MaskedWeight
 from spartan_kernels.ops._define import define
 from spartan_kernels.ops.masked_matmul import in_autocast, require_bias
@@ -30,15 +38,6 @@ def _fake_backward(o: MaskedConvBackward) -> Any:
     ]
 
 
-def output_size(x: Any, weight: Any, stride: Any, padding: Any, dilation: Any) -> tuple[Any, ...]:
-    """The shape of the result, from those of image and weight."""
-    spatial = (
-        (size + 2 * p - d * (kernel - 1) - 1) // s + 1
-        for size, kernel, s, p, d in zip(x[2:], weight[2:], stride, padding, dilation, strict=True)
-    )
-    return (x[0], weight[0], *spatial)
-
-
 def _serve_forward(o: MaskedConv) -> Any:
     function = _dense_forward if _goes_dense(o, o.rows) else dispatch.resolve("masked_conv2d_forward", o.x, o.backend)
     return function(o).contiguous(memory_format=memory_format(o.x))
@@ -48,7 +47,7 @@ def _serve_backward(o: MaskedConvBackward) -> Any:
     dense = _goes_dense(o, o.columns)
     function = _dense_backward if dense else dispatch.resolve("masked_conv2d_backward", o.x, o.backend)
     dx, *others = function(o)
-    if dx.numel():
+    if dx is not None and dx.numel():
         dx = dx.contiguous(memory_format=memory_format(o.x))
     return [dx, *others]
 
@@ -98,8 +97,10 @@ def dense_wins(
 
     `side`: outputs of a block, as `break_even.dense_convolution_wins` takes it.
     """
-    if x.device.type != "cpu" or not weight.numel() or transforms_active():
+    if not weight.numel() or transforms_active():
         return False
+    if x.device.type != "cpu":
+        return x.device.type == "cuda" and dense_convolution_on_gpu(side)
     active = int(torch.count_nonzero(_active(gate, mask)))
     return dense_convolution_wins(x, weight, active / gate.numel(), side)
 
@@ -133,8 +134,9 @@ def masked_conv2d(
     its own. With G = dL/dw, the gradients are G * gate * backward_mask for the weight and the sum over a block of
     G * theta * backward_mask for its gate: straight through the forward mask, as in `masked_linear`.
 
-    On the CPU only the active blocks are multiplied, with no im2col in memory, where few enough are active; elsewhere,
-    and for groups other than 1, PyTorch's own convolution takes the masked weight.
+    Only the active blocks are multiplied, with no im2col in memory: on the CPU where few enough are active, on a GPU
+    where blocks have at least 16 outputs (in channels for the gradient of x). Elsewhere, and for groups other than 1,
+    PyTorch's own convolution takes the masked weight.
 
     Args:
         x: [batch, in, height, width] or [in, height, width].

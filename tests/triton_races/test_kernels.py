@@ -22,7 +22,7 @@ if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton
     pytest.skip("needs triton and TRITON_INTERPRET=1", allow_module_level=True)
 
 import spartan
-from spartan_kernels import BlockSparseWeight, ops, tiles
+from spartan_kernels import BlockSparseFilter, BlockSparseWeight, ops, tiles
 from spartan_kernels.backends import triton as backend
 from spartan_kernels.backends.triton import (
     global_passes,
@@ -120,6 +120,23 @@ def united() -> None:
         spartan.masked_linear(x, weight, gate, (8, 8), backend="triton")
 
 
+def convolutions(out: int, in_: int, kernel: tuple[int, int], block: tuple[int, int], stride: int) -> None:
+    """A masked convolution and its gradients, of an image in either order of memory."""
+    weight = make_values("normal", (out, in_, *kernel), seed=2).requires_grad_()
+    grid = (*ops.block_grid((out, in_), block), *kernel)
+    gate = torch.where(make_values("uniform", grid, seed=3) < 0.5, torch.zeros(grid), torch.ones(grid)).requires_grad_()
+    bias, mask = make_values("normal", (out,), seed=4), make_values("uniform", grid, seed=5) < 0.5
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = make_values("normal", (3, in_, 9, 7), seed=1).contiguous(memory_format=layout).requires_grad_()
+        y = spartan.masked_conv2d(
+            x, weight, gate, block, bias, stride, 1, forward_mask=mask, backward_mask=~mask, backend="triton"
+        )
+        torch.autograd.grad((y * y).sum(), [x, weight, gate])
+        packed = BlockSparseFilter.from_dense(weight.detach(), block, mask)
+        y = spartan.block_sparse_conv2d(x, packed, bias, stride, 1, backend="triton")
+        torch.autograd.grad((y * y).sum(), [x])
+
+
 def weights(shape: tuple[int, ...], block: int) -> None:
     """The masked weight, its gradient, also in place, and the coupling between blocks."""
     weight, grad = make_values("normal", shape, seed=1).requires_grad_(), make_values("normal", shape, seed=2)
@@ -149,6 +166,9 @@ CASES: dict[str, Callable[[], None]] = {
     "products of large blocks": lambda: products(70, 90, (32, 64), 33),
     "products of lines that share a program": united,
     "products of one entry": lambda: products(3, 4, (1, 1), 1),
+    "convolutions in small blocks": lambda: convolutions(14, 7, (3, 2), (4, 4), 2),
+    "convolutions in large blocks": lambda: convolutions(70, 40, (1, 2), (32, 32), 1),
+    "convolutions in single weights": lambda: convolutions(3, 2, (1, 1), (1, 1), 3),
     "weights by entry": lambda: weights((6, 7), 1),
     "weights by block": lambda: weights((17, 30), 4),
     "weights by large block": lambda: weights((100, 90), 64),

@@ -16,8 +16,8 @@ from spartan.nn.linear import linear_with_masked_weight
 from spartan.nn.mask_carrier import MaskCarrier
 from spartan.nn.masked_attribute import mask_attribute, masked_class, plain_class, unmask_attribute
 from spartan.nn.stacks import Stack
-from spartan_kernels import BlockLayout, expand_blocks
-from spartan_kernels.break_even import dense_convolution_wins
+from spartan_kernels import BlockLayout, dispatch, expand_blocks
+from spartan_kernels.break_even import dense_convolution_on_gpu, dense_convolution_wins
 from spartan_kernels.layout import INDEX
 from spartan_kernels.torch_private import transforms_active
 
@@ -174,7 +174,7 @@ class MaskedConv2d(MaskCarrier, nn.Conv2d):
         return weight.masked_fill(self.mask_dropped, 0)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Convolution with w = theta * m * h; on the CPU, only kept blocks are multiplied where that is faster."""
+        """Convolution with w = theta * m * h; only kept blocks are multiplied where that is faster."""
         padding = self.padding
         plain = self.groups == 1 and self.padding_mode == "zeros"
         plain = plain and not self.mask_divided
@@ -200,7 +200,10 @@ class MaskedConv2d(MaskCarrier, nn.Conv2d):
     def _dense_wins(self, input: torch.Tensor) -> bool:
         """Whether to form the masked weight: where there is only that, or it is faster and nothing is traced."""
         if input.device.type != "cpu":
-            return True
+            if input.device.type != "cuda" or dense_convolution_on_gpu(min(self.mask_block_size)):
+                return True
+            like = input.device.type, self.weight.dtype, dispatch.requested(None)
+            return dispatch.select("masked_conv2d_forward", *like) == "reference"
         if torch.compiler.is_compiling() or transforms_active():
             return False
         if self.mask_kept is None:

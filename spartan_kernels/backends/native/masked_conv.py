@@ -19,9 +19,9 @@ from spartan_kernels.backends.native.conv_products import (
 )
 from spartan_kernels.backends.native.conv_windows import Geometry, geometry
 from spartan_kernels.backends.native.masked_weight import masked_weight_forward
-from spartan_kernels.backends.shared import LayerNeeds, expand, parameter_gradients
+from spartan_kernels.backends.shared import LayerNeeds, dense_filter_gradients, require_one_group
 from spartan_kernels.break_even import dense_convolution_wins
-from spartan_kernels.operands import MaskedConv, MaskedConvBackward, MaskedWeight
+from spartan_kernels.operands import MaskedConv, MaskedConvBackward
 
 __all__ = ["masked_conv2d_backward", "masked_conv2d_forward"]
 
@@ -93,7 +93,7 @@ def _active(gate: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 def masked_conv2d_forward(o: MaskedConv) -> torch.Tensor:
     """Convolution of x with theta * gate on the active blocks, plus b."""
-    _require_one_group(o.groups)
+    require_one_group(o.groups, "native")
     g, out = geometry(o.x, o.weight.shape[2:], o.stride, o.padding, o.dilation), o.weight.shape[0]
     shape = (g.images, out, g.height.out, g.width.out)
     if 0 in shape:
@@ -105,7 +105,7 @@ def masked_conv2d_forward(o: MaskedConv) -> torch.Tensor:
 
 def masked_conv2d_backward(o: MaskedConvBackward) -> list[torch.Tensor]:
     """Gradients of x, weight, gate and bias; empty where not needed."""
-    _require_one_group(o.groups)
+    require_one_group(o.groups, "native")
     needs, g = LayerNeeds(*o.needs), geometry(o.x, o.weight.shape[2:], o.stride, o.padding, o.dilation)
     mask = o.backward_mask if needs.weight or needs.gate else None
     on_blocks = mask is not None and _samples(mask, o)
@@ -114,24 +114,9 @@ def masked_conv2d_backward(o: MaskedConvBackward) -> list[torch.Tensor]:
     if on_blocks and mask is not None:
         dweight, dgate = _sampled_gradients(flat, mask, g, o)
     elif needs.weight or needs.gate:
-        dweight, dgate = _dense_gradients(o)
+        dweight, dgate = dense_filter_gradients(o, masked_weight_forward)
     dx = _input_gradient(flat, g, o) if needs.x else o.x.new_empty(0)
     return [dx, dweight, dgate, o.grad.sum((0, 2, 3)) if needs.bias else o.x.new_empty(0)]
-
-
-def _dense_gradients(o: MaskedConvBackward) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of weight and gate from PyTorch's gradient of all of the weight."""
-    geometry = o.stride, o.padding, o.dilation, False, [0, 0], o.groups
-    dense = torch.ops.aten.convolution_backward(o.grad, o.x, o.weight, None, *geometry, [False, True, False])[1]
-    if LayerNeeds(*o.needs).gate:  # sums over blocks
-        mask = o.backward_mask
-        keep = None if mask is None else expand(mask, o.weight.shape, o.rows, o.columns)
-        return parameter_gradients(dense, keep, o)
-    unused = o.gate.new_ones(())  # what the gradient of a masked weight takes
-    operands = MaskedWeight(
-        dense.contiguous(), o.gate.float(), o.backward_mask, unused, unused, o.rows, o.columns, True
-    )
-    return masked_weight_forward(operands), o.x.new_empty(0)
 
 
 def _samples(mask: torch.Tensor, o: MaskedConvBackward) -> bool:
@@ -178,8 +163,3 @@ def _input_gradient(flat: torch.Tensor, g: Geometry, o: MaskedConvBackward) -> t
     places = _Places.for_input(_active(gate, o.forward_mask), g, flat.shape[1] // rows)
     blocks = (places.blocks(weight, (rows, columns)) * places.gates(gate)).mT.contiguous()
     return input_gradient(x, flat, places.lines, blocks, gate.shape[1], g)
-
-
-def _require_one_group(groups: int) -> None:
-    if groups != 1:
-        raise ValueError(f"groups must be 1 for backend='native'; got {groups}: leave the backend to 'auto'")

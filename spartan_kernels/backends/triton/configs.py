@@ -60,6 +60,29 @@ class CompileCase:
     bounded: tuple[str, ...] = ()  # integer arguments that no memory lets come near 2^31
 
 
+def multiplying_case(
+    kernel: Any,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    label: str,
+    types: dict[str, str],
+    divisible: tuple[str, ...],
+    targets: tuple[str, ...] = (),
+    bounded: tuple[str, ...] = (),
+) -> CompileCase:
+    """A kernel of products, whose pointers are of its dtype but for those in `types`; options as a launch has them."""
+    constants = {name: value for name, value in options.items() if name in kernel.arg_names}
+    names = [name for name in kernel.arg_names if name not in constants]
+    signature = {n: types.get(n[:-4], f"*{name_of(dtype)}") if n.endswith("_ptr") else "i32" for n in names}
+    if options.get("TMA"):
+        signature["x_ptr"] = f"tensordesc<{name_of(dtype)}[{options['BLOCK_M']}, {options['BLOCK_K']}]>"
+    cores = "PRECISION" in options and (dtype != torch.float32 or options["PRECISION"] == "tf32")
+    warps, stages = options.get("num_warps", 4), options.get("num_stages", 3)
+    return CompileCase(
+        kernel, signature, constants, warps, label, stages, cores, divisible, targets=targets, bounded=bounded
+    )
+
+
 power_of_two = tiles.power_of_two
 
 

@@ -12,7 +12,7 @@ from spartan_kernels.backends.triton import block_layout_kernels, sampled_kernel
 from spartan_kernels.backends.triton import masked_matmul_kernels as kernels
 from spartan_kernels.backends.triton.block_layout import LAYOUT_BLOCK
 from spartan_kernels.backends.triton.block_matrix import BlockMatrix, dense_float
-from spartan_kernels.backends.triton.configs import CompileCase, name_of, power_of_two
+from spartan_kernels.backends.triton.configs import CompileCase, multiplying_case, name_of, power_of_two
 from spartan_kernels.backends.triton.launches import Launch, start
 from spartan_kernels.backends.triton.product_launches import JOIN_BLOCK
 from spartan_kernels.backends.triton.product_plan import ProductPlan, SampledPlan, kind_of, scaled_tile, union_tile
@@ -211,14 +211,7 @@ def _small_cases() -> list[CompileCase]:
 def _case(
     kernel: Any, dtype: torch.dtype, options: dict[str, Any], label: str, targets: tuple[str, ...] = ()
 ) -> CompileCase:
-    warps, stages = options.get("num_warps", 4), options.get("num_stages", 3)
-    constants = {name: value for name, value in options.items() if name in kernel.arg_names}
-    names = [name for name in kernel.arg_names if name not in constants]
-    signature = {n: _TYPES.get(n[:-4], f"*{name_of(dtype)}") if n.endswith("_ptr") else "i32" for n in names}
-    if options.get("TMA"):
-        signature["x_ptr"] = f"tensordesc<{name_of(dtype)}[{options['BLOCK_M']}, {options['BLOCK_K']}]>"
-    cores = "PRECISION" in options and (dtype != torch.float32 or options["PRECISION"] == "tf32")
-    return CompileCase(kernel, signature, constants, warps, label, stages, cores, _MULTIPLES, targets=targets)
+    return multiplying_case(kernel, dtype, options, label, _TYPES, _MULTIPLES, targets)
 
 
 COMPILE_CASES = _compile_cases()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from spartan_kernels.backends.triton.masked_matmul_kernels import _dot
+from spartan_kernels.backends.triton.primitives import dot
 
 
 @triton.jit
@@ -231,7 +231,7 @@ def _conv_product_kernel(
         x = tl.load(image_ptr + x_at, inside, other=0.0)
         w_at = (entry.to(tl.int64) * (SPAN * OTHER) + within)[:, None] + (n * OTHER)[None, :]
         w = tl.load(blocks_ptr + w_at, inside_k[:, None] & inside_n[None, :], other=0.0)
-        sums = _dot(x, w, sums, PRECISION)
+        sums = dot(x, w, sums, PRECISION)
 
     if HAS_BIAS:
         sums += tl.load(bias_ptr + output, inside_n, other=0.0).to(tl.float32)[None, :]
@@ -307,7 +307,7 @@ def _conv_sampled_kernel(
             x = tl.load(x_ptr + of_entry[:, None] + at[None, :], there, other=0.0)
             z_at = z_at[:, None] + (output * stride_zc)[None, :]
             dz = tl.load(dz_ptr + z_at, inside_k[:, None] & inside_n[None, :], other=0.0)
-            sums = _dot(x, dz, sums, PRECISION)
+            sums = dot(x, dz, sums, PRECISION)
             within_image += BLOCK_K
             images_passed = _quotient(within_image, area, of_area, area_shift)
             from_image += images_passed

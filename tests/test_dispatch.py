@@ -7,6 +7,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 import spartan
 import spartan_kernels
 from spartan_kernels import dispatch, ops
+from spartan_kernels.backends import extension
 
 VALUES = torch.tensor([3.0, 1.0, 2.0])
 
@@ -53,6 +55,25 @@ def test_info_agrees_with_the_choice_and_gives_a_reason_for_every_no() -> None:
             for name in dispatch.BACKENDS:
                 assert row[name] is None or (isinstance(row[name], str) and row[name])
             assert row[row["auto"]] is None
+
+
+def test_on_rocm_triton_serves_every_operator_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ROCm's devices are called cuda; the CUDA C++ kernels, were they built, say why they cannot run."""
+    built = SimpleNamespace(cuda_version="13.0", cuda_archs="9.0")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(extension, "native", built)
+    for cached in (dispatch.unavailable, dispatch.select):
+        cached.cache_clear()
+    try:
+        assert "ROCm" in str(dispatch.unavailable("cuda"))
+        for operator, backends in dispatch.SUPPORT.items():
+            expected = "triton" if "triton" in backends else "reference"
+            assert dispatch.select(operator, "cuda", torch.float32, "auto") == expected
+    finally:
+        monkeypatch.undo()
+        for cached in (dispatch.unavailable, dispatch.select):
+            cached.cache_clear()
 
 
 @pytest.mark.parametrize("operator", ["soft_topk_global_forward", "hard_topk_global_forward", "solve_masks_"])

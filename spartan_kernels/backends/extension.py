@@ -45,6 +45,8 @@ def cuda_unavailable() -> str | None:
         return unavailable()
     if native.cuda_version is None:
         return f"the extension was built without CUDA kernels: {native.cuda_reason}"
+    if torch.version.hip is not None:
+        return "PyTorch was built for ROCm, which runs no CUDA C++"
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device"
     if problem := native.cuda.problem():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
+from spartan.masks import MaskGroup
 from spartan.methods import (
     DPF,
     GMP,
@@ -416,3 +417,20 @@ def test_weights_that_are_not_finite_once_masks_are_fixed_are_not_finalized(kind
         model[2].weight[1, 2] = before
     sparsifier.finalize()
     assert sparsifier.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize(("distribution", "followed"), [("global", 0), ("uniform", 1)])
+def test_what_a_budget_takes_is_asked_only_for_one_that_follows(
+    distribution: str, followed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the host waits for the answer."""
+    asked: list[MaskGroup] = []
+    kept_cost = MaskGroup.kept_cost
+    monkeypatch.setattr(MaskGroup, "kept_cost", lambda group: asked.append(group) or kept_cost(group))
+    model = perceptron(9, 8, 12, 3)
+    method = GMP(sparsity=0.4, block_size=4, interval=2, distribution=distribution)
+    sparsifier = Sparsifier(model, method, total_steps=8)
+    train(model, sparsifier, 8, 9)
+    assert bool(asked) == bool(followed) and len(asked) % max(followed, 1) == 0
+    sparsifier.finalize()
+    assert sparsifier.sparsity == pytest.approx(0.4, abs=0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -179,17 +180,14 @@ class MaskGroup:
         if computed:
             self._take_solution(self.state[6:])
 
-    def select(self, budget: float, scores: Sequence[torch.Tensor] | None = None) -> float:
-        """Write the hard masks of the best blocks within `budget`, and return how much of it that takes.
-
-        `scores` replaces the magnitudes that decide.
-        """
+    def select(self, budget: float, scores: Sequence[torch.Tensor] | None = None) -> None:
+        """Write the hard masks of the best blocks within `budget`; `scores` replaces the magnitudes that decide."""
         self._expect(min(budget, self.capacity))
         if budget >= self.capacity and not (self.keeps_zeros and scores is None):
             for tensor in self.tensors:
                 tensor.carrier.mask_hard.fill_(True)
                 tensor.carrier.masks_changed()
-            return self.capacity
+            return
         values, absolute = self._values() if scores is None else (list(scores), False)
         if not self.tensors[0].unstructured:  # costs are read in the dtype of what decides: half precision would round
             values = [value.to(torch.promote_types(value.dtype, torch.float32)) for value in values]
@@ -203,6 +201,9 @@ class MaskGroup:
         for tensor, mask in zip(self.tensors, masks, strict=True):
             tensor.hard.copy_(mask)
         self.changed()
+
+    def kept_cost(self) -> float:
+        """How much of its budget the hard masks take; a GPU is waited for."""
         return sum(tensor.kept_cost() for tensor in self.tensors)
 
     def correct_gradients(self) -> None:
@@ -280,18 +281,21 @@ class MaskSet:
         """Write the hard masks of all groups, exact to one block over each part of the model.
 
         What a group's last block leaves of its budget goes to the next group of its part; those with least room
-        come first, so that the last one can use it.
+        come first, so that the last one can use it, of which nobody has to know how much it takes.
         """
         carry: dict[int, float] = {}
+        followers = Counter(group.part for group in self.groups if group.lends)
         budgets = [(group, group.budget(progress, from_all=from_all)) for group in self.groups]
         for group, budget in sorted(budgets, key=lambda pair: pair[0].capacity - pair[1]):
             own = None if scores is None else [scores[tensor.name] for tensor in group.tensors]
             if not group.lends:
                 group.select(budget, own)
                 continue
-            left = carry.get(group.part, 0.0)
-            kept = group.select(min(budget + left, group.capacity), own)
-            carry[group.part] = left + budget - kept
+            budget += carry.get(group.part, 0.0)
+            group.select(min(budget, group.capacity), own)
+            followers[group.part] -= 1
+            if followers[group.part]:
+                carry[group.part] = budget - group.kept_cost()
 
     def gradient_scale(self) -> torch.Tensor | float:
         """What `.grad` is a multiple of now: 1, or the loss scale where a fused optimizer unscales in its own step."""

@@ -27,8 +27,8 @@ class PatternGroup(MaskGroup):
         require_divisible(tensor.name, tensor.values.shape, pattern, tensor.transposed)  # the part of this rank
         super().__init__([tensor], tensor.size.count // m * n, lends=False)
 
-    def select(self, budget: float, scores: Sequence[torch.Tensor] | None = None) -> int:
-        """Write the hard mask of the best of each m neighbours, and return how many weights that keeps."""
+    def select(self, budget: float, scores: Sequence[torch.Tensor] | None = None) -> None:
+        """Write the hard mask of the best of each m neighbours."""
         tensor = self.tensors[0]
         self._refuse_together()
         values = tensor.values.abs() if scores is None else scores[0]
@@ -39,7 +39,6 @@ class PatternGroup(MaskGroup):
             raise
         tensor.hard.copy_(mask.flatten(self.dim, self.dim + 1))
         self.changed()
-        return tensor.kept()
 
     def correct_gradients(self) -> None:
         """Complete the gradient with the coupling term of equation (2), which is that of each group of m.

@@ -36,7 +36,16 @@ from bench.columns import print_columns, write_rows
 ROOT = Path(__file__).resolve().parent.parent
 SAVED = ROOT / "bench" / "results" / "gpu-compile.csv"
 SAVED_PLANS = SAVED.with_name("gpu-plan.csv")
-MODULES = ("masked_weight", "soft_topk_rows", "long_rows", "hard_topk", "global_solve", "masked_matmul")
+MODULES = (
+    "masked_weight",
+    "soft_topk_rows",
+    "long_rows",
+    "split_rows",
+    "hard_topk",
+    "long_hard",
+    "global_solve",
+    "masked_matmul",
+)
 
 
 @dataclass(frozen=True)

@@ -184,7 +184,7 @@ class Graph:
         beside = block.by_entry or block.has("CALL")
         if self.rare and not beside:
             beside = block.has(self.rare) or any(self.blocks[after].has(self.rare) for after in block.after)
-        return _LOOP * any(node == head for _, head in self._back) - beside, len(block.code)
+        return _LOOP * (not beside and any(node == head for _, head in self._back)) - beside, len(block.code)
 
     def _ends(self) -> set[int]:
         return {node for node in self.order if self.blocks[node].has("EXIT")}

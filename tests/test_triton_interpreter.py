@@ -31,6 +31,7 @@ SELECTIONS = {
         " or (float32_gradient and 20.0)",
         "test_hard_topk.py": "long_rows or lowest_index or first_entry or fractional"
         " or (concatenation and mixed_scales)",
+        "test_triton_split_rows.py": "reference or few_trials or whichever",
         "test_hard_bits.py": "300-torch or 9000 or training or (lists and 1000)",
         "test_masked_weight.py": "block_scores or zero_weights or dropped"
         " or (float32 and ((forward_and_gradient and both) or memory_of_its_input or signs_are))",

@@ -17,8 +17,9 @@ FORWARD_ENTRIES_PER_WARP = 1024
 # Longest row that stays in registers, without and with a cost for each entry.
 MAX_RESIDENT_ROW = 8192
 MAX_RESIDENT_ROW_WITH_COSTS = 4096
-# Longest row that one program walks, reading it from the L2 cache; a longer one is worth a grid of its own.
+# Longest row that one program walks, reading it from the L2 cache; longer ones are shared, each by so many at most.
 MAX_LONG_ROW = 1 << 17
+MAX_PARTS = 128
 LONG_ROW_TILE = 4096
 LONG_ROW_WARPS = 8
 # Chunk of the kernels that walk a list of tensors: two vector loads of 16 bytes in flight for each thread (twice as
@@ -80,8 +81,17 @@ def fits_in_registers(values: torch.Tensor, costs: torch.Tensor | None) -> bool:
 
 
 def fits_one_program(values: torch.Tensor) -> bool:
-    """Whether a program can walk each of the rows of values [rows, n]; longer ones are solved one after the other."""
+    """Whether a program can walk each of the rows of values [rows, n]; longer ones are shared by several."""
     return values.shape[1] <= MAX_LONG_ROW
+
+
+def row_parts(values: torch.Tensor) -> tuple[int, int]:
+    """(entries, parts): the parts in which programs share the rows of values [rows, n], of whole tiles but the last."""
+    rows, n = values.shape
+    tiles_of = -(-n // LONG_ROW_TILE)
+    wanted = min(MAX_PARTS, tiles_of, max(1, program_limit(values.device) // rows))
+    each = -(-tiles_of // wanted)
+    return each * LONG_ROW_TILE, -(-tiles_of // each)
 
 
 def row_tile(n: int, entries_per_warp: int = ENTRIES_PER_WARP) -> tuple[int, int, int]:

@@ -40,7 +40,7 @@ SELECTIONS = {
         "test_soft_topk_global.py": "list_equals or sharded or nothing or stale or carries or (oracle and mixed)",
         "test_masked_scores.py": "causal or step or a_masked_list or (lists and scalar-3.0) or (such_a_list and little)"
         " or ((rows or gradients or such_a_row or refused) and (cpu-4 or cpu-64))",
-        "test_triton_launch_plan.py": "reads_of or last_solve",
+        "test_triton_launch_plan.py": "reads_of or last_solve or one_round",
         "test_soft_solution.py": "operators_take or sum_over_the_kept",
     },
     "products": {

@@ -15,7 +15,7 @@ import spartan
 from spartan_kernels import ops
 from spartan_kernels.backends.triton import configs, long_hard, split_rows
 from spartan_kernels.operands import HardTopk, SoftTopk, SoftTopkBackward
-from spartan_kernels.testing import budget_error, make_costs, make_values, oracle_hard_topk, total_cost
+from spartan_kernels.testing import budget_error, make_costs, make_values, oracle_hard_topk
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 N = 9_001  # three tiles, the last of which is not whole

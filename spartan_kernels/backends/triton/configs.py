@@ -9,11 +9,9 @@ import torch
 
 from spartan_kernels import tiles
 
-# Entries of one tile of the elementwise kernels; entries of rows that stay in registers, for each warp: the soft
-# forward pass needs the registers of fewer warps.
+# Entries of one tile of the elementwise kernels; entries of rows that stay in registers, for each warp.
 TILE = 2048
 ENTRIES_PER_WARP = 512
-FORWARD_ENTRIES_PER_WARP = 1024
 # Longest row that stays in registers, without and with a cost for each entry.
 MAX_RESIDENT_ROW = 8192
 MAX_RESIDENT_ROW_WITH_COSTS = 4096
@@ -92,6 +90,14 @@ def row_parts(values: torch.Tensor) -> tuple[int, int]:
     wanted = min(MAX_PARTS, tiles_of, max(1, program_limit(values.device) // rows))
     each = -(-tiles_of // wanted)
     return each * LONG_ROW_TILE, -(-tiles_of // each)
+
+
+def forward_entries(n: int) -> int:
+    """Entries for each warp of the soft forward pass over rows of n: more of them share what there is to do for a row.
+
+    A thread does that for each row it has entries of: shorter rows must be few in a warp, or registers spill.
+    """
+    return 1024 if n > 1024 else 512 if n > 256 else 256
 
 
 def row_tile(n: int, entries_per_warp: int = ENTRIES_PER_WARP) -> tuple[int, int, int]:

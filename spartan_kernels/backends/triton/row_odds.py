@@ -43,6 +43,12 @@ def _rough_log(x, y):
 
 
 @triton.jit
+def _extremes(lowest, highest, sign):
+    """Of the values times the sign."""
+    return tl.where(sign > 0, lowest, -highest), tl.where(sign > 0, highest, -lowest)
+
+
+@triton.jit
 def moment_start(u, lowest, highest, sign, quota, rest, per_beta):
     """Where the threshold is if the entries are logistic with this mean and spread."""
     away = u - highest[:, None]
@@ -51,8 +57,10 @@ def moment_start(u, lowest, highest, sign, quota, rest, per_beta):
     away = tl.where(live, away, 0.0)
     mean = tl.sum(away, 1) * per_count
     variance = tl.maximum(tl.sum(away * away, 1) * per_count - mean * mean, 0.0) * _OVER_LOGISTIC + per_beta * per_beta
-    t = sign * (highest + mean) - _rough_log(quota, rest) * (variance * tl.rsqrt(variance))
-    return tl.where(tl.abs(t) < INFINITY, t, sign * lowest)
+    logit = _rough_log(quota, rest)
+    t = sign * (highest + mean) - logit * (variance * tl.rsqrt(variance))
+    smallest, largest = _extremes(lowest, highest, sign)
+    return tl.minimum(tl.maximum(t, smallest - logit * per_beta), largest - logit * per_beta)
 
 
 @triton.jit
@@ -125,13 +133,13 @@ def more_rounds(u, a, centre, w, lowest, highest, left, beta, sign, quota, rest,
     """Rounds about where the one before ended, in the bracket that the trials have found: (centre, w, rows left)."""
     to_power, to_ratio = beta * LOG2_E, LN_2 * per_beta
     edge = tl.log2(quota / rest) * to_ratio
-    low = tl.where(sign > 0, lowest, -highest) - edge
-    high = tl.where(sign > 0, highest, -lowest) - edge
-    t = sign * centre + tl.log2(w) * to_ratio
+    smallest, largest = _extremes(lowest, highest, sign)
+    low, high = smallest - edge, largest - edge
+    t = tl.minimum(tl.maximum(sign * centre + tl.log2(w) * to_ratio, low), high)
     rounds = 1
     pending = 1
     while (rounds < MAX_ROUNDS) & (pending > 0):
-        t = tl.where((t > low) & (t < high), t, low + (high - low) * 0.5)
+        t = tl.where((t >= low) & (t <= high), t, low + (high - low) * 0.5)
         moved = tl.minimum(tl.maximum(sign * t, lowest), highest)
         centre = tl.where(left, moved, centre)
         near = sign * moved

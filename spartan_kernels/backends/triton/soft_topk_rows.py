@@ -13,10 +13,10 @@ import triton.language as tl
 
 from spartan_kernels.backends.shared import row_gradients
 from spartan_kernels.backends.triton.configs import (
-    FORWARD_ENTRIES_PER_WARP,
     MAX_RESIDENT_ROW,
     MAX_RESIDENT_ROW_WITH_COSTS,
     CompileCase,
+    forward_entries,
     name_of,
     row_tile,
 )
@@ -192,7 +192,7 @@ def _search(
     u, a, lowest, highest, active, beta, budget, total, sign, quota, rest,
     HAS_COSTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(centre, shift, w) of each active row: m = sigmoid(beta (u - centre) + shift - sign log w) for what is kept."""
+    """(centre, w, offset) of each active row: 1 / m = 1 + 2^(-beta (u - centre) / log 2 + offset) w^sign."""
     sharp = beta.to(tl.float32)
     per_beta = reciprocal(sharp)
     if BLOCK_N == 4 and not HAS_COSTS:
@@ -200,14 +200,14 @@ def _search(
     else:
         t = moment_start(u, lowest, highest, sign, quota, rest, per_beta)
     centre, w, left = first_round(u, a, t, lowest, highest, active, sharp, sign, quota, rest)
-    shift = tl.zeros_like(w)
+    offset = tl.zeros_like(w)
     if tl.max(left.to(tl.int32), 0) > 0:
         centre, w, left = more_rounds(u, a, centre, w, lowest, highest, left, sharp, sign, quota, rest, per_beta)
         if tl.max(left.to(tl.int32), 0) > 0:
-            wide, found = _search_wide(u, a, lowest, highest, left, beta, sign, budget, total, BLOCK_M)
-            centre, shift = tl.where(left, wide, centre), tl.where(left, found.to(tl.float32), 0.0)
-            w = tl.where(left, 1.0, w)
-    return centre, shift, w
+            wide, shift = _search_wide(u, a, lowest, highest, left, beta, sign, budget, total, BLOCK_M)
+            centre, w = tl.where(left, wide, centre), tl.where(left, 1.0, w)
+            offset = tl.where(left, (-shift * LOG2_E).to(tl.float32), 0.0)
+    return centre, w, offset
 
 
 @triton.jit
@@ -247,7 +247,7 @@ def _soft_topk_forward_kernel(
     poison += tl.where(highest == -INFINITY, 0.0, highest * 0.0)
     searched = tl.where(beta > 0.0, quota, 0.0) > 0.0
     active = (row < n_rows) & searched & (poison == 0.0)
-    centre, shift, w = _search(
+    centre, w, offset = _search(
         u, a, lowest, highest, active, beta, budget, total, sign, quota, rest, HAS_COSTS, BLOCK_M, BLOCK_N
     )
 
@@ -256,11 +256,11 @@ def _soft_topk_forward_kernel(
     # times a slope that is not zero, what is at -inf has the mask 0; so it has with a factor that is not zero
     slope = tl.where(searched, (-beta * LOG2_E).to(tl.float32), -1.4e-45)
     factor = tl.maximum(tl.where(sign > 0, w, reciprocal(w)), 1e-38, propagate_nan=tl.PropagateNan.ALL)
-    odds = tl.exp2(slope[:, None] * (u - centre[:, None]) - (shift * LOG2_E)[:, None]) * factor[:, None]
+    odds = tl.exp2(slope[:, None] * (u - centre[:, None]) + offset[:, None]) * factor[:, None]
     m = tl.minimum(reciprocal(1.0 + odds), 1.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(mask_ptr + offsets, m.to(mask_ptr.dtype.element_ty), inside)
     tl.store(threshold_ptr + 2 * row, centre.to(tl.float64), row < n_rows)
-    tl.store(threshold_ptr + 2 * row + 1, (shift - sign * tl.log2(w) * LN_2).to(tl.float64), row < n_rows)
+    tl.store(threshold_ptr + 2 * row + 1, -(offset + sign * tl.log2(w)).to(tl.float64) * LN_2, row < n_rows)
 
 
 @triton.jit
@@ -318,7 +318,7 @@ def forward_launch(o: SoftTopk, mask: torch.Tensor, threshold: torch.Tensor) -> 
     """Values read once, the mask written once."""
     values, budget, costs = o.values, o.budget, o.costs
     rows, n = values.shape
-    block_m, block_n, warps = row_tile(n, FORWARD_ENTRIES_PER_WARP)
+    block_m, block_n, warps = row_tile(n, forward_entries(n))
     array_costs = 0 if costs is None or costs.dim() == 0 else costs.nbytes
     return Launch(
         _soft_topk_forward_kernel,
@@ -380,6 +380,9 @@ def _compile_cases() -> list[CompileCase]:
     inputs = {"values_ptr", "costs_ptr", "mask_ptr", "grad_ptr", "grad_values_ptr", "grad_costs_ptr"}
     for dtype, n, costs in (
         (torch.float32, 4, False),
+        (torch.float32, 32, False),
+        (torch.float32, 256, False),
+        (torch.float32, 1024, False),
         (torch.float32, 4096, False),
         (torch.float32, MAX_RESIDENT_ROW, False),
         (torch.float32, MAX_RESIDENT_ROW_WITH_COSTS, True),
@@ -387,7 +390,7 @@ def _compile_cases() -> list[CompileCase]:
     ):
         for kernel in (_soft_topk_forward_kernel, _soft_topk_backward_kernel):
             backwards = kernel is _soft_topk_backward_kernel
-            block_m, block_n, warps = row_tile(n) if backwards else row_tile(n, FORWARD_ENTRIES_PER_WARP)
+            block_m, block_n, warps = row_tile(n) if backwards else row_tile(n, forward_entries(n))
             constants: dict[str, Any] = {"HAS_COSTS": costs, "BLOCK_M": block_m, "BLOCK_N": block_n}
             constants["DENSE"] = True
             if backwards:

@@ -179,7 +179,10 @@ class Graph:
         return [one for node in reversed(way) for one in self.blocks[node].code]
 
     def _worth(self, node: int) -> tuple[int, int]:
-        """Loops and what is not rare, and how much is issued; a slow division and single entries are always rare."""
+        """Loops and what is not rare, and how much is issued; a slow division and single entries are always rare.
+
+        A loop that begins with what is rare is nothing to go through.
+        """
         block = self.blocks[node]
         beside = block.by_entry or block.has("CALL")
         if self.rare and not beside:

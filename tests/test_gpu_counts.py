@@ -63,6 +63,8 @@ def test_the_hot_loop_of_a_listing() -> None:
     assert hot("") == [*ordinary[:3], "IADD3", "RED.E.ADD.64", "IADD3", *ordinary[3:]]
     whole = sass.Graph(LISTING, "_walk", gpu_counts.ATOMICS).longest()
     assert [one.name for one in whole] == ["LDC", "BRA", *ordinary, "STG.E", "EXIT"]
+    beside = sass.Graph(LISTING, "_walk", "FADD").longest()  # a loop that begins with what is rare
+    assert [one.name for one in beside] == ["LDC", "BRA", "STG.E", "EXIT"]
 
 
 def test_cycles_of_each_pipe() -> None:

@@ -14,9 +14,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from spartan_kernels.backends.triton.primitives import INFINITY, LN_2, LOG2_E, reciprocal
+from spartan_kernels.backends.triton.primitives import (
+    BUDGET_ROUNDING,
+    BUDGET_SLACK,
+    INFINITY,
+    LN_2,
+    LOG2_E,
+    reciprocal,
+)
 
-# |M - q| / q that ends a search, about the rounding of a sum over a row.
+# |M - q| / q that ends a search, about the rounding of a logit near 10, and of a sum over a row.
 TOLERANCE = tl.constexpr(4e-7)
 TRIALS = tl.constexpr(3)  # about one centre
 MAX_ROUNDS = tl.constexpr(6)
@@ -34,6 +41,19 @@ def row_range(u):
     """Smallest and largest of the live entries of each row; 0 and -inf where none is. A largest of NaN shows a NaN."""
     lowest = tl.min(tl.where(u == -INFINITY, INFINITY, u), 1)
     return tl.where(lowest == INFINITY, 0.0, lowest), tl.reduce(u, 1, _larger)
+
+
+@triton.jit
+def sides_of(budget, total):
+    """Sign, quota and rest in float32, the smaller and the larger of kept and dropped cost, and the budget's poison.
+
+    That is NaN where the budget is, or is more than there is. A rounding short of everything is everything.
+    """
+    dropped, kept, all_of_it = (total - budget).to(tl.float32), budget.to(tl.float32), total.to(tl.float32)
+    poison = tl.where(dropped < all_of_it * -BUDGET_SLACK, float("nan"), kept * 0.0)
+    keep = kept <= dropped
+    quota = tl.where(keep, tl.maximum(kept, 0.0), tl.where(dropped > all_of_it * BUDGET_ROUNDING, dropped, 0.0))
+    return tl.where(keep, 1.0, -1.0), quota, tl.where(keep, dropped, kept), poison
 
 
 @triton.jit

@@ -22,8 +22,6 @@ from spartan_kernels.backends.triton.configs import (
 )
 from spartan_kernels.backends.triton.launches import Launch, start
 from spartan_kernels.backends.triton.primitives import (
-    BUDGET_ROUNDING,
-    BUDGET_SLACK,
     INFINITY,
     LN_2,
     LOG2_E,
@@ -34,12 +32,18 @@ from spartan_kernels.backends.triton.primitives import (
     moments_of,
     reciprocal,
 )
-from spartan_kernels.backends.triton.row_odds import first_round, moment_start, more_rounds, order_start, row_range
+from spartan_kernels.backends.triton.row_odds import (
+    TOLERANCE,
+    first_round,
+    moment_start,
+    more_rounds,
+    order_start,
+    row_range,
+    sides_of,
+)
 from spartan_kernels.operands import SoftTopk, SoftTopkBackward
 
-# |M - q| / q that ends a solve, about the rounding of a logit near 10, and a limit that only a bisection comes near.
-TOLERANCE = tl.constexpr(4e-7)
-MAX_TRIALS = tl.constexpr(400)
+MAX_TRIALS = tl.constexpr(400)  # that only a bisection comes near
 FINEST_LOGIT = tl.constexpr(1e-12)  # a bracket that moves no logit by more is resolved
 # A step of float64 at the threshold that moves a logit by more than COARSE may miss the budget.
 COARSE = tl.constexpr(1e-8)
@@ -211,19 +215,6 @@ def _search(
 
 
 @triton.jit
-def _sides(budget, total):
-    """(sign, quota, rest) in float32: the smaller of kept and dropped cost, and the larger; NaN of a budget that is.
-
-    A rounding short of everything is everything.
-    """
-    dropped, kept, all_of_it = (total - budget).to(tl.float32), budget.to(tl.float32), total.to(tl.float32)
-    poison = tl.where(dropped < all_of_it * -BUDGET_SLACK, float("nan"), kept * 0.0)
-    keep = kept <= dropped
-    quota = tl.where(keep, tl.maximum(kept, 0.0), tl.where(dropped > all_of_it * BUDGET_ROUNDING, dropped, 0.0))
-    return tl.where(keep, 1.0, -1.0), quota, tl.where(keep, dropped, kept), poison
-
-
-@triton.jit
 def _soft_topk_forward_kernel(
     values_ptr, costs_ptr, budget_ptr, beta_ptr, mask_ptr, threshold_ptr,
     n_rows, n, stride_vm, stride_vn, stride_cm, stride_cn, stride_bm,
@@ -242,7 +233,7 @@ def _soft_topk_forward_kernel(
         budget, total = budget * per_total, tl.full((BLOCK_M,), 1.0, tl.float64)
     else:
         total = live_counts(live)
-    sign, quota, rest, poison = _sides(budget, total)
+    sign, quota, rest, poison = sides_of(budget, total)
     # NaN where an entry is NaN or +inf, too
     poison += tl.where(highest == -INFINITY, 0.0, highest * 0.0)
     searched = tl.where(beta > 0.0, quota, 0.0) > 0.0

@@ -181,13 +181,29 @@ class Graph:
     def _worth(self, node: int) -> tuple[int, int]:
         """Loops and what is not rare, and how much is issued; a slow division and single entries are always rare.
 
-        A loop that begins with what is rare is nothing to go through.
+        A loop that cannot be gone around without what is rare is nothing to go through.
         """
         block = self.blocks[node]
         beside = block.by_entry or block.has("CALL")
         if self.rare and not beside:
             beside = block.has(self.rare) or any(self.blocks[after].has(self.rare) for after in block.after)
-        return _LOOP * (not beside and any(node == head for _, head in self._back)) - beside, len(block.code)
+        return _LOOP * (node in self._ordinary) - beside, len(block.code)
+
+    @cached_property
+    def _ordinary(self) -> set[int]:
+        """Heads of the loops that have a way around without what is rare."""
+        heads = set()
+        for loop in self.loops:
+            seen: set[int] = set()
+            waiting = [loop.head]
+            while waiting:
+                node = waiting.pop()
+                if node in loop.body and node not in seen and not (self.rare and self.blocks[node].has(self.rare)):
+                    seen.add(node)
+                    waiting += self.blocks[node].after
+            if any((node, loop.head) in self._back for node in seen):
+                heads.add(loop.head)
+        return heads
 
     def _ends(self) -> set[int]:
         return {node for node in self.order if self.blocks[node].has("EXIT")}

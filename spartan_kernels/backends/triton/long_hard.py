@@ -30,6 +30,7 @@ from spartan_kernels.operands import HardTopk
 
 PASSES = tl.constexpr(16)
 DIGITS = tl.constexpr(4)  # of two bits
+COUNTED_TILE = LONG_ROW_TILE // 4  # where programs share a row: with longer ones the counts spill on sm_80
 
 
 @triton.jit
@@ -216,9 +217,10 @@ def plan(o: HardTopk, mask: torch.Tensor) -> list[Launch]:
     ties = torch.empty((rows, parts, 2), dtype=torch.float64, device=device)
     found, sizes = (values, costs, o.budget, cuts, counts), (n, part, *strides)
     options["BLOCK"] = power_of_two(parts)
+    narrow = options | {"TILE": COUNTED_TILE}
     return [
-        *[Launch(_split_count_kernel, (rows, parts), (*found, step, *sizes), options) for step in range(passes)],
-        Launch(_split_ties_kernel, (rows, parts), (*found, ties, *sizes), options),
+        *[Launch(_split_count_kernel, (rows, parts), (*found, step, *sizes), narrow) for step in range(passes)],
+        Launch(_split_ties_kernel, (rows, parts), (*found, ties, *sizes), narrow),
         Launch(_split_hard_write_kernel, (rows, parts), (*found, ties, mask, *sizes), options),
     ]
 
@@ -236,9 +238,10 @@ def _compile_cases() -> list[CompileCase]:
     kernels = (_long_hard_topk_forward_kernel, _split_count_kernel, _split_ties_kernel, _split_hard_write_kernel)
     cases = []
     for kernel in kernels:
+        tile = COUNTED_TILE if kernel in (_split_count_kernel, _split_ties_kernel) else LONG_ROW_TILE // 2
         for dtype, costs in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
             constants: dict[str, Any] = {
-                "HAS_COSTS": costs, "TILE": LONG_ROW_TILE // 2, "BLOCK": 128, "stride_vn": 1, "stride_cn": 1,
+                "HAS_COSTS": costs, "TILE": tile, "BLOCK": 128, "stride_vn": 1, "stride_cn": 1,
             }  # fmt: skip
             constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
             signature = {

@@ -37,9 +37,9 @@ from spartan_kernels.backends.triton.primitives import (
     overdrawn,
     smaller_side,
 )
+from spartan_kernels.backends.triton.row_odds import TOLERANCE
 from spartan_kernels.backends.triton.soft_topk_rows import (
     MAX_TRIALS,
-    TOLERANCE,
     cost_strides,
     fine_logit,
     finer_bracket,

@@ -40,7 +40,8 @@ from spartan_kernels.backends.triton.long_rows import (
     write_soft,
 )
 from spartan_kernels.backends.triton.primitives import INFINITY, halley_step, load_beta, logit_at
-from spartan_kernels.backends.triton.soft_topk_rows import TOLERANCE, cost_strides
+from spartan_kernels.backends.triton.row_odds import TOLERANCE
+from spartan_kernels.backends.triton.soft_topk_rows import cost_strides
 from spartan_kernels.operands import SoftTopk, SoftTopkBackward
 
 TRIALS = 4  # normal values take three

@@ -167,7 +167,7 @@ def more_rounds(u, a, centre, w, lowest, highest, left, beta, sign, quota, rest,
         e = _odds_about(u, centre, -sign * to_power)
         above, below = tl.full(w.shape, 1.0 / FRAME, tl.float32), tl.full(w.shape, FRAME, tl.float32)
         carry = tl.zeros_like(w)
-        for _ in tl.static_range(TRIALS):
+        for _ in range(TRIALS):  # not unrolled: few rows come here, and registers are short
             miss, step = _halley(e, a, w, quota, rest)
             left = left & (tl.abs(miss) > quota * TOLERANCE)
             above, below = tl.where(miss > 0.0, w, above), tl.where(miss > 0.0, below, w)

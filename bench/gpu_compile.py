@@ -37,9 +37,17 @@ ROOT = Path(__file__).resolve().parent.parent
 SAVED = ROOT / "bench" / "results" / "gpu-compile.csv"
 SAVED_PLANS = SAVED.with_name("gpu-plan.csv")
 MODULES = (
-    "masked_weight", "soft_topk_rows", "long_rows", "hard_topk", "global_solve", "ranked_solve", "masked_matmul",
+    "masked_weight",
+    "soft_topk_rows",
+    "long_rows",
+    "split_rows",
+    "hard_topk",
+    "long_hard",
+    "global_solve",
+    "ranked_solve",
+    "masked_matmul",
     "masked_conv",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)

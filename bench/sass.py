@@ -179,12 +179,31 @@ class Graph:
         return [one for node in reversed(way) for one in self.blocks[node].code]
 
     def _worth(self, node: int) -> tuple[int, int]:
-        """Loops and what is not rare, and how much is issued; a slow division and single entries are always rare."""
+        """Loops and what is not rare, and how much is issued; a slow division and single entries are always rare.
+
+        A loop that cannot be gone around without what is rare is nothing to go through, nor is one within it.
+        """
         block = self.blocks[node]
         beside = block.by_entry or block.has("CALL")
         if self.rare and not beside:
             beside = block.has(self.rare) or any(self.blocks[after].has(self.rare) for after in block.after)
-        return _LOOP * any(node == head for _, head in self._back) - beside, len(block.code)
+        return _LOOP * (node in self._ordinary) - beside, len(block.code)
+
+    @cached_property
+    def _ordinary(self) -> set[int]:
+        """Heads of the loops that have a way around without what is rare, and lie in no loop that has none."""
+        rare = [loop for loop in self.loops if not self._goes_around(loop)]
+        return {loop.head for loop in self.loops if not any(loop.head in other.body for other in rare)}
+
+    def _goes_around(self, loop: Loop) -> bool:
+        seen: set[int] = set()
+        waiting = [loop.head]
+        while waiting:
+            node = waiting.pop()
+            if node in loop.body and node not in seen and not (self.rare and self.blocks[node].has(self.rare)):
+                seen.add(node)
+                waiting += self.blocks[node].after
+        return any((node, loop.head) in self._back for node in seen)
 
     def _ends(self) -> set[int]:
         return {node for node in self.order if self.blocks[node].has("EXIT")}

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 import os
 from importlib.metadata import version
 
 import pytest
-import torch
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -65,6 +63,8 @@ def test_the_hot_loop_of_a_listing() -> None:
     assert hot("") == [*ordinary[:3], "IADD3", "RED.E.ADD.64", "IADD3", *ordinary[3:]]
     whole = sass.Graph(LISTING, "_walk", gpu_counts.ATOMICS).longest()
     assert [one.name for one in whole] == ["LDC", "BRA", *ordinary, "STG.E", "EXIT"]
+    beside = sass.Graph(LISTING, "_walk", "FADD").longest()  # a loop that begins with what is rare
+    assert [one.name for one in beside] == ["LDC", "BRA", "STG.E", "EXIT"]
 
 
 def test_cycles_of_each_pipe() -> None:
@@ -94,23 +94,3 @@ def test_a_kernel_with_more_instructions_is_found(monkeypatch: pytest.MonkeyPatc
     case = next(c for c in cases if (c.kernel.fn.__name__, c.label) == which[:2])
     monkeypatch.setitem(case.constexprs, "ALIGNED", False)
     assert gpu_counts.count(subject(*which)).instructions > gpu_counts.LIMITS[which]
-
-
-def test_trials_of_a_row() -> None:
-    """How often Halley's step runs on normal values, of which a tenth is kept: what the counts of rows assume."""
-    values = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0)).double()
-    budget, beta, trials = 409.6, 10.0, 0
-    target = math.log(budget / (4096 - budget))
-    t = values.mean(1) - target * (values.var(1, correction=0) * 3 / math.pi**2 + 1 / beta**2).sqrt()
-    while True:
-        trials += 1
-        m = torch.sigmoid(beta * (values - t[:, None]))
-        s = m * (1 - m)
-        mass, slope, bend = m.sum(1), s.sum(1), (s * (1 - 2 * m)).sum(1)
-        if bool(((mass - budget).abs() <= 4e-7 * budget).all()):
-            break
-        weight = 4096 / (mass * (4096 - mass))
-        f, first = torch.logit(mass / 4096) - target, -beta * slope * weight
-        second = beta**2 * bend * weight - first**2 * (4096 - 2 * mass) / 4096
-        t = t - 2 * f * first / (2 * first**2 - f * second)
-    assert trials == gpu_counts.TRIALS

@@ -31,6 +31,7 @@ SELECTIONS = {
         " or (float32_gradient and 20.0)",
         "test_hard_topk.py": "long_rows or lowest_index or first_entry or fractional"
         " or (concatenation and mixed_scales)",
+        "test_triton_split_rows.py": "reference or few_trials or whichever",
         "test_hard_bits.py": "300-torch or 9000 or training or (lists and 1000)",
         "test_masked_weight.py": "block_scores or zero_weights or dropped"
         " or (float32 and ((forward_and_gradient and both) or memory_of_its_input or signs_are))",
@@ -39,7 +40,7 @@ SELECTIONS = {
         "test_soft_topk_global.py": "list_equals or sharded or nothing or stale or carries or (oracle and mixed)",
         "test_masked_scores.py": "causal or step or a_masked_list or (lists and scalar-3.0) or (such_a_list and little)"
         " or ((rows or gradients or such_a_row or refused) and (cpu-4 or cpu-64))",
-        "test_triton_launch_plan.py": "reads_of or last_solve",
+        "test_triton_launch_plan.py": "reads_of or last_solve or one_round",
         "test_soft_solution.py": "operators_take or sum_over_the_kept",
     },
     "products": {

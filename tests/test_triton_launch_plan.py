@@ -107,6 +107,28 @@ def test_memory_besides_the_masks(programs: int, costs: bool, monkeypatch: pytes
 
 
 @interpreted
+@pytest.mark.parametrize(
+    ("rows", "n", "budget", "beta"),
+    [(512, 4, 2.0, 1.0), (512, 4, 2.0, 10.0), (512, 4, 2.0, 1e3), (8, 4096, 409.6, 10.0), (8, 1024, 512.0, 4.0)],
+)
+def test_one_round_solves_normal_rows(
+    rows: int, n: int, budget: float, beta: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the counts of rows assume (`bench.gpu_counts`); what it leaves goes on in `more_rounds`."""
+
+    def more_rounds(*arguments: object) -> None:
+        raise AssertionError("rows are left")
+
+    values, k = make_values("normal", (rows, n)), torch.full((rows,), budget, dtype=torch.float64)
+    exact = ops.soft_topk(values.double(), k, beta=beta, backend="reference")
+    monkeypatch.setattr(soft_topk_rows, "more_rounds", more_rounds)
+    mask = ops.soft_topk(values, k, beta=beta, backend="triton")
+    torch.testing.assert_close(mask.double(), exact, rtol=1e-5, atol=1e-6)
+    with pytest.raises(Exception, match="rows are left"):
+        ops.soft_topk(values, 0.3 * n, beta=30.0 if n == 4 else 300.0, backend="triton")
+
+
+@interpreted
 @pytest.mark.parametrize("capacity", [None, 64])
 def test_reads_of_a_training_run(capacity: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cold solve surveys its values at most twice, a warm one once; too many candidates cost reads, not exactness."""

@@ -25,6 +25,7 @@ import spartan
 from spartan_kernels import BlockSparseFilter, BlockSparseWeight, ops, tiles
 from spartan_kernels.backends import triton as backend
 from spartan_kernels.backends.triton import (
+    configs,
     global_passes,
     global_solve,
     masked_weight,
@@ -45,6 +46,15 @@ def rows(n: int, costs: bool) -> None:
     mask = spartan.soft_topk(values, n / 3, a, beta=2.0, backend="triton")
     torch.autograd.grad((mask * make_values("normal", (3, n), seed=3)).sum(), [values, *([a] if costs else [])])
     ops.hard_topk(values.detach(), n / 3, None if a is None else a.detach(), backend="triton")
+
+
+def shared_rows(costs: bool) -> None:
+    """The same for rows that several programs share, one of them with nothing but ties at its threshold."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(configs, "MAX_LONG_ROW", 8192)
+        patch.setattr(configs, "INTERPRETED_PROGRAMS", 9)
+        rows(8500, costs)
+        ops.soft_topk(torch.full((3, 8500), 1e13), 3000.0, beta=1e4, backend="triton")
 
 
 def lists(costs: bool) -> None:
@@ -158,6 +168,8 @@ CASES: dict[str, Callable[[], None]] = {
     "rows with costs": lambda: rows(300, True),
     "long rows": lambda: rows(9000, False),
     "long rows with costs": lambda: rows(5000, True),
+    "rows shared by programs": lambda: shared_rows(False),
+    "rows shared by programs, with costs": lambda: shared_rows(True),
     "lists": lambda: lists(False),
     "lists with costs": lambda: lists(True),
     "a list over ranks": one_rank,

@@ -9,16 +9,15 @@ import torch
 
 from spartan_kernels import tiles
 
-# Entries of one tile of the elementwise kernels; entries of rows that stay in registers, for each warp: the soft
-# forward pass needs the registers of fewer warps.
+# Entries of one tile of the elementwise kernels; entries of rows that stay in registers, for each warp.
 TILE = 2048
 ENTRIES_PER_WARP = 512
-FORWARD_ENTRIES_PER_WARP = 1024
 # Longest row that stays in registers, without and with a cost for each entry.
 MAX_RESIDENT_ROW = 8192
 MAX_RESIDENT_ROW_WITH_COSTS = 4096
-# Longest row that one program walks, reading it from the L2 cache; a longer one is worth a grid of its own.
+# Longest row that one program walks, reading it from the L2 cache; longer ones are shared, each by so many at most.
 MAX_LONG_ROW = 1 << 17
+MAX_PARTS = 128
 LONG_ROW_TILE = 4096
 LONG_ROW_WARPS = 8
 # Chunk of the kernels that walk a list of tensors: two vector loads of 16 bytes in flight for each thread (twice as
@@ -103,8 +102,25 @@ def fits_in_registers(values: torch.Tensor, costs: torch.Tensor | None) -> bool:
 
 
 def fits_one_program(values: torch.Tensor) -> bool:
-    """Whether a program can walk each of the rows of values [rows, n]; longer ones are solved one after the other."""
+    """Whether a program can walk each of the rows of values [rows, n]; longer ones are shared by several."""
     return values.shape[1] <= MAX_LONG_ROW
+
+
+def row_parts(values: torch.Tensor) -> tuple[int, int]:
+    """(entries, parts): the parts in which programs share the rows of values [rows, n], of whole tiles but the last."""
+    rows, n = values.shape
+    tiles_of = -(-n // LONG_ROW_TILE)
+    wanted = min(MAX_PARTS, tiles_of, max(1, program_limit(values.device) // rows))
+    each = -(-tiles_of // wanted)
+    return each * LONG_ROW_TILE, -(-tiles_of // each)
+
+
+def forward_entries(n: int) -> int:
+    """Entries for each warp of the soft forward pass over rows of n: more of them share what there is to do for a row.
+
+    A thread does that for each row it has entries of: shorter rows must be few in a warp, or registers spill.
+    """
+    return 1024 if n > 1024 else 512 if n > 256 else 256
 
 
 def row_tile(n: int, entries_per_warp: int = ENTRIES_PER_WARP) -> tuple[int, int, int]:

@@ -8,14 +8,13 @@ import torch
 import triton
 import triton.language as tl
 
-from spartan_kernels.backends.shared import check_rows, costs_of_row
-from spartan_kernels.backends.triton import long_rows
+from spartan_kernels.backends.shared import check_rows
+from spartan_kernels.backends.triton import long_hard
 from spartan_kernels.backends.triton.configs import (
     MAX_RESIDENT_ROW,
     MAX_RESIDENT_ROW_WITH_COSTS,
     CompileCase,
     fits_in_registers,
-    fits_one_program,
     name_of,
     row_tile,
 )
@@ -23,7 +22,7 @@ from spartan_kernels.backends.triton.launches import FUSED
 from spartan_kernels.backends.triton.lists import hard_topk_global_forward
 from spartan_kernels.backends.triton.primitives import INFINITY, clamped_budget, ordered_key
 from spartan_kernels.backends.triton.soft_topk_rows import cost_strides, dense, load_rows, row_totals
-from spartan_kernels.operands import HardTopk, HardTopkGlobal
+from spartan_kernels.operands import HardTopk
 
 __all__ = ["hard_topk_forward", "hard_topk_global_forward"]
 
@@ -73,14 +72,8 @@ def hard_topk_forward(o: HardTopk) -> torch.Tensor:
     mask = torch.empty((rows, n), dtype=torch.bool, device=o.values.device)
     if mask.numel() == 0:
         return mask
-    if not fits_in_registers(o.values, o.costs) and fits_one_program(o.values):
-        return long_rows.hard_forward(o.values, o.budget, o.costs, mask)
     if not fits_in_registers(o.values, o.costs):
-        masks = [
-            hard_topk_global_forward(HardTopkGlobal([row], o.budget[i], costs_of_row(o.costs, i), False))[0]
-            for i, row in enumerate(o.values)
-        ]
-        return torch.stack(masks)
+        return long_hard.forward(o, mask)
     block_m, block_n, warps = row_tile(n)
     with torch.cuda.device_of(o.values):
         _hard_topk_forward_kernel[(triton.cdiv(rows, block_m),)](

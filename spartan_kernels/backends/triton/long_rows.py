@@ -1,4 +1,4 @@
-"""Soft and hard top-k of rows too long for registers: one program for each, which reads its row from the L2 cache.
+"""Soft top-k of rows too long for registers: one program for each, which reads its row from the L2 cache.
 
 An entry of -inf is masked: it is not live, as what lies past the row's end is not, and its mask is 0.
 """
@@ -34,13 +34,12 @@ from spartan_kernels.backends.triton.primitives import (
     lane_sum,
     load_beta,
     logit_at,
-    ordered_key,
     overdrawn,
     smaller_side,
 )
+from spartan_kernels.backends.triton.row_odds import TOLERANCE
 from spartan_kernels.backends.triton.soft_topk_rows import (
     MAX_TRIALS,
-    TOLERANCE,
     cost_strides,
     fine_logit,
     finer_bracket,
@@ -61,7 +60,7 @@ def _load_tile(pointer, stride, start, n, absent: tl.constexpr, TILE: tl.constex
 
 
 @triton.jit
-def _store_tile(pointer, start, n, entries, TILE: tl.constexpr):
+def store_tile(pointer, start, n, entries, TILE: tl.constexpr):
     """The counterpart of `_load_tile`, to a row without gaps."""
     at = start + tl.arange(0, TILE)
     if start + TILE <= n:
@@ -71,7 +70,7 @@ def _store_tile(pointer, start, n, entries, TILE: tl.constexpr):
 
 
 @triton.jit
-def _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS: tl.constexpr, TILE: tl.constexpr):
+def load_ratio_tile(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS: tl.constexpr, TILE: tl.constexpr):
     """u = v / a and a in float32, and which of them are live; u is -inf where it is not."""
     u = _load_tile(values_ptr, stride_vn, start, n, float("-inf"), TILE)
     if HAS_COSTS:
@@ -84,23 +83,27 @@ def _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS
 
 
 @triton.jit
-def _extent(
-    values_ptr, costs_ptr, n, stride_vn, stride_cn,
+def row_origin(values_ptr, costs_ptr, HAS_COSTS: tl.constexpr):
+    """The first entry of a row: relative to one of them the spread does not cancel."""
+    origin = tl.load(values_ptr).to(tl.float32)
+    if HAS_COSTS:
+        origin = origin / tl.load(costs_ptr).to(tl.float32)
+    return tl.where(origin == -INFINITY, 0.0, origin)
+
+
+@triton.jit
+def extent_sums(
+    values_ptr, costs_ptr, origin, begin, end, n, stride_vn, stride_cn,
     HAS_COSTS: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Of what is live: sum of the costs, smallest and largest entry, mean (NaN where one is not finite), variance."""
+    """Of what is live in [begin, end): costs, number, sum and square from the origin, smallest and largest; float64."""
     total = tl.zeros((LANES,), tl.float64)
     first, second = total, total
     count = tl.zeros((LANES,), tl.int32)
     lowest = tl.full((LANES,), float("inf"), tl.float32)
     highest = -lowest
-    origin = tl.load(values_ptr).to(tl.float32)
-    if HAS_COSTS:
-        origin = origin / tl.load(costs_ptr).to(tl.float32)
-    origin = tl.where(origin == -INFINITY, 0.0, origin)
-    for start in range(0, n, TILE):
-        u, a, live = _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
-        # relative to one of the entries the spread does not cancel
+    for start in range(begin, end, TILE):
+        u, a, live = load_ratio_tile(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
         span = tl.where(live, u - origin, 0.0)
         count += lane_sum(live.to(tl.int32), LANES, VECTOR, tl.int32)
         if HAS_COSTS:
@@ -111,11 +114,90 @@ def _extent(
         highest = tl.maximum(highest, lane_max(tl.where(live, u, -INFINITY), LANES, VECTOR))
     number = tl.sum(count, 0).to(tl.float64)
     cost = tl.sum(total, 0) if HAS_COSTS else number
-    mean, square = tl.sum(first, 0) / tl.maximum(number, 1.0), tl.sum(second, 0) / tl.maximum(number, 1.0)
     low, high = tl.min(lowest, 0).to(tl.float64), tl.max(highest, 0).to(tl.float64)
-    mean = tl.where(high == INFINITY, float("nan"), mean)
+    return cost, number, tl.sum(first, 0), tl.sum(second, 0), low, high
+
+
+@triton.jit
+def search_of(budget, beta, origin, cost, number, first, second, lowest, highest):
+    """What a search starts from: sign, quota, target, total, poison (NaN: no search), t, low and high."""
     # hardly more than 0 where nothing is live, all of which is kept
-    return tl.maximum(cost, 1e-300), low, high, origin.to(tl.float64) + mean, square - mean * mean
+    total, count = tl.maximum(cost, 1e-300), tl.maximum(number, 1.0)
+    mean = tl.where(highest == INFINITY, float("nan"), first / count)
+    variance = second / count - mean * mean
+    sign, quota, target = smaller_side(clamped_budget(budget, total), total)
+    low, high = lowest - sign * target / beta, highest - sign * target / beta
+    t = first_threshold(origin.to(tl.float64) + mean, variance, beta, sign, target, low, high)
+    return sign, quota, target, total, mean * 0.0 + overdrawn(budget, total), t, low, high
+
+
+@triton.jit
+def moment_sums(
+    values_ptr, costs_ptr, begin, end, n, stride_vn, stride_cn, centre, shift, beta, sign,
+    HAS_COSTS: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Sums of a m, a s and a s (1 - 2 m) over [begin, end), m on the smaller side of the budget."""
+    slope, offset = (-sign * beta * LOG2_E).to(tl.float32), (-sign * shift * LOG2_E).to(tl.float32)
+    mass = tl.zeros((LANES,), tl.float64)
+    weight, third = mass, mass
+    for start in range(begin, end, TILE):
+        u, a, live = load_ratio_tile(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
+        m0, m1, m2 = chunk_moments(u, a, live, centre, slope, offset, LANES, VECTOR)
+        mass += m0
+        weight += m1
+        third += m2
+    return tl.sum(mass, 0), tl.sum(weight, 0), tl.sum(weight - 2 * third, 0)
+
+
+@triton.jit
+def search_row(
+    values_ptr, costs_ptr, n, stride_vn, stride_cn, pending, t, low, high, lowest, highest,
+    beta, sign, quota, total, target,
+    HAS_COSTS: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """(centre, shift) of the best trial of a row, by one program."""
+    residual = total * 0.0 + INFINITY
+    best_miss = residual
+    best_centre, best_shift = logit_at(t, beta, lowest, highest)
+    anchor = best_centre
+    fine, finer = pending != pending, pending != pending
+    trial = 0
+    while (trial < MAX_TRIALS) & pending:
+        if finer:
+            anchor, low, high = finer_bracket(low, high, lowest, highest, -sign * target / beta, beta)
+            t = low + (high - low) / 2
+            residual = total * 0.0 + INFINITY
+            fine = fine | finer
+        centre, shift = fine_logit(t, anchor, fine, beta, lowest, highest)
+        mass, weight, bend = moment_sums(
+            values_ptr, costs_ptr, 0, n, n, stride_vn, stride_cn, centre, shift, beta, sign,
+            HAS_COSTS, TILE, LANES, VECTOR,
+        )  # fmt: skip
+        miss = tl.abs(mass - quota)
+        nearer = miss < best_miss
+        best_centre, best_shift = tl.where(nearer, centre, best_centre), tl.where(nearer, shift, best_shift)
+        best_miss = tl.minimum(miss, best_miss)
+        tried = t
+        t, low, high, residual, stuck = halley_step(
+            t, low, high, residual, mass, weight, bend, beta, sign, quota, total, target
+        )
+        pending, finer = search_ends(miss > quota * TOLERANCE, stuck, tried, low, high, beta, fine)
+        trial += 1
+    return best_centre, best_shift
+
+
+@triton.jit
+def write_soft(
+    values_ptr, costs_ptr, mask_ptr, begin, end, n, stride_vn, stride_cn, centre, shift, beta, constant, poison,
+    HAS_COSTS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The masks of [begin, end)."""
+    slope, offset = tl.where(constant, 0.0, (beta * LOG2_E).to(tl.float32)), (shift * LOG2_E).to(tl.float32)
+    for start in range(begin, end, TILE):
+        u, _, live = load_ratio_tile(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
+        m, _ = binary_logistic(slope * (u - centre) + offset)
+        m = tl.where(live, m, poison.to(tl.float32)).to(mask_ptr.dtype.element_ty)
+        store_tile(mask_ptr, start, n, m, TILE)
 
 
 @triton.jit
@@ -127,63 +209,74 @@ def _long_soft_topk_forward_kernel(
     row = tl.program_id(0).to(tl.int64)
     values_ptr += row * stride_vm
     costs_ptr += row * stride_cm
-    total, lowest, highest, mean, variance = _extent(
-        values_ptr, costs_ptr, n, stride_vn, stride_cn, HAS_COSTS, TILE, LANES, VECTOR
+    origin = row_origin(values_ptr, costs_ptr, HAS_COSTS)
+    cost, number, first, second, lowest, highest = extent_sums(
+        values_ptr, costs_ptr, origin, 0, n, n, stride_vn, stride_cn, HAS_COSTS, TILE, LANES, VECTOR
     )
     beta = load_beta(beta_ptr)
-    budget = tl.load(budget_ptr + row * stride_bm)
-    sign, quota, target = smaller_side(clamped_budget(budget, total), total)
+    sign, quota, target, total, poison, t, low, high = search_of(
+        tl.load(budget_ptr + row * stride_bm), beta, origin, cost, number, first, second, lowest, highest
+    )
     constant = quota * beta <= 0.0
-    poison = mean * 0.0 + overdrawn(budget, total)
-    low, high = lowest - sign * target / beta, highest - sign * target / beta
-    t = first_threshold(mean, variance, beta, sign, target, low, high)
-    residual = total * 0.0 + INFINITY
-    best_miss = residual
-    best_centre, best_shift = logit_at(t, beta, lowest, highest)
-    anchor = best_centre
-    pending = (quota * beta > 0.0) & (poison == 0.0)
-    fine, finer = pending != pending, pending != pending
-    trial = 0
-    while (trial < MAX_TRIALS) & pending:
-        if finer:
-            anchor, low, high = finer_bracket(low, high, lowest, highest, -sign * target / beta, beta)
-            t = low + (high - low) / 2
-            residual = total * 0.0 + INFINITY
-            fine = fine | finer
-        centre, shift = fine_logit(t, anchor, fine, beta, lowest, highest)
-        slope, offset = (-sign * beta * LOG2_E).to(tl.float32), (-sign * shift * LOG2_E).to(tl.float32)
-        mass = tl.zeros((LANES,), tl.float64)
-        weight, third = mass, mass
-        for start in range(0, n, TILE):
-            u, a, live = _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
-            m0, m1, m2 = chunk_moments(u, a, live, centre, slope, offset, LANES, VECTOR)
-            mass += m0
-            weight += m1
-            third += m2
-        found = tl.sum(mass, 0)
-        miss = tl.abs(found - quota)
-        nearer = miss < best_miss
-        best_centre, best_shift = tl.where(nearer, centre, best_centre), tl.where(nearer, shift, best_shift)
-        best_miss = tl.minimum(miss, best_miss)
-        tried = t
-        t, low, high, residual, stuck = halley_step(
-            t, low, high, residual, found, tl.sum(weight, 0), tl.sum(weight - 2 * third, 0), beta, sign, quota, total,
-            target,
-        )  # fmt: skip
-        pending, finer = search_ends(miss > quota * TOLERANCE, stuck, tried, low, high, beta, fine)
-        trial += 1
-
-    centre, shift = best_centre, best_shift
+    centre, shift = search_row(
+        values_ptr, costs_ptr, n, stride_vn, stride_cn, (quota * beta > 0.0) & (poison == 0.0), t, low, high,
+        lowest, highest, beta, sign, quota, total, target, HAS_COSTS, TILE, LANES, VECTOR,
+    )  # fmt: skip
     centre = tl.where(constant, 0.0, centre)
     shift = tl.where(constant, sign * target, shift) + poison
-    slope, offset = tl.where(constant, 0.0, (beta * LOG2_E).to(tl.float32)), (shift * LOG2_E).to(tl.float32)
-    for start in range(0, n, TILE):
-        u, _, live = _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
-        m, _ = binary_logistic(slope * (u - centre) + offset)
-        m = tl.where(live, m, poison.to(tl.float32)).to(mask_ptr.dtype.element_ty)
-        _store_tile(mask_ptr + row * n, start, n, m, TILE)
+    write_soft(
+        values_ptr, costs_ptr, mask_ptr + row * n, 0, n, n, stride_vn, stride_cn, centre, shift, beta, constant,
+        poison, HAS_COSTS, TILE,
+    )  # fmt: skip
     tl.store(threshold_ptr + 2 * row, centre.to(tl.float64))
     tl.store(threshold_ptr + 2 * row + 1, shift)
+
+
+@triton.jit
+def load_logit(threshold_ptr, beta_ptr, row):
+    """beta and, of the logit in powers of two, slope, centre and shift, all in float32."""
+    beta = tl.load(beta_ptr)
+    slope = (beta.to(tl.float64) * LOG2_E).to(tl.float32)
+    centre = tl.load(threshold_ptr + 2 * row).to(tl.float32)
+    return beta.to(tl.float32), slope, centre, (tl.load(threshold_ptr + 2 * row + 1) * LOG2_E).to(tl.float32)
+
+
+@triton.jit
+def gradient_sums(
+    grad_ptr, values_ptr, costs_ptr, begin, end, n, stride_gn, stride_vn, stride_cn, slope, centre, shift,
+    HAS_COSTS: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Sums of g s and a s over [begin, end), and of both times u from the threshold, where sum (g - a r) s vanishes."""
+    gs = tl.zeros((LANES,), tl.float64)
+    weight, gsu, asu = gs, gs, gs
+    for start in range(begin, end, TILE):
+        u, a, live = load_ratio_tile(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
+        g = _load_tile(grad_ptr, stride_gn, start, n, 0.0, TILE)
+        away = tl.where(live, u - centre, 0.0)
+        m, rest = binary_logistic(slope * away + shift)
+        s = tl.where(live, m * rest, 0.0)
+        gs += lane_sum(g * s, LANES, VECTOR, tl.float64)
+        weight += lane_sum(a * s, LANES, VECTOR, tl.float64)
+        gsu += lane_sum(g * s * away, LANES, VECTOR, tl.float64)
+        asu += lane_sum(a * s * away, LANES, VECTOR, tl.float64)
+    return tl.sum(gs, 0), tl.sum(weight, 0), tl.sum(gsu, 0), tl.sum(asu, 0)
+
+
+@triton.jit
+def write_gradients(
+    grad_ptr, values_ptr, costs_ptr, grad_values_ptr, grad_costs_ptr, begin, end, n, stride_gn, stride_vn, stride_cn,
+    beta, slope, centre, shift, r, HAS_COSTS: tl.constexpr, COST_GRAD: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The gradients of the values, and of the costs, in [begin, end)."""
+    for start in range(begin, end, TILE):
+        u, a, live = load_ratio_tile(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
+        g = _load_tile(grad_ptr, stride_gn, start, n, 0.0, TILE)
+        m, rest = binary_logistic(slope * (u - centre) + shift)
+        pull = tl.where(live, beta * m * rest * (g / a - r), 0.0)
+        store_tile(grad_values_ptr, start, n, pull.to(grad_values_ptr.dtype.element_ty), TILE)
+        if COST_GRAD:
+            of_costs = tl.where(live, -pull * u - r * m, 0.0).to(grad_costs_ptr.dtype.element_ty)
+            store_tile(grad_costs_ptr, start, n, of_costs, TILE)
 
 
 @triton.jit
@@ -197,90 +290,18 @@ def _long_soft_topk_backward_kernel(
     grad_ptr += row * stride_gm
     values_ptr += row * stride_vm
     costs_ptr += row * stride_cm
-    beta = tl.load(beta_ptr).to(tl.float32)
-    slope = (tl.load(beta_ptr).to(tl.float64) * LOG2_E).to(tl.float32)
-    centre = tl.load(threshold_ptr + 2 * row).to(tl.float32)
-    shift = (tl.load(threshold_ptr + 2 * row + 1) * LOG2_E).to(tl.float32)
-    gs = tl.zeros((LANES,), tl.float64)
-    weight, gsu, asu = gs, gs, gs
-    for start in range(0, n, TILE):
-        u, a, live = _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
-        g = _load_tile(grad_ptr, stride_gn, start, n, 0.0, TILE)
-        away = tl.where(live, u - centre, 0.0)
-        m, rest = binary_logistic(slope * away + shift)
-        s = tl.where(live, m * rest, 0.0)
-        gs += lane_sum(g * s, LANES, VECTOR, tl.float64)
-        weight += lane_sum(a * s, LANES, VECTOR, tl.float64)
-        # sum (g - a r) s vanishes, so u may be measured from the threshold
-        gsu += lane_sum(g * s * away, LANES, VECTOR, tl.float64)
-        asu += lane_sum(a * s * away, LANES, VECTOR, tl.float64)
-    total = tl.sum(weight, 0)
-    r = tl.where(total > 0.0, tl.sum(gs, 0) / total, total * 0.0)  # a NaN row stays NaN
+    beta, slope, centre, shift = load_logit(threshold_ptr, beta_ptr, row)
+    gs, weight, gsu, asu = gradient_sums(
+        grad_ptr, values_ptr, costs_ptr, 0, n, n, stride_gn, stride_vn, stride_cn, slope, centre, shift,
+        HAS_COSTS, TILE, LANES, VECTOR,
+    )  # fmt: skip
+    r = tl.where(weight > 0.0, gs / weight, weight * 0.0)  # a NaN row stays NaN
     tl.store(grad_budget_ptr + row, r)
-    tl.store(grad_beta_ptr + row, tl.sum(gsu, 0) - r * tl.sum(asu, 0))
-    r = r.to(tl.float32)
-    for start in range(0, n, TILE):
-        u, a, live = _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
-        g = _load_tile(grad_ptr, stride_gn, start, n, 0.0, TILE)
-        m, rest = binary_logistic(slope * (u - centre) + shift)
-        pull = tl.where(live, beta * m * rest * (g / a - r), 0.0)
-        _store_tile(grad_values_ptr + row * n, start, n, pull.to(grad_values_ptr.dtype.element_ty), TILE)
-        if COST_GRAD:
-            of_costs = tl.where(live, -pull * u - r * m, 0.0).to(grad_costs_ptr.dtype.element_ty)
-            _store_tile(grad_costs_ptr + row * n, start, n, of_costs, TILE)
-
-
-@triton.jit
-def _long_hard_topk_forward_kernel(
-    values_ptr, costs_ptr, budget_ptr, mask_ptr, n, stride_vm, stride_vn, stride_cm, stride_cn, stride_bm,
-    HAS_COSTS: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """The largest key from which on upwards the row costs more than its budget, two bits for each pass over the row."""
-    row = tl.program_id(0).to(tl.int64)
-    values_ptr += row * stride_vm
-    costs_ptr += row * stride_cm
-    budget = tl.load(budget_ptr + row * stride_bm).to(tl.float64)
-    total = budget * 0.0 + n  # with masked entries it is less, and the cut is below all that are live
-    if HAS_COSTS:
-        costs = tl.zeros((TILE,), tl.float64)
-        for start in range(0, n, TILE):
-            u, a, live = _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
-            costs += tl.where(live, a, 0.0).to(tl.float64)
-        total = tl.sum(costs, 0)
-    budget = clamped_budget(budget, total)
-    budget = tl.where(budget >= total, INFINITY, budget)  # then nothing is over it, and the cut is the smallest key
-    digits = tl.arange(0, 4)
-    cut = tl.zeros((4,), tl.int64)
-    shift = 30
-    while shift >= 0:
-        least = (cut + (digits.to(tl.int64) << shift)).to(tl.uint32)
-        spent = tl.zeros((TILE, 4), tl.float64 if HAS_COSTS else tl.int32)
-        for start in range(0, n, TILE):
-            u, a, live = _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
-            chosen = live[:, None] & (ordered_key(u)[:, None] >= least[None, :])
-            if HAS_COSTS:
-                spent += tl.where(chosen, a[:, None], 0.0).to(tl.float64)
-            else:
-                spent += chosen.to(tl.int32)
-        over = (tl.sum(spent, 0).to(tl.float64) > budget) & (digits > 0)
-        cut += tl.sum(over.to(tl.int64), 0) << shift
-        shift -= 2
-    cut_key = tl.max(cut, 0).to(tl.uint32)
-
-    spent = tl.zeros((TILE,), tl.float64)
-    for start in range(0, n, TILE):
-        u, a, live = _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
-        spent += tl.where(live & (ordered_key(u) > cut_key), a, 0.0).to(tl.float64)
-    room = budget - tl.sum(spent, 0)
-    before = cut_key.to(tl.float64) * 0.0
-    for start in range(0, n, TILE):
-        u, a, live = _load_ratio(values_ptr, costs_ptr, stride_vn, stride_cn, start, n, HAS_COSTS, TILE)
-        key = ordered_key(u)
-        cost = tl.where(live & (key == cut_key), a, 0.0).to(tl.float64)
-        fits = before + tl.cumsum(cost, 0) <= room
-        before += tl.sum(cost, 0)
-        keep = live & ((key > cut_key) | ((key == cut_key) & fits))
-        _store_tile(mask_ptr + row * n, start, n, keep.to(tl.uint8), TILE)
+    tl.store(grad_beta_ptr + row, gsu - r * asu)
+    write_gradients(
+        grad_ptr, values_ptr, costs_ptr, grad_values_ptr + row * n, grad_costs_ptr + row * n, 0, n, n,
+        stride_gn, stride_vn, stride_cn, beta, slope, centre, shift, r.to(tl.float32), HAS_COSTS, COST_GRAD, TILE,
+    )  # fmt: skip
 
 
 def _options(values: torch.Tensor, costs: torch.Tensor | None) -> dict[str, Any]:
@@ -316,29 +337,13 @@ def backward(o: SoftTopkBackward) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     return grads
 
 
-def hard_forward(
-    values: torch.Tensor, budget: torch.Tensor, costs: torch.Tensor | None, mask: torch.Tensor
-) -> torch.Tensor:
-    """h for each row of values [rows, n], into the bool tensor `mask`."""
-    rows, n = values.shape
-    with torch.cuda.device_of(values):
-        _long_hard_topk_forward_kernel[(rows,)](
-            values, values if costs is None else costs, budget, mask.view(torch.uint8),
-            n, *values.stride(), *cost_strides(costs), budget.stride(0),
-            HAS_COSTS=costs is not None, TILE=LONG_ROW_TILE // 2, num_warps=LONG_ROW_WARPS, **FUSED,
-        )  # fmt: skip
-    return mask
-
-
 def _compile_cases() -> list[CompileCase]:
     cases = []
     doubles = {"budget_ptr", "beta_ptr", "threshold_ptr", "grad_budget_ptr", "grad_beta_ptr"}
-    kernels = (_long_soft_topk_forward_kernel, _long_soft_topk_backward_kernel, _long_hard_topk_forward_kernel)
-    for kernel in kernels:
-        hard = kernel is _long_hard_topk_forward_kernel
+    for kernel in (_long_soft_topk_forward_kernel, _long_soft_topk_backward_kernel):
         for dtype, costs in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
             constants = {
-                "HAS_COSTS": costs, "COST_GRAD": costs, "TILE": LONG_ROW_TILE // (2 if hard else 1), "LANES": LANES,
+                "HAS_COSTS": costs, "COST_GRAD": costs, "TILE": LONG_ROW_TILE, "LANES": LANES,
                 "VECTOR": vector_length(dtype), "stride_vn": 1, "stride_gn": 1, "stride_cn": 1,
             }  # fmt: skip
             constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -347,13 +352,9 @@ def _compile_cases() -> list[CompileCase]:
                 for name in kernel.arg_names
                 if name not in constants
             }
-            if hard:
-                signature["mask_ptr"] = "*u8"
             label = f"{'costs, ' if costs else ''}{name_of(dtype)}"
             even = ("n", "stride_vm", "stride_gm", "stride_cm")
-            case = CompileCase(
-                kernel, signature, constants, LONG_ROW_WARPS, label, divisible=even, vector_loads=not hard
-            )
+            case = CompileCase(kernel, signature, constants, LONG_ROW_WARPS, label, divisible=even, vector_loads=True)
             cases.append(case)
     return cases
 

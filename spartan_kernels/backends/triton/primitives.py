@@ -5,12 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from spartan_kernels.arguments import BUDGET_ROUNDING, BUDGET_SLACK
+from spartan_kernels import arguments
 
 INFINITY = tl.constexpr(float("inf"))
 LOG2_E = tl.constexpr(1.4426950408889634)
-_ROUNDING = tl.constexpr(BUDGET_ROUNDING)
-_SLACK = tl.constexpr(BUDGET_SLACK)
+LN_2 = tl.constexpr(0.6931471805599453)
+BUDGET_ROUNDING = tl.constexpr(arguments.BUDGET_ROUNDING)
+BUDGET_SLACK = tl.constexpr(arguments.BUDGET_SLACK)
 _SMALLEST_BETA = tl.constexpr(1.2e-38)  # that float32 holds in full
 _MOST_THREADS = tl.constexpr(512)  # eight warps, of 64 threads on AMD
 
@@ -103,13 +104,13 @@ def load_beta(beta_ptr):
 @triton.jit
 def clamped_budget(budget, total):
     """The budget in [0, total]; a rounding short of everything is everything."""
-    return tl.where(budget >= total * (1 - _ROUNDING), total, tl.maximum(budget, 0.0))
+    return tl.where(budget >= total * (1 - BUDGET_ROUNDING), total, tl.maximum(budget, 0.0))
 
 
 @triton.jit
 def overdrawn(budget, total):
     """NaN where the budget is above the cost of what is not masked by more than rounding, else 0."""
-    return tl.where(budget > total * (1 + _SLACK), float("nan"), budget * 0.0)
+    return tl.where(budget > total * (1 + BUDGET_SLACK), float("nan"), budget * 0.0)
 
 
 @triton.jit

@@ -13,32 +13,37 @@ import triton.language as tl
 
 from spartan_kernels.backends.shared import row_gradients
 from spartan_kernels.backends.triton.configs import (
-    FORWARD_ENTRIES_PER_WARP,
     MAX_RESIDENT_ROW,
     MAX_RESIDENT_ROW_WITH_COSTS,
     CompileCase,
+    forward_entries,
     name_of,
     row_tile,
 )
 from spartan_kernels.backends.triton.launches import Launch, start
 from spartan_kernels.backends.triton.primitives import (
     INFINITY,
+    LN_2,
     LOG2_E,
     binary_logistic,
-    clamped_budget,
-    first_threshold,
     halley_step,
     load_beta,
     logit_at,
     moments_of,
-    overdrawn,
-    smaller_side,
+    reciprocal,
+)
+from spartan_kernels.backends.triton.row_odds import (
+    TOLERANCE,
+    first_round,
+    moment_start,
+    more_rounds,
+    order_start,
+    row_range,
+    sides_of,
 )
 from spartan_kernels.operands import SoftTopk, SoftTopkBackward
 
-# |M - q| / q that ends a solve, about the rounding of a logit near 10, and a limit that only a bisection comes near.
-TOLERANCE = tl.constexpr(4e-7)
-MAX_TRIALS = tl.constexpr(400)
+MAX_TRIALS = tl.constexpr(400)  # that only a bisection comes near
 FINEST_LOGIT = tl.constexpr(1e-12)  # a bracket that moves no logit by more is resolved
 # A step of float64 at the threshold that moves a logit by more than COARSE may miss the budget.
 COARSE = tl.constexpr(1e-8)
@@ -176,6 +181,40 @@ def solve_rows(
 
 
 @triton.jit
+def _search_wide(u, a, lowest, highest, active, beta, sign, budget, total, BLOCK_M: tl.constexpr):
+    """`solve_rows`, for what float32 has no digits left for, from the middle of the values."""
+    lowest, highest, sign = lowest.to(tl.float64), highest.to(tl.float64), sign.to(tl.float64)
+    quota = tl.where(sign > 0, budget, total - budget)
+    target = tl.log(quota / (total - quota))
+    low, high = lowest - sign * target / beta, highest - sign * target / beta
+    t = tl.where(active, low + (high - low) / 2, 0.0)
+    return solve_rows(u, a, lowest, highest, t, low, high, active, beta, sign, quota, target, total, BLOCK_M)
+
+
+@triton.jit
+def _search(
+    u, a, lowest, highest, active, beta, budget, total, sign, quota, rest,
+    HAS_COSTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(centre, w, offset) of each active row: 1 / m = 1 + 2^(-beta (u - centre) / log 2 + offset) w^sign."""
+    sharp = beta.to(tl.float32)
+    per_beta = reciprocal(sharp)
+    if BLOCK_N == 4 and not HAS_COSTS:
+        t = order_start(u, lowest, sign, quota, per_beta)
+    else:
+        t = moment_start(u, lowest, highest, sign, quota, rest, per_beta)
+    centre, w, left = first_round(u, a, t, lowest, highest, active, sharp, sign, quota, rest)
+    offset = tl.zeros_like(w)
+    if tl.max(left.to(tl.int32), 0) > 0:
+        centre, w, left = more_rounds(u, a, centre, w, lowest, highest, left, sharp, sign, quota, rest, per_beta)
+        if tl.max(left.to(tl.int32), 0) > 0:
+            wide, shift = _search_wide(u, a, lowest, highest, left, beta, sign, budget, total, BLOCK_M)
+            centre, w = tl.where(left, wide, centre), tl.where(left, 1.0, w)
+            offset = tl.where(left, (-shift * LOG2_E).to(tl.float32), 0.0)
+    return centre, w, offset
+
+
+@triton.jit
 def _soft_topk_forward_kernel(
     values_ptr, costs_ptr, budget_ptr, beta_ptr, mask_ptr, threshold_ptr,
     n_rows, n, stride_vm, stride_vn, stride_cm, stride_cn, stride_bm,
@@ -185,33 +224,34 @@ def _soft_topk_forward_kernel(
         values_ptr, costs_ptr, n_rows, n, stride_vm, stride_vn, stride_cm, stride_cn, HAS_COSTS, DENSE, BLOCK_M, BLOCK_N
     )
     beta = load_beta(beta_ptr)
+    lowest, highest = row_range(u)
     live = u != -INFINITY  # NaN is live: it must be seen
-    count = tl.maximum(live_counts(live), 1.0)
-    total = row_totals(a, live, HAS_COSTS)
     budget = tl.load(budget_ptr + row * stride_bm, row < n_rows, other=0.0).to(tl.float64)
-    sign, quota, target = smaller_side(clamped_budget(budget, total), total)
-    constant = quota * beta <= 0.0
-    # NaN where an entry is NaN or +inf, or the budget beyond what is live
-    poison = tl.sum(tl.where(live, u * 0.0, 0.0), 1).to(tl.float64) + overdrawn(budget, total)
-    active = (row < n_rows) & (constant == 0) & (poison == 0.0)
-    lowest, highest = row_bounds(u)
-    # relative to the smallest entry the spread does not cancel
-    span = tl.where(live, u - lowest.to(tl.float32)[:, None], 0.0)
-    mean = tl.sum(span, 1).to(tl.float64) / count
-    away = tl.where(live, span - mean.to(tl.float32)[:, None], 0.0)
-    variance = tl.sum(away * away, 1).to(tl.float64) / count
-    low, high = lowest - sign * target / beta, highest - sign * target / beta
-    t = tl.where(active, first_threshold(lowest + mean, variance, beta, sign, target, low, high), 0.0)
-    centre, shift = solve_rows(u, a, lowest, highest, t, low, high, active, beta, sign, quota, target, total, BLOCK_M)
+    if HAS_COSTS:  # in parts of all costs, whose products do not overflow
+        per_total = 1.0 / row_totals(a, live, True)
+        a *= per_total.to(tl.float32)[:, None]
+        budget, total = budget * per_total, tl.full((BLOCK_M,), 1.0, tl.float64)
+    else:
+        total = live_counts(live)
+    sign, quota, rest, poison = sides_of(budget, total)
+    # NaN where an entry is NaN or +inf, too
+    poison += tl.where(highest == -INFINITY, 0.0, highest * 0.0)
+    searched = tl.where(beta > 0.0, quota, 0.0) > 0.0
+    active = (row < n_rows) & searched & (poison == 0.0)
+    centre, w, offset = _search(
+        u, a, lowest, highest, active, beta, budget, total, sign, quota, rest, HAS_COSTS, BLOCK_M, BLOCK_N
+    )
 
-    centre = tl.where(constant, 0.0, centre)
-    shift = tl.where(constant, sign * target, shift) + poison
-    slope = tl.where(constant, 0.0, (beta * LOG2_E).to(tl.float32))
-    m, _ = binary_logistic(slope[:, None] * (u - centre[:, None]) + (shift * LOG2_E).to(tl.float32)[:, None])
-    m = tl.where(u == -INFINITY, poison.to(tl.float32)[:, None], m)
+    centre = tl.where(searched, centre, 0.0)
+    w = tl.where(searched, w, tl.maximum(rest, 1e-30) * reciprocal(quota)) + poison
+    # times a slope that is not zero, what is at -inf has the mask 0; so it has with a factor that is not zero
+    slope = tl.where(searched, (-beta * LOG2_E).to(tl.float32), -1.4e-45)
+    factor = tl.maximum(tl.where(sign > 0, w, reciprocal(w)), 1e-38, propagate_nan=tl.PropagateNan.ALL)
+    odds = tl.exp2(slope[:, None] * (u - centre[:, None]) + offset[:, None]) * factor[:, None]
+    m = tl.minimum(reciprocal(1.0 + odds), 1.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(mask_ptr + offsets, m.to(mask_ptr.dtype.element_ty), inside)
     tl.store(threshold_ptr + 2 * row, centre.to(tl.float64), row < n_rows)
-    tl.store(threshold_ptr + 2 * row + 1, shift, row < n_rows)
+    tl.store(threshold_ptr + 2 * row + 1, -(offset + sign * tl.log2(w)).to(tl.float64) * LN_2, row < n_rows)
 
 
 @triton.jit
@@ -269,7 +309,7 @@ def forward_launch(o: SoftTopk, mask: torch.Tensor, threshold: torch.Tensor) -> 
     """Values read once, the mask written once."""
     values, budget, costs = o.values, o.budget, o.costs
     rows, n = values.shape
-    block_m, block_n, warps = row_tile(n, FORWARD_ENTRIES_PER_WARP)
+    block_m, block_n, warps = row_tile(n, forward_entries(n))
     array_costs = 0 if costs is None or costs.dim() == 0 else costs.nbytes
     return Launch(
         _soft_topk_forward_kernel,
@@ -331,6 +371,9 @@ def _compile_cases() -> list[CompileCase]:
     inputs = {"values_ptr", "costs_ptr", "mask_ptr", "grad_ptr", "grad_values_ptr", "grad_costs_ptr"}
     for dtype, n, costs in (
         (torch.float32, 4, False),
+        (torch.float32, 32, False),
+        (torch.float32, 256, False),
+        (torch.float32, 1024, False),
         (torch.float32, 4096, False),
         (torch.float32, MAX_RESIDENT_ROW, False),
         (torch.float32, MAX_RESIDENT_ROW_WITH_COSTS, True),
@@ -338,7 +381,7 @@ def _compile_cases() -> list[CompileCase]:
     ):
         for kernel in (_soft_topk_forward_kernel, _soft_topk_backward_kernel):
             backwards = kernel is _soft_topk_backward_kernel
-            block_m, block_n, warps = row_tile(n) if backwards else row_tile(n, FORWARD_ENTRIES_PER_WARP)
+            block_m, block_n, warps = row_tile(n) if backwards else row_tile(n, forward_entries(n))
             constants: dict[str, Any] = {"HAS_COSTS": costs, "BLOCK_M": block_m, "BLOCK_N": block_n}
             constants["DENSE"] = True
             if backwards:

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from spartan.methods.base import require_number
 from spartan.methods.static_random import generator_at, require_seed
-from spartan.nn.selection import Candidate, Selector, find_weights, select_weights
+from spartan.nn.selection import Selector, find_weights, select_linear_layers
 from spartan.saving.packing import replace_modules
 from spartan_kernels.ops.masked_matmul import in_autocast
 
@@ -171,19 +171,8 @@ def to_sltrain(
         TypeError, ValueError: as `SLTrainLinear`; nothing to replace, or `include` chooses what cannot be.
     """
     _require_settings(rank, density, alpha, seed)
-    chosen = select_weights(model, found := find_weights(model), include, exclude)
-    if include is None:
-        chosen = [candidate for candidate in chosen if _replaceable(candidate)]
-    for candidate in chosen:
-        if not _replaceable(candidate):
-            raise ValueError(
-                f"include chooses {candidate.name!r}, which is not the weight of an nn.Linear (of that exact type) that"
-                " its owner calls and that shares it with nothing"
-            )
-    if not chosen:
-        raise ValueError(f"model has no linear layer to replace; its parameters are {[c.name for c in found]}")
     replacements = {}
-    for index, candidate in enumerate(chosen):
+    for index, candidate in enumerate(select_linear_layers(model, find_weights(model), include, exclude)):
         layer = candidate.uses[0].module
         replacements[id(layer)] = _replacing(layer, rank, density, alpha, seed + index)
     return replace_modules(model, replacements)
@@ -213,10 +202,6 @@ def _replacing(layer: Any, rank: int, density: float, alpha: float, seed: int) -
     new = SLTrainLinear(*sizes, bias=False, seed=seed, **kind)
     new.bias = layer.bias
     return new.train(layer.training)
-
-
-def _replaceable(candidate: Candidate) -> bool:
-    return type(candidate.uses[0].module) is nn.Linear and not candidate.read_elsewhere
 
 
 def _dense(

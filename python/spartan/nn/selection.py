@@ -18,7 +18,16 @@ from spartan.nn.kinds import is_norm, is_transformers_linear, stored_by_inputs
 from spartan.nn.stacks import Stack, stack_of
 from spartan.nn.wrappers import is_wrapper, named_owners
 
-__all__ = ["Candidate", "Selector", "Use", "common_kind", "find_weights", "select_weights", "skipped_weights"]
+__all__ = [
+    "Candidate",
+    "Selector",
+    "Use",
+    "common_kind",
+    "find_weights",
+    "select_linear_layers",
+    "select_weights",
+    "skipped_weights",
+]
 
 _One = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Selector = _One | Sequence[_One]
@@ -147,6 +156,34 @@ def select_weights(
         require_used("exclude", exclude, found)
         chosen = [candidate for candidate in chosen if not candidate.matches(exclude)]
     return chosen
+
+
+def select_linear_layers(
+    model: nn.Module, found: list[Candidate], include: Selector | None, exclude: Selector | None
+) -> list[Candidate]:
+    """The weights of layers that can be replaced as a whole, chosen as `select_weights` does.
+
+    Those are of the exact type `nn.Linear`, called by their owner, and share their weight with nothing.
+
+    Raises:
+        TypeError, ValueError: as `select_weights`; nothing to replace, or `include` chooses what cannot be.
+    """
+    chosen = select_weights(model, found, include, exclude)
+    if include is None:
+        chosen = [candidate for candidate in chosen if _replaceable(candidate)]
+    for candidate in chosen:
+        if not _replaceable(candidate):
+            raise ValueError(
+                f"include chooses {candidate.name!r}, which is not the weight of an nn.Linear (of that exact type) that"
+                " its owner calls and that shares it with nothing"
+            )
+    if not chosen:
+        raise ValueError(f"model has no linear layer to replace; its parameters are {[c.name for c in found]}")
+    return chosen
+
+
+def _replaceable(candidate: Candidate) -> bool:
+    return type(candidate.uses[0].module) is nn.Linear and not candidate.read_elsewhere
 
 
 def skipped_weights(

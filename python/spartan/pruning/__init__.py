@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from spartan.pruning.admm import ADMM
 from spartan.pruning.base import Pruner
+from spartan.pruning.cospadi import CoSpaDi
 from spartan.pruning.distillation import Distillation, Distilled, distill
 from spartan.pruning.dsnot import DSnoT
+from spartan.pruning.factorize import (
+    FactorizationResult,
+    FactorizedLayer,
+    FactorizedLinear,
+    factorize,
+    to_factorized,
+)
 from spartan.pruning.magnitude import Magnitude
 from spartan.pruning.obs import OBS
 from spartan.pruning.prune import prune
@@ -16,9 +24,13 @@ from spartan.pruning.wanda import Wanda
 __all__ = [
     "ADMM",
     "OBS",
+    "CoSpaDi",
     "DSnoT",
     "Distillation",
     "Distilled",
+    "FactorizationResult",
+    "FactorizedLayer",
+    "FactorizedLinear",
     "Magnitude",
     "PrunedLayer",
     "Pruner",
@@ -26,6 +38,8 @@ __all__ = [
     "PruningResult",
     "Wanda",
     "distill",
+    "factorize",
     "prune",
     "recalibrate",
+    "to_factorized",
 ]

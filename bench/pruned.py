@@ -48,6 +48,7 @@ PATTERNS: dict[str, Settings] = {
     "4x1 blocks, 50%": {"sparsity": 0.5, "block_size": (4, 1)},
     "16x16 blocks, 50%": {"sparsity": 0.5, "block_size": (16, 16)},
 }
+FACTORED = "CoSpaDi"  # takes the numbers of a mask at this sparsity for its factors
 SCORES = ("Magnitude", "Wanda", "OBS")  # those that are tried in patterns, and trained at the first sparsity
 
 
@@ -73,7 +74,8 @@ def planned(seeds: Sequence[int] = (0,), steps: int = RECIPE["steps"]) -> list[R
     for seed in seeds:
         runs += [Run(method, zeros, 0, seed) for zeros in [*shown, *PATTERNS] for method in SCORES]
         runs += [Run(method, shown[0], steps, seed) for method in SCORES if steps]
-        runs += [Run(method, zeros, 0, seed) for zeros in shown for method in METHODS if method not in SCORES]
+        others = [*(method for method in METHODS if method not in SCORES), FACTORED]
+        runs += [Run(method, zeros, 0, seed) for zeros in shown for method in others]
     return runs
 
 
@@ -89,15 +91,21 @@ def prune_and_train(task: Distillation, run: Run) -> tuple[nn.Module, Record]:
     model = task.load().eval()
     batches = calibration(task, run.seed)
     begun = time.process_time()
-    result = spartan.prune(model, METHODS[run.method](run.settings), batches, include=task.include)
+    if run.method == FACTORED:
+        method = spartan.CoSpaDi(compression=run.settings["sparsity"])
+        factored = spartan.factorize(model, method, batches, include=task.include)
+        sparsity, errors = 1 - factored.remains, [row.error for row in factored.rows]
+    else:
+        result = spartan.prune(model, METHODS[run.method](run.settings), batches, include=task.include)
+        sparsity, errors = result.sparsity, [row.error or 0.0 for row in result.rows]
     record = {
         "cpu_seconds": time.process_time() - begun,
-        "measured_sparsity": result.sparsity,
-        "error": mean(row.error or 0.0 for row in result.rows),
+        "measured_sparsity": sparsity,
+        "error": mean(errors),
     }
     if run.steps:
         torch.manual_seed(run.seed)
-        task.train(model, spartan.OneShot(sparsity=result.sparsity, prune_at=0), run.steps, keep_zeros=True)
+        task.train(model, spartan.OneShot(sparsity=sparsity, prune_at=0), run.steps, keep_zeros=True)
     return model, record
 
 
@@ -131,7 +139,7 @@ def tables(data: Record) -> str:
     found: dict[tuple[str, str, int], list[Record]] = {}
     for record in data["results"]:
         found.setdefault((record["method"], record["zeros"], record["steps"]), []).append(record)
-    rows = [(method, steps) for steps in sorted({key[2] for key in found}) for method in METHODS]
+    rows = [(method, steps) for steps in sorted({key[2] for key in found}) for method in (*METHODS, FACTORED)]
     rows = [row for row in rows if any(key[0] == row[0] and key[2] == row[1] for key in found)]
     columns = [f"{100 * sparsity:.0f}%" for sparsity in sorted(SPARSITIES)] + list(PATTERNS)
     columns = [zeros for zeros in columns if any(key[1] == zeros for key in found)]
@@ -164,8 +172,9 @@ def tables(data: Record) -> str:
     return (
         f"{markdown_table(header, cells)}\nCosine to the dense embeddings, and recall of the other half of a pair among"
         f" {data['held_out_pairs']} held out (dense: {data['dense']['recall']:.3f}), at the zeros of the encoder's"
-        f" weights; {data['calibration']['texts']} calibration texts of {recipe['tokens']} tokens at most, seeds:"
-        f" {len(seeds)}.{training} One thread of {data['processor']} ({data['instructions']}), PyTorch"
+        f" weights (CoSpaDi: at the numbers that its factors leave out); {data['calibration']['texts']} calibration"
+        f" texts of {recipe['tokens']} tokens at most, seeds: {len(seeds)}.{training} One thread of"
+        f" {data['processor']} ({data['instructions']}), PyTorch"
         f" {data['versions']['torch']}, {data['date'][:10]}.\n\n{timed}\nA batch through the encoder pruned by Wanda,"
         " single weights: CPU time of one thread, medians; same machine.\n"
     )

@@ -36,6 +36,16 @@ def test_every_method_makes_the_zeros_it_is_named_for(method: str) -> None:
     assert record["measured_sparsity"] == pytest.approx(0.7, abs=1e-3) and record["error"] > 0
 
 
+def test_factors_leave_out_as_many_numbers() -> None:
+    task = distillation()
+    model, record = prune_and_train(task, Run("CoSpaDi", "50%", 0))
+    assert 0.5 <= record["measured_sparsity"] < 0.6 and 0 < record["error"] < 0.5
+    stored = 0
+    for layer in (model.encoder[0], model.encoder[2]):
+        stored += layer.dictionary.weight.numel() + int(layer.coefficients.weight.count_nonzero())
+    assert stored == round((1 - record["measured_sparsity"]) * 2 * 24 * 48)
+
+
 def test_training_brings_embeddings_back_and_keeps_zeros() -> None:
     task = distillation()
     before = make(Run("OBS", "80%", 0), task)
@@ -62,7 +72,7 @@ def test_runs_are_made_once_and_shown(tmp_path: Path, monkeypatch: pytest.Monkey
         lambda task: [{"zeros": "80%", "sentences": 1, "tokens": 3, "dense": [0.002], "packed": [0.001]}],
     )
     pruned.main(seeds=[0, 1], out=out, steps=2)
-    assert len(made) == len(planned([0, 1], 2)) == 2 * (2 * len(METHODS) + 3 + 3)
+    assert len(made) == len(planned([0, 1], 2)) == 2 * (2 * (len(METHODS) + 1) + 3 + 3)  # and CoSpaDi
     pruned.main(seeds=[0, 1], out=out, steps=2)
     assert len(made) == len(planned([0, 1], 2))
     with pytest.raises(typer.BadParameter, match="other settings"):

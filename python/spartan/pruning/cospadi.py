@@ -42,7 +42,8 @@ class CoSpaDi:
 
     In P = D R^T and B = W R^T this is dictionary learning: B ~ C P. P begins with the first right singular vectors of
     B. Then by turns: a gradient step on C and the s largest of each row choose which coefficients there are (hard
-    thresholding pursuit), conjugate gradients fit them, and P is their least squares (method of optimal directions).
+    thresholding pursuit), conjugate gradients fit them, and P is their least squares (method of optimal directions);
+    an atom that no row uses becomes what is left of the worst row.
     The layer y = x W^T + b becomes a product with D and a sparse one with C; of `in out` numbers remain
     atoms * in + s * out.
 
@@ -111,9 +112,10 @@ class CoSpaDi:
             gained, least, best = 1 - error / least, error, (coefficients, dictionary)
             if gained < _ENOUGH:
                 break
+            left = target - coefficients @ dictionary
             size = dictionary.norm(dim=1, keepdim=True)
             scale = torch.where(size > 0, size, 1.0)
-            dictionary, coefficients = dictionary / scale, coefficients * scale.mT
+            dictionary, coefficients = _revived(dictionary / scale, coefficients, left), coefficients * scale.mT
         coefficients, dictionary = best
         dictionary = torch.linalg.solve_triangular(root.mT, dictionary, upper=False, left=False)
         return Factors(dictionary, coefficients, least / total if total > 0 else 0.0)
@@ -136,6 +138,17 @@ def _first_atoms(target: torch.Tensor, atoms: int) -> torch.Tensor:
     rows = target[target.norm(dim=1).argsort(descending=True)[: atoms - len(directions)]]
     more = torch.cat([directions, rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-300)])
     return torch.cat([more, more.new_zeros(atoms - len(more), more.shape[1])])
+
+
+def _revived(dictionary: torch.Tensor, coefficients: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+    """The dictionary, with what is left of the worst rows in the place of atoms that no row uses."""
+    unused = (coefficients != 0).sum(0) == 0
+    number = min(int(unused.sum()), len(left))
+    if number:
+        size, worst = left.norm(dim=1).topk(number)
+        where = unused.nonzero()[:number, 0]
+        dictionary = dictionary.index_copy(0, where, left[worst] / size.clamp(min=1e-300)[:, None])
+    return dictionary
 
 
 def _coded(target: torch.Tensor, dictionary: torch.Tensor, before: torch.Tensor, nonzeros: int) -> torch.Tensor:

@@ -88,6 +88,12 @@ class FactorizationResult:
     skipped: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def remains(self) -> float:
+        """Numbers that are stored, as a fraction of those of the weights."""
+        numbers = [row.shape[0] * row.shape[1] for row in self.rows]
+        return sum(row.remains * number for row, number in zip(self.rows, numbers, strict=True)) / sum(numbers)
+
+    @property
     def atoms(self) -> dict[str, int]:
         """Of each replaced layer, by name: what `to_factorized` needs to make the same structure."""
         return {row.name: row.atoms for row in self.rows}
@@ -105,9 +111,7 @@ class FactorizationResult:
             )
             for row in self.rows
         ]
-        numbers = sum(row.shape[0] * row.shape[1] for row in self.rows)
-        remains = sum(row.remains * row.shape[0] * row.shape[1] for row in self.rows) / numbers
-        title = f"CoSpaDi: {remains:.1%} of the numbers of {len(rows)} weights remain"
+        title = f"CoSpaDi: {self.remains:.1%} of the numbers of {len(rows)} weights remain"
         return text_table(title, ("layer", "shape", "atoms", "nonzeros", "remains", "error", "seconds"), rows)
 
     __repr__ = __str__

@@ -64,11 +64,12 @@ class Messages(NamedTuple):
 class RankedSolve:
     """The launches of one rank of the process group `name`, over its list of this shape, which may be empty."""
 
-    def __init__(self, shape: ListShape, absolute: bool, soft: bool, hard: bool, name: str) -> None:
-        group = process_group(name)
+    def __init__(
+        self, shape: ListShape, absolute: bool, soft: bool, hard: bool, name: str, rank: int, ranks: int
+    ) -> None:
         # the cut is searched for in any case: the soft threshold may need it
         self.solve, self.soft, self.hard, self.name = GlobalSolve(shape, absolute, soft, True), soft, hard, name
-        self.rank, self.ranks = group.rank(), group.size()
+        self.rank, self.ranks = rank, ranks
         self.share = max(1, SAMPLE // power_of_two(self.ranks))
         self.facts = int(FACTS) + self.share
         self.rounds = SOFT_ROUNDS if soft else HARD_ROUNDS
@@ -163,7 +164,13 @@ class RankedSolve:
         return Launch(kernels._settle_kernel, 1, arguments, options)
 
 
-ranked_solve = lru_cache(maxsize=256)(RankedSolve)
+_ranked_solve = lru_cache(maxsize=256)(RankedSolve)
+
+
+def ranked_solve(shape: ListShape, absolute: bool, soft: bool, hard: bool, name: str) -> RankedSolve:
+    """The launches of this rank: made once for a shape and a group, whose name another group may have had before."""
+    group = process_group(name)
+    return _ranked_solve(shape, absolute, soft, hard, name, group.rank(), group.size())
 
 
 def _compile_cases() -> list[CompileCase]:

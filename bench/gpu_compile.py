@@ -38,7 +38,7 @@ SAVED = ROOT / "bench" / "results" / "gpu-compile.csv"
 SAVED_PLANS = SAVED.with_name("gpu-plan.csv")
 MODULES = (
     "masked_weight", "soft_topk_rows", "long_rows", "hard_topk", "global_solve", "ranked_solve", "masked_matmul",
-    "masked_conv",
+    "masked_conv", "single_weights",
 )  # fmt: skip
 
 

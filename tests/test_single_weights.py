@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,3 +84,24 @@ def test_columns_that_are_changed_in_place_are_read_anew(target: Any) -> None:
     y = spartan.block_sparse_linear(here[3], packed, backend=target.backend)
     exact = functional.linear(x.double(), torch.where(other, weight, 0.0).double())
     torch.testing.assert_close(y.cpu().double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_another_stream_reads_the_copy_of_columns_once_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that is captured on a stream of its own takes the copy of a warm-up, and asks for nothing."""
+    module = importlib.import_module("spartan_kernels.backends.triton.single_weights")
+    state = SimpleNamespace(stream=1, capturing=False, written=False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=state.stream))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+
+    def copy() -> Any:
+        return module._Copy(torch.zeros(2, dtype=torch.int16), 0, SimpleNamespace(query=lambda: state.written), 1)
+
+    ours, captured = copy(), copy()
+    assert ours.usable()
+    state.stream = 2
+    assert not ours.usable()
+    state.written = True
+    assert ours.usable()
+    state.written, state.capturing = False, True
+    assert ours.usable() and captured.usable()

@@ -1,8 +1,8 @@
 """Products of few tokens with packed single weights: bound by bytes, and by how x is gathered.
 
 Threads side by side take weights side by side of one row, whose columns rise: together they read a few cache lines of
-x, and each weight is read once for up to `_GROUP` tokens. Columns are read in 2 bytes where they fit, of a copy that is
-made once.
+x. Each weight is read once for up to `TOKEN_GROUP` tokens. Columns are read in 2 bytes where they fit, from a copy that
+is made once.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from spartan_kernels.backends.triton.configs import CompileCase, multiplying_cas
 from spartan_kernels.backends.triton.launches import Launch, start
 from spartan_kernels.backends.triton.masked_matmul_kernels import activated
 from spartan_kernels.backends.triton.product_launches import pointer_or
+from spartan_kernels.break_even import TOKEN_GROUP
 from spartan_kernels.operands import PackedLinear
 
-_GROUP = 4  # tokens that one program multiplies
 _STEP = 256  # weights in flight for each warp
 _SHORTEST = 32  # part of a row in one step
 _MOST_WARPS, _ENOUGH_WARPS = 4, 4096  # of one program; of a launch: only where there are fewer do some share a row
@@ -93,7 +93,7 @@ def _tile(out: int, kept: int, tokens: int) -> dict[str, int]:
     warps = max(1, min(_MOST_WARPS, row // _STEP, _ENOUGH_WARPS // out))
     warps = power_of_two(warps + 1) // 2
     width = min(_STEP * warps, max(_SHORTEST, row))
-    group = min(_GROUP, power_of_two(tokens))
+    group = min(TOKEN_GROUP, power_of_two(tokens))
     return {"TOKENS": group, "ROWS": max(1, _STEP // width), "WIDTH": width, "num_warps": warps}
 
 
@@ -151,11 +151,11 @@ def _compile_cases() -> list[CompileCase]:
     """Rows of 800 weights, few of such rows, and rows of 20."""
     found, layer = [], (4096, 800)
     for dtype in (torch.float32, torch.bfloat16):
-        for tokens in (1, 2, _GROUP):
+        for tokens in (1, 2, TOKEN_GROUP):
             found.append(_case(dtype, "i16", layer, tokens, f"tokens {tokens}, {name_of(dtype)}"))
     found.append(_case(torch.bfloat16, "i32", layer, 1, "columns of 4 bytes, bf16"))
-    found.append(_case(torch.bfloat16, "i16", (1000, 800), _GROUP, "few rows, bf16"))
-    found.append(_case(torch.bfloat16, "i16", (4096, 20), _GROUP, "short rows, bf16"))
+    found.append(_case(torch.bfloat16, "i16", (1000, 800), TOKEN_GROUP, "few rows, bf16"))
+    found.append(_case(torch.bfloat16, "i16", (4096, 20), TOKEN_GROUP, "short rows, bf16"))
     return found
 
 

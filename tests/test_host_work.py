@@ -81,6 +81,7 @@ CASES: dict[str, tuple[Callable[[], host.Call], int, int]] = {
     "linear": (lambda: host.masked_linear(False), 4, 9),
     "linear, layout": (lambda: host.masked_linear(True), 2, 3),
     "linear, layout, backward": (lambda: host.masked_linear(True, True), 5, 7),
+    "single weights": (host.single_weights, 1, 2),
 }
 
 

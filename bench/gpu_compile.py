@@ -47,6 +47,7 @@ MODULES = (
     "ranked_solve",
     "masked_matmul",
     "masked_conv",
+    "single_weights",
 )
 
 

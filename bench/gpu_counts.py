@@ -32,6 +32,7 @@ TABLES = {
     RESULTS / "gpu-counts.csv": "Instructions and bytes for each entry, counted for an H100: nothing was run",
     RESULTS / "gpu-counts-products.csv": "What the products reach by their counts, for an H100: nothing was run",
     RESULTS / "gpu-operations.csv": "What a call takes at least, by these counts",
+    RESULTS / "gpu-few-tokens.csv": "Few tokens and packed single weights, counted for an H100: nothing was run",
 }
 ENTRIES = 25_600_000
 # An H100 SXM: processors, clocks in a second, schedulers of a processor, threads of a warp.
@@ -49,6 +50,8 @@ LIMITS = {
     ("_gradient_write_kernel", "fp32", ""): 21.5,
     ("_soft_topk_forward_kernel", "rows of 4, fp32", ""): 104.0,
     ("_soft_topk_forward_kernel", "rows of 4096, fp32", ""): 67.0,
+    ("_single_weights_kernel", "tokens 1, bf16", ""): 15.5,
+    ("_single_weights_kernel", "tokens 4, bf16", ""): 34.0,
 }
 ATOMICS = r"ATOM|RED[.\b]|REDG"
 BARRIERS = r"BAR"
@@ -171,9 +174,16 @@ def _weights() -> list[Subject]:
     ]
 
 
+def _single_weights() -> list[Subject]:
+    """Few tokens and packed single weights: bytes of a kept weight with its column."""
+    cases = [(tokens, name, size) for name, size in (("fp32", 4), ("bf16", 2)) for tokens in (1, 2, 4)]
+    kernel = "_single_weights_kernel"
+    return [Subject("single_weights", kernel, f"tokens {n}, {name}", size + 2) for n, name, size in cases]
+
+
 def subjects() -> list[Subject]:
     """All that is counted by entry."""
-    return [*_walks(), *_rows(), *_weights()]
+    return [*_walks(), *_rows(), *_weights(), *_single_weights()]
 
 
 def _case_of(subject: Subject) -> int:
@@ -188,6 +198,8 @@ def _case_of(subject: Subject) -> int:
 
 def per_trip(constants: dict[str, Any]) -> int:
     """Entries of a program in one trip of its loop; multiply-adds of a product."""
+    if "WIDTH" in constants:
+        return int(constants["ROWS"] * constants["WIDTH"])
     if "BLOCK_T" in constants:
         return int(constants["BLOCK_R"] * constants["BLOCK_C"] * constants["BLOCK_T"])
     if "SPAN" in constants:
@@ -366,8 +378,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--save", action="store_true", help="write the tables, which the documentation shows")
     options = parser.parse_args(arguments)
+    from bench.gpu_few_tokens import few_tokens_rows
+
     rows, multiplied = counted(options.workers)
-    tables: list[Sequence[Any]] = [rows, multiplied, operations(rows)]
+    tables: list[Sequence[Any]] = [rows, multiplied, operations(rows), few_tokens_rows()]
     for (path, title), table in zip(TABLES.items(), tables, strict=True):
         report(table, title)
         if options.save:

@@ -92,6 +92,13 @@ def masked_linear(layout: bool, gradient: bool = False, side: int = 64, tokens: 
     return (lambda: torch.autograd.grad(forward(), (x, weight), grad)) if gradient else forward
 
 
+def single_weights(side: int = 64, tokens: int = 1) -> Call:
+    """A product of few tokens with packed single weights, a tenth of them kept."""
+    weight = torch.where(torch.rand(side, side) < 0.1, torch.randn(side, side), 0.0)
+    packed, x = BlockSparseWeight.from_dense(weight, 1), torch.randn(tokens, side)
+    return lambda: spartan.block_sparse_linear(x, packed)
+
+
 def cpu_operators() -> dict[str, tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]]:
     """Each operator on a small problem: a function, and the tensors that it is differentiable in."""
     x, weight, gate = torch.randn(8, 64), torch.randn(64, 64), torch.eye(2)
@@ -125,6 +132,7 @@ def gpu_cases() -> dict[str, Call]:
         "masked_linear": masked_linear(False),
         "masked_linear, layout": masked_linear(True),
         "masked_linear, layout, forward and backward": masked_linear(True, True),
+        "block_sparse_linear, single weights": single_weights(),
     }
 
 

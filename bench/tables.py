@@ -166,6 +166,20 @@ def predicted(results: Path) -> str:
     )
 
 
+def few_tokens(results: Path) -> str:
+    """Few tokens and packed single weights on a GPU, from gpu-few-tokens.csv."""
+    columns = {
+        "dtype": "dtype", "tokens": "tokens", "zeros": "zeros", "instructions": "instructions", "lines": "lines",
+        "memory": "µs of memory", "gather": "µs of lines", "issue": "µs of instructions", "microseconds": "µs",
+        "dense": "µs, dense", "ratio": "times as fast",
+    }  # fmt: skip
+    return (
+        f"{_cells(results / 'gpu-few-tokens.csv', columns)}\n"
+        "Counted from machine code for sm_90, not measured: the H100 above. Instructions of a warp and lines of the L1"
+        " cache, one in a clock of a processor, are for 32 kept weights; µs and µs, dense hold a launch of 1.5 µs.\n"
+    )
+
+
 def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".") if part.isdigit())
 
@@ -213,6 +227,7 @@ TABLES = {
     "compiled": compiled,
     "plans": plans,
     "counts": counts,
+    "few-tokens": few_tokens,
     "predicted": predicted,
 }
 

@@ -35,12 +35,15 @@ __all__ = [
     "load",
     "packed_convolution_time",
     "packed_time",
+    "single_weights_lines",
+    "single_weights_on_gpu",
     "store",
     "using",
     "whole_block",
 ]
 
 FEW_TOKENS = 16  # up to here a product is bound by reading the weight
+TOKEN_GROUP = 4  # of these, how many share a read of a packed single weight on a GPU
 _NEVER = math.inf
 _SURELY = 0.95  # of the dense product's time, for one of all blocks to take its place
 Entry = TypeVar("Entry")
@@ -56,6 +59,10 @@ _CALL = 2e6
 # The same where the mask moves and its blocks are found and gathered for each product, and what that takes besides, in
 # tokens of the dense one: mean of y and the gradient of x, single weights, 2048 x 2048 and 3072 x 768.
 _NARROW = 8  # a side of fewer weights than this
+# An H100, for what `bench.gpu_counts` counts: in a microsecond, bytes from memory, and lines from the L1 caches of all
+# processors; and microseconds from one launch to the next.
+_GPU_BYTES, _GPU_LINES, _GPU_LAUNCH = 3.35e6, 132 * 1755.0, 1.5
+_LINE, _LANES, _COLUMN = 128, 32, 2  # bytes of a line, weights that are read side by side, bytes of a column's index
 _MOVING_COST, _MOVING_TOKENS = 3.6, 40
 _COPY_COST = 210.0  # of each value of x and y, which are copied
 _LAST_COST = 150.0  # of each where channels lie side by side already
@@ -124,6 +131,8 @@ def packed_time(
 ) -> float:
     """Time of a product with packed blocks / time of the dense one: as measured here, else as a model says.
 
+    The model is one of a CPU, but for few tokens and single weights on a GPU: those are predicted from bytes.
+
     Args:
         density: stored blocks / blocks.
         device: of the weight.
@@ -136,10 +145,32 @@ def packed_time(
     crossing = _threshold(device, dtype, block_size, few)
     if crossing is not None:
         cost = 1 / max(crossing, 1e-9) if crossing < _NEVER else 1.0
+    elif few and device.type == "cuda" and tuple(block_size) == (1, 1):
+        return single_weights_on_gpu(density, dtype.itemsize, tokens, weights)
     else:
         wide = next(cost for side, cost in _MODELLED_COSTS if min(block_size) >= side)
         cost = _FEW_ROWS.get(block_size[0], wide)
     return density * cost + _CALL / max(tokens * weights, 1)
+
+
+def single_weights_lines(density: float, width: int, tokens: int) -> float:
+    """Lines of the L1 cache that 32 packed single weights of a row read: of x, and of themselves and their columns.
+
+    Args:
+        density: kept weights / weights, which lie anywhere.
+        width: bytes of a weight.
+        tokens: rows of the input.
+    """
+    of_x = min(_LANES, 1 + _LANES * width / (_LINE * max(density, 1e-9)))
+    return tokens * of_x + 2 * math.ceil(tokens / TOKEN_GROUP)
+
+
+def single_weights_on_gpu(density: float, width: int, tokens: int, weights: int) -> float:
+    """Time / time of the dense product, which reads all weights: by the bytes and lines that each reads at least."""
+    kept = density * weights
+    lines = kept / _LANES * single_weights_lines(density, width, tokens)
+    ours = max(kept * (width + _COLUMN) / _GPU_BYTES, lines / _GPU_LINES)
+    return (_GPU_LAUNCH + ours) / (_GPU_LAUNCH + weights * width / _GPU_BYTES)
 
 
 def whole_block(device: torch.device, dtype: torch.dtype, tokens: int) -> tuple[int, int] | None:

@@ -205,6 +205,31 @@ def test_blocks_of_a_few_weights_are_measured_apart_from_the_others() -> None:
     assert not dense_wins(0.1, CPU, torch.float32, (16, 16), many)
 
 
+def test_packed_single_weights_on_a_gpu_are_predicted_from_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For few tokens, of which each costs a gather; until they are measured."""
+    monkeypatch.setattr(break_even, "device_kind", lambda device: "a GPU")
+
+    def time(density: float, tokens: int, dtype: torch.dtype = torch.bfloat16) -> float:
+        return break_even.packed_time(density, torch.device("cuda"), dtype, (1, 1), tokens, 1 << 24)
+
+    # 4096 x 4096, 4 bytes for each kept weight against 2 for each: 4.0 of 10.0 us, and 1.5 to launch either
+    assert time(0.2, 1) == pytest.approx(5.5 / 11.5, rel=0.01)
+    assert time(0.5, 1) >= 1 > time(0.4, 1) and time(0.5, 1, torch.float32) < 1
+    assert time(0.2, 1) < time(0.2, 2) < 1 < time(0.2, 8)
+    store("a GPU", (Crossing("bfloat16", 1, 1, True, 0.1),))
+    assert time(0.2, 1) == pytest.approx(2, rel=0.1)
+
+
+@pytest.mark.parametrize("density", [0.05, 0.1, 0.2, 0.5])
+@pytest.mark.parametrize("width", [2, 4])
+def test_lines_that_weights_of_a_row_read(density: float, width: int) -> None:
+    """As weights that lie at random do, up to what lines hold none of."""
+    columns = (make_values("uniform", (1 << 18,), seed=3) < density).nonzero().flatten()
+    lines = (columns[: columns.numel() // 32 * 32].view(-1, 32) * width).div(128, rounding_mode="floor")
+    counted = 1 + float((lines.diff(dim=1) != 0).sum(1).double().mean())
+    assert counted <= break_even.single_weights_lines(density, width, 1) - 2 < 1.3 * counted
+
+
 @pytest.mark.skipif(not spartan.info()["native"]["available"], reason="needs the compiled CPU kernels")
 def test_tuning_a_cpu_also_measures_single_weights() -> None:
     spartan.tune("cpu", (torch.float32,), timer=lambda call, device: 1.0)

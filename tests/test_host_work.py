@@ -74,13 +74,14 @@ def gpu() -> Iterator[stand_in.Launches]:
 
 CASES: dict[str, tuple[Callable[[], host.Call], int, int]] = {
     # call, launches, allocations
-    "solve of 2": (lambda: host.solve(2), 14, 5),
-    "solve of 54": (lambda: host.solve(54), 14, 5),
-    "global of 2": (lambda: host.soft_topk_global(2), 13, 7),
-    "global of 54": (lambda: host.soft_topk_global(54), 13, 59),
+    "solve of 2": (lambda: host.solve(2), 8, 5),
+    "solve of 54": (lambda: host.solve(54), 8, 5),
+    "global of 2": (lambda: host.soft_topk_global(2), 7, 7),
+    "global of 54": (lambda: host.soft_topk_global(54), 7, 59),
     "linear": (lambda: host.masked_linear(False), 4, 9),
     "linear, layout": (lambda: host.masked_linear(True), 2, 3),
     "linear, layout, backward": (lambda: host.masked_linear(True, True), 5, 7),
+    "single weights": (host.single_weights, 1, 2),
 }
 
 

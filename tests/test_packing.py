@@ -13,6 +13,7 @@ from torch import nn
 
 import spartan
 from spartan.nn import BlockSparseLinear
+from spartan.saving import packing
 from spartan_kernels import BlockSparseWeight, break_even
 from spartan_kernels.break_even import Crossing
 
@@ -247,6 +248,16 @@ def test_a_layer_of_few_zeros_stays_dense(sparsity: float) -> None:
         spartan.to_block_sparse(model)
     assert type(model[0]) is nn.Linear
     assert "the dense product is faster" in str(rows(model)["0.weight"][1]) or "no block" in str(rows(model))
+
+
+def test_a_gpu_takes_single_weights_for_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Triton serves them, which multiplies few tokens with single weights by a kernel of its own."""
+    gpu, served = torch.device("cuda"), {"triton"}
+    monkeypatch.setattr(packing, "refusal", lambda operator, name, *rest: None if name in served else "not here")
+    assert packing._narrow(gpu, torch.bfloat16, 16) == ((1, 1),)
+    assert packing._narrow(gpu, torch.bfloat16, 17) == ()
+    served.clear()
+    assert packing._narrow(gpu, torch.bfloat16, 1) == ()
 
 
 def test_narrow_blocks_that_are_asked_for_are_packed_unless_measured_as_slower() -> None:

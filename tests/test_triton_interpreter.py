@@ -47,6 +47,7 @@ SELECTIONS = {
         "test_masked_linear.py": "(value and 37) or many_tokens or closed_gates or layout_replaces or nan_gate",
         "test_layout.py": "what_is_empty or transposed or nan_is",
         "test_block_sparse.py": "value_and",
+        "test_single_weights.py": "value or finite or anew",
         "test_sampled_matmul.py": "opcheck",
     },
     "convolutions": {

@@ -122,6 +122,19 @@ def _few_tokens(backend: str) -> list[Entry]:
     ]
 
 
+def _single_weights(backend: str) -> list[Entry]:
+    return [
+        Entry(
+            f"{tokens} tokens single weights {sparsity:.0%} zeros {backend}",
+            backend,
+            partial(products.single_weights, sparsity=sparsity, tokens=tokens),
+            torch.bfloat16,
+        )
+        for tokens in (1, 4)
+        for sparsity in (0.8, 0.9)
+    ]
+
+
 def _training() -> list[Entry]:
     return [
         Entry(f"training step ViT-B/16 {name}", "triton", partial(training.step, method=method))
@@ -140,10 +153,11 @@ def entries() -> list[Entry]:
             *_products("triton", 0.9, few),
             *(entry for entry in _training() if "128" not in entry.name),
             *_few_tokens("triton")[:1],
+            *_single_weights("triton")[:1],
             *_products("cuda", 0.9, few),
         ]
     found += _products("triton", 0.9)
     found += _training()
-    found += [entry for backend in _BACKENDS for entry in _few_tokens(backend)]
+    found += [entry for backend in _BACKENDS for entry in _few_tokens(backend)] + _single_weights("triton")
     found += _products("cuda", 0.9) + _products("triton", 0.8) + _products("cuda", 0.8)
     return found

@@ -15,7 +15,7 @@ from torch import Tensor
 from bench.case import Peer, Settings, Work
 from bench.cases_matmul import Problem, check_product
 from bench.peers import matmul
-from spartan_kernels import BlockLayout, ops
+from spartan_kernels import BlockLayout, BlockSparseWeight, ops
 from spartan_kernels.operands import MaskedLinearBackward
 from spartan_kernels.ops.masked_matmul import masked_linear_backward
 
@@ -53,6 +53,22 @@ def forward(s: Settings, block: int, sparsity: float, tokens: int = 0) -> Work:
         peers={
             **matmul.peers(p.masked, p.block, (x,), _PEERS),
             "copy": _copy(x, x.new_empty(p.rows, p.out), x.new_empty(p.kept)),
+        },
+    )
+
+
+def single_weights(s: Settings, sparsity: float, tokens: int) -> Work:
+    """y = x W^T of few tokens, W in packed single weights."""
+    p = _problem(s, 1, sparsity, tokens)
+    x, weight = p.x(0), BlockSparseWeight.from_dense(p.masked, p.block, p.mask)
+    return _work(
+        p,
+        lambda x: ops.block_sparse_linear(x, weight, backend=s.backend),
+        (x,),
+        check=lambda y, x: check_product(y, x, p.masked.mT, p.exact.mT, "y"),
+        peers={
+            **matmul.peers(p.masked, p.block, (x,), ("dense",)),
+            "copy": _copy(x, x.new_empty(p.rows, p.out), weight.values, weight.values),
         },
     )
 

@@ -12,7 +12,7 @@ STEP = "suite"
 _CASES, _REHEARSED_CASES = 150, 4
 _FILES = (
     "soft_topk", "soft_topk_global", "hard_topk", "rows", "masked_weight", "step_gradient", "masked_linear",
-    "block_sparse", "sampled_matmul", "layout", "corners",
+    "block_sparse", "single_weights", "sampled_matmul", "layout", "corners",
 )  # fmt: skip
 _REHEARSED_FILES = ("masked_weight", "layout")
 _REHEARSED_TESTS = "test_captured_in_a_graph and (block_scores or block_sparse_linear_forward)"

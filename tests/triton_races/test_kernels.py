@@ -178,6 +178,8 @@ CASES: dict[str, Callable[[], None]] = {
     "products of large blocks": lambda: products(70, 90, (32, 64), 33),
     "products of lines that share a program": united,
     "products of one entry": lambda: products(3, 4, (1, 1), 1),
+    "products of short rows": lambda: products(70, 40, (1, 1), 6),
+    "products of rows that warps share": lambda: products(3, 1200, (1, 1), 2),
     "convolutions in small blocks": lambda: convolutions(14, 7, (3, 2), (4, 4), 2),
     "convolutions in large blocks": lambda: convolutions(70, 40, (1, 2), (32, 32), 1),
     "convolutions in single weights": lambda: convolutions(3, 2, (1, 1), (1, 1), 3),

@@ -19,7 +19,7 @@ from spartan.saving.encodings import block_activity
 from spartan.saving.tables import text_table
 from spartan_kernels import BlockSparseFilter, BlockSparseWeight
 from spartan_kernels.arguments import block_shape, memory_format
-from spartan_kernels.break_even import dense_wins, packed_convolution_time, packed_time
+from spartan_kernels.break_even import FEW_TOKENS, dense_wins, packed_convolution_time, packed_time
 from spartan_kernels.dispatch import refusal
 
 __all__ = [
@@ -37,9 +37,10 @@ __all__ = [
 
 PackedWeight: TypeAlias = "BlockSparseWeight | BlockSparseFilter"
 
-# blocks to choose from; those of few weights where the compiled CPU kernels serve
+# blocks to choose from; those of few weights where there are kernels of their own
 _SQUARES = tuple((side, side) for side in (128, 64, 32, 16, 8))
 _NARROW = ((4, 1), (1, 1))
+_LINEAR = "block_sparse_linear_forward"
 _AS_FAST = 1.25  # the largest blocks that take no longer than this beside the fastest: their index is smaller
 _INDEX_BYTES = 12  # of a packed block: its column, its row, and where it lies
 
@@ -120,8 +121,9 @@ def to_block_sparse(
         block_size: an int or (rows, columns) of (outputs, inputs): layers are packed unless all blocks are kept or
             `spartan.tune` measured the dense product as faster. None: for each layer the largest block whose product
             takes about the least time, and none where the dense one takes less or is smaller. Squares of 8 to 128, of
-            linear layers on CPUs also (4, 1) and single weights; as measured by `spartan.tune`, else by a model of a
-            CPU; for convolutions always by a model, which reads from the weight whether channels lie last in memory.
+            linear layers on CPUs also (4, 1) and single weights, on GPUs single weights for at most 16 tokens; as
+            measured by `spartan.tune`, else by a model of a CPU, or as predicted for single weights on a GPU; for
+            convolutions always by a model, which reads from the weight whether channels lie last in memory.
         tokens: rows of the input that a layer sees in a call, pixels of the result of a convolution, which that choice
             is for: a call with few, or of a small layer, takes its time whatever is multiplied.
 
@@ -297,9 +299,8 @@ def _packed(weight: torch.Tensor, size: tuple[int, int] | None, tokens: int) -> 
     if not weight.numel():
         return "it is empty"
     convolution = weight.dim() == 4
-    operator = "block_sparse_conv2d_forward" if convolution else "block_sparse_linear_forward"
-    refused = refusal(operator, "native", weight.device.type, weight.dtype)
-    if convolution and refused is not None:
+    refused = convolution and refusal("block_sparse_conv2d_forward", "native", weight.device.type, weight.dtype)
+    if refused:
         return f"only the compiled CPU kernels multiply blocks of a convolution, and {refused}"
     if size is not None:
         packed = packed_weight(weight, size)
@@ -307,7 +308,7 @@ def _packed(weight: torch.Tensor, size: tuple[int, int] | None, tokens: int) -> 
             return f"no block of {_named(size)} is all zeros"
         slower = not convolution and dense_wins(packed.density, weight.device, weight.dtype, size, tokens, packed=True)
         return _slower(packed.density, size) if slower else packed
-    sizes = _SQUARES + _NARROW if refused is None and not convolution else _SQUARES
+    sizes = _SQUARES if convolution else _SQUARES + _narrow(weight.device, weight.dtype, tokens)
     densities = {size: _density(weight, size) for size in sizes}
     last = _channels_last(weight)
     times = {size: _time(density, size, weight, weight.shape, tokens, last) for size, density in densities.items()}
@@ -320,6 +321,14 @@ def _packed(weight: torch.Tensor, size: tuple[int, int] | None, tokens: int) -> 
     if stored > 1:
         return f"its blocks of {_named(best)} with their index are larger: {stored:.0%} of it"
     return packed_weight(weight, best)
+
+
+def _narrow(device: torch.device, dtype: torch.dtype, tokens: int) -> tuple[tuple[int, int], ...]:
+    """The blocks of few weights that a linear layer has kernels for."""
+    if refusal(_LINEAR, "native", device.type, dtype) is None:
+        return _NARROW
+    served = device.type == "cuda" and tokens <= FEW_TOKENS and refusal(_LINEAR, "triton", device.type, dtype) is None
+    return _NARROW[1:] if served else ()
 
 
 def _density(weight: torch.Tensor, size: tuple[int, int]) -> float:

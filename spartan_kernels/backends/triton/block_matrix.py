@@ -32,7 +32,7 @@ class BlockMatrix:
         self, x: torch.Tensor, forward: bool, bias: torch.Tensor | None = None, activation: str = "", save: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """act(x w^T + b) by rows of blocks, or x w by columns of blocks, and the sums before the activation."""
-        flat = _tokens(x)
+        flat = tokens_of(x)
         extent = self.shape[0] if forward else self.shape[1]
         device, dtype, packed = x.device, x.dtype, self.positions is not None
         y = torch.empty((*x.shape[:-1], extent), dtype=dtype, device=device)
@@ -65,7 +65,7 @@ class BlockMatrix:
     ) -> torch.Tensor:
         """dz^T x on the active blocks of `out`, times the gate; `grad_gate`: its products with the data before that."""
         left = dz if dz.dim() == 2 else dz.reshape(dz.shape[:-1].numel(), dz.shape[-1])
-        right = _tokens(x)
+        right = tokens_of(x)
         rows, columns = self.block
         grid = triton.cdiv(self.shape[0], rows), triton.cdiv(self.shape[1], columns)
         precision = precision_of(x)
@@ -86,7 +86,7 @@ class BlockMatrix:
         return out
 
 
-def _tokens(x: torch.Tensor) -> torch.Tensor:
+def tokens_of(x: torch.Tensor) -> torch.Tensor:
     """x as [tokens, features] whose features lie side by side."""
     flat = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return flat if flat.stride(-1) == 1 else flat.contiguous()

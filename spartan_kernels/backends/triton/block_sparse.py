@@ -6,14 +6,17 @@ import torch
 
 from spartan_kernels.backends.shared import packed_gradients
 from spartan_kernels.backends.triton.block_matrix import BlockMatrix
+from spartan_kernels.backends.triton.single_weights import single_weights_product
+from spartan_kernels.break_even import FEW_TOKENS
 from spartan_kernels.operands import PackedLinear, PackedLinearBackward
 
 
 def block_sparse_linear_forward(o: PackedLinear) -> tuple[torch.Tensor, torch.Tensor | None]:
     """act(z), z = x w^T + b with w given by its blocks, and z when it is to be saved."""
-    operand = BlockMatrix(
-        o.values, (o.out, o.x.shape[-1]), (o.values.shape[1], o.values.shape[2]), o.layout, None, o.positions
-    )
+    block = (o.values.shape[1], o.values.shape[2])
+    if block == (1, 1) and o.x.shape[:-1].numel() <= FEW_TOKENS:
+        return single_weights_product(o)
+    operand = BlockMatrix(o.values, (o.out, o.x.shape[-1]), block, o.layout, None, o.positions)
     return operand.product(o.x, True, o.bias, o.activation, o.save)
 
 

@@ -8,6 +8,7 @@ import os
 from importlib.metadata import version
 
 import pytest
+import torch
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)

@@ -102,6 +102,7 @@ SUPPORT: dict[str, dict[str, Support]] = {
         gpu=_NARROW,
     ),
     **_rows("block_sparse", "block_sparse_linear_forward", "block_sparse_linear_backward", native=_NARROW, gpu=_NARROW),
+    **_rows("block_sparse", "block_sparse_linear_float8_forward", reference=_NARROW),
     **_rows("masked_conv", "masked_conv2d_forward", "masked_conv2d_backward", native=_NARROW, triton=_NARROW),
     **_rows(
         "block_sparse_conv",

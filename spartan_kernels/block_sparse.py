@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from spartan_kernels.arguments import block_grid, clip_block, require_device, require_float, require_index
-from spartan_kernels.float8 import FLOAT8, row_scales
+from spartan_kernels.float8 import FLOAT8, rounded, row_scales
 from spartan_kernels.layout import INDEX, BlockLayout, longest_first, require_mask
 
 if TYPE_CHECKING:
@@ -187,8 +187,9 @@ class BlockSparseWeight:
             scales, rows = row_scales(self.to_dense()), self.block_size[0]
             padded = functional.pad(scales, (0, 0, 0, -self.shape[0] % rows), value=1.0)
             of_blocks = padded.reshape(self.layout.grid[0], rows, 1)[self._rows()]
-            values = (self.values.to(torch.float32) / of_blocks).to(FLOAT8)
-        return replace(self, values=values, scales=scales, rounded_from=self.values.dtype)
+        return replace(
+            self, values=rounded(self.values.detach(), of_blocks), scales=scales, rounded_from=self.values.dtype
+        )
 
     def transposed(self) -> BlockSparseWeight:
         """The transpose of the weight, in transposed blocks."""

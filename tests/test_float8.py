@@ -43,9 +43,9 @@ def weight_of(out: int, in_: int, block: tuple[int, int], density: float, seed: 
 
 
 def rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The oracle of rounding: rows / scale to 3 bits of mantissa and exponents from -6 on, and scales, in float64."""
+    """The oracle of rounding: rows times 1 / scale to 3 bits of mantissa, exponents from -6 on; and scales."""
     scales = (rows.float().abs().amax(-1, keepdim=True) / 448).clamp(min=2.0**-126)
-    numbers = (rows.float() / scales).double()
+    numbers = (rows.float() * (1 / scales)).double()
     exponents = torch.frexp(numbers)[1].clamp(min=-5) - 4  # frexp counts mantissas from one half on
     steps = torch.ldexp(torch.ones_like(numbers), exponents)
     return torch.round(numbers / steps) * steps, scales.double()
@@ -122,6 +122,23 @@ def test_rounding_is_to_the_nearest_and_even() -> None:
     assert float(scales) == 1.0
     assert torch.equal(values.double(), rounded(rows[None])[0])
     assert torch.equal(values[0, : len(numbers)].float(), numbers)
+
+
+@pytest.mark.parametrize("features", [1, 130, 2500])
+def test_triton_rounds_as_the_reference_does(target: Any, features: int) -> None:
+    """To the last bit; halfway cases too, and rows whose scale is not a power of two."""
+    if target.backend != "triton":
+        pytest.skip("is of the Triton backend")
+    from spartan_kernels.backends.triton.block_sparse import _rounded_rows
+
+    numbers = torch.arange(256, dtype=torch.uint8).view(float8.FLOAT8).float()
+    numbers = numbers[numbers.isfinite()]
+    x = make_values("normal", (6, features), seed=1) * torch.tensor([[1.0], [1e-30], [1e30], [0.0], [1e-42], [3.0]])
+    x[5] = torch.cat([numbers, (numbers[1:] + numbers[:-1]) / 2]).flip(0).repeat(6)[:features]
+    values, scales = _rounded_rows(x.to(target.device))
+    want, of_rows = float8.rounded_rows(x)
+    assert torch.equal(scales.cpu(), of_rows[:, 0])
+    assert torch.equal(values.cpu().float(), want.float())
 
 
 def test_a_token_of_zeros_stays_zero_and_tiny_ones_are_no_division_by_zero(target: Any) -> None:

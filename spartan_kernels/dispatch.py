@@ -206,6 +206,7 @@ def refusal(operator: str, name: str, device: str, dtype: torch.dtype, grouped: 
     found = least_capability() if device == "cuda" and support.capability > (0, 0) else support.capability
     if found < support.capability:
         needed, has = (".".join(map(str, pair)) for pair in (support.capability, found))
+        has = has if found > (0, 0) else "none"
         return f"the {name} backend has {operator} from compute capability {needed} on; a device here has {has}"
     return None
 

@@ -124,6 +124,16 @@ def test_rounding_is_to_the_nearest_and_even() -> None:
     assert torch.equal(values[0, : len(numbers)].float(), numbers)
 
 
+def test_sums_over_a_long_depth_are_of_float32(target: Any) -> None:
+    """All terms are positive: sums of fewer bits would lose what they add late."""
+    x, weight = (make_values("uniform", (64, 16384), seed=seed) + 0.5 for seed in (0, 1))
+    packed = small_on(BlockSparseWeight.from_dense(weight, 64), target.device)
+    y = spartan.block_sparse_linear(x.to(target.device), packed, backend=target.backend).cpu()
+    (x8, s_x), (w8, s_w) = rounded(x), rounded(weight)
+    want = functional.linear(x8, w8) * s_x * s_w[:, 0]
+    assert float(((y - want) / want).abs().max()) < 4e-6
+
+
 @pytest.mark.parametrize("features", [1, 130, 2500])
 def test_triton_rounds_as_the_reference_does(target: Any, features: int) -> None:
     """To the last bit; halfway cases too, and rows whose scale is not a power of two."""
@@ -139,6 +149,15 @@ def test_triton_rounds_as_the_reference_does(target: Any, features: int) -> None
     want, of_rows = float8.rounded_rows(x)
     assert torch.equal(scales.cpu(), of_rows[:, 0])
     assert torch.equal(values.cpu().float(), want.float())
+
+
+@pytest.mark.parametrize(("shape", "tokens"), [((5, 0), (3,)), ((0, 7), (3,)), ((5, 7), (0,)), ((5, 7), (2, 0))])
+def test_what_is_empty_gives_the_bias(target: Any, shape: tuple[int, int], tokens: tuple[int, ...]) -> None:
+    out, in_ = shape
+    packed = small_on(BlockSparseWeight.from_dense(torch.ones(shape), 2), target.device)
+    x, bias = (make_values("normal", size, seed=1, device=target.device) for size in ((*tokens, in_), (out,)))
+    y = spartan.block_sparse_linear(x, packed, bias, backend=target.backend)
+    assert torch.equal(y, bias.expand(*tokens, out))
 
 
 def test_a_token_of_zeros_stays_zero_and_tiny_ones_are_no_division_by_zero(target: Any) -> None:

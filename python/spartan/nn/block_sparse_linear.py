@@ -71,8 +71,7 @@ class BlockSparseLinear(PackedLayer):
             new = self.plain.__new__(self.plain)
             nn.Module.__init__(new)
             new.nf, new.nx = self.out_features, self.in_features
-        trained = self.values.requires_grad or self.scales is not None
-        new.weight = nn.Parameter(self.weight.detach().contiguous(), requires_grad=trained)
+        new.weight = nn.Parameter(self.weight.detach().contiguous(), requires_grad=self.trained)
         new.bias = None if self.bias is None else nn.Parameter(self.bias.detach(), self.bias.requires_grad)
         return new.train(self.training)
 

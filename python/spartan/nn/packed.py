@@ -43,11 +43,16 @@ class PackedLayer(nn.Module, ABC):
 
     def take_modes(self, layer: Any) -> None:
         """Follow a layer that this one replaces: its device, its mode and which of its parameters are trained."""
-        values = layer.values if isinstance(layer, PackedLayer) else layer.weight
-        self.to(values.device).train(layer.training)
-        self.values.requires_grad_(values.requires_grad and self.scales is None)
+        packed = isinstance(layer, PackedLayer)
+        self.to((layer.values if packed else layer.weight).device).train(layer.training)
+        self.values.requires_grad_((layer.trained if packed else layer.weight.requires_grad) and self.scales is None)
         if self.bias is not None and layer.bias is not None:
             self.bias.requires_grad_(layer.bias.requires_grad)
+
+    @property
+    def trained(self) -> bool:
+        """Whether the weight that this stands for is trained; values in 8 bits never are, so they do not say no."""
+        return self.values.requires_grad or self.scales is not None
 
     @property
     def packed_names(self) -> tuple[str, ...]:

@@ -240,9 +240,11 @@ def _hopper_problem(case: Any, row: Row) -> str:
     m, n, k = (case.constexprs.get(f"BLOCK_{side}", 0) for side in "MNK")
     if m < _WARP_GROUP:
         return ""
-    if row.instruction != "HGMMA":
-        return f"{row.instruction}, not HGMMA"
-    step = (m + n) * k * (4 if case.constexprs["PRECISION"] == "tf32" else 2)
+    precision = case.constexprs["PRECISION"]
+    wanted = "QGMMA" if precision == "promoted" else "HGMMA"  # 8 bits, or more
+    if row.instruction != wanted:
+        return f"{row.instruction}, not {wanted}"
+    step = (m + n) * k * {"tf32": 4, "promoted": 1}.get(precision, 2)
     return (
         "" if row.shared >= 2 * step else f"shared memory of {row.shared} for steps of {step} bytes: no two under way"
     )

@@ -280,9 +280,10 @@ def count_product(row: PlanRow) -> ProductRow:
     """What a product of a plan needs for each clock of the tensor cores, and the rate that is left."""
     kernel, label = row.case
     case, compiled, pipes = _compiled(Subject("masked_matmul", kernel, label, 0))
-    clocks = per_trip(case.constexprs) / TENSOR_CORE_RATE
+    rate = TENSOR_CORE_RATE * 2 // row.width
+    clocks = per_trip(case.constexprs) / rate
     issued = pipes["issue"] * case.num_warps / SCHEDULERS / clocks
-    fastest = 2 * TENSOR_CORE_RATE * PROCESSORS * CLOCK / 1e12
+    fastest = 2 * rate * PROCESSORS * CLOCK / 1e12
     issue = row.full * fastest / max(1.0, issued)
     milliseconds = row.gigaflops / min(issue, row.plan) + 1e-3 * row.scaling_microseconds
     predicted = row.gigaflops / milliseconds

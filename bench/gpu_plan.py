@@ -4,14 +4,14 @@ Each element of x that comes from the L2 cache serves the rows of a block at mos
 so that many operations for two bytes of bfloat16: no plan multiplies faster than that times the cache's bandwidth, nor
 than the tensor cores, unless lines of blocks share a tile of x. A plan also brings the weights, once for every tile of
 tokens; a weight's gradient brings the rows of dz, once for every program. A pass that multiplies weights by their gates
-comes before, and takes time too.
+comes before, and takes time too. Packed blocks in float8 need no gates, but a pass that rounds x before.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from bench.columns import print_columns
@@ -26,9 +26,10 @@ BLOCKS = ((16, 16), (32, 32), (64, 64), (128, 128), (128, 16), (128, 32))
 DENSITY = 0.1
 _HOPPER = 90
 _WIDTH = 2  # bytes of bfloat16
-_TENSOR_CORES = 800e12  # operations in a second
+_TENSOR_CORES = {2: 800e12, 1: 1600e12}  # operations in a second, by bytes of what is multiplied
 _L2_BANDWIDTH = 5.5e12  # bytes in a second, from the L2 cache into all processors
 BANDWIDTH = 3.35e12  # bytes in a second, from memory
+FLOAT8_FORWARD = "forward, float8"
 LAUNCH = 1.5  # microseconds from one launch of a stream to the next: assumed, for those too that find nothing to do
 
 
@@ -42,7 +43,7 @@ class PlanRow:
         plan: with the bytes of x and weights that the launch moves.
         full: how much of what the tensor cores multiply is active.
         scaling_microseconds: of the pass that multiplies weights by their gates, with its launch, and of the launch
-            that finds the blocks of lines which share a program.
+            that finds the blocks of lines which share a program; in float8, of the pass that rounds x.
     """
 
     shape: str
@@ -63,9 +64,14 @@ class PlanRow:
         return self.plan / self.bound
 
     @property
+    def width(self) -> int:
+        """Bytes of what is multiplied."""
+        return 1 if self.direction == FLOAT8_FORWARD else _WIDTH
+
+    @property
     def united(self) -> bool:
         """Whether lines of blocks share a program."""
-        span = int(self.block.split(" x ")[self.direction != "forward"])
+        span = int(self.block.split(" x ")[not self.direction.startswith("forward")])
         return self.direction != "weight gradient" and int(self.tile.split(" x ")[1]) > span
 
     @property
@@ -74,13 +80,15 @@ class PlanRow:
         if self.direction == "weight gradient":
             blocks = int(self.tile.split(" x ")[0]) // int(self.block.split(" x ")[1])
             return "_sampled_kernel", f"block {self.block}, {blocks} to a program, bfloat16"
+        if self.direction == FLOAT8_FORWARD:
+            return "_product_kernel", f"block {self.block}, {TOKENS} tokens, float8"
         label = f"block {self.block}, {TOKENS} tokens, bfloat16"
         kernel = "_united_product_kernel" if self.united else "_product_kernel"
         return kernel, label if self.direction == "forward" else f"{label}, {self.direction}"
 
 
 def plan_rows() -> Iterator[PlanRow]:
-    """Forward, input gradient and weight gradient of every shape and block, a tenth of the blocks active."""
+    """Forward, input gradient, weight gradient and float8 of every shape and block, a tenth of the blocks active."""
     from spartan_kernels.backends.triton.product_plan import ProductPlan, SampledPlan
 
     for (in_, out), (rows, columns) in itertools.product(SHAPES, BLOCKS):
@@ -100,10 +108,23 @@ def plan_rows() -> Iterator[PlanRow]:
         sides = f"{size['BLOCK_C']} x {size['BLOCK_R']} x {size['BLOCK_T']}"
         traffic = sampled.traffic(TOKENS, DENSITY)
         yield _row(f"{in_} to {out}", (rows, columns), "weight gradient", sides, rows, traffic, 0)
+        tile = default_tile(_HOPPER, TOKENS, rows, "float8")
+        plan = ProductPlan(TOKENS, out, in_, rows, columns, 1, tile, _WIDTH)
+        sides = f"{tile.BLOCK_M} x {tile.BLOCK_N} x {tile.BLOCK_K}"
+        rounding = TOKENS * in_ * (_WIDTH + 1)
+        traffic = replace(plan.traffic(round(DENSITY * grid[0] * grid[1])), scaling_bytes=rounding)
+        yield _row(f"{in_} to {out}", (rows, columns), FLOAT8_FORWARD, sides, rows, traffic, 1, width=1)
 
 
 def _row(
-    shape: str, block: tuple[int, int], direction: str, tile: str, served: int, traffic: Traffic, launches: int
+    shape: str,
+    block: tuple[int, int],
+    direction: str,
+    tile: str,
+    served: int,
+    traffic: Traffic,
+    launches: int,
+    width: int = _WIDTH,
 ) -> PlanRow:
     """The row of a product where an element of x serves that many outputs, and with what is launched before it."""
     from_l2 = traffic.x_bytes + traffic.weight_bytes
@@ -116,8 +137,8 @@ def _row(
         round(traffic.flops / 1e9, 1),
         round(from_l2 / 1e6, 1),
         round((traffic.memory_bytes + traffic.y_bytes) / 1e6, 1),
-        round(min(_TENSOR_CORES, 2 * served / _WIDTH * _L2_BANDWIDTH) / 1e12, 1),
-        round(min(traffic.full * _TENSOR_CORES, traffic.flops / from_l2 * _L2_BANDWIDTH) / 1e12, 1),
+        round(min(_TENSOR_CORES[width], 2 * served / width * _L2_BANDWIDTH) / 1e12, 1),
+        round(min(traffic.full * _TENSOR_CORES[width], traffic.flops / from_l2 * _L2_BANDWIDTH) / 1e12, 1),
         round(traffic.full, 3),
         round(scaling, 1),
     )
@@ -145,5 +166,5 @@ def report(rows: list[PlanRow]) -> None:
         ]
         for r in rows
     ]
-    print(f"\nWhat the launch plans allow on an H100: bfloat16, {TOKENS} tokens, {DENSITY:.0%} of the blocks active")
+    print(f"\nWhat the launch plans allow on an H100: {TOKENS} tokens of bfloat16, {DENSITY:.0%} of the blocks active")
     print_columns(header, lines)

@@ -19,7 +19,7 @@ EDGES = (1, 15, 16, 17, (1 << 31) + 16, (1 << 31) + 17)
 _MULTIPLE, _ODD = 4096, 1_000_003  # sizes of layers as they are, and any others
 _DTYPES = {
     "fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "i64": torch.int64,
-    "i32": torch.int32, "i16": torch.int16, "u8": torch.uint8,
+    "fp8e4nv": torch.float8_e4m3fn, "i32": torch.int32, "i16": torch.int16, "u8": torch.uint8,
 }  # fmt: skip
 
 

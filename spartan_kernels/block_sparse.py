@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
 
 from spartan_kernels.arguments import block_grid, clip_block, require_device, require_float, require_index
+from spartan_kernels.float8 import FLOAT8, rounded, row_scales
 from spartan_kernels.layout import INDEX, BlockLayout, longest_first, require_mask
 
 if TYPE_CHECKING:
@@ -26,14 +27,19 @@ class BlockSparseWeight:
         values: [n, rows, columns], the blocks in the order of `layout.column_indices`; zeros past the weight's edge.
         layout: their index; unlike a gate's, its buffers have exactly n entries.
         positions: int32 [n]; entry j by columns (of `layout.row_indices`) is block positions[j] of `values`.
+        scales: where values are torch.float8_e4m3fn, what each output's are multiplied by: float32 [out, 1], of a
+            transposed weight [1, in]; else None.
+        rounded_from: the dtype that the weight had before, which `to_dense` gives back; None without scales.
     """
 
     values: torch.Tensor
     layout: BlockLayout
     positions: torch.Tensor
+    scales: torch.Tensor | None = None
+    rounded_from: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        """Refuse values and positions that do not fit the index.
+        """Refuse values, positions and scales that do not fit the index.
 
         Raises:
             ValueError: such a tensor, by name.
@@ -46,6 +52,23 @@ class BlockSparseWeight:
             )
         require_device("values", self.values, device, "the index")
         require_index("positions", self.positions, active, device)
+        self._require_scales(device)
+
+    def _require_scales(self, device: torch.device) -> None:
+        float8, scales, (out, in_) = self.values.dtype == FLOAT8, self.scales, self.shape
+        if float8 != (scales is not None) or float8 != (self.rounded_from is not None):
+            raise ValueError(
+                f"scales and rounded_from must be there for values of {FLOAT8} alone; got values of"
+                f" {self.values.dtype}, {'no' if scales is None else 'some'} scales, {self.rounded_from}"
+            )
+        if scales is None:
+            return
+        if tuple(scales.shape) not in ((out, 1), (1, in_)) or scales.dtype != torch.float32:
+            raise ValueError(
+                f"scales must be torch.float32 of shape ({out}, 1), or (1, {in_}) of a transposed weight;"
+                f" got {scales.dtype} of shape {tuple(scales.shape)}"
+            )
+        require_device("scales", scales, device, "the index")
 
     def require_valid(self) -> None:
         """Look at every number of the index; the host waits for a GPU.
@@ -55,7 +78,12 @@ class BlockSparseWeight:
         """
         with torch.no_grad():
             whole = BlockSparseWeight.from_blocks(
-                self.values, self.layout.row_offsets, self.layout.column_indices, self.shape
+                self.values,
+                self.layout.row_offsets,
+                self.layout.column_indices,
+                self.shape,
+                self.scales,
+                self.rounded_from,
             )
         found = (*self.layout.tensors(), self.positions)
         expected = (*whole.layout.tensors(), whole.positions)
@@ -74,13 +102,23 @@ class BlockSparseWeight:
         return self.layout.block_size
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the dense weight."""
+        return self.rounded_from or self.values.dtype
+
+    @property
     def density(self) -> float:
         """Stored blocks / blocks."""
         return self.values.shape[0] / max(1, math.prod(self.layout.grid))
 
     @staticmethod
     def from_blocks(
-        values: torch.Tensor, row_offsets: torch.Tensor, column_indices: torch.Tensor, shape: tuple[int, int]
+        values: torch.Tensor,
+        row_offsets: torch.Tensor,
+        column_indices: torch.Tensor,
+        shape: tuple[int, int],
+        scales: torch.Tensor | None = None,
+        rounded_from: torch.dtype | None = None,
     ) -> BlockSparseWeight:
         """From blocks [n, rows, columns] in compressed rows; the index by columns is made here.
 
@@ -102,7 +140,8 @@ class BlockSparseWeight:
         a, b, c, d, e, positions = (t.to(torch.int32).contiguous() for t in index)
         density = values.shape[0] / max(1, math.prod(grid))
         layout = BlockLayout((int(shape[0]), int(shape[1])), block_size, a, b, c, d, e, density)
-        return BlockSparseWeight(_without_edges(values, rows, columns, layout), layout, positions)
+        values = _without_edges(values, rows, columns, layout)
+        return BlockSparseWeight(values, layout, positions, scales, rounded_from)
 
     @staticmethod
     def from_dense(
@@ -134,13 +173,31 @@ class BlockSparseWeight:
         (rows, columns), grid, (out, in_) = self.block_size, self.layout.grid, self.shape
         tiles = self.values.new_zeros(*grid, rows, columns)
         tiles = tiles.index_put((self._rows(), self.layout.column_indices.long()), self.values)
-        return tiles.movedim(2, 1).reshape(grid[0] * rows, grid[1] * columns)[:out, :in_]
+        dense = tiles.movedim(2, 1).reshape(grid[0] * rows, grid[1] * columns)[:out, :in_]
+        return dense if self.scales is None else (dense.to(torch.float32) * self.scales).to(self.dtype)
+
+    def to_float8(self) -> BlockSparseWeight:
+        """This weight in 8 bits, for inference: each output's numbers are divided by their largest / 448 and rounded.
+
+        An output with NaN or infinity becomes NaN: the format has no infinity.
+        """
+        if self.scales is not None:
+            return self
+        with torch.no_grad():
+            scales, rows = row_scales(self.to_dense()), self.block_size[0]
+            padded = functional.pad(scales, (0, 0, 0, -self.shape[0] % rows), value=1.0)
+            of_blocks = padded.reshape(self.layout.grid[0], rows, 1)[self._rows()]
+        return replace(
+            self, values=rounded(self.values.detach(), of_blocks), scales=scales, rounded_from=self.values.dtype
+        )
 
     def transposed(self) -> BlockSparseWeight:
         """The transpose of the weight, in transposed blocks."""
         layout, (out, in_) = self.layout, self.shape
         values = self.values[self.positions.long()].mT.contiguous()
-        return BlockSparseWeight.from_blocks(values, layout.column_offsets, layout.row_indices, (in_, out))
+        scales = None if self.scales is None else self.scales.mT.contiguous()
+        index = layout.column_offsets, layout.row_indices
+        return BlockSparseWeight.from_blocks(values, *index, (in_, out), scales, self.rounded_from)
 
     def to_bsr(self) -> torch.Tensor:
         """As `torch.sparse_bsr`, which knows whole blocks only.
@@ -149,6 +206,8 @@ class BlockSparseWeight:
             ValueError: a shape that the blocks do not divide.
         """
         self._require_whole("torch.sparse_bsr")
+        if self.scales is not None:
+            return self._unrounded().to_bsr()
         offsets, columns = self.layout.row_offsets, self.layout.column_indices
         return torch.sparse_bsr_tensor(offsets, columns, self.values, size=self.shape, check_invariants=True)
 
@@ -173,6 +232,8 @@ class BlockSparseWeight:
         import scipy.sparse
 
         self._require_whole("scipy.sparse.bsr_array")
+        if self.scales is not None:
+            return self._unrounded().to_scipy()
         values = self.values.detach().cpu()
         values = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
         columns, offsets = self.layout.column_indices.cpu(), self.layout.row_offsets.cpu()
@@ -191,6 +252,10 @@ class BlockSparseWeight:
         matrix.sum_duplicates()
         values, offsets, columns = map(torch.from_numpy, (matrix.data, matrix.indptr, matrix.indices))
         return BlockSparseWeight.from_blocks(values, offsets, columns, (int(matrix.shape[0]), int(matrix.shape[1])))
+
+    def _unrounded(self) -> BlockSparseWeight:
+        """The same numbers without scales."""
+        return BlockSparseWeight.from_dense(self.to_dense(), self.block_size, self.layout.mask())
 
     def _rows(self) -> torch.Tensor:
         """The block row of each block, by operations whose results have shapes that are known: graphs are exported."""

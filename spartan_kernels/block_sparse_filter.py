@@ -29,11 +29,15 @@ class BlockSparseFilter:
     kernel_size: tuple[int, int]
 
     def __post_init__(self) -> None:
-        """Refuse a matrix that is not of this many channels and kernel positions.
+        """Refuse a matrix that is not of this many channels and kernel positions, or in 8 bits.
 
         Raises:
             ValueError: such a matrix.
         """
+        if self.matrix.scales is not None:
+            raise ValueError(
+                "matrix must have values of 16 bits or more: convolutions have no product in 8 bits (float8)"
+            )
         height, width = self.kernel_size
         columns = height * width * self._across * self.block_size[1]
         if min(height, width) < 1 or self.matrix.shape[1] != columns:
@@ -51,6 +55,11 @@ class BlockSparseFilter:
     def values(self) -> torch.Tensor:
         """The blocks [n, rows, columns], by rows, then kernel positions, then columns of blocks."""
         return self.matrix.values
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the dense weight."""
+        return self.matrix.dtype
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -33,11 +33,15 @@ _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Support:
-    """Device types and dtypes that one backend serves for one operator; an empty device tuple means any."""
+    """Device types and dtypes that one backend serves for one operator; an empty device tuple means any.
+
+    `capability` is the least compute capability of CUDA devices, (0, 0) for any of any maker.
+    """
 
     stem: str
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
+    capability: tuple[int, int] = (0, 0)
 
 
 _Dtypes = tuple[torch.dtype, ...]
@@ -50,15 +54,19 @@ def _rows(
     native: _Dtypes = (),
     gpu: _Dtypes = (),
     triton: _Dtypes = (),
+    capability: tuple[int, int] = (0, 0),
 ) -> dict[str, dict[str, Support]]:
-    """The same row for each operator of a stem, from the dtypes that each backend serves; `gpu`: triton and cuda."""
+    """The same row for each operator of a stem, from the dtypes that each backend serves; `gpu`: triton and cuda.
+
+    `capability` is what kernels for GPUs need.
+    """
     row = {"reference": Support(stem, (), reference)}
     if native:
         row["native"] = Support(stem, ("cpu",), native)
     if gpu or triton:
-        row["triton"] = Support(stem, _TRITON_DEVICES, gpu or triton)
+        row["triton"] = Support(stem, _TRITON_DEVICES, gpu or triton, capability)
     if gpu:
-        row["cuda"] = Support(stem, ("cuda",), gpu)
+        row["cuda"] = Support(stem, ("cuda",), gpu, capability)
     return {operator: row for operator in operators}
 
 
@@ -102,6 +110,13 @@ SUPPORT: dict[str, dict[str, Support]] = {
         gpu=_NARROW,
     ),
     **_rows("block_sparse", "block_sparse_linear_forward", "block_sparse_linear_backward", native=_NARROW, gpu=_NARROW),
+    **_rows(
+        "block_sparse",
+        "block_sparse_linear_float8_forward",
+        reference=_NARROW,
+        triton=_NARROW,
+        capability=(8, 9),  # the first with products in 8 bits
+    ),
     **_rows("masked_conv", "masked_conv2d_forward", "masked_conv2d_backward", native=_NARROW, triton=_NARROW),
     **_rows(
         "block_sparse_conv",
@@ -186,7 +201,22 @@ def refusal(operator: str, name: str, device: str, dtype: torch.dtype, grouped: 
     if grouped and name not in GROUP_BACKENDS:
         return f"the {name} backend has no {operator} over a process group"
     reason = unavailable(name)
-    return reason and f"the {name} backend is not available: {reason}"
+    if reason:
+        return f"the {name} backend is not available: {reason}"
+    found = least_capability() if device == "cuda" and support.capability > (0, 0) else support.capability
+    if found < support.capability:
+        needed, has = (".".join(map(str, pair)) for pair in (support.capability, found))
+        has = has if found > (0, 0) else "none"
+        return f"the {name} backend has {operator} from compute capability {needed} on; a device here has {has}"
+    return None
+
+
+@cache
+def least_capability() -> tuple[int, int]:
+    """Of the CUDA devices of this machine; those of other makers have none, (0, 0)."""
+    if torch.version.hip is not None:
+        return 0, 0
+    return min(torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count()))
 
 
 @cache

@@ -20,6 +20,7 @@ __all__ = [
     "AddBlockSigns",
     "BlockLayoutOf",
     "BlockScores",
+    "Float8Linear",
     "HardTopk",
     "HardTopkGlobal",
     "KeptSoftMass",
@@ -305,6 +306,20 @@ class PackedLinearBackward(NamedTuple):
     saved: Tensor
     activation: str
     needs: list[bool]
+    backend: str = ""
+
+
+class Float8Linear(NamedTuple):
+    """As `PackedLinear`, of values in torch.float8_e4m3fn; scales float32 [out, 1], of each row of the weight."""
+
+    x: Tensor
+    values: Tensor
+    scales: Tensor
+    layout: list[Tensor]
+    positions: Tensor
+    bias: Tensor | None
+    activation: str
+    out: int
     backend: str = ""
 
 

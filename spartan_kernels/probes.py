@@ -90,8 +90,10 @@ def make_inputs(seed: int = 0) -> Inputs:
 
 def _pack(inputs: Inputs) -> Inputs:
     """The chosen blocks of both weights. Packing waits for the device: it counts them."""
+    packed = BlockSparseWeight.from_dense(inputs["weight"], _BLOCK, inputs["hard"])
     return {
-        "packed": BlockSparseWeight.from_dense(inputs["weight"], _BLOCK, inputs["hard"]),
+        "packed": packed,
+        "packed_float8": packed.to_float8(),
         "packed_filter": BlockSparseFilter.from_dense(inputs["filter"], _BLOCK, inputs["filter_gate"] != 0),
     }
 
@@ -194,6 +196,9 @@ def probes() -> list[Probe]:
             i["x"], i["packed"], i["bias"], "silu", backend=b
         ),
         "block_sparse_linear_backward": packed_backward,
+        "block_sparse_linear_float8_forward": lambda i, b: ops.block_sparse_linear(
+            i["x"].float(), i["packed_float8"], i["bias"].float(), "silu", backend=b
+        ),
         "masked_conv2d_forward": lambda i, b: ops.masked_conv2d(
             i["image"], i["filter"], i["filter_gate"], block, None, 2, (1, 0), backend=b
         ),

@@ -19,6 +19,7 @@ from spartan_kernels.break_even import FEW_TOKENS, cache_file, checked, device_k
 
 __all__ = ["Tile", "TunedTile", "candidates", "default_tile", "store_tiles", "tile_for", "tiles_file", "using"]
 
+BLACKWELL = 100  # from here on they add 8-bit products in float32, in a memory of their own
 HOPPER = 90  # from here on the tensor cores read both operands from shared memory
 MANY_TOKENS = 2048  # from here on a program may take 512, and gates are worth a pass of their own over the weights
 
@@ -44,7 +45,7 @@ class TunedTile:
     """The fastest tile that was found for one class of products.
 
     Attributes:
-        kind: "float32", "tf32", "bfloat16" or "float16".
+        kind: "float32", "tf32", "bfloat16", "float16" or "float8".
         span, other: sides of a block, along the outputs and along the sum.
         few: whether this was measured with few tokens (at most 16) or with many.
     """
@@ -71,17 +72,22 @@ def default_tile(architecture: int, tokens: int, span: int, kind: str) -> Tile:
     outputs share it. Five stages are three steps in
     shared memory: the index of a step is loaded two stages before its operands are multiplied. Without tensor cores
     (float32 in full precision) operands are held in registers as well, and tiles are smaller.
+
+    In 8 bits weights are packed, so lines share nothing. Before Blackwell the sums of a step are held beside all the
+    others, to which they are added, and tiles have half the outputs.
     """
-    cores, width = kind != "float32", 4 if kind in ("float32", "tf32") else 2
+    cores, width = kind != "float32", {"float32": 4, "tf32": 4, "float8": 1}.get(kind, 2)
     most = 128 if cores else 64
-    wide = architecture >= HOPPER and width == 2 and tokens > 128
+    wide = architecture >= HOPPER and width <= 2 and tokens > 128
     block_m = min(256 if wide else most, max(16, power_of_two(tokens)))
     block_n = min(most, max(16, power_of_two(span)))
     outputs = block_m * block_n
-    if wide and tokens >= MANY_TOKENS:
+    if wide and width == 2 and tokens >= MANY_TOKENS:
         block_m, block_n = 512 if block_n == 64 else block_m, 128 if 8 <= span <= 16 else block_n
+    if wide and width == 1 and architecture < BLACKWELL:
+        block_m = min(block_m, (1 << 14) // block_n)
     if wide:
-        return Tile(block_m, block_n, 64, 8, 5)
+        return Tile(block_m, block_n, 128 // width, 8, 5)
     block_k = 128 // width if cores else 16
     return Tile(block_m, block_n, block_k, 8 if outputs >= (8192 if cores else 4096) else 4)
 

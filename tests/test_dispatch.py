@@ -40,7 +40,8 @@ def test_every_operator_is_defined_and_served_by_the_reference() -> None:
     for operator, backends in dispatch.SUPPORT.items():
         assert hasattr(torch.ops.spartan, operator), operator
         assert "reference" in backends
-        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        wide = () if "float8" in operator else (torch.float64,)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, *wide):
             assert dispatch.select(operator, "cpu", dtype, "reference") == "reference"
 
 
@@ -93,6 +94,27 @@ def test_auto_steps_down_and_says_so_once(no_native: None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert dispatch.select("soft_topk_forward", "cpu", torch.float64, "auto") == "reference"
+
+
+@pytest.mark.parametrize(("capability", "serves"), [((8, 0), False), ((8, 6), False), ((8, 9), True), ((10, 0), True)])
+def test_8_bits_are_multiplied_on_gpus_that_can(
+    capability: tuple[int, int], serves: bool, monkeypatch: pytest.MonkeyPatch, no_native: None
+) -> None:
+    """And by the reference elsewhere, as auto says once; other operators ask no GPU."""
+    monkeypatch.setattr(dispatch, "unavailable", lambda name: None)
+    monkeypatch.setattr(dispatch, "least_capability", lambda: capability)
+    operator, arguments = "block_sparse_linear_float8_forward", ("cuda", torch.bfloat16)
+    assert dispatch.select("block_sparse_linear_forward", *arguments, "triton") == "triton"
+    if serves:
+        assert (
+            dispatch.select(operator, *arguments, "triton") == dispatch.select(operator, *arguments, "auto") == "triton"
+        )
+        return
+    found = ".".join(map(str, capability))
+    with pytest.raises(ValueError, match=rf"triton.*compute capability 8\.9.*{found}"):
+        dispatch.select(operator, *arguments, "triton")
+    with pytest.warns(RuntimeWarning, match=r"compute capability 8\.9"):
+        assert dispatch.select(operator, *arguments, "auto") == "reference"
 
 
 def test_a_named_backend_never_falls_back(no_native: None) -> None:

@@ -27,7 +27,7 @@ from spartan_kernels.tiles import (
 )
 
 CPU = torch.device("cpu")
-KINDS = ("float32", "tf32", "bfloat16", "float16")
+KINDS = ("float32", "tf32", "bfloat16", "float16", "float8")
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 import pkgutil
+import re
 
 import pytest
 
@@ -68,6 +69,24 @@ def test_the_gate_refuses_what_cannot_run_well(row: Row, tensor_cores: bool, pro
 )
 def test_how_many_programs_a_processor_holds(registers: int, shared: int, warps: int, programs: int) -> None:
     assert SM_90.resident(registers, shared, warps) == programs
+
+
+@pytest.mark.parametrize(("architecture", "adds"), [("sm_90", True), ("sm_100", False)])
+def test_8_bits_are_added_in_float32_outside_of_tensor_cores_that_would_not(architecture: str, adds: bool) -> None:
+    """One addition for each sum and step; Blackwell's tensor cores do it themselves."""
+    from bench import compile_driver, launch_arguments
+    from bench.gpu_compile import _cuda_resources
+
+    cases = importlib.import_module("spartan_kernels.backends.triton.masked_matmul").COMPILE_CASES
+    label = "block 128 x 128, 8192 tokens, float8"
+    case = next(case for case in cases if case.label == label and case.targets == (architecture,))
+    machine = next(t for t in TARGETS if t.name == architecture)
+    compile_driver.use(machine.backend, machine.arch, machine.warp_size)
+    compiled = launch_arguments.launch(case, machine, launch_arguments.integers_of(case))
+    _, _, code = _cuda_resources(compiled.asm["cubin"], compiled.asm["ptx"])
+    sums = case.constexprs["BLOCK_M"] * case.constexprs["BLOCK_N"] // (32 * case.num_warps)
+    assert len(re.findall(r"\b(?:QGMMA|UTCQMMA)\b", code)) > 0
+    assert len(re.findall(r"\bFADD\b", code)) >= sums if adds else "FADD" not in code
 
 
 def test_a_kernel_that_does_not_compile_is_a_line_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -218,6 +218,27 @@ def test_bytes_of_the_plans_that_are_reported(block: tuple[int, int], in_: int, 
 
 
 @pytest.mark.parametrize("block", gpu_plan.BLOCKS, ids=str)
+def test_bytes_of_a_product_in_8_bits(block: tuple[int, int]) -> None:
+    """One for each entry of x and weights, two for y; before, x is read in bfloat16 and written in float8."""
+    (rows, columns), tokens, in_, out = block, gpu_plan.TOKENS, 4096, 16384
+    (row,) = (
+        r
+        for r in gpu_plan.plan_rows()
+        if (r.shape, r.block, r.direction) == (f"{in_} to {out}", f"{rows} x {columns}", gpu_plan.FLOAT8_FORWARD)
+    )
+    block_m, block_n, block_k = (int(side) for side in row.tile.split(" x "))
+    assert (block_n, block_k) == (rows, 128) and block_m * block_n <= 1 << 14  # sums, and those of a step beside them
+    active = round(gpu_plan.DENSITY * (out // rows) * (in_ // columns))
+    from_l2 = tokens // block_m * active * columns * (block_m + block_n)
+    assert row.l2_megabytes == round(from_l2 / 1e6, 1)
+    weights = -(-(tokens // block_m) // min(16, (16 << 20) // (block_m * in_))) * active * rows * columns
+    assert row.memory_megabytes == round((tokens * in_ + weights + 2 * tokens * out) / 1e6, 1)
+    assert row.plan == pytest.approx(min(1600.0, 2 * tokens * active * rows * columns / from_l2 * 5.5), abs=0.06)
+    assert row.bound == min(1600.0, 2 * rows * 5.5) and row.part >= 0.5
+    assert row.scaling_microseconds == round(tokens * in_ * 3 / 3.35e6 + 1.5, 1)
+
+
+@pytest.mark.parametrize("block", gpu_plan.BLOCKS, ids=str)
 def test_bytes_of_a_weights_gradient(block: tuple[int, int]) -> None:
     """Counted program by program, for a random gate: the columns of x of its blocks, and the rows of dz once."""
     (rows, columns), tokens, in_, out = block, gpu_plan.TOKENS, 4096, 16384

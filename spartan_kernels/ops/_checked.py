@@ -15,10 +15,12 @@ from typing import Any
 import torch
 
 from spartan_kernels.arguments import block_grid, inspectable
+from spartan_kernels.float8 import FLOAT8
 from spartan_kernels.layout import INDEX, active_blocks, longest_first
 from spartan_kernels.operands import (
     AddBlockSigns,
     BlockLayoutOf,
+    Float8Linear,
     HardTopkGlobal,
     KeptSoftMass,
     MaskedConv,
@@ -255,22 +257,25 @@ def _sampled(o: SampledMatmul) -> None:
     _index("layout", o.layout, _blocks(product, o.rows, o.columns, "product"), a)
 
 
-def _packed(o: PackedLinear | PackedLinearBackward, out: int) -> None:
+def _packed(
+    o: PackedLinear | PackedLinearBackward | Float8Linear, out: int, stored: Any = _FLOAT, given: Any = None
+) -> None:
+    """`stored` and `given`: dtypes of values and of x; None for that of the values."""
     x, values = o.x, o.values
     _activation(o.activation)
     _number("out", out, 0)
-    _blocks_stored(values)
+    _blocks_stored(values, stored)
     if x.dim() < 1:
         raise ValueError(f"x must have shape [..., in]; got {tuple(x.shape)}")
-    _tensor("x", x, None, values.dtype, values.device)
+    _tensor("x", x, None, given or values.dtype, values.device)
     _stored(o, (out, x.shape[-1]))
 
 
-def _blocks_stored(values: Any) -> None:
-    _tensor("values", values, values.shape if values.dim() == 3 and all(values.shape[1:]) else ("n", "r", "c"), _FLOAT)
+def _blocks_stored(values: Any, dtypes: Any = _FLOAT) -> None:
+    _tensor("values", values, values.shape if values.dim() == 3 and all(values.shape[1:]) else ("n", "r", "c"), dtypes)
 
 
-def _stored(o: PackedLinear | PackedLinearBackward | PackedConv | PackedConvBackward, shape: tuple[int, int]) -> None:
+def _stored(o: Any, shape: tuple[int, int]) -> None:
     """Raise unless layout and positions are the index of the values in a matrix of this shape."""
     values, layout, positions = o.values, o.layout, o.positions
     grid = block_grid(shape, (values.shape[1], values.shape[2]))
@@ -285,6 +290,13 @@ def _packed_forward(o: PackedLinear) -> None:
     _packed(o, o.out)
     if o.bias is not None:
         _tensor("bias", o.bias, (o.out,), o.values.dtype, o.values.device)
+
+
+def _float8_forward(o: Float8Linear) -> None:
+    _packed(o, o.out, FLOAT8, (torch.float32, torch.bfloat16, torch.float16))
+    _tensor("scales", o.scales, (o.out, 1), torch.float32, o.values.device)
+    if o.bias is not None:
+        _tensor("bias", o.bias, (o.out,), o.x.dtype, o.values.device)
 
 
 def _packed_backward(o: PackedLinearBackward) -> None:
@@ -472,6 +484,7 @@ CHECKS: dict[str, Callable[..., Any]] = {
     "masked_linear_backward": _linear_backward,
     "sampled_matmul_forward": _sampled,
     "block_sparse_linear_forward": _packed_forward,
+    "block_sparse_linear_float8_forward": _float8_forward,
     "block_sparse_linear_backward": _packed_backward,
     "block_sparse_conv2d_forward": _packed_convolution_forward,
     "block_sparse_conv2d_backward": _packed_convolution_backward,

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import pkgutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -122,6 +123,18 @@ def products(out: int, in_: int, block: tuple[int, int], tokens: int) -> None:
     torch.autograd.grad((y * y).sum(), [x])
 
 
+def in_8_bits() -> None:
+    """A packed product with rounded tokens, rows longer than a tile; few programs share sums, many do not."""
+    weight = make_values("normal", (70, 2100), seed=2)
+    for tokens, tile in ((3, None), (40, tiles.Tile(16, 16, 32, 4))):
+        packed = BlockSparseWeight.from_dense(
+            weight, (16, 300), make_values("uniform", (5, 7), seed=3) < 0.5
+        ).to_float8()
+        x = make_values("normal", (tokens, 2100), seed=1)
+        with nullcontext() if tile is None else tiles.using(tile):
+            spartan.block_sparse_linear(x, packed, make_values("normal", (70,), seed=4), "gelu", backend="triton")
+
+
 def united() -> None:
     """Lines of small blocks that share programs, the last of them with fewer."""
     x, weight = make_values("normal", (2050, 40), seed=1), make_values("normal", (125, 40), seed=2)
@@ -177,6 +190,7 @@ CASES: dict[str, Callable[[], None]] = {
     "products of small blocks": lambda: products(14, 17, (4, 4), 3),
     "products of large blocks": lambda: products(70, 90, (32, 64), 33),
     "products of lines that share a program": united,
+    "products in 8 bits": in_8_bits,
     "products of one entry": lambda: products(3, 4, (1, 1), 1),
     "products of short rows": lambda: products(70, 40, (1, 1), 6),
     "products of rows that warps share": lambda: products(3, 1200, (1, 1), 2),

@@ -28,7 +28,7 @@ from spartan_kernels.torch_private import (
     transforms_active,
 )
 
-__all__ = ["differentiable", "differentiable_once", "needed", "saved_number"]
+__all__ = ["differentiable", "differentiable_once", "needed", "saved_number", "without_gradient"]
 
 _LIBRARY = torch.library.Library("spartan", "FRAGMENT")
 
@@ -181,12 +181,18 @@ def _spread(grad: Any, length: int | None) -> list[Any]:
 
 def differentiable_once(name: str, of: str) -> None:
     """Let `spartan::name`, the gradient of the public function `of`, refuse to be differentiated in turn."""
+    without_gradient(
+        name,
+        f"spartan.{of} is differentiable once; a derivative of its gradient (create_graph=True and a second"
+        " backward, gradgradcheck, hessian) is not implemented",
+    )
+
+
+def without_gradient(name: str, why: str) -> None:
+    """Let `spartan::name` refuse to be differentiated, with this error."""
 
     def refuse(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(
-            f"spartan.{of} is differentiable once; a derivative of its gradient (create_graph=True and a second"
-            " backward, gradgradcheck, hessian) is not implemented"
-        )
+        raise RuntimeError(why)
 
     structure = OPERATORS[name].structure
     tensors = [field for field, kind in get_type_hints(structure).items() if "Tensor" in str(kind)]

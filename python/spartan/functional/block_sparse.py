@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from spartan.functional.autograd import differentiable, differentiable_once, needed
+from spartan.functional.autograd import differentiable, differentiable_once, needed, without_gradient
 from spartan.functional.masked_matmul import kept_for_activation
 from spartan_kernels.operands import PackedLinear, PackedLinearBackward
 from spartan_kernels.ops import block_sparse_linear
@@ -44,3 +44,8 @@ def _backward(ctx: Any, grad: torch.Tensor | None, grad_z: None) -> Any:
 
 differentiable("block_sparse_linear_forward", ("x", "values", "bias"), _setup, _backward)
 differentiable_once("block_sparse_linear_backward", "block_sparse_linear")
+without_gradient(
+    "block_sparse_linear_float8_forward",
+    "spartan.block_sparse_linear has no gradient through a weight in 8 bits (float8): it is for inference; train with"
+    " the weight as it was before `to_float8`",
+)

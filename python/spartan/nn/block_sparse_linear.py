@@ -25,6 +25,7 @@ class BlockSparseLinear(PackedLayer):
 
     Attributes:
         values: parameter [blocks, rows, columns]. bias: parameter or None. The index of the blocks is in buffers.
+        scales: of values in 8 bits (`packed.to_float8()`), a buffer [out, 1]; else None. Such values are not trained.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class BlockSparseLinear(PackedLayer):
             new = self.plain.__new__(self.plain)
             nn.Module.__init__(new)
             new.nf, new.nx = self.out_features, self.in_features
-        new.weight = nn.Parameter(self.weight.detach().contiguous(), requires_grad=self.values.requires_grad)
+        new.weight = nn.Parameter(self.weight.detach().contiguous(), requires_grad=self.trained)
         new.bias = None if self.bias is None else nn.Parameter(self.bias.detach(), self.bias.requires_grad)
         return new.train(self.training)
 
@@ -82,5 +83,5 @@ class BlockSparseLinear(PackedLayer):
 
     def extra_repr(self) -> str:
         """What the module prints of itself."""
-        density = self.packed.density
-        return f"{self.in_features}, {self.out_features}, block_size={self.block_size}, density={density:.3g}"
+        density, bits = self.packed.density, "" if self.scales is None else ", float8"
+        return f"{self.in_features}, {self.out_features}, block_size={self.block_size}, density={density:.3g}{bits}"

@@ -1,4 +1,7 @@
-"""Encodings of a sparse tensor: which of its bits are kept, and the bits. All are exact, negative zeros included."""
+"""Encodings of a sparse tensor: which of its bits are kept, and the bits. All are exact, negative zeros included.
+
+Weights that were rounded to 8 bits before are saved as that: numbers, and scales by outputs.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,17 @@ from torch.nn import functional
 
 from spartan_kernels import BlockSparseFilter, BlockSparseWeight
 from spartan_kernels.arguments import block_shape
+from spartan_kernels.float8 import FLOAT8
 
 __all__ = ["ENCODINGS", "Packed", "block_activity", "expected_parts", "pack", "pack_blocks", "unpack", "unpack_blocks"]
 
-ENCODINGS = ("dense", "bitmap", "index", "blocks")
+ENCODINGS = ("dense", "bitmap", "index", "blocks", "float8")
 _PARTS = {
     "dense": ("values",),
     "bitmap": ("bitmap", "values"),
     "index": ("index", "values"),
     "blocks": ("bitmap", "values"),
+    "float8": ("bitmap", "values", "scales"),
 }
 _SQUARES = (4, 8, 16, 32, 64, 128)
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -31,8 +36,8 @@ class Packed:
 
     Attributes:
         encoding: one of `ENCODINGS`.
-        parts: its tensors; `values` has the dtype of the original.
-        block_size: (rows, columns), for "blocks".
+        parts: its tensors; `values` has the dtype of the original, but for "float8".
+        block_size: (rows, columns), for "blocks" and "float8".
     """
 
     encoding: str
@@ -121,6 +126,8 @@ def pack_blocks(weight: BlockSparseWeight | BlockSparseFilter) -> Packed:
     else:
         active, values = weight.layout.mask().cpu(), weight.values.detach().cpu()
     blocks = Packed("blocks", {"bitmap": _to_bitmap(active), "values": values.clone()}, weight.block_size)
+    if isinstance(weight, BlockSparseWeight) and weight.scales is not None:
+        return Packed("float8", {**blocks.parts, "scales": weight.scales.cpu().clone()}, weight.block_size)
     if not bool((values != 0).flatten(1).any(1).all()):  # a block of zeros is known by nothing else
         return blocks
     smallest = pack(weight.to_dense().detach().cpu(), weight.block_size)
@@ -128,22 +135,25 @@ def pack_blocks(weight: BlockSparseWeight | BlockSparseFilter) -> Packed:
 
 
 def unpack_blocks(packed: Packed, shape: torch.Size, dtype: torch.dtype) -> BlockSparseWeight | BlockSparseFilter:
-    """The packed weight of this shape and dtype that "blocks" are of.
+    """The packed weight of this shape and dtype that "blocks" or "float8" are of.
 
     Raises:
         ValueError: parts that do not fit the shape, the dtype or one another.
     """
-    values = packed.parts["values"]
-    if values.dtype != dtype or len(shape) not in (2, 4):
+    values, scales = packed.parts["values"], packed.parts.get("scales")
+    expected = dtype if scales is None else FLOAT8
+    if values.dtype != expected or len(shape) not in (2, 4):
         raise ValueError(
-            f"values are {values.dtype} of a weight of shape {tuple(shape)}, not {dtype} of a matrix or 2-d convolution"
+            f"values are {values.dtype} of a weight of shape {tuple(shape)}, not {expected} of a matrix or 2-d"
+            " convolution"
         )
     active = _active_blocks(packed, shape)
     if len(shape) == 4:
         assert packed.block_size is not None
         return BlockSparseFilter.from_dense(_unpack_blocks(packed, shape), packed.block_size, active)
     offsets = functional.pad(active.sum(1).cumsum(0), (1, 0))
-    return BlockSparseWeight.from_blocks(values, offsets, active.nonzero()[:, 1], (shape[0], shape[1]))
+    index = offsets, active.nonzero()[:, 1], (shape[0], shape[1])
+    return BlockSparseWeight.from_blocks(values, *index, scales, None if scales is None else dtype)
 
 
 def _active_blocks(packed: Packed, shape: torch.Size) -> torch.Tensor:

@@ -50,8 +50,8 @@ class SavedTensor:
         name: in the model's `state_dict`, with the weight of a packed layer as its "weight".
         shape, dtype: of the dense tensor; the dtype as "float32".
         parameter: whether it is a parameter, not a buffer.
-        encoding: "dense", "bitmap", "index", "blocks" or "tied".
-        block_size: (rows, columns) for "blocks" and for packed layers, else None.
+        encoding: "dense", "bitmap", "index", "blocks", "float8" or "tied".
+        block_size: (rows, columns) for "blocks", "float8" and for packed layers, else None.
         packed: whether its layer runs on packed blocks.
         tied_to: for "tied", the name of the tensor that it shares its memory with, else None.
         zeros: how many of its entries are zero. stored_bytes: what it takes in the file; 0 for "tied".
@@ -80,8 +80,8 @@ def save_pretrained(
 
     Encodings: "dense"; "bitmap" (one bit per weight and the nonzero values); "index" (flat int32 or int64
     positions and values); "blocks" (one bit per block and the blocks that are not zero). Layers on packed blocks
-    (`to_block_sparse`) are saved under the name of their weight, and run on blocks when they are loaded. Tied tensors
-    are saved once.
+    (`to_block_sparse`) are saved under the name of their weight, and run on blocks when they are loaded; those in 8
+    bits as "float8" (one bit per block, the blocks, and a scale for each output). Tied tensors are saved once.
 
     The save takes effect in one step: killed at any moment, the folder holds the model that it held before or this
     one. One process at a time may save into a folder. Files of others there, such as Hugging Face's `config.json` and
@@ -115,7 +115,7 @@ def save_pretrained(
         packed = _encoded(value, block_size, dense) if tied_to in (None, name) else None
         packed_before = not isinstance(value, torch.Tensor)
         is_parameter = name in parameters or packed_before
-        entry = Entry("tied", tuple(value.shape), dtype_name(_values(value)), is_parameter, tied_to=tied_to)
+        entry = Entry("tied", tuple(value.shape), dtype_name(value.dtype), is_parameter, tied_to=tied_to)
         if packed is not None:
             runs_packed = packed_before and not dense
             size = value.block_size if not isinstance(value, torch.Tensor) and not dense else packed.block_size
@@ -128,8 +128,8 @@ def load_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> nn.M
     """Load what `save_pretrained` saved into a model of the same architecture, bit for bit.
 
     A layer that ran on packed blocks when it was saved does so again, whether it is plain in `model` or packed itself;
-    a packed layer of `model` that was saved dense is packed anew, in its own block size. Everything is read and
-    checked before the model is touched.
+    a packed layer of `model` that was saved dense is packed anew, in its own block size and bits. Everything is read
+    and checked before the model is touched.
 
     Returns:
         `model`, or its replacement where it is a layer itself and was saved packed.
@@ -151,14 +151,17 @@ def load_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> nn.M
         if isinstance(value, torch.Tensor) and isinstance(mine, torch.Tensor):
             tensors[name] = value
             continue
+        layer, anew = layers.get(name), isinstance(value, torch.Tensor)
         if isinstance(value, torch.Tensor):
             assert not isinstance(mine, torch.Tensor)
             value = packed_weight(value, mine.block_size)
-        layer = layers.get(name)
         by_inputs = is_transformers_linear(layer) or (isinstance(layer, BlockSparseLinear) and layer.by_inputs)
         if by_inputs and isinstance(value, BlockSparseWeight):
             value = value.transposed()
-        if isinstance(layer, PackedLayer) and layer.values.shape == value.values.shape:
+        if anew and isinstance(layer, PackedLayer) and layer.scales is not None:
+            assert isinstance(value, BlockSparseWeight)
+            value = value.to_float8()
+        if isinstance(layer, PackedLayer) and _alike(layer.values, value.values):
             matrix = value.matrix if isinstance(value, BlockSparseFilter) else value
             renewed.append((layer, matrix))  # the parameter stays the one that an optimizer may have
         elif layer is not None and can_be_packed(layer, value):
@@ -184,7 +187,7 @@ def describe_pretrained(directory: str | os.PathLike[str]) -> list[SavedTensor]:
     described = []
     for name, entry in entries.items():
         held = parts[name if entry.tied_to is None else entry.tied_to].parts
-        zeros = math.prod(entry.shape) - int(held["values"].count_nonzero())
+        zeros = math.prod(entry.shape) - int((held["values"] != 0).sum())
         stored = sum(part.nbytes for part in held.values()) if entry.tied_to is None else 0
         sizes = entry.encoding, entry.block_size, entry.packed, entry.tied_to, zeros, stored
         described.append(SavedTensor(name, entry.shape, entry.dtype, entry.parameter, *sizes))
@@ -218,6 +221,10 @@ def _weight_name(module: str) -> str:
     return f"{module}.weight" if module else "weight"
 
 
+def _alike(mine: torch.Tensor, new: torch.Tensor) -> bool:
+    return mine.shape == new.shape and mine.dtype == new.dtype
+
+
 def _values(value: _Value) -> torch.Tensor:
     return value if isinstance(value, torch.Tensor) else value.values
 
@@ -233,8 +240,8 @@ def _require_savable(name: str, value: Any) -> None:
     if not isinstance(value, (torch.Tensor, BlockSparseWeight, BlockSparseFilter)):
         raise ValueError(f"state {name!r} is a {type(value).__name__}; only tensors can be saved")
     tensor = _values(value)
-    if dtype_name(tensor) not in DTYPES:
-        raise ValueError(f"tensor {name!r} has dtype {tensor.dtype}; only {', '.join(DTYPES)} can be saved")
+    if dtype_name(value.dtype) not in DTYPES:
+        raise ValueError(f"tensor {name!r} has dtype {value.dtype}; only {', '.join(DTYPES)} can be saved")
     if tensor.layout != torch.strided or tensor.device.type == "meta":
         raise ValueError(f"tensor {name!r} is {tensor.layout} on {tensor.device}; only strided ones with data can be")
     if hasattr(tensor, "full_tensor"):
@@ -257,7 +264,7 @@ def _decoded(entries: dict[str, Entry], path: Path) -> dict[str, _Value]:
         entry = entries[name]
         shape, dtype = torch.Size(entry.shape), DTYPES[entry.dtype]
         try:
-            if entry.packed and entry.encoding == "blocks":
+            if entry.packed and entry.encoding in ("blocks", "float8"):
                 values[name] = unpack_blocks(packed, shape, dtype)
                 continue
             values[name] = value = unpack(packed, shape, dtype)
@@ -274,7 +281,7 @@ def _require_same_model(entries: dict[str, Entry], own: dict[str, _Value], path:
         missing, unknown = sorted(set(own) - set(entries)), sorted(set(entries) - set(own))
         raise ValueError(f"{path} is of another model: it lacks {missing} and has {unknown}")
     for name, entry in entries.items():
-        shape, dtype = tuple(own[name].shape), _values(own[name]).dtype
+        shape, dtype = tuple(own[name].shape), own[name].dtype
         if (entry.shape, DTYPES[entry.dtype]) != (shape, dtype):
             raise ValueError(
                 f"{path} is of another model: {name!r} is {DTYPES[entry.dtype]} of shape {entry.shape}, the model's is"

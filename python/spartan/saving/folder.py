@@ -64,7 +64,7 @@ class Entry:
     Attributes:
         encoding: one of `packing.ENCODINGS`, or "tied".
         shape: of the dense tensor. dtype: its name. parameter: whether it is one, not a buffer.
-        block_size: (rows, columns) for "blocks" and for what is packed, else None.
+        block_size: (rows, columns) for "blocks", "float8" and for what is packed, else None.
         packed: the module that it is the weight of ran on blocks of this size.
         tied_to: for "tied", the name of the tensor that it shares its memory with, else None.
     """
@@ -114,6 +114,7 @@ def _valid(found: dict[str, Any]) -> bool:
         and math.prod(found["shape"]) < 2**62
         and isinstance(found["tied_to"], str if tied else type(None))
         and (sized or not (blocks or found["packed"]))
+        and (found["encoding"] != "float8" or (found["packed"] and dims == 2))
         and (_whole_numbers(size, 1) and len(size) == 2 if sized else size is None)
     )
 
@@ -126,9 +127,9 @@ def _part_name(name: str, encoding: str, part: str) -> str:
     return name if encoding == "dense" else f"{name}:{part}"
 
 
-def dtype_name(tensor: torch.Tensor) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     """As "float32"."""
-    return str(tensor.dtype).removeprefix("torch.")
+    return str(dtype).removeprefix("torch.")
 
 
 def write_files(folder: Path, tensors: Mapping[str, tuple[Entry, Packed | None]]) -> None:

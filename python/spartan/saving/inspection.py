@@ -109,7 +109,7 @@ def _plain(path: Path, parameters: set[str] | None) -> list[SavedTensor]:
                 )  # negative zeros are zeros, too
                 is_parameter = parameters is None or name in parameters
                 sizes = "dense", blocks, False, None, zeros, tensor.nbytes
-                tensors.append(SavedTensor(name, tuple(tensor.shape), dtype_name(tensor), is_parameter, *sizes))
+                tensors.append(SavedTensor(name, tuple(tensor.shape), dtype_name(tensor.dtype), is_parameter, *sizes))
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     return tensors

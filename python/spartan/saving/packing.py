@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -55,7 +55,8 @@ class PackingRow:
         density: stored blocks / blocks; 1 for a dense one.
         reason: why it is multiplied densely, else None.
         speedup: time of the dense product / time of the packed one, as measured by `spartan.tune` or as the model
-            says; None for a dense one.
+            says; None for a dense one, and in 8 bits.
+        float8: whether its blocks are in 8 bits.
     """
 
     name: str
@@ -64,6 +65,7 @@ class PackingRow:
     density: float
     reason: str | None
     speedup: float | None = None
+    float8: bool = False
 
 
 @dataclass(frozen=True, repr=False)
@@ -82,7 +84,7 @@ class PackingReport:
             (
                 row.name,
                 "x".join(map(str, row.shape)),
-                "" if row.block_size is None else "x".join(map(str, row.block_size)),
+                "" if row.block_size is None else "x".join(map(str, row.block_size)) + " float8" * row.float8,
                 "" if row.block_size is None else f"{row.density:.2%}",
                 "" if row.speedup is None else f"{row.speedup:.1f}",
                 row.reason or "",
@@ -107,7 +109,11 @@ class _Choice:
 
 
 def to_block_sparse(
-    model: nn.Module, block_size: int | tuple[int, int] | None = None, *, tokens: int = 128
+    model: nn.Module,
+    block_size: int | tuple[int, int] | None = None,
+    *,
+    tokens: int = 128,
+    float8: bool = False,
 ) -> nn.Module:
     """Replace each linear layer and 2-d convolution that has blocks of zeros by one on packed blocks, in place.
 
@@ -126,6 +132,8 @@ def to_block_sparse(
             convolutions always by a model, which reads from the weight whether channels lie last in memory.
         tokens: rows of the input that a layer sees in a call, pixels of the result of a convolution, which that choice
             is for: a call with few, or of a small layer, takes its time whatever is multiplied.
+        float8: keep the blocks of linear layers, those packed before too, in 8 bits (`BlockSparseWeight.to_float8`):
+            for inference alone. Convolutions keep their dtype.
 
     Returns:
         `model`, or its replacement where it is such a layer itself.
@@ -133,7 +141,7 @@ def to_block_sparse(
     Raises:
         ValueError: a model that is still masked, by name; a block size or tokens that are not positive.
     """
-    choices = list(_choices(model, block_size, tokens))
+    choices = list(_choices(model, block_size, tokens, float8))
     left = [f"{choice.candidate.name} ({choice.reason})" for choice in choices if choice.hidden]
     if left:
         warnings.warn(f"these weights have blocks of zeros but are multiplied densely: {', '.join(left)}", stacklevel=2)
@@ -154,7 +162,11 @@ def to_dense(model: nn.Module) -> nn.Module:
 
 
 def packing_report(
-    model: nn.Module, block_size: int | tuple[int, int] | None = None, *, tokens: int = 128
+    model: nn.Module,
+    block_size: int | tuple[int, int] | None = None,
+    *,
+    tokens: int = 128,
+    float8: bool = False,
 ) -> PackingReport:
     """Which weights run on packed blocks, or would after `to_block_sparse` with these arguments, and why others do not.
 
@@ -162,12 +174,12 @@ def packing_report(
         ValueError: as `to_block_sparse`.
     """
     rows = []
-    for choice in _choices(model, block_size, tokens):
+    for choice in _choices(model, block_size, tokens, float8):
         candidate, packed = choice.candidate, choice.packed
         if choice.present is not None:
             name = candidate.name.removesuffix("values") + "weight"
             last = getattr(choice.present, "channels_last", False)
-            rows.append(_row(name, choice.present.packed, tokens, last))
+            rows.append(_row(name, packed or choice.present.packed, tokens, last))
         elif packed is not None:
             rows.append(_row(candidate.name, packed, tokens, _channels_last(candidate.weight)))
         else:
@@ -205,7 +217,9 @@ def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> 
     return replacements.get(id(model), model)
 
 
-def _choices(model: nn.Module, block_size: int | tuple[int, int] | None, tokens: int) -> Iterator[_Choice]:
+def _choices(
+    model: nn.Module, block_size: int | tuple[int, int] | None, tokens: int, float8: bool
+) -> Iterator[_Choice]:
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise ValueError(f"tokens must be an int of at least 1; got {tokens!r}")
     size = None if block_size is None else block_shape(block_size)
@@ -214,7 +228,8 @@ def _choices(model: nn.Module, block_size: int | tuple[int, int] | None, tokens:
         module = candidate.uses[0].module
         if isinstance(module, PackedLayer):
             if candidate.uses[0].parameter == "values":
-                yield _Choice(candidate, present=module)
+                small = module.packed.to_float8() if float8 and isinstance(module, BlockSparseLinear) else None
+                yield _Choice(candidate, small if module.scales is None else None, present=module)
             continue
         if candidate.unfit is not None or is_norm(module) or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             continue
@@ -225,7 +240,7 @@ def _choices(model: nn.Module, block_size: int | tuple[int, int] | None, tokens:
             yield _Choice(candidate, reason=kind or "it is no matrix")
             continue
         by_outputs = weight.mT if candidate.transposed else weight
-        packed = _packed(by_outputs, size, tokens)
+        packed = _packed(by_outputs, size, tokens, float8)
         if isinstance(packed, str):
             yield _Choice(candidate, reason=packed if kind is None or "no block" in packed else kind)
         elif kind is not None:
@@ -277,8 +292,11 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def _row(name: str, packed: PackedWeight, tokens: int, last: bool) -> PackingRow:
+    row = PackingRow(name, tuple(packed.shape), packed.block_size, packed.density, None)
+    if packed.values.dtype != packed.dtype:  # in 8 bits, whose products nothing has measured
+        return replace(row, float8=True)
     time = _time(packed.density, packed.block_size, packed.values, packed.shape, tokens, last)
-    return PackingRow(name, tuple(packed.shape), packed.block_size, packed.density, None, 1 / time)
+    return replace(row, speedup=1 / time)
 
 
 def _channels_last(weight: torch.Tensor) -> bool:
@@ -294,8 +312,14 @@ def _time(
     return packed_time(density, like.device, like.dtype, size, tokens, math.prod(shape))
 
 
-def _packed(weight: torch.Tensor, size: tuple[int, int] | None, tokens: int) -> PackedWeight | str:
+def _packed(weight: torch.Tensor, size: tuple[int, int] | None, tokens: int, float8: bool) -> PackedWeight | str:
     """The weight in packed blocks, or why its dense product is taken."""
+    packed = _unrounded(weight, size, tokens, float8)
+    return packed.to_float8() if float8 and isinstance(packed, BlockSparseWeight) else packed
+
+
+def _unrounded(weight: torch.Tensor, size: tuple[int, int] | None, tokens: int, float8: bool) -> PackedWeight | str:
+    """The same before it is rounded to 8 bits, which the compiled CPU kernels do not multiply."""
     if not weight.numel():
         return "it is empty"
     convolution = weight.dim() == 4
@@ -308,7 +332,8 @@ def _packed(weight: torch.Tensor, size: tuple[int, int] | None, tokens: int) -> 
             return f"no block of {_named(size)} is all zeros"
         slower = not convolution and dense_wins(packed.density, weight.device, weight.dtype, size, tokens, packed=True)
         return _slower(packed.density, size) if slower else packed
-    sizes = _SQUARES if convolution else _SQUARES + _narrow(weight.device, weight.dtype, tokens)
+    narrow = () if convolution or float8 else _narrow(weight.device, weight.dtype, tokens)
+    sizes = _SQUARES + narrow
     densities = {size: _density(weight, size) for size in sizes}
     last = _channels_last(weight)
     times = {size: _time(density, size, weight, weight.shape, tokens, last) for size, density in densities.items()}
@@ -317,7 +342,8 @@ def _packed(weight: torch.Tensor, size: tuple[int, int] | None, tokens: int) -> 
         return f"no block of {_named(sizes[-1])} is all zeros" if sizes[-1] != (1, 1) else "it has no zeros"
     if times[best] >= 1:
         return f"{_slower(densities[best], best)}, with {tokens} {'pixels' if convolution else 'tokens'}"
-    stored = densities[best] * (1 + _INDEX_BYTES / (math.prod(best) * weight.element_size()))
+    kept = 1 if float8 and not convolution else weight.element_size()  # bytes of a weight
+    stored = densities[best] * (kept + _INDEX_BYTES / math.prod(best)) / weight.element_size()
     if stored > 1:
         return f"its blocks of {_named(best)} with their index are larger: {stored:.0%} of it"
     return packed_weight(weight, best)

@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from spartan_kernels.backends.reference.activations import ACTIVATIONS
 from spartan_kernels.backends.shared import flat, packed_gradients
-from spartan_kernels.operands import PackedLinear, PackedLinearBackward
+from spartan_kernels.float8 import rounded_rows
+from spartan_kernels.operands import Float8Linear, PackedLinear, PackedLinearBackward
 
 
 def rows_of(layout: list[torch.Tensor]) -> torch.Tensor:
@@ -31,6 +32,16 @@ def block_sparse_linear_forward(o: PackedLinear) -> tuple[torch.Tensor, torch.Te
     """act(z), z = x w^T + b with w given by its blocks, and z when it is to be saved."""
     z = functional.linear(o.x, unpacked(o.values, o.layout, o.out, o.x.shape[-1]), o.bias).contiguous()
     return ACTIVATIONS[o.activation](z), z if o.save else None
+
+
+def block_sparse_linear_float8_forward(o: Float8Linear) -> torch.Tensor:
+    """act(z), z = s_x s_w (x w^T) + b with tokens and blocks in 8 bits, multiplied and added in float32."""
+    x, scales = rounded_rows(o.x)
+    w = unpacked(o.values.to(torch.float32), o.layout, o.out, o.x.shape[-1])
+    with torch.autocast(x.device.type, enabled=False):  # which would multiply in fewer bits
+        z = functional.linear(x.to(torch.float32), w) * scales * o.scales[:, 0]
+    z = z if o.bias is None else z + o.bias
+    return ACTIVATIONS[o.activation](z).to(o.x.dtype).contiguous()
 
 
 def block_sparse_linear_backward(o: PackedLinearBackward) -> list[torch.Tensor | None]:

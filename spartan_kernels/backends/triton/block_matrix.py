@@ -29,12 +29,22 @@ class BlockMatrix:
         self.gate = None if gate is None else dense_float(gate)
 
     def product(
-        self, x: torch.Tensor, forward: bool, bias: torch.Tensor | None = None, activation: str = "", save: bool = False
+        self,
+        x: torch.Tensor,
+        forward: bool,
+        bias: torch.Tensor | None = None,
+        activation: str = "",
+        save: bool = False,
+        scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+        result: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """act(x w^T + b) by rows of blocks, or x w by columns of blocks, and the sums before the activation."""
+        """act(x w^T + b) by rows of blocks, or x w by columns of blocks, and the sums before the activation.
+
+        `scales` of tokens and of outputs multiply the sums; `result` is the dtype of both, if not that of x.
+        """
         flat = tokens_of(x)
         extent = self.shape[0] if forward else self.shape[1]
-        device, dtype, packed = x.device, x.dtype, self.positions is not None
+        device, dtype, packed = x.device, result or x.dtype, self.positions is not None
         y = torch.empty((*x.shape[:-1], extent), dtype=dtype, device=device)
         saved = torch.empty_like(y) if save else torch.empty(0, dtype=dtype, device=device)
         if y.numel() == 0:
@@ -44,19 +54,19 @@ class BlockMatrix:
         tokens, stride = flat.shape[0], flat.stride(0)
         span, other = self.block if forward else self.block[::-1]
         precision = precision_of(x)
-        tile = tile_for(device, tokens, span, other, kind_of(dtype, precision))
+        tile = tile_for(device, tokens, span, other, kind_of(x.dtype, precision))
         row = self.block[1] if packed else self.data.stride(0)
         product = product_launches(
-            device, dtype, tokens, stride, self.shape, self.block, row, forward, packed,
-            self.gate is not None, bias is not None, activation, save, precision, tile,
+            device, x.dtype, dtype, tokens, stride, self.shape, self.block, row, forward, packed,
+            self.gate is not None, bias is not None, scales[0] is not None, activation, save, precision, tile,
         )  # fmt: skip
         out = y if product.split == 1 else torch.empty((product.split, y.numel()), dtype=torch.float32, device=device)
         workspace = product.workspace()
         index = order, offsets, indices
         pointers = [flat, self.data, out, *index]
-        pointers += [p for p in (self.gate, bias, self.positions, *workspace) if p is not None]
+        pointers += [p for p in (self.gate, bias, *scales, self.positions, *workspace) if p is not None]
         pointers += [saved] * save + [y] * (out is not y)
-        operands = flat, self.data, self.gate, bias, out, y, saved, index, self.positions, workspace
+        operands = flat, self.data, self.gate, bias, scales, out, y, saved, index, self.positions, workspace
         launches.run(product.recording, pointers, lambda: product.launches(*operands))
         return y, saved
 

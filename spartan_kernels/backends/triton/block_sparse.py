@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 
 from spartan_kernels.backends.shared import packed_gradients
-from spartan_kernels.backends.triton.block_matrix import BlockMatrix
+from spartan_kernels.backends.triton import float8_kernels
+from spartan_kernels.backends.triton.block_matrix import BlockMatrix, tokens_of
+from spartan_kernels.backends.triton.launches import Launch, start
+from spartan_kernels.backends.triton.product_plan import rounding_tile
 from spartan_kernels.backends.triton.single_weights import single_weights_product
 from spartan_kernels.break_even import FEW_TOKENS
-from spartan_kernels.operands import PackedLinear, PackedLinearBackward
+from spartan_kernels.float8 import FLOAT8
+from spartan_kernels.operands import Float8Linear, PackedLinear, PackedLinearBackward
 
 
 def block_sparse_linear_forward(o: PackedLinear) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -18,6 +22,27 @@ def block_sparse_linear_forward(o: PackedLinear) -> tuple[torch.Tensor, torch.Te
         return single_weights_product(o)
     operand = BlockMatrix(o.values, (o.out, o.x.shape[-1]), block, o.layout, None, o.positions)
     return operand.product(o.x, True, o.bias, o.activation, o.save)
+
+
+def block_sparse_linear_float8_forward(o: Float8Linear) -> torch.Tensor:
+    """act(z), z = s_x s_w (x w^T) + b with tokens and blocks in 8 bits, and sums in float32."""
+    shape, block = (o.out, o.x.shape[-1]), (o.values.shape[1], o.values.shape[2])
+    rounded, scales = _rounded_rows(tokens_of(o.x))
+    operand = BlockMatrix(o.values, shape, block, o.layout, None, o.positions)
+    y, _ = operand.product(
+        rounded, True, o.bias, o.activation, scales=(scales, o.scales.contiguous()), result=o.x.dtype
+    )
+    return y.view(*o.x.shape[:-1], o.out)
+
+
+def _rounded_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [n, features] in 8 bits, and their scales."""
+    rounded = torch.empty(x.shape, dtype=FLOAT8, device=x.device)
+    scales = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    if x.shape[0]:
+        arguments = x, rounded, scales, x.shape[1], x.stride(0)
+        start(Launch(float8_kernels._rounded_rows_kernel, x.shape[0], arguments, rounding_tile(x.shape[1])))
+    return rounded, scales
 
 
 def block_sparse_linear_backward(o: PackedLinearBackward) -> list[torch.Tensor | None]:

@@ -37,7 +37,7 @@ INTERPRETED_PROGRAMS = 3
 SAMPLE = 8192
 SAMPLE_WARPS = 8
 
-_TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8e4nv"}
 
 
 @dataclass(frozen=True)

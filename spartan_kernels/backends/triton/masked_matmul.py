@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from spartan_kernels.backends.shared import flat, layer_gradients
-from spartan_kernels.backends.triton import block_layout_kernels, sampled_kernels, united_kernels
+from spartan_kernels.backends.triton import block_layout_kernels, float8_kernels, sampled_kernels, united_kernels
 from spartan_kernels.backends.triton import masked_matmul_kernels as kernels
 from spartan_kernels.backends.triton.block_layout import LAYOUT_BLOCK
 from spartan_kernels.backends.triton.block_matrix import BlockMatrix, dense_float
 from spartan_kernels.backends.triton.configs import CompileCase, multiplying_case, name_of, power_of_two
 from spartan_kernels.backends.triton.launches import Launch, start
 from spartan_kernels.backends.triton.product_launches import JOIN_BLOCK
-from spartan_kernels.backends.triton.product_plan import ProductPlan, SampledPlan, kind_of, scaled_tile, union_tile
+from spartan_kernels.backends.triton.product_plan import (
+    ProductPlan,
+    SampledPlan,
+    kind_of,
+    rounding_tile,
+    scaled_tile,
+    union_tile,
+)
+from spartan_kernels.float8 import FLOAT8
 from spartan_kernels.operands import MaskedLinear, MaskedLinearBackward, SampledMatmul
-from spartan_kernels.tiles import MANY_TOKENS, Tile, default_tile
+from spartan_kernels.tiles import BLACKWELL, MANY_TOKENS, Tile, default_tile
 
 _WIDEST = 128  # of a block that one program sums
 
@@ -94,8 +103,10 @@ _ARCHITECTURES = {80: ("sm_80", "gfx942"), 90: ("sm_90",), 100: ("sm_100",)}
 _TYPES = {
     "gate": "*fp32", "grad_gate": "*fp32", "order": "*i32", "offsets": "*i32", "indices": "*i32", "positions": "*i32",
     "mask": "*u8", "counts": "*i32", "row_offsets": "*i32", "column_indices": "*i32", "column_offsets": "*i32",
-    "united": "*i32", "row_indices": "*i32", "parts": "*fp32",
+    "united": "*i32", "row_indices": "*i32", "parts": "*fp32", "token_scales": "*fp32", "output_scales": "*fp32",
+    "scales": "*fp32", "rounded": "*fp8e4nv",
 }  # fmt: skip
+_OF_FLOAT8 = {"bias": "*bf16", "y": "*bf16", "saved": "*bf16"}
 
 
 def _compile_cases() -> list[CompileCase]:
@@ -114,7 +125,7 @@ def _compile_cases() -> list[CompileCase]:
         cases += _product_cases(torch.bfloat16, "ieee", (128, columns), True, 8192)
         cases += _product_cases(torch.bfloat16, "ieee", (128, columns), False, 8192)
         cases += _sampled_cases(torch.bfloat16, "ieee", (128, columns))
-    cases += _small_cases()
+    cases += _small_cases() + _float8_cases()
     copied = replace(default_tile(90, 8192, 128, "bfloat16"), TMA=True)
     flags = _product_flags((128, 128), True, 8192, "ieee")
     cases.append(
@@ -154,9 +165,27 @@ def _product_flags(block: tuple[int, int], forward: bool, tokens: int, precision
     span, other = block if forward else block[::-1]
     return {
         "SPAN": span, "OTHER": other, "PACKED": False, "HAS_POSITIONS": False, "HAS_GATE": tokens < MANY_TOKENS,
-        "HAS_BIAS": forward, "ACTIVATION": "relu" if forward else "", "SAVE": False, "PRECISION": precision, "SPLIT": 1,
-        **_strides(forward, "w"), **_strides(forward, "gate"),
+        "HAS_BIAS": forward, "HAS_SCALES": False, "ACTIVATION": "relu" if forward else "", "SAVE": False,
+        "PRECISION": precision, "SPLIT": 1, **_strides(forward, "w"), **_strides(forward, "gate"),
     }  # fmt: skip
+
+
+def _float8_cases() -> list[CompileCase]:
+    """Products with packed blocks in 8 bits, and what rounds their tokens; no tensor core before sm_89 has them."""
+    cases = []
+    problems = [(*pair, 8192) for pair in ((128, 16), (128, 32))]
+    problems += [(side, side, tokens) for side in (16, 32, 64, 128) for tokens in (8, MANY_TOKENS // 2, 8192)]
+    for (rows, columns, tokens), architecture in itertools.product(problems, (90, 100)):
+        tile = default_tile(architecture, tokens, rows, "float8")
+        flags = _product_flags((rows, columns), True, tokens, "promoted" if architecture < BLACKWELL else "ieee")
+        flags |= {"PACKED": True, "HAS_GATE": False, "HAS_SCALES": True, **tile.options()}
+        label, types = f"block {rows} x {columns}, {tokens} tokens, float8", _TYPES | _OF_FLOAT8
+        here = (f"sm_{architecture}",)
+        cases.append(multiplying_case(kernels._product_kernel, FLOAT8, flags, label, types, _MULTIPLES, here))
+    for dtype in (torch.float32, torch.bfloat16):
+        kernel = float8_kernels._rounded_rows_kernel
+        cases.append(_case(kernel, dtype, rounding_tile(4096), f"4096, {name_of(dtype)}", ("sm_90", "sm_100")))
+    return cases
 
 
 def _strides(forward: bool, of: str) -> dict[str, int]:
@@ -196,7 +225,7 @@ def _sampled_cases(dtype: torch.dtype, precision: str, block: tuple[int, int]) -
 def _small_cases() -> list[CompileCase]:
     """Layout, joined sums, and the gradient of all gates."""
     layout = {"HAS_MASK": True, "BLOCK": LAYOUT_BLOCK, "num_warps": 4}
-    join = {"HAS_BIAS": True, "ACTIVATION": "gelu", "SAVE": True, "SPLIT": 4, "BLOCK": JOIN_BLOCK}
+    join = {"HAS_BIAS": True, "HAS_SCALES": True, "ACTIVATION": "gelu", "SAVE": True, "SPLIT": 4, "BLOCK": JOIN_BLOCK}
     found = block_layout_kernels._layout_count_kernel, block_layout_kernels._layout_fill_kernel
     cases = [_case(kernel, torch.float32, layout, "") for kernel in found]
     cases += [_case(united_kernels._union_kernel, torch.float32, union_tile(n), f"{n} lines") for n in (8, 16)]

@@ -55,14 +55,17 @@ def _blocks_of_step(
 
 @triton.jit(do_not_specialize=["tokens", "lines", "group", "stride_gate_line", "stride_gate_other"])
 def _product_kernel(
-    x_ptr, w_ptr, gate_ptr, bias_ptr, y_ptr, saved_ptr, order_ptr, offsets_ptr, indices_ptr, positions_ptr,
+    x_ptr, w_ptr, gate_ptr, bias_ptr, token_scales_ptr, output_scales_ptr, y_ptr, saved_ptr, order_ptr, offsets_ptr,
+    indices_ptr, positions_ptr,
     tokens, lines, group, extent, other_extent, stride_x, stride_wn, stride_wk, stride_gate_line, stride_gate_other,
     SPAN: tl.constexpr, OTHER: tl.constexpr, PACKED: tl.constexpr, HAS_POSITIONS: tl.constexpr,
-    HAS_GATE: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SAVE: tl.constexpr,
-    PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALES: tl.constexpr, ACTIVATION: tl.constexpr,
+    SAVE: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """act(x w^T + b) for BLOCK_M tokens and up to BLOCK_N outputs of one line; with SPLIT > 1, one part of its sum.
+
+    With scales, of tokens and of outputs, the sums are multiplied by both before the bias is added.
 
     All lines, the longest first, are multiplied with a group of tiles of tokens, which the L2 cache holds, before the
     next group.
@@ -145,6 +148,9 @@ def _product_kernel(
     if SPLIT > 1:
         tl.store(y_ptr + part.to(tl.int64) * tokens * extent + at, sums, inside)
     else:
+        if HAS_SCALES:
+            sums *= tl.load(token_scales_ptr + token, inside_m, other=0.0)[:, None]
+            sums *= tl.load(output_scales_ptr + output, inside_n, other=0.0)[None, :]
         if HAS_BIAS:
             sums += tl.load(bias_ptr + output, inside_n, other=0.0).to(tl.float32)[None, :]
         if SAVE:
@@ -154,8 +160,9 @@ def _product_kernel(
 
 @triton.jit
 def _join_kernel(
-    parts_ptr, bias_ptr, y_ptr, saved_ptr, total, extent,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SAVE: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+    parts_ptr, bias_ptr, token_scales_ptr, output_scales_ptr, y_ptr, saved_ptr, total, extent,
+    HAS_BIAS: tl.constexpr, HAS_SCALES: tl.constexpr, ACTIVATION: tl.constexpr, SAVE: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The parts of a split sum, added in their order."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -164,6 +171,9 @@ def _join_kernel(
     for _ in range(SPLIT):
         z += tl.load(parts_ptr + at, inside, other=0.0)
         parts_ptr += total
+    if HAS_SCALES:
+        z *= tl.load(token_scales_ptr + at // extent, inside, other=0.0)
+        z *= tl.load(output_scales_ptr + at % extent, inside, other=0.0)
     if HAS_BIAS:
         z += tl.load(bias_ptr + at % extent, inside, other=0.0).to(tl.float32)
     if SAVE:

@@ -31,8 +31,10 @@ def all_loaded(ENTRIES: tl.constexpr):
 @triton.jit
 def dot(a, b, sums, PRECISION: tl.constexpr):
     """sums + a b, as the products multiply."""
-    if PRECISION == "widened":  # the interpreter multiplies the bits of bfloat16, not its numbers
+    if PRECISION == "widened":  # the interpreter multiplies the bits of bfloat16 and float8, not their numbers
         sums = tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="ieee")
+    elif PRECISION == "promoted":  # 8 bits, which cores before Blackwell's add in fewer bits than float32
+        sums += tl.dot(a, b, max_num_imprecise_acc=a.shape[1])
     else:
         sums = tl.dot(a, b, sums, input_precision=PRECISION)
     return sums

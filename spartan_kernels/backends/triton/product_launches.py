@@ -27,10 +27,12 @@ class ProductLaunches:
         tokens, stride: of x, and how far apart they lie.
         shape, block: of the weight; row: how far apart its rows lie, or those of a packed block.
         forward: by rows of blocks (x w^T) or by columns (x w).
+        dtype: of x and the weight; result: of y.
     """
 
     device: torch.device
     dtype: torch.dtype
+    result: torch.dtype
     tokens: int
     stride: int
     shape: tuple[int, int]
@@ -40,6 +42,7 @@ class ProductLaunches:
     packed: bool
     has_gate: bool
     has_bias: bool
+    has_scales: bool
     activation: str
     save: bool
     precision: str
@@ -84,6 +87,7 @@ class ProductLaunches:
         data: torch.Tensor,
         gate: torch.Tensor | None,
         bias: torch.Tensor | None,
+        scales: tuple[torch.Tensor | None, torch.Tensor | None],
         out: torch.Tensor,
         y: torch.Tensor,
         saved: torch.Tensor,
@@ -104,12 +108,16 @@ class ProductLaunches:
             data, gate, row = scaled, None, self.shape[1]
         strides = self._strides(row) + self._strides(self._grid_columns)
         tokens, indices = _descriptor(flat, plan), index[2]
+        added = pointer_or(bias, flat), *(pointer_or(scale, flat) for scale in scales)
         arguments: tuple[Any, ...] = (
-            tokens, data, pointer_or(gate, flat), pointer_or(bias, flat), out, saved if self.save else out, *index,
+            tokens, data, pointer_or(gate, flat), *added, out, saved if self.save else out, *index,
             pointer_or(positions, indices), plan.tokens, plan.lines, plan.group, plan.extent, plan.other_extent,
             self.stride, *strides,
         )  # fmt: skip
-        flags = {"HAS_BIAS": self.has_bias, "ACTIVATION": self.activation, "SAVE": self.save, "SPLIT": plan.split}
+        flags = {
+            "HAS_BIAS": self.has_bias, "HAS_SCALES": self.has_scales, "ACTIVATION": self.activation, "SAVE": self.save,
+            "SPLIT": plan.split,
+        }  # fmt: skip
         options = {
             "SPAN": plan.span, "OTHER": plan.other, "PACKED": self.packed,
             "HAS_POSITIONS": self.packed and not self.forward, "HAS_GATE": gate is not None,
@@ -117,7 +125,7 @@ class ProductLaunches:
         }  # fmt: skip
         result.append(Launch(kernels._product_kernel, (plan.tiles, plan.split), arguments, options))
         if plan.split > 1:
-            arguments = out, pointer_or(bias, flat), y, saved if self.save else y, y.numel(), plan.extent
+            arguments = out, *added, y, saved if self.save else y, y.numel(), plan.extent
             grid = triton.cdiv(y.numel(), JOIN_BLOCK)
             result.append(Launch(kernels._join_kernel, grid, arguments, flags | {"BLOCK": JOIN_BLOCK}))
         return result

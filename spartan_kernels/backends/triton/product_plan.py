@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from spartan_kernels.float8 import FLOAT8
 from spartan_kernels.precision import tf32
-from spartan_kernels.tiles import HOPPER, MANY_TOKENS, Tile, power_of_two
+from spartan_kernels.tiles import BLACKWELL, HOPPER, MANY_TOKENS, Tile, architecture_of, power_of_two
 
 _FEW_PROGRAMS = 256  # under which a sum is split between programs
 _MOST_PARTS = 16
@@ -22,14 +23,18 @@ def _ceil_div(a: int, b: int) -> int:
 
 
 def precision_of(x: torch.Tensor) -> str:
-    """How float32 is multiplied: PyTorch's switch for TF32."""
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+    """How a product multiplies and adds: float32 as PyTorch's switch for TF32 says, 8 bits with sums of float32."""
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, FLOAT8):
         return "widened"
+    if x.dtype == FLOAT8 and architecture_of(x.device) < BLACKWELL:
+        return "promoted"
     return "tf32" if x.dtype == torch.float32 and tf32() else "ieee"
 
 
 def kind_of(dtype: torch.dtype, precision: str) -> str:
-    """What the tiles of a product depend on: its dtype, or "tf32"."""
+    """What the tiles of a product depend on: its dtype, "tf32" or "float8"."""
+    if dtype == FLOAT8:
+        return "float8"
     return "tf32" if precision == "tf32" else str(dtype).removeprefix("torch.")
 
 
@@ -62,6 +67,7 @@ class ProductPlan:
     group: tokens come from device memory once, and weights once for each group.
 
     Attributes:
+        width: bytes of an entry of x and of a weight. y_width: of y.
         tile: what one program multiplies.
         tiles: programs of a sum.
         split: programs that share one sum.
@@ -75,6 +81,7 @@ class ProductPlan:
     other: int
     width: int
     tile: Tile
+    y_width: int | None = None  # as x
 
     @property
     def lines(self) -> int:
@@ -157,7 +164,7 @@ class ProductPlan:
             flops=2 * self.tokens * weights,
             x_bytes=round(self.tokens * walked * self.other * self.pieces * self.width),
             weight_bytes=self.token_tiles * weights * self.width,
-            y_bytes=self.tokens * self.extent * self.width,
+            y_bytes=self.tokens * self.extent * (self.y_width or self.width),
             memory_bytes=(self.tokens * self.other_extent + groups * weights) * self.width,
             scaling_bytes=2 * weights * self.width if self.scales_first else 0,
             full=active / (walked * self.united) if walked else 1.0,
@@ -168,6 +175,11 @@ def scaled_tile(span: int) -> dict[str, int]:
     """The tile of weights that are multiplied by their gates at a time."""
     block_n = min(64, power_of_two(span))
     return {"BLOCK_N": block_n, "BLOCK_K": 4096 // block_n, "num_warps": 4}
+
+
+def rounding_tile(features: int) -> dict[str, int]:
+    """Entries of a row that are rounded to 8 bits at a time."""
+    return {"BLOCK": min(2048, max(128, power_of_two(features))), "num_warps": 4}
 
 
 def union_tile(united: int) -> dict[str, int]:

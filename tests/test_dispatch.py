@@ -69,8 +69,13 @@ def test_on_rocm_triton_serves_every_operator_that_it_has(monkeypatch: pytest.Mo
     try:
         assert "ROCm" in str(dispatch.unavailable("cuda"))
         for operator, backends in dispatch.SUPPORT.items():
-            expected = "triton" if "triton" in backends else "reference"
-            assert dispatch.select(operator, "cuda", torch.float32, "auto") == expected
+            triton = backends.get("triton")
+            expected = (
+                "reference" if triton is None or triton.capability else "triton"
+            )  # NVIDIA's, which AMD's have not
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                assert dispatch.select(operator, "cuda", torch.float32, "auto") == expected
     finally:
         monkeypatch.undo()
         for cached in (dispatch.unavailable, dispatch.select):

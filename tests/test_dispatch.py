@@ -64,7 +64,7 @@ def test_on_rocm_triton_serves_every_operator_that_it_has(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.version, "hip", "7.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(extension, "native", built)
-    for cached in (dispatch.unavailable, dispatch.select):
+    for cached in (dispatch.unavailable, dispatch.select, dispatch.least_capability):
         cached.cache_clear()
     try:
         assert "ROCm" in str(dispatch.unavailable("cuda"))
@@ -78,7 +78,7 @@ def test_on_rocm_triton_serves_every_operator_that_it_has(monkeypatch: pytest.Mo
                 assert dispatch.select(operator, "cuda", torch.float32, "auto") == expected
     finally:
         monkeypatch.undo()
-        for cached in (dispatch.unavailable, dispatch.select):
+        for cached in (dispatch.unavailable, dispatch.select, dispatch.least_capability):
             cached.cache_clear()
 
 

@@ -125,21 +125,29 @@ def _judged(row: Row, target: Target, tensor_cores: bool) -> Row:
     return row
 
 
-def _cuda_resources(cubin: bytes, ptx: str) -> tuple[int, int, str]:
-    """Registers, spilled bytes, machine code. A stack without spills is what a called division or logarithm takes."""
+def _cuda_resources(cubin: bytes, ptx: str) -> tuple[int, int]:
+    """Registers and spilled bytes. A stack without spills is what a called division or logarithm takes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        text, code = _nvidia("cuobjdump", "-res-usage", str(path)), _nvidia("cuobjdump", "-sass", str(path))
+        text = _nvidia("cuobjdump", "-res-usage", str(path))
         registers, stack = int(_found(r"REG:(\d+)", text)), int(_found(r"STACK:(\d+)", text))
         if not stack:
-            return registers, 0, code
+            return registers, 0
         path = path.with_suffix(".ptx")
         path.write_text(ptx)
         arch = _found(r"\.target (\w+)", ptx)
         text = _nvidia("ptxas-blackwell", "-v", f"-arch={arch}", "-o", str(path.with_suffix(".out")), str(path))
     spilled = int(_found(r"(\d+) bytes spill stores", text)) + int(_found(r"(\d+) bytes spill loads", text))
-    return registers, spilled, code
+    return registers, spilled
+
+
+def _machine_code(cubin: bytes) -> str:
+    """The listing of the instructions of NVIDIA's GPUs."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        return _nvidia("cuobjdump", "-sass", str(path))
 
 
 def _nvidia(tool: str, *arguments: str) -> str:
@@ -212,7 +220,9 @@ def compile_triton(module: str, index: int, target: Target) -> Row:
         return replace(row, problem=f"does not compile: {launch_arguments.first_line(error)}")
     if target.backend == "cuda":
         text = compiled.asm["ptx"]
-        registers, spilled, code = _cuda_resources(compiled.asm["cubin"], text)
+        registers, spilled = _cuda_resources(compiled.asm["cubin"], text)
+        # a listing takes as long as compiling does; where nothing is multiplied, nothing in it is asked for
+        code = _machine_code(compiled.asm["cubin"]) if case.tensor_cores else ""
     else:
         code = text = compiled.asm["amdgcn"]
         registers, spilled = _amd_resources(text)

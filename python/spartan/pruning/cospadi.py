@@ -9,7 +9,7 @@ import torch
 
 from spartan.methods.base import require_number
 from spartan.pruning.admm import fitted
-from spartan.pruning.hessian import damped
+from spartan.pruning.hessian import root
 from spartan.pruning.statistics import Statistics
 
 __all__ = ["CoSpaDi", "Factors"]
@@ -36,11 +36,11 @@ class Factors(NamedTuple):
 class CoSpaDi:
     """Factor W [out, in] into C D with `nonzeros` coefficients for each output, by the error of the outputs.
 
-    With G = sum x x^T over the calibration inputs and G + damping * mean(diag G) * I = R^T R,
+    With G = sum x x^T over the calibration inputs and G + damping * mean(diag G) * I = R R^T,
 
-        minimise ||(W - C D) R^T||^2   such that each row of C has at most s entries that are not zero.
+        minimise ||(W - C D) R||^2   such that each row of C has at most s entries that are not zero.
 
-    In P = D R^T and B = W R^T this is dictionary learning: B ~ C P. P begins with the first right singular vectors of
+    In P = D R and B = W R this is dictionary learning: B ~ C P. P begins with the first right singular vectors of
     B. Then by turns: a gradient step on C and the s largest of each row choose which coefficients there are (hard
     thresholding pursuit), conjugate gradients fit them, and P is their least squares (method of optimal directions);
     an atom that no row uses becomes what is left of the worst row.
@@ -94,10 +94,10 @@ class CoSpaDi:
             )
         return atoms, nonzeros
 
-    def factor(self, weight: torch.Tensor, seen: Statistics) -> Factors:
-        """D and C of a weight [out, in], in float64; its inputs have `seen.products` [1, in, in]."""
-        root = self._root(seen)
-        target = weight.double() @ root.mT
+    def factor(self, weight: torch.Tensor, seen: Statistics, name: str = "weight") -> Factors:
+        """D and C of a weight [out, in] called `name`, in float64; its inputs have `seen.products` [1, in, in]."""
+        upper = root(name, seen, self.damping)[0][0]
+        target = weight.double() @ upper
         atoms, nonzeros = self.sizes(*target.shape)
         dictionary = _first_atoms(target, atoms)
         coefficients = torch.zeros(len(target), atoms, dtype=target.dtype, device=target.device)
@@ -117,17 +117,8 @@ class CoSpaDi:
             scale = torch.where(size > 0, size, 1.0)
             dictionary, coefficients = _revived(dictionary / scale, coefficients, left), coefficients * scale.mT
         coefficients, dictionary = best
-        dictionary = torch.linalg.solve_triangular(root.mT, dictionary, upper=False, left=False)
+        dictionary = torch.linalg.solve_triangular(upper, dictionary, upper=True, left=False)
         return Factors(dictionary, coefficients, least / total if total > 0 else 0.0)
-
-    def _root(self, seen: Statistics) -> torch.Tensor:
-        """R, upper triangular."""
-        damping = self.damping
-        while True:
-            lower, failed = torch.linalg.cholesky_ex(damped(seen, damping)[0])
-            if not bool(failed):
-                return lower.mT
-            damping = max(10 * damping, 1e-8)
 
 
 def _first_atoms(target: torch.Tensor, atoms: int) -> torch.Tensor:

@@ -14,8 +14,8 @@ from torch import nn
 from spartan.nn.selection import Candidate, Selector, find_weights, select_linear_layers, skipped_weights
 from spartan.pruning.cospadi import CoSpaDi, Factors
 from spartan.pruning.forwards import Call, Forwards, call_with, list_of
-from spartan.pruning.layers import Layer
-from spartan.pruning.statistics import Statistics
+from spartan.pruning.layers import Layer, require_plain
+from spartan.pruning.statistics import collected
 from spartan.saving.packing import replace_modules
 from spartan.saving.tables import text_table
 from spartan.training.progress import Progress
@@ -157,10 +157,9 @@ def factorize(
     skipped = skipped_weights(model, weights, chosen, include, exclude)
     for candidate in chosen:
         method.sizes(*candidate.weight.shape)
-        if not bool(candidate.weight.isfinite().all()):
-            raise ValueError(f"weight {candidate.name!r} must be finite; some of its entries are not")
-    shown = sys.stdout.isatty() if progress is None else progress
     layers = [Layer(candidate, (1, 1)) for candidate in chosen]
+    require_plain(layers)
+    shown = sys.stdout.isatty() if progress is None else progress
     found: dict[int, tuple[Factors, float]] = {}
     before = [layer.values().clone() for layer in layers]
     with (
@@ -212,15 +211,11 @@ def _factor_all(
 ) -> None:
     for stop in forwards.stops:
         begun = time.perf_counter()
-        seen = Statistics(products=True)
-        for batch, rows in forwards.inputs(stop):
-            seen.add(rows)
-            if not seen.finite:
-                raise ValueError(f"batches[{batch}] makes inputs of {layers[stop[0]].name!r} that are not finite")
+        seen = collected(forwards.inputs(stop), layers[stop[0]].name, products=True)
         seen.settle()
         for index in stop:
             layer = layers[index]
-            factors = method.factor(layer.values(), seen)
+            factors = method.factor(layer.values(), seen, layer.name)
             dtype = layer.values().dtype
             layer.write((factors.coefficients.to(dtype) @ factors.dictionary.to(dtype)).to(dtype))
             found[index] = factors, time.perf_counter() - begun

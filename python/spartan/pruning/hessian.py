@@ -9,7 +9,7 @@ import torch
 from spartan.pruning.layers import Layer
 from spartan.pruning.statistics import Statistics
 
-__all__ = ["Factor", "damped", "factor"]
+__all__ = ["Factor", "damped", "factor", "root"]
 
 _TRIES = 12  # each ten times as much damping as the one before
 _LEAST = 1e-8  # of the mean of the diagonal: the first damping where none was asked for and it is needed
@@ -36,6 +36,20 @@ def damped(seen: Statistics, damping: float) -> torch.Tensor:
     return matrix
 
 
+def root(name: str, seen: Statistics, damping: float) -> tuple[torch.Tensor, float]:
+    """R, upper triangular, with G + damping * mean(diag G) * I = R R^T, and the damping that it took.
+
+    Raises:
+        ValueError: no damping helps, which means that the inputs of the weight `name` are not finite.
+    """
+    for _ in range(_TRIES):
+        lower, failed = torch.linalg.cholesky_ex(damped(seen, damping).flip(-2, -1))
+        if not bool(failed.any()):
+            return lower.flip(-2, -1), damping
+        damping = max(10 * damping, _LEAST)
+    raise ValueError(f"the Hessian of {name!r} cannot be factored, whatever the damping: look at its inputs")
+
+
 def factor(layer: Layer, seen: Statistics, damping: float) -> Factor:
     """Factor the inverse: G + damping * mean(diag G) * I = R R^T with R upper triangular, and U = R^-1.
 
@@ -44,22 +58,12 @@ def factor(layer: Layer, seen: Statistics, damping: float) -> Factor:
     Raises:
         ValueError: no damping helps, which means that the inputs are not finite.
     """
-    upper, used = _root(layer, seen, damping)
+    upper, used = root(layer.name, seen, damping)
     identity = torch.eye(upper.shape[-1], dtype=upper.dtype, device=upper.device).expand_as(upper)
     note = _why_singular(seen)
     if note:
         note = f"{note}; damped by {used:g} of its mean diagonal"
     return Factor(torch.linalg.solve_triangular(upper, identity, upper=True), note)
-
-
-def _root(layer: Layer, seen: Statistics, damping: float) -> tuple[torch.Tensor, float]:
-    """R, and the damping that it took."""
-    for _ in range(_TRIES):
-        lower, failed = torch.linalg.cholesky_ex(damped(seen, damping).flip(-2, -1))
-        if not bool(failed.any()):
-            return lower.flip(-2, -1), damping
-        damping = max(10 * damping, _LEAST)
-    raise ValueError(f"the Hessian of {layer.name!r} cannot be factored, whatever the damping: look at its inputs")
 
 
 def _why_singular(seen: Statistics) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,12 @@ from torch import nn
 from torch.nn import functional
 
 from spartan.budgets import BlockCosts
+from spartan.distributed import is_dtensor
 from spartan.nn.kinds import is_transformers_linear
 from spartan.nn.selection import Candidate, Use
 from spartan_kernels import block_costs, block_grid
 
-__all__ = ["Layer", "Watch", "watch_of", "wide"]
+__all__ = ["Layer", "Watch", "require_plain", "watch_of", "wide"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _PADDINGS = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
@@ -110,6 +111,17 @@ class Layer:
         """How many matrices with inputs of their own it is made of: the groups of a convolution."""
         module = self.candidate.uses[0].module
         return module.groups if isinstance(module, _CONVOLUTIONS) else 1
+
+
+def require_plain(layers: Sequence[Layer]) -> None:
+    """Raise ValueError at a weight that is sharded, or not finite."""
+    for layer in layers:
+        weight = layer.candidate.weight
+        if is_dtensor(weight):
+            raise ValueError(f"weight {layer.name!r} is sharded; prune the model before it is")
+        bad = weight.numel() - int(weight.isfinite().count_nonzero())
+        if bad:
+            raise ValueError(f"weight {layer.name!r} must be finite; {bad} of its entries are NaN or infinite")
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ from typing import Any
 from torch import nn
 
 from spartan.budgets import CostModel, PricePerBlock
-from spartan.distributed import is_dtensor
 from spartan.nn.selection import Selector, find_weights, select_weights, skipped_weights
 from spartan.pruning.base import Pruner
 from spartan.pruning.forwards import Call, Forwards, call_with, list_of
-from spartan.pruning.layers import Layer
+from spartan.pruning.layers import Layer, require_plain
 from spartan.pruning.plan import plan_of
 from spartan.pruning.result import PruningResult
 from spartan.pruning.steps import Steps
@@ -95,7 +94,7 @@ def prune(
         raise ValueError(f"batches must be given: {method.name} scores weights by their inputs")
     parts, skipped = _parts(model, method, include, exclude, groups, costs)
     layers = [Layer(weight, part.block_size, part.pattern) for part in parts for weight in part.weights]
-    _require_plain(layers)
+    require_plain(layers)
     shown = sys.stdout.isatty() if progress is None else progress
     with ExitStack() as opened:
         forwards = None
@@ -148,16 +147,6 @@ def _parts(
     if not chosen:
         raise ValueError(f"model has no weight to prune; include= can choose others. Skipped: {skipped}")
     return [Part(chosen, (1, 1), "uniform")], skipped
-
-
-def _require_plain(layers: Sequence[Layer]) -> None:
-    for layer in layers:
-        weight = layer.candidate.weight
-        if is_dtensor(weight):
-            raise ValueError(f"weight {layer.name!r} is sharded; prune the model before it is")
-        bad = weight.numel() - int(weight.isfinite().count_nonzero())
-        if bad:
-            raise ValueError(f"weight {layer.name!r} must be finite; {bad} of its entries are NaN or infinite")
 
 
 def _without(parts: Sequence[Part], unseen: Mapping[str, str], uncalled: str) -> list[Part]:

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from spartan.pruning.layers import wide
 
-__all__ = ["Statistics"]
+__all__ = ["Statistics", "collected"]
+
+
+def collected(inputs: Iterable[tuple[int, torch.Tensor]], name: str, *, products: bool) -> Statistics:
+    """What `inputs` of the weight `name` are like: numbers of batches, and their rows [groups, rows, n].
+
+    Raises:
+        ValueError: some are not finite, or too large to square.
+    """
+    seen = Statistics(products=products)
+    for batch, rows in inputs:
+        seen.add(rows)
+        if not seen.finite:
+            raise ValueError(f"batches[{batch}] makes inputs of {name!r} that are not finite, or too large to square")
+    return seen
 
 
 class Statistics:

@@ -15,7 +15,7 @@ from spartan.pruning.layers import Layer
 from spartan.pruning.plan import Planned
 from spartan.pruning.result import PrunedLayer, PruningInterrupted, PruningResult
 from spartan.pruning.selection import Budget, kept_cost
-from spartan.pruning.statistics import Statistics
+from spartan.pruning.statistics import Statistics, collected
 from spartan.training.progress import Progress
 
 __all__ = ["Steps"]
@@ -108,13 +108,7 @@ class Steps:
                 continue
             seen = None
             if self._forwards is not None and stop[0] in self._seen and (self._method.needs_inputs or self._errors):
-                seen = Statistics(products=products)
-                for batch, rows in self._forwards.inputs(stop):
-                    seen.add(rows)
-                    if not seen.finite:
-                        raise ValueError(
-                            f"batches[{batch}] makes inputs of {names[0]!r} that are not finite, or too large to square"
-                        )
+                seen = collected(self._forwards.inputs(stop), names[0], products=products)
                 self._idle = seen.settle()
             yield names, seen
             if self._forwards is not None:

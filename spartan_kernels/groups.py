@@ -108,6 +108,19 @@ def raise_together(own: str, refused: torch.Tensor, name: str) -> None:
     raise ValueError(f"rank {rank}: {messages[rank]}")
 
 
+def require_agreement(own: str, every: torch.Tensor, name: str) -> None:
+    """Raise ValueError on every rank where one refused its input, or where budget or beta differ over the ranks.
+
+    Args:
+        own: this rank's `refusal`.
+        every: [ranks, facts, ...] as gathered: whether a rank refused, its budget and its beta come first.
+        name: the group.
+    """
+    raise_together(own, every[:, 0].reshape(len(every), -1).any(-1), name)
+    for index, what in ((1, "budget"), (2, "beta")) if name else ():
+        require_shared(what, every[:, index])
+
+
 def require_shared(what: str, every: torch.Tensor) -> None:
     """Raise ValueError where a number is not the same on every rank."""
     values = every.flatten().tolist()

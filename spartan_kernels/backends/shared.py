@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from spartan_kernels.arguments import clamp_budget, inspectable, require_beta, require_costs, require_scores
-from spartan_kernels.groups import gather, raise_together, refusal, require_shared, total
+from spartan_kernels.groups import gather, refusal, require_agreement, total
 from spartan_kernels.operands import MaskedConvBackward, MaskedLinearBackward, MaskedWeight, PackedLinearBackward
 
 _aten = torch.ops.aten
@@ -188,9 +188,7 @@ def check_list(
     each = [unmasked_cost(v.reshape(-1), c.reshape(-1)) for v, c in zip(values, costs or ones, strict=True)]
     numbers = (float(bool(refused)), budget, 0.0 if beta is None else beta, torch.stack(each).sum())
     every = gather(torch.stack([torch.as_tensor(n, dtype=torch.float64, device=budget.device) for n in numbers]), group)
-    raise_together(refused, every[:, 0], group)
-    for index, what in ((1, "budget"), (2, "beta")) if group else ():
-        require_shared(what, every[:, index])
+    require_agreement(refused, every, group)
     clamp_budget(budget, total(every[:, 3]))
 
 

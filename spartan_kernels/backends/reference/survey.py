@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from spartan_kernels.arguments import clamp_budget, inspectable, require_beta, require_costs, require_scores
-from spartan_kernels.groups import gather, raise_together, refusal, require_shared, total
+from spartan_kernels.groups import gather, refusal, require_agreement, total
 
 
 class Survey(NamedTuple):
@@ -73,8 +73,6 @@ def survey(
     )
     every = gather(facts, group)
     if inspectable(values):
-        raise_together(refused, every[:, 0].any(-1), group)
-        for index, what in ((1, "budget"), (2, "beta")) if group else ():
-            require_shared(what, every[:, index])
+        require_agreement(refused, every, group)
     sum_of_costs = total(every[:, 3])
     return Survey(every[:, 4].amin(0), every[:, 5].amax(0), sum_of_costs, clamp_budget(budget, sum_of_costs))

@@ -11,8 +11,17 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 _BISECTIONS = 100  # halvings from the widest bracket down to one ulp of float64, with room
+# Of a product, by the name that operators take.
+ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda y: y,
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda y: functional.gelu(y, approximate="tanh"),
+    "silu": functional.silu,
+}
 
 
 # ----------------------------------------------------------------------------------------------------- inputs

@@ -14,20 +14,12 @@ from torch.nn import functional
 
 import spartan
 from spartan import BlockSparseWeight
-from spartan_kernels.testing import assert_within_error_budget, make_values, oracle_expand_blocks
+from spartan_kernels.testing import ACTIVATIONS, assert_within_error_budget, make_values, oracle_expand_blocks
 
 pytestmark = [
     pytest.mark.operators("block_sparse_linear_forward", "block_sparse_linear_backward"),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
-
-ACTIVATIONS: dict[str | None, Any] = {
-    None: lambda y: y,
-    "relu": functional.relu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda y: functional.gelu(y, approximate="tanh"),
-    "silu": functional.silu,
-}
 
 
 def sparse_weight(

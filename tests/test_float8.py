@@ -14,20 +14,13 @@ from torch.nn import functional
 import spartan
 from spartan import BlockSparseWeight
 from spartan_kernels import float8
-from spartan_kernels.testing import assert_within_error_budget, make_values, oracle_expand_blocks
+from spartan_kernels.testing import ACTIVATIONS, assert_within_error_budget, make_values, oracle_expand_blocks
 
 pytestmark = [
     pytest.mark.operators("block_sparse_linear_float8_forward"),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
 
-ACTIVATIONS: dict[str | None, Any] = {
-    None: lambda y: y,
-    "relu": functional.relu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda y: functional.gelu(y, approximate="tanh"),
-    "silu": functional.silu,
-}
 HALF_STEP = 2.0**-4  # of a number with 3 bits of mantissa, relative to it
 HALF_SMALLEST = 2.0**-10  # of what the format tells apart near zero
 

@@ -16,6 +16,7 @@ import spartan.functional as F
 from spartan_kernels import BlockLayout, ops, tiles
 from spartan_kernels.break_even import Crossing, using
 from spartan_kernels.testing import (
+    ACTIVATIONS,
     assert_within_error_budget,
     make_values,
     oracle_block_sum,
@@ -26,14 +27,6 @@ pytestmark = [
     pytest.mark.operators("masked_linear_forward", "masked_linear_backward", "block_layout"),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
-
-ACTIVATIONS: dict[str | None, Any] = {
-    None: lambda y: y,
-    "relu": functional.relu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda y: functional.gelu(y, approximate="tanh"),
-    "silu": functional.silu,
-}
 
 
 def problem(

@@ -59,7 +59,7 @@ class CompileCase:
     bounded: tuple[str, ...] = ()  # integer arguments that no memory lets come near 2^31
 
 
-def multiplying_case(
+def compile_case(
     kernel: Any,
     dtype: torch.dtype,
     options: dict[str, Any],
@@ -68,8 +68,12 @@ def multiplying_case(
     divisible: tuple[str, ...],
     targets: tuple[str, ...] = (),
     bounded: tuple[str, ...] = (),
+    vector_loads: bool = False,
 ) -> CompileCase:
-    """A kernel of products, whose pointers are of its dtype but for those in `types`; options as a launch has them."""
+    """A kernel whose pointers are of its dtype but for those in `types`, without "_ptr"; options as a launch has them.
+
+    One of products has a PRECISION.
+    """
     constants = {name: value for name, value in options.items() if name in kernel.arg_names}
     names = [name for name in kernel.arg_names if name not in constants]
     signature = {n: types.get(n[:-4], f"*{name_of(dtype)}") if n.endswith("_ptr") else "i32" for n in names}
@@ -78,8 +82,9 @@ def multiplying_case(
     cores = "PRECISION" in options and (dtype != torch.float32 or options["PRECISION"] == "tf32")
     warps, stages = options.get("num_warps", 4), options.get("num_stages", 3)
     return CompileCase(
-        kernel, signature, constants, warps, label, stages, cores, divisible, targets=targets, bounded=bounded
-    )
+        kernel, signature, constants, warps, label, stages, cores, divisible, vector_loads,
+        targets=targets, bounded=bounded,
+    )  # fmt: skip
 
 
 power_of_two = tiles.power_of_two

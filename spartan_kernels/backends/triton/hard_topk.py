@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +12,7 @@ from spartan_kernels.backends.triton.configs import (
     MAX_RESIDENT_ROW,
     MAX_RESIDENT_ROW_WITH_COSTS,
     CompileCase,
+    compile_case,
     fits_in_registers,
     name_of,
     row_tile,
@@ -90,21 +89,13 @@ def _compile_cases() -> list[CompileCase]:
     dtype = torch.float32
     for n, costs in ((4, False), (4096, False), (MAX_RESIDENT_ROW, False), (MAX_RESIDENT_ROW_WITH_COSTS, True)):
         block_m, block_n, warps = row_tile(n)
-        constants: dict[str, Any] = {
-            "HAS_COSTS": costs,
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
-            "stride_vn": 1,
-            "DENSE": True,
-        }
-        types = {"mask_ptr": "*u8", "budget_ptr": "*fp64"}
-        signature = {
-            name: types.get(name, f"*{name_of(dtype)}" if name.endswith("_ptr") else "i32")
-            for name in _hard_topk_forward_kernel.arg_names
-            if name not in constants
-        }
+        options = {
+            "HAS_COSTS": costs, "BLOCK_M": block_m, "BLOCK_N": block_n, "stride_vn": 1, "DENSE": True,
+            "num_warps": warps,
+        }  # fmt: skip
         label = f"rows of {n}, {'costs, ' if costs else ''}{name_of(dtype)}"
-        cases.append(CompileCase(_hard_topk_forward_kernel, signature, constants, warps, label))
+        types = {"mask": "*u8", "budget": "*fp64"}
+        cases.append(compile_case(_hard_topk_forward_kernel, dtype, options, label, types, ()))
     return cases
 
 

@@ -6,8 +6,6 @@ own, whose programs begin with what all parts of their row counted in the one be
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +14,7 @@ from spartan_kernels.backends.triton.configs import (
     LONG_ROW_TILE,
     LONG_ROW_WARPS,
     CompileCase,
+    compile_case,
     fits_one_program,
     name_of,
     power_of_two,
@@ -234,25 +233,19 @@ def forward(o: HardTopk, mask: torch.Tensor) -> torch.Tensor:
 
 
 def _compile_cases() -> list[CompileCase]:
-    types = {"mask_ptr": "*u8", "cuts_ptr": "*i64", "values_ptr": "", "costs_ptr": ""}
+    types = dict.fromkeys(("budget", "counts", "ties"), "*fp64") | {"mask": "*u8", "cuts": "*i64"}
     kernels = (_long_hard_topk_forward_kernel, _split_count_kernel, _split_ties_kernel, _split_hard_write_kernel)
     cases = []
     for kernel in kernels:
         tile = COUNTED_TILE if kernel in (_split_count_kernel, _split_ties_kernel) else LONG_ROW_TILE // 2
         for dtype, costs in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
-            constants: dict[str, Any] = {
+            options = {
                 "HAS_COSTS": costs, "TILE": tile, "BLOCK": 128, "stride_vn": 1, "stride_cn": 1,
+                "num_warps": LONG_ROW_WARPS,
             }  # fmt: skip
-            constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-            signature = {
-                name: types.get(name, "*fp64") or f"*{name_of(dtype)}" if name.endswith("_ptr") else "i32"
-                for name in kernel.arg_names
-                if name not in constants
-            }
             label = f"{'costs, ' if costs else ''}{name_of(dtype)}"
             even = ("n", "part", "stride_vm", "stride_cm")
-            case = CompileCase(kernel, signature, constants, LONG_ROW_WARPS, label, divisible=even, bounded=("step",))
-            cases.append(case)
+            cases.append(compile_case(kernel, dtype, options, label, types, even, bounded=("step",)))
     return cases
 
 

@@ -17,6 +17,7 @@ from spartan_kernels.backends.triton.configs import (
     LONG_ROW_TILE,
     LONG_ROW_WARPS,
     CompileCase,
+    compile_case,
     name_of,
     vector_length,
 )
@@ -339,23 +340,17 @@ def backward(o: SoftTopkBackward) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 
 def _compile_cases() -> list[CompileCase]:
     cases = []
-    doubles = {"budget_ptr", "beta_ptr", "threshold_ptr", "grad_budget_ptr", "grad_beta_ptr"}
+    types = dict.fromkeys(("budget", "beta", "threshold", "grad_budget", "grad_beta"), "*fp64")
     for kernel in (_long_soft_topk_forward_kernel, _long_soft_topk_backward_kernel):
         for dtype, costs in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
-            constants = {
+            options = {
                 "HAS_COSTS": costs, "COST_GRAD": costs, "TILE": LONG_ROW_TILE, "LANES": LANES,
                 "VECTOR": vector_length(dtype), "stride_vn": 1, "stride_gn": 1, "stride_cn": 1,
+                "num_warps": LONG_ROW_WARPS,
             }  # fmt: skip
-            constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-            signature = {
-                name: "*fp64" if name in doubles else f"*{name_of(dtype)}" if name.endswith("_ptr") else "i32"
-                for name in kernel.arg_names
-                if name not in constants
-            }
             label = f"{'costs, ' if costs else ''}{name_of(dtype)}"
             even = ("n", "stride_vm", "stride_gm", "stride_cm")
-            case = CompileCase(kernel, signature, constants, LONG_ROW_WARPS, label, divisible=even, vector_loads=True)
-            cases.append(case)
+            cases.append(compile_case(kernel, dtype, options, label, types, even, vector_loads=True))
     return cases
 
 

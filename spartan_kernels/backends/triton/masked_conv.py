@@ -13,7 +13,7 @@ from spartan_kernels.backends.shared import LayerNeeds, dense_filter_gradients, 
 from spartan_kernels.backends.triton import masked_conv_kernels as kernels
 from spartan_kernels.backends.triton.block_layout import row_layout
 from spartan_kernels.backends.triton.block_matrix import dense_float
-from spartan_kernels.backends.triton.configs import CompileCase, multiplying_case, name_of, power_of_two
+from spartan_kernels.backends.triton.configs import CompileCase, compile_case, name_of, power_of_two
 from spartan_kernels.backends.triton.conv_lines import (
     STORED_BLOCK,
     Lines,
@@ -195,7 +195,7 @@ def _case(
     }  # fmt: skip
     ones = {f"stride_{image}{'c' if last else 'w'}": 1 for image in ("", "y", "z")}
     divisible = (*_CHANNELS, *(_LAST if last else _APART)) if side % 8 == 0 else ()
-    case = multiplying_case(kernel, dtype, flags | ones | options, label, _TYPES, divisible, targets, _BOUNDED)
+    case = compile_case(kernel, dtype, flags | ones | options, label, _TYPES, divisible, targets, _BOUNDED)
     # single elements of 2 bytes cannot be copied ahead of the arithmetic: other programs of the processor hide them
     return replace(case, tensor_cores=case.tensor_cores and (dtype.itemsize == 4 or (last and side % 8 == 0)))
 

@@ -13,7 +13,7 @@ from spartan_kernels.backends.triton import block_layout_kernels, float8_kernels
 from spartan_kernels.backends.triton import masked_matmul_kernels as kernels
 from spartan_kernels.backends.triton.block_layout import LAYOUT_BLOCK
 from spartan_kernels.backends.triton.block_matrix import BlockMatrix, dense_float
-from spartan_kernels.backends.triton.configs import CompileCase, multiplying_case, name_of, power_of_two
+from spartan_kernels.backends.triton.configs import CompileCase, compile_case, name_of, power_of_two
 from spartan_kernels.backends.triton.launches import Launch, start
 from spartan_kernels.backends.triton.product_launches import JOIN_BLOCK
 from spartan_kernels.backends.triton.product_plan import (
@@ -181,7 +181,7 @@ def _float8_cases() -> list[CompileCase]:
         flags |= {"PACKED": True, "HAS_GATE": False, "HAS_SCALES": True, **tile.options()}
         label, types = f"block {rows} x {columns}, {tokens} tokens, float8", _TYPES | _OF_FLOAT8
         here = (f"sm_{architecture}",)
-        cases.append(multiplying_case(kernels._product_kernel, FLOAT8, flags, label, types, _MULTIPLES, here))
+        cases.append(compile_case(kernels._product_kernel, FLOAT8, flags, label, types, _MULTIPLES, here))
     for dtype in (torch.float32, torch.bfloat16):
         kernel = float8_kernels._rounded_rows_kernel
         cases.append(_case(kernel, dtype, rounding_tile(4096), f"4096, {name_of(dtype)}", ("sm_90", "sm_100")))
@@ -240,7 +240,7 @@ def _small_cases() -> list[CompileCase]:
 def _case(
     kernel: Any, dtype: torch.dtype, options: dict[str, Any], label: str, targets: tuple[str, ...] = ()
 ) -> CompileCase:
-    return multiplying_case(kernel, dtype, options, label, _TYPES, _MULTIPLES, targets)
+    return compile_case(kernel, dtype, options, label, _TYPES, _MULTIPLES, targets)
 
 
 COMPILE_CASES = _compile_cases()

@@ -68,7 +68,7 @@ class RankedSolve:
         self, shape: ListShape, absolute: bool, soft: bool, hard: bool, name: str, rank: int, ranks: int
     ) -> None:
         # the cut is searched for in any case: the soft threshold may need it
-        self.solve, self.soft, self.hard, self.name = GlobalSolve(shape, absolute, soft, True), soft, hard, name
+        self.solve, self.hard, self.name = GlobalSolve(shape, absolute, soft, True), hard, name
         self.rank, self.ranks = rank, ranks
         self.share = max(1, SAMPLE // power_of_two(self.ranks))
         self.facts = int(FACTS) + self.share

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from spartan_kernels.backends.triton.block_matrix import tokens_of
-from spartan_kernels.backends.triton.configs import CompileCase, multiplying_case, name_of, power_of_two
+from spartan_kernels.backends.triton.configs import CompileCase, compile_case, name_of, power_of_two
 from spartan_kernels.backends.triton.launches import Launch, start
 from spartan_kernels.backends.triton.masked_matmul_kernels import activated
 from spartan_kernels.backends.triton.product_launches import pointer_or
@@ -163,7 +163,7 @@ def _case(dtype: torch.dtype, columns: str, layer: tuple[int, int], tokens: int,
     types, (out, row) = {"columns": f"*{columns}", "offsets": "*i32", "order": "*i32"}, layer
     tile = _tile(out, out * row, tokens)
     options: dict[str, Any] = {"HAS_BIAS": True, "ACTIVATION": "", "SAVE": False, **tile}
-    return multiplying_case(_single_weights_kernel, dtype, options, label, types, ("stride_x",))
+    return compile_case(_single_weights_kernel, dtype, options, label, types, ("stride_x",))
 
 
 COMPILE_CASES = _compile_cases()

@@ -26,7 +26,7 @@ from spartan_kernels.backends.triton.launches import Launch, When
 from spartan_kernels.backends.triton.tensor_list import ListShape, Table
 
 STEP_WARPS = 8
-HISTOGRAM_BINS = 2048
+HISTOGRAM_BINS = int(passes.BINS)
 _STEP = {"BINS": HISTOGRAM_BINS}
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 

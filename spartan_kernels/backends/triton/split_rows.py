@@ -22,6 +22,7 @@ from spartan_kernels.backends.triton.configs import (
     LONG_ROW_TILE,
     LONG_ROW_WARPS,
     CompileCase,
+    compile_case,
     name_of,
     power_of_two,
     row_parts,
@@ -339,15 +340,8 @@ def backward(o: SoftTopkBackward) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 
 
 def _compile_cases() -> list[CompileCase]:
-    doubles = {
-        "budget_ptr",
-        "beta_ptr",
-        "threshold_ptr",
-        "partial_ptr",
-        "state_ptr",
-        "grad_budget_ptr",
-        "grad_beta_ptr",
-    }
+    names = ("budget", "beta", "threshold", "partial", "state", "grad_budget", "grad_beta")
+    types = dict.fromkeys(names, "*fp64")
     kernels = (
         _split_extent_kernel, _split_start_kernel, _split_trial_kernel, _split_advance_kernel, _split_finish_kernel,
         _split_write_kernel, _split_gradient_sums_kernel, _split_gradient_write_kernel,
@@ -358,20 +352,14 @@ def _compile_cases() -> list[CompileCase]:
         for dtype, costs in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
             if not walks and (costs or dtype != torch.float32):
                 continue
-            constants = {
+            options = {
                 "HAS_COSTS": costs, "COST_GRAD": costs, "TILE": LONG_ROW_TILE, "LANES": LANES, "BLOCK": 128,
                 "VECTOR": vector_length(dtype), "stride_vn": 1, "stride_gn": 1, "stride_cn": 1,
+                "num_warps": LONG_ROW_WARPS if walks else 1,
             }  # fmt: skip
-            constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-            signature = {
-                name: "*fp64" if name in doubles else f"*{name_of(dtype)}" if name.endswith("_ptr") else "i32"
-                for name in kernel.arg_names
-                if name not in constants
-            }
             label = f"{'costs, ' if costs else ''}{name_of(dtype)}"
             even = ("n", "part", "stride_vm", "stride_gm", "stride_cm")
-            warps = LONG_ROW_WARPS if walks else 1
-            cases.append(CompileCase(kernel, signature, constants, warps, label, divisible=even, vector_loads=walks))
+            cases.append(compile_case(kernel, dtype, options, label, types, even, vector_loads=walks))
     return cases
 
 

@@ -23,6 +23,7 @@ from bench.product_table import products
 from bench.pruned import tables as pruned_tables
 from bench.run import Report, Result
 from bench.short_tables import FAMILIES, accuracy_of, accuracy_short, speed_short, training_short
+from examples.layers import study
 
 _IN_FIGURES = ("masked_conv", "masked_matmul")  # ops whose many cases are read from a figure
 _SECTION = re.compile(r"(<!-- results:([\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
@@ -218,6 +219,18 @@ def compiled(results: Path) -> str:
     return f"{markdown_table(header, lines)}\nCompiled only: not yet run on a GPU.\n"
 
 
+def layer(path: Path) -> str:
+    """What the example of a layer came to, from the file that it wrote."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    seeds = len({record["seed"] for record in data["results"]})
+    spread = f" Mean and standard deviation of {seeds} seeds." if seeds > 1 else ""
+    return (
+        f"{markdown_table(*study.table(data))}\n{data['about']}{spread} {data['processor']}, {data['threads']} threads,"
+        f" PyTorch {data['versions']['torch']}, {data['date'][:10]}.\n"
+    )
+
+
+LAYERS = ROOT / "examples" / "layers" / "results"
 TABLES = {
     "accuracy": accuracy,
     "accuracy-short": accuracy_short,
@@ -233,6 +246,7 @@ TABLES = {
     "counts": counts,
     "few-tokens": few_tokens,
     "predicted": predicted,
+    **{f"layer-{path.stem}": lambda _, path=path: layer(path) for path in sorted(LAYERS.glob("*.json"))},
 }
 
 

@@ -1,0 +1,1 @@
+"""Cases of the layers with sparse activations, one file each."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import spartan.functional as F
-from bench import cases_conv, cases_global, cases_matmul, cases_stack, training
+from bench import cases_conv, cases_global, cases_matmul, cases_stack, layers, training
 from bench.case import CASES, Peer, Settings, Work, case, select
 from bench.checks import check_budget_mask, check_close
 from bench.inputs import normal, rotating
@@ -31,7 +31,7 @@ from spartan_kernels.testing import (
 
 _SECONDS = 1.5  # for each implementation of the soft top-k by rows: there are many
 
-__all__ = ["CASES", "cases_conv", "cases_global", "cases_matmul", "cases_stack", "select", "training"]
+__all__ = ["CASES", "cases_conv", "cases_global", "cases_matmul", "cases_stack", "layers", "select", "training"]
 
 
 # ----------------------------------------------------------------------------------------- soft_topk, by rows

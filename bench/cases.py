@@ -221,6 +221,29 @@ def hard_topk_rows(s: Settings) -> Work:
     return _hard(s, (256 if s.quick else 4096, 1024), 0.0625)
 
 
+@case("hard_topk", "indices-1024x4096")
+def hard_topk_indices(s: Settings) -> Work:
+    """Mask and indices of a twentieth of each row."""
+    rows, n, k = 128 if s.quick else 1024, 4096, 205
+
+    def check(found: tuple[Tensor, Tensor], values: Tensor) -> None:
+        mask, indices = found
+        assert torch.equal(mask, oracle_hard_topk(values, k)), "the mask is not the hard top-k"
+        assert torch.equal(indices, mask.nonzero()[:, 1].view(rows, k)), "the indices are not those of the mask"
+
+    return Work(
+        ours=lambda v: ops.hard_topk(v, k, return_indices=True, backend=s.backend),
+        operands=rotating(s, rows * n * s.dtype.itemsize, lambda i: (normal((rows, n), s, i),)),
+        check=check,
+        bytes=rows * (n * (s.dtype.itemsize + 1) + k * 8),
+        peers={
+            "torch.topk": lambda v: v.topk(k, -1, sorted=False).indices,
+            "torch.topk, sorted": lambda v: v.topk(k, -1).indices,
+            "hard_topk, nonzero": lambda v: ops.hard_topk(v, k, backend=s.backend).nonzero(),
+        },
+    )
+
+
 # ---------------------------------------------------------------------------------------------- masked_weight
 
 

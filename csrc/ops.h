@@ -72,7 +72,8 @@ struct Rows {
 };
 struct RowBudgets {
   const double* first;
-  int64_t stride;  // 0: the rows share one
+  int64_t stride;       // 0: the rows share one
+  bool capped = false;  // hard_topk_rows alone: a budget above what a row's entries cost keeps them all, and is no error
 };
 struct RowGradient {
   const double* threshold;  // {centre, shift} of each row
@@ -83,6 +84,9 @@ void soft_topk_rows(Dtype, Rows, RowBudgets, double beta, void* mask, double* th
 void soft_topk_rows_backward(Dtype, Rows, const void* grad, double beta, RowGradient, void* grad_values, void* grad_costs,
                              Workspace, int threads);
 void hard_topk_rows(Dtype, Rows, RowBudgets, uint8_t* mask, Workspace, int threads);
+// k entries of each row: its mask, and their indices [rows, k], ascending. A row with fewer that are not masked has some of the
+// first masked ones among its indices.
+void hard_topk_indices_rows(Dtype, Rows, int64_t k, uint8_t* mask, int64_t* indices, Workspace, int threads);
 
 // A weight [out, in, kernel], contiguous, in blocks of rows x columns for each kernel position; masks, scores and costs have
 // one entry per block, [ceil(out / rows), ceil(in / columns), kernel]. Null soft or hard: ones; null costs: `cost` each.

@@ -82,7 +82,14 @@ SUPPORT: dict[str, dict[str, Support]] = {
         native=_FLOATS,
         gpu=_NARROW,
     ),
-    **_rows("hard_topk", "hard_topk_forward", "hard_topk_global_forward", native=_FLOATS, gpu=_NARROW),
+    **_rows(
+        "hard_topk",
+        "hard_topk_forward",
+        "hard_topk_indices_forward",
+        "hard_topk_global_forward",
+        native=_FLOATS,
+        gpu=_NARROW,
+    ),
     **_rows(
         "masked_weight",
         "masked_weight_forward",

@@ -23,6 +23,7 @@ __all__ = [
     "Float8Linear",
     "HardTopk",
     "HardTopkGlobal",
+    "HardTopkIndices",
     "KeptSoftMass",
     "MaskedConv",
     "MaskedConvBackward",
@@ -118,6 +119,14 @@ class HardTopk(NamedTuple):
     values: Tensor
     budget: Tensor
     costs: Tensor | None
+    backend: str = ""
+
+
+class HardTopkIndices(NamedTuple):
+    """k entries of each row of values [rows, n], at unit costs."""
+
+    values: Tensor
+    k: int
     backend: str = ""
 
 

@@ -168,6 +168,7 @@ def probes() -> list[Probe]:
         "soft_topk_global_backward": global_backward,
         "solve_masks_": solve,
         "hard_topk_forward": lambda i, b: ops.hard_topk(i["values"], i["budget"], i["costs"], backend=b),
+        "hard_topk_indices_forward": lambda i, b: ops.hard_topk(i["values"], 2, return_indices=True, backend=b),
         "hard_topk_global_forward": lambda i, b: ops.hard_topk_global(
             list(i["values"].split([2, 3])), i["budget"][4], backend=b
         ),

@@ -41,7 +41,7 @@ def environment_of(extension: Path, seed: int) -> dict[str, str]:
 
 
 _FILES = {
-    "masks": ("masked_weight", "hard_topk", "hard_bits", "step_gradient", "soft_solution"),
+    "masks": ("masked_weight", "hard_topk", "hard_indices", "hard_bits", "step_gradient", "soft_solution"),
     "soft": ("soft_topk", "soft_topk_global", "corners"),
     "masked": ("masked_scores", "magnitudes"),
     "products": ("layout", "masked_linear", "block_sparse", "sampled_matmul"),

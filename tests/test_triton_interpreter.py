@@ -32,6 +32,7 @@ SELECTIONS = {
         "test_hard_topk.py": "long_rows or lowest_index or first_entry or fractional"
         " or (concatenation and mixed_scales)",
         "test_triton_split_rows.py": "reference or few_trials or whichever",
+        "test_hard_indices.py": "(mask_keeps and (float16-7 or 255 or 7-torch)) or (too_few and 10-torch)",
         "test_hard_bits.py": "300-torch or 9000 or training or (lists and 1000)",
         "test_masked_weight.py": "block_scores or zero_weights or dropped"
         " or (float32 and ((forward_and_gradient and both) or memory_of_its_input or signs_are))",

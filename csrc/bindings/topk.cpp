@@ -90,6 +90,14 @@ void bind_cpu(py::module_& m) {
                             {at(workspace), bytes}, threads);
       },
       Unlocked());
+  m.def(
+      "hard_topk_indices_rows",
+      [](int dtype, cpu::Rows rows, int64_t k, Address mask, Address indices, Address workspace, int64_t bytes,
+         int threads) {
+        cpu::hard_topk_indices_rows(static_cast<Dtype>(dtype), rows, k, at<uint8_t>(mask), at<int64_t>(indices),
+                                    {at(workspace), bytes}, threads);
+      },
+      Unlocked());
 }
 
 #ifdef SPARTAN_WITH_CUDA

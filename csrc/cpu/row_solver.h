@@ -83,13 +83,12 @@ class RowSolver {
           uint32_t left = short_rows<S>().hard(block(row, count), own, mask + row * rows_.length);
           for (; left != 0; left &= left - 1) {
             const int64_t one = row + __builtin_ctz(left);
-            hard_row(one, budget.first[one * budget.stride], mask + one * rows_.length);
+            hard_row(one, budget, mask + one * rows_.length);
           }
           return;
         }
       }
-      for (int64_t one = row; one < row + count; ++one)
-        hard_row(one, budget.first[one * budget.stride], mask + one * rows_.length);
+      for (int64_t one = row; one < row + count; ++one) hard_row(one, budget, mask + one * rows_.length);
     });
   }
 
@@ -259,7 +258,8 @@ class RowSolver {
     if (of_costs != nullptr) unmasked.scatter(costs, of_costs);
   }
 
-  void hard_row(int64_t row, double budget, uint8_t* mask) const {
+  void hard_row(int64_t row, RowBudgets budgets, uint8_t* mask) const {
+    const double budget = budgets.first[row * budgets.stride];
     if (rows_.costs != nullptr || solved_as_list()) {
       const TableRow list = as_list(row, mask);
       try {
@@ -271,14 +271,16 @@ class RowSolver {
     Arena arena(workspace_);
     const Span<T> entries = span(row, &arena);
     Extent extent = passes_.extent(entries);
-    if (std::isnan(extent.poison)) return hard_masked_row(entries, extent, budget, mask, &arena);
+    if (std::isnan(extent.poison)) return hard_masked_row(entries, extent, budget, budgets.capped, mask, &arena);
     const double limit = checked(entries, &extent, budget);
     write_hard(entries, cut_by_counting(entries, extent, limit), mask);
   }
 
-  void hard_masked_row(const Span<T>& all, const Extent& of_all, double budget, uint8_t* mask, Arena* arena) const {
+  void hard_masked_row(const Span<T>& all, const Extent& of_all, double budget, bool capped, uint8_t* mask,
+                       Arena* arena) const {
     const Unmasked<T> unmasked(all, arena);
     const Span<T> entries = unmasked.span();
+    if (capped) budget = std::fmin(budget, static_cast<double>(entries.cost) * static_cast<double>(entries.length));
     uint8_t* kept = unmasked.template room<uint8_t>();
     Extent extent = passes_.extent(entries);
     const double limit = checked_unmasked(all, of_all, entries, &extent, budget);

@@ -13,7 +13,14 @@ from torch.nn import functional
 
 from spartan_kernels.arguments import clamp_budget, inspectable, require_beta, require_costs, require_scores
 from spartan_kernels.groups import gather, refusal, require_agreement, total
-from spartan_kernels.operands import MaskedConvBackward, MaskedLinearBackward, MaskedWeight, PackedLinearBackward
+from spartan_kernels.operands import (
+    HardTopk,
+    HardTopkIndices,
+    MaskedConvBackward,
+    MaskedLinearBackward,
+    MaskedWeight,
+    PackedLinearBackward,
+)
 
 _aten = torch.ops.aten
 
@@ -202,6 +209,22 @@ def costs_of_row(costs: torch.Tensor | None, row: int) -> list[torch.Tensor]:
     if costs is None:
         return []
     return [costs[row] if costs.dim() == 2 else costs]
+
+
+def with_indices(o: HardTopkIndices, select: Callable[[HardTopk], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mask that `select` finds for k entries of each row, and their indices [rows, k], without a host sync.
+
+    Index j of a row is the first place up to which j + 1 entries are taken; a row with fewer than k entries to keep
+    takes its first masked ones too.
+    """
+    n = o.values.shape[1]
+    masked = o.values == -torch.inf
+    kept = (n - masked.sum(-1)).clamp(max=o.k)
+    mask = select(HardTopk(o.values, kept.to(torch.float64), None))
+    filling = masked & (masked.cumsum(-1, dtype=torch.int32) <= (o.k - kept)[:, None])
+    taken = (mask | filling).cumsum(-1, dtype=torch.int32)
+    ranks = torch.arange(1, o.k + 1, dtype=torch.int32, device=taken.device).repeat(taken.shape[0], 1)
+    return mask, torch.searchsorted(taken, ranks).clamp(max=n - 1)  # a row with NaN, on a GPU, may take fewer
 
 
 def row_gradients(

@@ -22,6 +22,7 @@ from spartan_kernels.operands import (
     BlockLayoutOf,
     Float8Linear,
     HardTopkGlobal,
+    HardTopkIndices,
     KeptSoftMass,
     MaskedConv,
     MaskedConvBackward,
@@ -435,6 +436,12 @@ def _global(o: SoftTopkGlobal) -> None:
     _scalar("budget", o.budget, o.values[0].device)
 
 
+def _hard_indices(o: HardTopkIndices) -> None:
+    _rows(o.values, 0.0, None)
+    if not 0 <= o.k <= o.values.shape[1]:
+        raise ValueError(f"k must be in [0, {o.values.shape[1]}]; got {o.k}")
+
+
 def _hard_global(o: HardTopkGlobal) -> None:
     _list(o.values, o.costs)
     _scalar("budget", o.budget, o.values[0].device)
@@ -471,6 +478,7 @@ CHECKS: dict[str, Callable[..., Any]] = {
     "soft_topk_global_backward": _global_backward,
     "solve_masks_": _solve_masks,
     "hard_topk_forward": lambda o: _rows(o.values, o.budget, o.costs),
+    "hard_topk_indices_forward": _hard_indices,
     "hard_topk_global_forward": _hard_global,
     "masked_weight_forward": _masked_weight,
     "masked_weight_backward": _masked_weight_backward,

@@ -23,8 +23,8 @@ def row_problem(
     moved = values.movedim(dim, -1)
     shape = moved.shape
 
-    def restore(mask: torch.Tensor) -> torch.Tensor:
-        return mask.reshape(shape).movedim(-1, dim)
+    def restore(found: torch.Tensor) -> torch.Tensor:
+        return found.reshape(*shape[:-1], found.shape[-1]).movedim(-1, dim)
 
     rows = moved.reshape(shape[:-1].numel(), shape[-1])
     return rows, _row_budget(budget, shape[:-1], values.device), row_costs, restore

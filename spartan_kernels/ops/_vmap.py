@@ -35,7 +35,8 @@ def loop(operator: Any, structure: Any) -> Rule:
 def fold_rows(*by_row: str) -> Callable[[Any, Any], Rule]:
     """Fold the batch into the rows of an operator whose operands of these names have one entry for each row.
 
-    Costs follow them, shared or not. What else may be batched (beta) is one number for the whole call: then `loop`.
+    Costs, where there are any, follow them, shared or not. What else may be batched (beta) is one number for the whole
+    call: then `loop`.
     """
 
     def make(operator: Any, structure: Any) -> Rule:
@@ -52,8 +53,9 @@ def fold_rows(*by_row: str) -> Callable[[Any, Any], Rule]:
                 batched[name] = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
             rows, length = batched["values"].shape[1:]
             folded = {name: x.reshape(size * rows, *x.shape[2:]) for name, x in batched.items()}
-            costs = _fold_costs(o.costs, dims["costs"], size, rows, length)
-            result = operator(*o._replace(**folded, costs=costs))
+            if "costs" in dims:
+                folded["costs"] = _fold_costs(o.costs, dims["costs"], size, rows, length)
+            result = operator(*o._replace(**folded))
             outputs = result if isinstance(result, tuple) else (result,)
             # an output that was not asked for is empty and belongs to no row
             unfolded = tuple(x.unflatten(0, (size, rows)) if x.shape[0] == size * rows else x for x in outputs)

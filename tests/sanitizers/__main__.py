@@ -19,6 +19,7 @@ TESTS = (
     "soft_topk",
     "soft_topk_global",
     "hard_topk",
+    "hard_indices",
     "rows",
     "masked_scores",
     "masked_weight",

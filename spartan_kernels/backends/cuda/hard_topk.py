@@ -7,9 +7,9 @@ import torch
 from spartan_kernels.backends import extension
 from spartan_kernels.backends.cuda.lists import launch_list, solve_list
 from spartan_kernels.backends.cuda.rows import Rows, as_lists
-from spartan_kernels.backends.shared import check_rows, costs_of_row
+from spartan_kernels.backends.shared import check_rows, costs_of_row, with_indices
 from spartan_kernels.groups import refuse_group
-from spartan_kernels.operands import HardTopk, HardTopkGlobal
+from spartan_kernels.operands import HardTopk, HardTopkGlobal, HardTopkIndices
 
 
 def hard_topk_forward(o: HardTopk) -> torch.Tensor:
@@ -25,6 +25,11 @@ def hard_topk_forward(o: HardTopk) -> torch.Tensor:
     k = o.budget.contiguous()
     extension.call(extension.native.cuda.hard_topk_rows, o.values, rows.dtype, rows.rows, k.data_ptr(), mask.data_ptr())
     return mask
+
+
+def hard_topk_indices_forward(o: HardTopkIndices) -> tuple[torch.Tensor, torch.Tensor]:
+    """h for each row of values [rows, n], and the indices of k entries of each."""
+    return with_indices(o, hard_topk_forward)
 
 
 def hard_topk_global_forward(o: HardTopkGlobal) -> list[torch.Tensor]:

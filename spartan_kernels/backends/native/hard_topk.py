@@ -8,8 +8,8 @@ from spartan_kernels.backends import extension
 from spartan_kernels.backends.native.lists import TensorList
 from spartan_kernels.backends.native.rows import Budgets, Rows
 from spartan_kernels.backends.native.unmasked import Unmasked
-from spartan_kernels.backends.shared import costs_of_row
-from spartan_kernels.operands import HardTopk, HardTopkGlobal, as_declared
+from spartan_kernels.backends.shared import costs_of_row, with_indices
+from spartan_kernels.operands import HardTopk, HardTopkGlobal, HardTopkIndices, as_declared
 
 
 def hard_topk_forward(o: HardTopk) -> torch.Tensor:
@@ -26,6 +26,22 @@ def hard_topk_forward(o: HardTopk) -> torch.Tensor:
             listed = HardTopkGlobal([row], o.budget[i], costs_of_row(o.costs, i), absolute=False)
             (mask[i],) = hard_topk_global_forward(listed)
     return mask
+
+
+def hard_topk_indices_forward(o: HardTopkIndices) -> tuple[torch.Tensor, torch.Tensor]:
+    """h for each row of values [rows, n], and the indices of k entries of each."""
+    rows = Rows(o.values, None)
+    mask = torch.empty(o.values.shape, dtype=torch.bool)
+    indices = torch.empty((o.values.shape[0], o.k), dtype=torch.int64)
+    try:
+        extension.native.cpu.hard_topk_indices_rows(
+            *rows.arguments, o.k, mask.data_ptr(), indices.data_ptr(), *rows.rest
+        )
+    except extension.native.NotFinite:
+        if not rows.long:
+            raise
+        return with_indices(o, hard_topk_forward)
+    return mask, indices
 
 
 def hard_topk_global_forward(o: HardTopkGlobal) -> list[torch.Tensor]:

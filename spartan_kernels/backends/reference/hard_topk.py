@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from spartan_kernels.backends.reference.survey import ratio, survey
+from spartan_kernels.backends.shared import with_indices
 from spartan_kernels.groups import sum_before, summed
-from spartan_kernels.operands import HardTopk, HardTopkGlobal
+from spartan_kernels.operands import HardTopk, HardTopkGlobal, HardTopkIndices
 
 _DIGIT_BITS = 8
 
@@ -56,6 +57,11 @@ def hard_topk_forward(o: HardTopk, group: str = "") -> torch.Tensor:
     """h for each row of values [rows, n]."""
     u, a = ratio(o.values, o.costs)
     return select(u, a, survey(o.values, u, o.costs, o.budget, None, group).allowance, group)
+
+
+def hard_topk_indices_forward(o: HardTopkIndices) -> tuple[torch.Tensor, torch.Tensor]:
+    """h for each row of values [rows, n], and the indices of k entries of each."""
+    return with_indices(o, hard_topk_forward)
 
 
 def hard_topk_global_forward(o: HardTopkGlobal) -> list[torch.Tensor]:

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from spartan_kernels.backends.shared import check_rows
+from spartan_kernels.backends.shared import check_rows, with_indices
 from spartan_kernels.backends.triton import long_hard
 from spartan_kernels.backends.triton.configs import (
     MAX_RESIDENT_ROW,
@@ -21,9 +21,9 @@ from spartan_kernels.backends.triton.launches import FUSED
 from spartan_kernels.backends.triton.lists import hard_topk_global_forward
 from spartan_kernels.backends.triton.primitives import INFINITY, clamped_budget, ordered_key
 from spartan_kernels.backends.triton.soft_topk_rows import cost_strides, dense, load_rows, row_totals
-from spartan_kernels.operands import HardTopk
+from spartan_kernels.operands import HardTopk, HardTopkIndices
 
-__all__ = ["hard_topk_forward", "hard_topk_global_forward"]
+__all__ = ["hard_topk_forward", "hard_topk_global_forward", "hard_topk_indices_forward"]
 
 
 @triton.jit
@@ -82,6 +82,11 @@ def hard_topk_forward(o: HardTopk) -> torch.Tensor:
             BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, **FUSED,
         )  # fmt: skip
     return mask
+
+
+def hard_topk_indices_forward(o: HardTopkIndices) -> tuple[torch.Tensor, torch.Tensor]:
+    """h for each row of values [rows, n], and the indices of k entries of each."""
+    return with_indices(o, hard_topk_forward)
 
 
 def _compile_cases() -> list[CompileCase]:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import spartan
 from spartan_kernels import hard_topk, soft_topk
 from spartan_kernels.backends import extension
+from spartan_kernels.backends.native import rows
 from spartan_kernels.testing import budget_error, make_costs, oracle_hard_topk, total_cost
 
 pytestmark = [
@@ -46,14 +48,28 @@ def test_every_short_length_meets_its_budgets(kind: str, beta: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 8, 17, 64, 256, 257, 5000])
-def test_rows_stored_in_16_bits_are_those_widened(n: int, dtype: torch.dtype) -> None:
-    values = _random(21, n, n, dtype)
-    mask = soft_topk(values, 0.4 * n, beta=7.0, backend="native")
-    assert torch.equal(mask, soft_topk(values.float(), 0.4 * n, beta=7.0, backend="native").to(dtype))
-    assert torch.equal(
-        hard_topk(values, 0.4 * n, backend="native"), hard_topk(values.float(), 0.4 * n, backend="native")
-    )
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 8, 17, 64, 256, 257, 5000, 131_072, 140_001])
+@pytest.mark.parametrize("masked", [False, True])
+def test_rows_stored_in_16_bits_are_those_widened(n: int, dtype: torch.dtype, masked: bool) -> None:
+    values = _random(21 if n < 9000 else 2, n, n, dtype)
+    if masked:
+        values[1, 3 * n // 4 :] = -torch.inf
+
+    def found(v: Tensor) -> list[Tensor]:
+        leaf = v.clone().requires_grad_()
+        mask = spartan.soft_topk(leaf, 0.4 * n, beta=7.0, backend="native")
+        upstream = _random(len(v), n, n + 1).to(dtype).to(v.dtype)
+        (gradient,) = torch.autograd.grad(mask, leaf, upstream)
+        return [mask.detach(), gradient, hard_topk(v, 0.4 * n, backend="native")]
+
+    for stored, widened in zip(found(values), found(values.float()), strict=True):
+        assert torch.equal(stored, widened.to(stored.dtype))
+
+
+def test_no_row_stored_in_16_bits_is_copied_whole() -> None:
+    for n in (4, 5000, 1_000_000):
+        values = torch.zeros(2, n, dtype=torch.bfloat16)
+        assert rows.Rows(values, None).values.data_ptr() == values.data_ptr()
 
 
 @pytest.mark.parametrize("n", [2, 4, 30, 300])

@@ -2,4 +2,6 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from spartan.layers.topk_autoencoder import AutoencoderLoss, TopKAutoencoder, downstream_gradient
+
+__all__ = ["AutoencoderLoss", "TopKAutoencoder", "downstream_gradient"]

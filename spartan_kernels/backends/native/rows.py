@@ -11,7 +11,6 @@ from spartan_kernels.backends import extension
 __all__ = ["Budgets", "Rows"]
 
 
-_LONGEST_STORED = 131_072  # longer rows of 16-bit numbers are widened whole
 _LONG = 65_536  # rows longer than this may be solved as lists, of which the caller leaves masked entries out
 
 
@@ -22,7 +21,7 @@ class Rows:
         rows, length = values.shape
         cpu, threads = extension.native.cpu, torch.get_num_threads()
         self.dtype, self.long = values.dtype, length > _LONG
-        if self.dtype not in extension.DTYPES or (length > _LONGEST_STORED and values.element_size() == 2):
+        if self.dtype not in extension.DTYPES:
             self.dtype = torch.float32
         self.values = self.brought(values)
         if self.values.stride(1) != 1 and length > 1:

@@ -18,6 +18,8 @@ struct Saved {
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>) gradient_sums_kernel(Plan plan, Saved saved, Workspace w) {
   const Logit<float> p = saved.logit();
+  const Exponent exponent(p);
+  const float origin = p.origin();
   GradientSums sums;
   walk<T>(
       plan, 0,
@@ -25,7 +27,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) gradient_sums_kernel(P
         const auto g = list.load(static_cast<const T*>(list.extra[0]), x.first, x.live);
 #pragma unroll
         for (int j = 0; j < Lanes<T>::kCount; ++j) {
-          if (j < x.live && !masked(x.u[j])) sums.add(p, x.u[j], x.a[j], to_float(g.lane[j]));
+          if (j < x.live && !masked(x.u[j])) sums.add(exponent, origin, x.u[j], x.a[j], to_float(g.lane[j]));
         }
       },
       [&] { sums.flush(); });
@@ -37,6 +39,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) gradient_sums_kernel(P
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>) gradient_kernel(Plan plan, Saved saved) {
   const Logit<float> p = saved.logit();
+  const Exponent exponent(p);
   const float r = static_cast<float>(saved.scalars[0]);
   walk<T>(
       plan, 1,
@@ -45,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) gradient_kernel(Plan p
         Pack<T, Lanes<T>::kCount> of_values, of_costs;
 #pragma unroll
         for (int j = 0; j < Lanes<T>::kCount; ++j) {
-          const Sigmoid sig(logit_at(p, x.u[j]));
+          const Sigmoid sig(exponent.at(x.u[j]));
           const float pull = p.beta * sig.slope() * (to_float(g.lane[j]) / x.a[j] - r), out = masked(x.u[j]) ? 0.0f : pull;
           of_values.lane[j] = from_float<T>(out);
           of_costs.lane[j] = from_float<T>(masked(x.u[j]) ? 0.0f : -out * x.u[j] - r * sig.m);

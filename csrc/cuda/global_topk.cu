@@ -91,6 +91,7 @@ __device__ void one_pass(const Plan& plan, const Workspace& w, double enough, Bi
   const bool searching = solve->searching;
   const Selection cut = solve->cut;
   const Logit<float> p = solve->search.logit<float>();
+  const Exponent exponent(p, p.sign);
   Histogram histogram(cut);
   MomentSums moments;
   float low = INFINITY, high = -INFINITY;
@@ -109,7 +110,7 @@ __device__ void one_pass(const Plan& plan, const Workspace& w, double enough, Bi
           low = x.u[j] < low ? x.u[j] : low;
           high = x.u[j] > high ? x.u[j] : high;
           moments.mass += x.u[j] * 0.0f;  // NaN for what is not finite
-          if (searching) moments.add(p, x.u[j], x.a[j]);
+          if (searching) moments.add(exponent, x.u[j], x.a[j]);
           if (histogram.wanted) histogram.add(bins, cut, x.u[j], x.a[j]);
         }
       },
@@ -281,6 +282,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) write_kernel(Plan plan
   Solve* solve = w.solve;
   const Selection cut = solve->cut;
   const Logit<float> p = solve->search.logit<float>();
+  const Exponent exponent(p);
   const float of_masked = mask_of_masked(solve->search);
   const bool smaller = p.sign > 0.0f, collecting = cut.stage == Stage::candidates;
   float some = 0.0f;
@@ -293,7 +295,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) write_kernel(Plan plan
           Pack<T, kCount> soft;
 #pragma unroll
           for (int j = 0; j < kCount; ++j) {
-            const Sigmoid side(logit_at(p, x.u[j]));
+            const Sigmoid side(exponent.at(x.u[j]));
             soft.lane[j] = from_float<T>(masked(x.u[j]) ? of_masked : side.m);
             some += masked(x.u[j]) ? 0.0f : x.a[j] * (smaller ? side.m : side.complement);
           }
@@ -323,7 +325,7 @@ __global__ void __launch_bounds__(kThreads, 2) again_kernel(Plan plan, Request r
   if (!now(&w.solve->again)) return;
   const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
   settle<T>(plan, w, &bins, grid);
-  const Logit<float> p = w.solve->search.logit<float>();
+  const Exponent exponent(w.solve->search.logit<float>());
   const float of_masked = mask_of_masked(w.solve->search);
   walk<T>(
       plan, w.counts->passes,
@@ -331,7 +333,7 @@ __global__ void __launch_bounds__(kThreads, 2) again_kernel(Plan plan, Request r
         Pack<T, Lanes<T>::kCount> soft;
 #pragma unroll
         for (int j = 0; j < Lanes<T>::kCount; ++j)
-          soft.lane[j] = from_float<T>(masked(x.u[j]) ? of_masked : Sigmoid(logit_at(p, x.u[j])).m);
+          soft.lane[j] = from_float<T>(masked(x.u[j]) ? of_masked : Sigmoid(exponent.at(x.u[j])).m);
         list.store(static_cast<T*>(list.extra[0]), x, soft);
       },
       [] {});

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import spartan.functional as F
-from bench.case import Settings, Work, case
+from bench.case import Peer, Settings, Work, case
 from bench.checks import check_close
 from bench.inputs import normal, rotating
 from bench.peers import eager, matmul
 from spartan_kernels import BlockSparseWeight, ops
+from spartan_kernels.float8 import rounded_rows
 
 _SHAPE = (768, 3072)  # the first layer of a transformer's MLP: in, out
 _OTHER_SHAPES = ((3072, 768), (1024, 4096))
@@ -161,6 +162,41 @@ def _packed(p: Problem, only: tuple[str, ...] | None = None) -> Work:
     )
 
 
+def packed_float8(p: Problem, peers: dict[str, Peer | str], operands: Sequence[tuple[Tensor, ...]]) -> Work:
+    """Packed blocks in 8 bits, checked against the product of the rounded numbers."""
+    weight = BlockSparseWeight.from_dense(p.masked, p.block, p.mask).to_float8()
+    exact = weight.to_dense().double()
+    multiplied = exact.to(p.s.dtype)
+
+    def check(y: Tensor, x: Tensor) -> None:
+        rows, scales = rounded_rows(x[_few(x.shape[0])])
+        numbers = rows.double() * scales.double()
+        reference = numbers @ exact.mT
+        # the tensor cores add products in 8 bits in fewer bits than float32
+        floor = (2 * torch.finfo(y.dtype).eps + 2**-12) * reference.abs().max()
+        check_close(y[_few(x.shape[0])], reference, numbers.to(p.s.dtype) @ multiplied.mT, floor, name="y")
+
+    return p.work(
+        passes=1,
+        ours=lambda x: ops.block_sparse_linear(x, weight, backend=p.s.backend),
+        operands=operands,
+        check=check,
+        peers=peers,
+    )
+
+
+def float8_peers(p: Problem, x: Tensor) -> dict[str, Peer | str]:
+    """Dense products, in the dtype of x and in 8 bits, or why there is none."""
+    found = matmul.peers(p.masked, p.block, (x,), ("dense", "dense float8"))
+    found.setdefault("dense float8", "its products in 8 bits are those of a GPU")
+    return found
+
+
+def _float8(p: Problem) -> Work:
+    operands = rotating(p.s, p.x_bytes + p.y_bytes, lambda i: (p.x(i),))
+    return packed_float8(p, float8_peers(p, operands[0][0]), operands)
+
+
 def _input_gradient(p: Problem) -> Work:
     def ours(x: Tensor, y: Tensor, grad: Tensor) -> Tensor:
         return torch.autograd.grad(y, x, grad, retain_graph=True)[0]
@@ -242,5 +278,7 @@ for _block, _sparsity, _shape in itertools.product((*_GPU_BLOCKS, *_TALL_BLOCKS)
     _quick = _shape == _GPU_SHAPES[0] and (_block, _sparsity) in _GPU_QUICK
     _where: dict[str, Any] = {"shape": _shape, "tokens": _GPU_TOKENS, "quick": _quick, "gpu": True}
     _register("many-tokens-forward", _forward, _block, _sparsity, **_where)
+    if _sparsity in (0.8, 0.9):
+        _register("many-tokens-packed-float8", _float8, _block, _sparsity, **_where)
     if _block in _GPU_BLOCKS:
         _register("many-tokens-forward-backward", _forward_backward, _block, _sparsity, **_where)

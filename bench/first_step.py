@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from unittest import mock
 
-PROCESSORS = 132  # of an H100
+from spartan_kernels.h100 import PROCESSORS
 
 
 @dataclass(frozen=True)

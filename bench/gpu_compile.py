@@ -125,7 +125,7 @@ def _judged(row: Row, target: Target, tensor_cores: bool) -> Row:
     return row
 
 
-def _cuda_resources(cubin: bytes, ptx: str) -> tuple[int, int]:
+def cuda_resources(cubin: bytes, ptx: str) -> tuple[int, int]:
     """Registers and spilled bytes. A stack without spills is what a called division or logarithm takes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
@@ -142,7 +142,7 @@ def _cuda_resources(cubin: bytes, ptx: str) -> tuple[int, int]:
     return registers, spilled
 
 
-def _machine_code(cubin: bytes) -> str:
+def machine_code(cubin: bytes) -> str:
     """The listing of the instructions of NVIDIA's GPUs."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
@@ -177,7 +177,7 @@ def _found(pattern: str, text: str) -> str:
     return match.group(1)
 
 
-def _case(module: str, index: int, target: Target, purpose: str = "") -> tuple[Any, Row]:
+def case_of(module: str, index: int, target: Target, purpose: str = "") -> tuple[Any, Row]:
     """Case `index` of a module of the Triton backend, its row so far, and Triton made to compile for the target."""
     import triton
 
@@ -198,7 +198,7 @@ def compile_edges(module: str, index: int, target: Target) -> Row:
 
     from bench import launch_arguments
 
-    case, row = _case(module, index, target, "edges")
+    case, row = case_of(module, index, target, "edges")
     triton.knobs.nvidia.disable_ptxas_opt = True
     try:
         kernels, problems = launch_arguments.refused(case, target)
@@ -212,7 +212,7 @@ def compile_triton(module: str, index: int, target: Target) -> Row:
     """Compile case `index` of a module of the Triton backend, as a launch does."""
     from bench import launch_arguments
 
-    case, row = _case(module, index, target)
+    case, row = case_of(module, index, target)
     warps = max(1, case.num_warps * 32 // target.warp_size) if case.fixed_threads else case.num_warps
     try:
         compiled = launch_arguments.launch(case, target, launch_arguments.integers_of(case))
@@ -220,9 +220,9 @@ def compile_triton(module: str, index: int, target: Target) -> Row:
         return replace(row, problem=f"does not compile: {launch_arguments.first_line(error)}")
     if target.backend == "cuda":
         text = compiled.asm["ptx"]
-        registers, spilled = _cuda_resources(compiled.asm["cubin"], text)
+        registers, spilled = cuda_resources(compiled.asm["cubin"], text)
         # a listing takes as long as compiling does; where nothing is multiplied, nothing in it is asked for
-        code = _machine_code(compiled.asm["cubin"]) if case.tensor_cores else ""
+        code = machine_code(compiled.asm["cubin"]) if case.tensor_cores else ""
     else:
         code = text = compiled.asm["amdgcn"]
         registers, spilled = _amd_resources(text)

@@ -25,7 +25,8 @@ import torch
 
 from bench import gpu_plan, sass
 from bench.columns import print_columns, write_rows
-from bench.gpu_plan import BANDWIDTH, LAUNCH, PlanRow
+from bench.gpu_plan import PlanRow
+from spartan_kernels.h100 import BANDWIDTH, CLOCK, LAUNCH, PROCESSORS, SCHEDULERS, WARP
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TABLES = {
@@ -35,8 +36,6 @@ TABLES = {
     RESULTS / "gpu-few-tokens.csv": "Few tokens and packed single weights, counted for an H100: nothing was run",
 }
 ENTRIES = 25_600_000
-# An H100 SXM: processors, clocks in a second, schedulers of a processor, threads of a warp.
-PROCESSORS, CLOCK, SCHEDULERS, WARP = 132, 1.755e9, 4, 32
 TENSOR_CORE_RATE = 2048  # multiply-adds of bfloat16 in a clock of a processor
 # What rows do not come by that their first round solves, as it does normal values (`tests/test_triton_launch_plan.py`):
 # logarithms, which begin with an exponent made a float, and products in float64.
@@ -240,7 +239,7 @@ def _compiled(subject: Subject) -> tuple[Any, Any, Counter[str]]:
     from bench import gpu_compile, launch_arguments
 
     target = next(t for t in gpu_compile.TARGETS if t.name == "sm_90")
-    case, _ = gpu_compile._case(subject.module, _case_of(subject), target)
+    case, _ = gpu_compile.case_of(subject.module, _case_of(subject), target)
     compiled = launch_arguments.launch(case, target, launch_arguments.integers_of(case))
     return case, compiled, busy(disassembly(compiled.asm["cubin"]), subject)
 
@@ -248,7 +247,7 @@ def _compiled(subject: Subject) -> tuple[Any, Any, Counter[str]]:
 def _registers(compiled: Any) -> int:
     from bench import gpu_compile
 
-    return gpu_compile._cuda_resources(compiled.asm["cubin"], compiled.asm["ptx"])[0]
+    return gpu_compile.cuda_resources(compiled.asm["cubin"], compiled.asm["ptx"])[0]
 
 
 def count(subject: Subject) -> CountRow:

@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from bench import gpu_counts
-from bench.gpu_counts import CLOCK, PROCESSORS, SCHEDULERS, WARP
-from bench.gpu_plan import BANDWIDTH, LAUNCH
 from spartan_kernels.break_even import TOKEN_GROUP, single_weights_lines
+from spartan_kernels.h100 import BANDWIDTH, CLOCK, LAUNCH, PROCESSORS, SCHEDULERS, WARP
 
 SIDE = 4096  # inputs and outputs of the layer
 _ZEROS = (50, 60, 70, 80, 90, 95)  # percent

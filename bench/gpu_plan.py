@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from bench.columns import print_columns
+from spartan_kernels.h100 import BANDWIDTH, LAUNCH
 from spartan_kernels.tiles import default_tile
 
 if TYPE_CHECKING:
@@ -28,9 +29,7 @@ _HOPPER = 90
 _WIDTH = 2  # bytes of bfloat16
 _TENSOR_CORES = {2: 800e12, 1: 1600e12}  # operations in a second, by bytes of what is multiplied
 _L2_BANDWIDTH = 5.5e12  # bytes in a second, from the L2 cache into all processors
-BANDWIDTH = 3.35e12  # bytes in a second, from memory
 FLOAT8_FORWARD = "forward, float8"
-LAUNCH = 1.5  # microseconds from one launch of a stream to the next: assumed, for those too that find nothing to do
 
 
 @dataclass(frozen=True)

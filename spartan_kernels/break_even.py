@@ -23,6 +23,8 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
 
+from spartan_kernels.h100 import BANDWIDTH, CLOCK, LAUNCH, PROCESSORS
+
 __all__ = [
     "Crossing",
     "Surface",
@@ -59,9 +61,6 @@ _CALL = 2e6
 # The same where the mask moves and its blocks are found and gathered for each product, and what that takes besides, in
 # tokens of the dense one: mean of y and the gradient of x, single weights, 2048 x 2048 and 3072 x 768.
 _NARROW = 8  # a side of fewer weights than this
-# An H100, for what `bench.gpu_counts` counts: in a microsecond, bytes from memory, and lines from the L1 caches of all
-# processors; and microseconds from one launch to the next.
-_GPU_BYTES, _GPU_LINES, _GPU_LAUNCH = 3.35e6, 132 * 1755.0, 1.5
 _LINE, _LANES, _COLUMN = 128, 32, 2  # bytes of a line, weights that are read side by side, bytes of a column's index
 _MOVING_COST, _MOVING_TOKENS = 3.6, 40
 _COPY_COST = 210.0  # of each value of x and y, which are copied
@@ -166,11 +165,14 @@ def single_weights_lines(density: float, width: int, tokens: int) -> float:
 
 
 def single_weights_on_gpu(density: float, width: int, tokens: int, weights: int) -> float:
-    """Time / time of the dense product, which reads all weights: by the bytes and lines that each reads at least."""
+    """Time / time of the dense product, which reads all weights: by the bytes and lines that each reads at least.
+
+    An L1 cache reads a line in a clock.
+    """
     kept = density * weights
     lines = kept / _LANES * single_weights_lines(density, width, tokens)
-    ours = max(kept * (width + _COLUMN) / _GPU_BYTES, lines / _GPU_LINES)
-    return (_GPU_LAUNCH + ours) / (_GPU_LAUNCH + weights * width / _GPU_BYTES)
+    ours = max(1e6 * kept * (width + _COLUMN) / BANDWIDTH, 1e6 * lines / (PROCESSORS * CLOCK))
+    return (LAUNCH + ours) / (LAUNCH + 1e6 * weights * width / BANDWIDTH)
 
 
 def whole_block(device: torch.device, dtype: torch.dtype, tokens: int) -> tuple[int, int] | None:

@@ -18,6 +18,7 @@ from bench.peers import matmul
 from bench.run import PeerResult, Report, Result, run_case
 from bench.timing import Sample
 from spartan_kernels import ops
+from spartan_kernels.float8 import rounded_rows
 
 QUICK = Settings(quick=True)
 SIZE = 16
@@ -226,3 +227,21 @@ def test_products_are_told_by_the_peak_of_multiply_adds(tmp_path: Path) -> None:
     assert table.count("| packed |") == 2
     assert "of 2 GFLOP/s" in table
     assert "a machine (family 25 model 17), kernels for AVX2" in table
+
+
+def test_the_float8_peer_multiplies_rounded_rows() -> None:
+    x, weight = torch.randn(48, 128, dtype=torch.bfloat16), torch.randn(80, 128, dtype=torch.bfloat16)
+    rows = [rounded_rows(t * torch.rand(t.shape[0], 1)) for t in (x, weight)]
+    try:
+        y = matmul.scaled_product(*rows, torch.bfloat16)
+    except (NotImplementedError, RuntimeError) as error:
+        pytest.skip(f"this PyTorch multiplies in 8 bits on GPUs alone: {error}")
+    left, right = (numbers.double() * scales.double() for numbers, scales in rows)
+    exact = left @ right.T
+    assert float((y.double() - exact).abs().max() / exact.abs().max()) < 2**-7
+
+
+def test_the_float8_peer_says_that_it_needs_a_gpu() -> None:
+    assert CASES["masked_matmul/many-tokens-packed-float8-4096x4096-block-128-sparsity-90"].gpu
+    with pytest.raises(matmul.Missing, match="GPU"):
+        matmul.dense_float8(block_weight(), (SIZE, SIZE))

@@ -65,7 +65,7 @@ def test_the_operators_pass_their_own_tests(emulated: Path, files: tuple[str, ..
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize(("name", "seed"), [("lists", 2), ("matmul", 3)])
+@pytest.mark.parametrize(("name", "seed"), [("lists", 2), ("matmul", 3), ("rows", 4)])
 def test_every_way_through_the_kernels(emulated: Path, name: str, seed: int) -> None:
     environment = environment_of(emulated, seed)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.cuda_emulator.plugin", "-p", "no:cacheprovider"]
@@ -82,7 +82,8 @@ import torch
 from spartan_kernels import ops
 from spartan_kernels.testing import make_costs, make_values, oracle_hard_topk, oracle_soft_topk, total_cost
 
-for n in (1, 2, 4, 5, 16, 17, 64, 65, 256, 257, 8192, 8193, 15_361):  # the emulator's shared memory ends at 15,360
+lengths = (1, 2, 4, 5, 16, 17, 64, 65, 256, 257, 1024, 1025, 4096, 4097, 8192, 8193)
+for n in (*lengths, 15_361):  # the emulator's shared memory ends at 15,360
     for kind in ("none", "power_of_two"):
         values = make_values("quantised", (3, n + 2))[:, 1:-1]  # rows that are not side by side
         a = make_costs(kind, values.shape)

@@ -248,7 +248,7 @@ def test_every_entry_has_a_name_of_its_own_that_ends_with_its_backend(monkeypatc
 
 _CPU_ENTRIES = [
     "solve one tensor warm", "solve ResNet-50 cold", "rows 1000000x4", "forward block 32", "dx block 32", "dW block 32",
-    "1 tokens block 32", "1 tokens single weights", "training step ViT-B/16 block 32",
+    "1 tokens block 32", "1 tokens single weights", "float8 block 32", "training step ViT-B/16 block 32",
 ]  # fmt: skip
 
 

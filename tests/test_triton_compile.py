@@ -75,7 +75,7 @@ def test_how_many_programs_a_processor_holds(registers: int, shared: int, warps:
 def test_8_bits_are_added_in_float32_outside_of_tensor_cores_that_would_not(architecture: str, adds: bool) -> None:
     """One addition for each sum and step; Blackwell's tensor cores do it themselves."""
     from bench import compile_driver, launch_arguments
-    from bench.gpu_compile import _machine_code
+    from bench.gpu_compile import machine_code
 
     cases = importlib.import_module("spartan_kernels.backends.triton.masked_matmul").COMPILE_CASES
     label = "block 128 x 128, 8192 tokens, float8"
@@ -83,7 +83,7 @@ def test_8_bits_are_added_in_float32_outside_of_tensor_cores_that_would_not(arch
     machine = next(t for t in TARGETS if t.name == architecture)
     compile_driver.use(machine.backend, machine.arch, machine.warp_size)
     compiled = launch_arguments.launch(case, machine, launch_arguments.integers_of(case))
-    code = _machine_code(compiled.asm["cubin"])
+    code = machine_code(compiled.asm["cubin"])
     sums = case.constexprs["BLOCK_M"] * case.constexprs["BLOCK_N"] // (32 * case.num_warps)
     assert len(re.findall(r"\b(?:QGMMA|UTCQMMA)\b", code)) > 0
     assert len(re.findall(r"\bFADD\b", code)) >= sums if adds else "FADD" not in code

@@ -135,6 +135,18 @@ def _single_weights(backend: str) -> list[Entry]:
     ]
 
 
+def _float8(backend: str, blocks: tuple[int, ...] = products.BLOCKS) -> list[Entry]:
+    return [
+        Entry(
+            f"float8 block {block} 90% zeros {backend}",
+            backend,
+            partial(products.float8, block=block, sparsity=0.9),
+            torch.bfloat16,
+        )
+        for block in blocks
+    ]
+
+
 def _training() -> list[Entry]:
     return [
         Entry(f"training step ViT-B/16 {name}", "triton", partial(training.step, method=method))
@@ -143,7 +155,7 @@ def _training() -> list[Entry]:
 
 
 def entries() -> list[Entry]:
-    """Both backends' solves and rows, the products of Triton at 90% zeros, whole steps, then all the rest."""
+    """Both backends' solves and rows, the products of Triton at 90% zeros, whole steps, float8, then all the rest."""
     found = [entry for backend in _BACKENDS for entry in _solves(backend)]
     found += [entry for backend in _BACKENDS for entry in _all_rows(backend)]
     if records.rehearsing():  # each kind once: the code is the same
@@ -154,10 +166,12 @@ def entries() -> list[Entry]:
             *(entry for entry in _training() if "128" not in entry.name),
             *_few_tokens("triton")[:1],
             *_single_weights("triton")[:1],
+            *_float8("triton", few),
             *_products("cuda", 0.9, few),
         ]
     found += _products("triton", 0.9)
     found += _training()
+    found += _float8("triton")
     found += [entry for backend in _BACKENDS for entry in _few_tokens(backend)] + _single_weights("triton")
     found += _products("cuda", 0.9) + _products("triton", 0.8) + _products("cuda", 0.8)
     return found

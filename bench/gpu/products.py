@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from bench.case import Peer, Settings, Work
-from bench.cases_matmul import Problem, check_product
+from bench.cases_matmul import Problem, check_product, float8_peers, packed_float8
 from bench.peers import matmul
 from spartan_kernels import BlockLayout, BlockSparseWeight, ops
+from spartan_kernels.float8 import rounded_rows
 from spartan_kernels.operands import MaskedLinearBackward
 from spartan_kernels.ops.masked_matmul import masked_linear_backward
 
@@ -71,6 +72,17 @@ def single_weights(s: Settings, sparsity: float, tokens: int) -> Work:
             "copy": _copy(x, x.new_empty(p.rows, p.out), weight.values, weight.values),
         },
     )
+
+
+def float8(s: Settings, block: int, sparsity: float) -> Work:
+    """y = x W^T, W in packed blocks of 8 bits; beside the dense product in 8 bits, with x rounded in it and before."""
+    p = _problem(s, block, sparsity)
+    x = p.x(0)
+    peers = float8_peers(p, x)
+    if callable(peers["dense float8"]):
+        rounded = rounded_rows(x), rounded_rows(p.masked)
+        peers["dense float8, x rounded before"] = lambda x: matmul.scaled_product(*rounded, x.dtype)
+    return packed_float8(p, peers, [(x,)])
 
 
 def _backward(p: Problem, grad: Tensor, x: Tensor, needs: list[bool]) -> list[Tensor]:

@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.case import Peer
+from spartan_kernels.float8 import rounded_rows
 
 _STK_BLOCK = 128  # the block that STK's kernels are written for
 _PROBE_ROWS = 128
 _AGREEMENT = 3e-2  # of the largest entry: packages may multiply in lower precision; wrong blocks are off by far more
+_AGREEMENT_OF_FLOAT8 = 1e-1  # each number of x is rounded by up to 1 / 16
 
 
 class Missing(Exception):
@@ -34,11 +36,13 @@ class Layer:
         forward: x [M, in] -> y [M, out].
         parameter: the packed weight, which a gradient can be asked for; None where the package computes none.
         dense: the weight that `forward` multiplies by, where it is not the one given.
+        agreement: how far off an entry may be, as a part of the largest.
     """
 
     forward: Callable[[Tensor], Tensor]
     parameter: Tensor | None
     dense: Tensor | None = None
+    agreement: float = _AGREEMENT
 
 
 Block = tuple[int, int]  # rows, columns
@@ -49,6 +53,23 @@ def dense(weight: Tensor, block: Block) -> Layer:
     """Zeros multiplied like everything else: MKL or another BLAS on the CPU, cuBLAS on a GPU."""
     w = weight.clone()
     return Layer(lambda x: functional.linear(x, w), w)
+
+
+def dense_float8(weight: Tensor, block: Block) -> Layer:
+    """PyTorch's product in 8 bits, `torch._scaled_mm`: x is rounded by rows in every call, as ours rounds it."""
+    if not weight.is_cuda:
+        raise Missing("its products in 8 bits are those of a GPU")
+    rows, scales = rounded_rows(weight)
+
+    def forward(x: Tensor) -> Tensor:
+        return scaled_product(rounded_rows(x), (rows, scales), x.dtype)
+
+    return Layer(forward, None, (rows.float() * scales).to(weight.dtype), _AGREEMENT_OF_FLOAT8)
+
+
+def scaled_product(x: tuple[Tensor, Tensor], weight: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    """x W^T of rows in 8 bits and their scales."""
+    return torch._scaled_mm(x[0], weight[0].mT, x[1], weight[1].mT, out_dtype=dtype)
 
 
 def _bsr(weight: Tensor, block: Block) -> Tensor:
@@ -159,6 +180,7 @@ CPU: dict[str, Builder] = {
 }
 GPU: dict[str, Builder] = {
     "dense": dense,
+    "dense float8": dense_float8,
     "torch BSR": torch_bsr,
     "torch CSR": torch_csr,
     "torch BSR, Triton": torch_bsr_triton,
@@ -201,7 +223,7 @@ def _ready(build: Builder, weight: Tensor, block: Block, example: tuple[Tensor, 
     expected = few[1] @ multiplied if len(example) == 2 else functional.linear(few[0], multiplied)
     got = result[0] if isinstance(result, tuple) else result
     error = float((got - expected).abs().max() / expected.abs().max())
-    return run if error <= _AGREEMENT else f"its result is wrong by {error:.0%} of the largest entry"
+    return run if error <= layer.agreement else f"its result is wrong by {error:.0%} of the largest entry"
 
 
 def _forward_backward(layer: Layer) -> Peer:

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -103,8 +104,42 @@ inline unsigned blocks_for(int64_t items, int64_t per_block, int64_t limit = 0x7
   return static_cast<unsigned>(std::clamp<int64_t>((items + per_block - 1) / per_block, 1, limit));
 }
 
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+__device__ inline int bits_of(float x) { return std::bit_cast<int>(x); }
+
 // An entry of -inf is as if it were not there: its mask is 0, and it costs nothing of the budget.
 __device__ inline bool masked(float u) { return u == -INFINITY; }
+
+// 2^x and 1 / x by one instruction each, to about a unit in the last place.
+__device__ inline float fast_exp2(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return emulator::rounded_exp2(x);
+#endif
+}
+__device__ inline float fast_reciprocal(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return emulator::rounded_reciprocal(x);
+#endif
+}
+// 1 / x to rounding, for x of which 1 / x is a normal number.
+__device__ inline float reciprocal(float x) {
+  const float y = fast_reciprocal(x);
+  return fmaf(y, fmaf(-x, y, 1.0f), y);
+}
+// log(x / y) of positive numbers to 0.06, from their exponents and as if mantissas were logarithms.
+__device__ inline float rough_log(float x, float y) {
+  constexpr float kToLog = 0.6931471805599453f / (1 << 23);
+  return static_cast<float>(bits_of(x) - bits_of(y)) * kToLog;
+}
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -130,6 +165,11 @@ template <class T, int V>
 struct alignas(sizeof(T) * V) Pack {
   T lane[V];
 };
+
+template <int V, class T>
+__device__ inline bool aligned_to(const T* at) {
+  return reinterpret_cast<uintptr_t>(at) % sizeof(Pack<T, V>) == 0;
+}
 
 template <int V, class T>
 __device__ inline Pack<T, V> load_pack(const T* from) {
@@ -177,14 +217,18 @@ __device__ inline void store_streamed(T* to, const Pack<T, V>& pack) {
 // What to do with the numbers that are reduced together: the first `sums` are added, of the rest the largest is kept.
 template <int sums>
 struct SumsThenMaxima {
-  __device__ double operator()(double x, double y, int n) const { return n < sums ? x + y : (x > y ? x : y); }
+  template <class Number>
+  __device__ Number operator()(Number x, Number y, int n) const {
+    return n < sums ? x + y : (x > y ? x : y);
+  }
   __device__ double identity(int n) const { return n < sums ? 0.0 : -INFINITY; }
 };
 
 // Reduces x over the kGroup neighbouring threads that work together, in an order that never changes; all of them get the
 // same bits. A group wider than a warp is the whole thread block, all of whose threads must call this.
-template <int kGroup, int N, class Op>
-__device__ inline void group_reduce(double (&x)[N], Op op) {
+template <int kGroup, class Number, int N, class Op>
+__device__ inline void group_reduce(Number (&x)[N], Op op) {
+  if constexpr (kGroup == 1) return;
   constexpr int kLanes = kGroup < kWarp ? kGroup : kWarp;
   const unsigned lane = threadIdx.x % kWarp;
   const unsigned group = kLanes == kWarp ? 0xffffffffu : ((1u << (kLanes % kWarp)) - 1) << (lane / kLanes * kLanes);
@@ -194,7 +238,7 @@ __device__ inline void group_reduce(double (&x)[N], Op op) {
     for (int n = 0; n < N; ++n) x[n] = op(x[n], __shfl_xor_sync(group, x[n], offset), n);
   }
   if constexpr (kGroup > kWarp) {
-    __shared__ double parts[N][kGroup / kWarp];
+    __shared__ Number parts[N][kGroup / kWarp];
     if (lane == 0) {
       for (int n = 0; n < N; ++n) parts[n][threadIdx.x / kWarp] = x[n];
     }
@@ -207,8 +251,8 @@ __device__ inline void group_reduce(double (&x)[N], Op op) {
   }
 }
 
-template <int kGroup, int N>
-__device__ inline void group_sums(double (&x)[N]) {
+template <int kGroup, class Number, int N>
+__device__ inline void group_sums(Number (&x)[N]) {
   group_reduce<kGroup>(x, SumsThenMaxima<N>{});
 }
 

@@ -18,14 +18,16 @@ struct Saved {
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>) gradient_sums_kernel(Plan plan, Saved saved, Workspace w) {
   const Logit<float> p = saved.logit();
+  const Exponent exponent(p);
+  const float origin = p.origin();
   GradientSums sums;
   walk<T>(
       plan, 0,
       [&](const Entries<T>& list, const Lanes<T>& x) {
-        const auto g = list.load(static_cast<const T*>(list.extra[0]), x.first, x.live);
+        const auto g = list.load(static_cast<const T*>(list.extra[0]), x);
 #pragma unroll
         for (int j = 0; j < Lanes<T>::kCount; ++j) {
-          if (j < x.live && !masked(x.u[j])) sums.add(p, x.u[j], x.a[j], to_float(g.lane[j]));
+          if (j < x.live && !masked(x.u[j])) sums.add(exponent, origin, x.u[j], x.a[j], to_float(g.lane[j]));
         }
       },
       [&] { sums.flush(); });
@@ -37,15 +39,16 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) gradient_sums_kernel(P
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident<T>) gradient_kernel(Plan plan, Saved saved) {
   const Logit<float> p = saved.logit();
+  const Exponent exponent(p);
   const float r = static_cast<float>(saved.scalars[0]);
   walk<T>(
       plan, 1,
       [&](const Entries<T>& list, const Lanes<T>& x) {
-        const auto g = list.load(static_cast<const T*>(list.extra[0]), x.first, x.live);
+        const auto g = list.load(static_cast<const T*>(list.extra[0]), x);
         Pack<T, Lanes<T>::kCount> of_values, of_costs;
 #pragma unroll
         for (int j = 0; j < Lanes<T>::kCount; ++j) {
-          const Sigmoid sig(logit_at(p, x.u[j]));
+          const Sigmoid sig(exponent.at(x.u[j]));
           const float pull = p.beta * sig.slope() * (to_float(g.lane[j]) / x.a[j] - r), out = masked(x.u[j]) ? 0.0f : pull;
           of_values.lane[j] = from_float<T>(out);
           of_costs.lane[j] = from_float<T>(masked(x.u[j]) ? 0.0f : -out * x.u[j] - r * sig.m);
@@ -57,8 +60,10 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) gradient_kernel(Plan p
 }
 
 template <class T>
-void gradient(const Plan& plan, const Saved& saved, bool cost_arrays, bool cost_grad, const Workspace& w, Launches run) {
+void gradient(const Table& table, const Plan& plan, const Saved& saved, bool cost_arrays, bool cost_grad, const Workspace& w,
+              Launches run) {
   const int value = sizeof(T), read = 2 * value + (cost_arrays ? value : 0);
+  send_all(Delivery(table, plan, w.counts, w.cleared), run);
   run({"gradient_sums", read, 0, 1, 1}, &gradient_sums_kernel<T>, plan, saved, w);
   run({"gradient", read, value + (cost_grad ? value : 0), 1, 1}, &gradient_kernel<T>, plan, saved);
 }
@@ -69,15 +74,17 @@ void soft_topk_global_backward(Dtype dtype, Table table, const double* threshold
                                void* workspace, Stream stream) {
   const Plan sizes(table);
   const Workspace w(workspace, sizes);
-  const Plan plan = prepare(table, sizes, w, stream);
-  SPARTAN_CUDA_DISPATCH(gradient<T>(plan, {threshold, beta, scalars}, false, false, w, Launches(plan, kResident<T>, stream)))
+  const Plan plan = placed(sizes, w);
+  const Saved saved{threshold, beta, scalars};
+  SPARTAN_CUDA_DISPATCH(gradient<T>(table, plan, saved, false, false, w, Launches(plan, kResident<T>, stream)))
 }
 
 std::vector<LaunchNote> soft_topk_global_backward_launches(Dtype dtype, bool cost_arrays, bool cost_grad) {
   std::vector<LaunchNote> notes;
-  const Plan plan(Table{nullptr, 0});
+  const Table table{nullptr, 0};
+  const Plan plan(table);
   const Workspace w(nullptr, plan);
-  SPARTAN_CUDA_DISPATCH(gradient<T>(plan, {}, cost_arrays, cost_grad, w, Launches(&notes)))
+  SPARTAN_CUDA_DISPATCH(gradient<T>(table, plan, {}, cost_arrays, cost_grad, w, Launches(&notes)))
   return notes;
 }
 

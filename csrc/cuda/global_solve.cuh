@@ -81,9 +81,9 @@ class Launches {
     else launch(stream_, kernel, grid_, kThreads, arguments...);
   }
   template <class... Parameters, class... Arguments>
-  void alone(const LaunchNote& note, int threads, void (*kernel)(Parameters...), Arguments... arguments) {
+  void alone(const LaunchNote& note, void (*kernel)(Parameters...), Arguments... arguments) {
     if (notes_ != nullptr) notes_->push_back(note);
-    else launch(stream_, kernel, 1, threads, arguments...);
+    else launch(stream_, kernel, 1, kThreads, arguments...);
   }
   template <class... Parameters, class... Arguments>
   void together(const LaunchNote& note, void (*kernel)(Parameters...), Arguments... arguments) {
@@ -98,12 +98,20 @@ class Launches {
   std::vector<LaunchNote>* notes_;
 };
 
-inline Plan prepare(const Table& table, Plan plan, const Workspace& w, Stream stream) {
+inline Plan placed(Plan plan, const Workspace& w) {
   plan.parts = w.parts;
-  check(cudaSetDevice(stream.device));
-  check(cudaMemsetAsync(w.counts, 0, static_cast<size_t>(w.cleared), static_cast<cudaStream_t>(stream.handle)));
-  send_table(table, plan, stream);
   return plan;
+}
+
+// Sends the whole table, or all but the end of it, which the next launch takes along.
+inline void send_all(Delivery delivery, Launches& run) {
+  do {
+    run.alone({"send", 0, 0, 1, 1}, &send_kernel, delivery.next());
+  } while (delivery.left() > 0);
+}
+inline Sent send_but_last(Delivery delivery, Launches& run) {
+  while (delivery.left() > kSent) run.alone({"send", 0, 0, 1, 1}, &send_kernel, delivery.next());
+  return delivery.next();
 }
 
 }  // namespace spartan::cuda

@@ -5,7 +5,7 @@
 
 namespace spartan::cuda {
 
-constexpr int kSampleThreads = 256;
+constexpr int kSampleThreads = kThreads;
 constexpr int kSampleEach = 16;
 constexpr int kSample = kSampleThreads * kSampleEach;
 constexpr double kSampleMargin = 5.0;   // standard deviations of a rank in the sample, each side of the range
@@ -112,9 +112,9 @@ __device__ inline Start start_warm(const double* state) {
   return start;
 }
 
-// One thread block.
+// By a whole thread block.
 template <class T>
-__global__ void __launch_bounds__(kSampleThreads, 1) start_kernel(Plan plan, Request request, Workspace w) {
+__device__ void start(const Plan& plan, const Request& request, const Workspace& w) {
   Solve* solve = w.solve;
   const double total = request.priced ? solve->total : static_cast<double>(plan.length);
   const double cheapest = request.priced ? solve->cheapest : 1.0, dearest = request.priced ? solve->dearest : 1.0;
@@ -128,18 +128,24 @@ __global__ void __launch_bounds__(kSampleThreads, 1) start_kernel(Plan plan, Req
     searching = request.soft && !search.constant(), counting = cut.stage == Stage::range;
     if (threadIdx.x == 0) solve->search = search, solve->cut = cut;
   }
-  Start start;
-  if (request.state != nullptr && request.state[kStateSolves] >= 1.0) start = start_warm(request.state);
-  else if (searching || counting) start = start_cold<T>(plan, searching, beta, budget, total, counting);
+  Start from;
+  if (request.state != nullptr && request.state[kStateSolves] >= 1.0) from = start_warm(request.state);
+  else if (searching || counting) from = start_cold<T>(plan, searching, beta, budget, total, counting);
   if (threadIdx.x != 0) return;
-  solve->search.t = fabs(start.t) < INFINITY ? start.t : 0.0;
-  solve->search.centre_from(start.low, start.high);
-  solve->cut.look_within(start.first, start.last);
+  solve->search.t = fabs(from.t) < INFINITY ? from.t : 0.0;
+  solve->search.centre_from(from.low, from.high);
+  solve->cut.look_within(from.first, from.last);
   solve->trials = Trials{};
-  solve->window = start.window;
+  solve->window = from.window;
   solve->soft = request.soft;
   solve->searching = searching;
   solve->pending = searching || counting;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1) start_kernel(Plan plan, Request request, Workspace w, Sent sent) {
+  sent.arrive();
+  start<T>(plan, request, w);
 }
 
 }  // namespace spartan::cuda

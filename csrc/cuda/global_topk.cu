@@ -1,11 +1,14 @@
 // Soft and hard top-k of a list of tensors under one budget, in a fixed number of launches that the host never waits for:
 //
-//   costs    their sum and range, where there are any
+//   send     the table of the tensors, 40 of them in a launch; the last go along with the start where nothing has a cost
+//   costs    where there are any: their sum and range; its last thread block goes on to the start
 //   start    a trial threshold and a range of keys for the hard one, from the last solves or from a sample
-//   survey   one read: moments at the trial, and where in the range the budget runs out
-//   settle   the same again while either is still open, and who is kept of too many ties
+//   search   one read: moments at the trial, and where in the range the budget runs out; the same again while either is
+//            still open, and who is kept of too many ties
 //   write    one read: both masks, and the sum of the soft one; the last few entries at the hard threshold are sorted
 //   again    the soft mask once more, only if that sum missed the budget
+//
+// What follows from the sums of a pass is done by the last thread block that arrives with its own.
 //
 // A captured graph may be replayed with other values, budgets and sharpness, which are read on the device. It holds the
 // addresses of the tensors: these must stay.
@@ -16,8 +19,10 @@
 namespace spartan::cuda {
 namespace {
 
+constexpr int kCostsResident = 2;  // the start needs registers
+
 template <class T>
-__global__ void __launch_bounds__(kThreads, 1) costs_kernel(Plan plan, Workspace w) {
+__global__ void __launch_bounds__(kThreads, kCostsResident) costs_kernel(Plan plan, Request request, Workspace w) {
   double sum = 0.0;
   float cheapest = INFINITY, dearest = -INFINITY, poison = 0.0f;
   const auto add = [&](float a, double times) {
@@ -46,11 +51,15 @@ __global__ void __launch_bounds__(kThreads, 1) costs_kernel(Plan plan, Workspace
     }
   }
   double sums[4] = {sum, static_cast<double>(poison), -static_cast<double>(cheapest), static_cast<double>(dearest)};
-  if (!grid_reduce(sums, SumsThenMaxima<2>{}, w.partials, &w.solve->ticket) || threadIdx.x != 0) return;
-  w.solve->total = sums[0];
-  w.solve->poison = sums[1];
-  w.solve->cheapest = -sums[2];
-  w.solve->dearest = sums[3];
+  if (!grid_reduce(sums, SumsThenMaxima<2>{}, w.partials, &w.solve->ticket)) return;
+  if (threadIdx.x == 0) {
+    w.solve->total = sums[0];
+    w.solve->poison = sums[1];
+    w.solve->cheapest = -sums[2];
+    w.solve->dearest = sums[3];
+  }
+  __syncthreads();
+  start<T>(plan, request, w);
 }
 
 // ---- Survey.
@@ -91,6 +100,7 @@ __device__ void one_pass(const Plan& plan, const Workspace& w, double enough, Bi
   const bool searching = solve->searching;
   const Selection cut = solve->cut;
   const Logit<float> p = solve->search.logit<float>();
+  const Exponent exponent(p, p.sign);
   Histogram histogram(cut);
   MomentSums moments;
   float low = INFINITY, high = -INFINITY;
@@ -109,7 +119,7 @@ __device__ void one_pass(const Plan& plan, const Workspace& w, double enough, Bi
           low = x.u[j] < low ? x.u[j] : low;
           high = x.u[j] > high ? x.u[j] : high;
           moments.mass += x.u[j] * 0.0f;  // NaN for what is not finite
-          if (searching) moments.add(p, x.u[j], x.a[j]);
+          if (searching) moments.add(exponent, x.u[j], x.a[j]);
           if (histogram.wanted) histogram.add(bins, cut, x.u[j], x.a[j]);
         }
       },
@@ -126,23 +136,18 @@ __device__ void one_pass(const Plan& plan, const Workspace& w, double enough, Bi
   learn(sums, moments.moments(), alone(plan) || solve->again ? 0.0 : enough, solve, w.counts);
 }
 
-constexpr int kSurveysResident = 2;  // three a processor would spill on sm_100
-
-template <class T>
-__global__ void __launch_bounds__(kThreads, kSurveysResident) survey_kernel(Plan plan, Workspace w) {
-  __shared__ Bins bins;
-  one_pass<T>(plan, w, kLastStep, &bins);
-}
+constexpr int kSearchesResident = 2;  // three a processor would spill on sm_100
 
 __device__ inline bool now(const bool* flag) { return *static_cast<const volatile bool*>(flag); }
 
-// Passes while there is something left to find. The thread blocks wait for each other after each.
+// Passes while there is something left to find, or one at least. The thread blocks wait for each other after each.
 template <class T>
-__device__ void settle(const Plan& plan, const Workspace& w, Bins* bins, const cooperative_groups::grid_group& grid) {
-  while (now(&w.solve->pending)) {
-    grid.sync();  // all have seen that it goes on before the last of them changes that
+__device__ void settle(const Plan& plan, const Workspace& w, Bins* bins, const cooperative_groups::grid_group& grid, bool one) {
+  for (bool go_on = one || now(&w.solve->pending); go_on; go_on = now(&w.solve->pending)) {
+    if (!one) grid.sync();  // all have seen that it goes on before the last of them changes that
     one_pass<T>(plan, w, kLastStep, bins);
     grid.sync();
+    one = false;
   }
 }
 
@@ -221,11 +226,12 @@ __device__ void count_ties(const Plan& plan, const Workspace& w) {
   if (grid_reduce(none, SumsThenMaxima<1>{}, w.partials, &w.solve->ticket)) resolve_ties<T>(plan, w);
 }
 
+// One pass at least, which finds what is masked or not finite.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) settle_kernel(Plan plan, Workspace w) {
+__global__ void __launch_bounds__(kThreads, kSearchesResident) search_kernel(Plan plan, Workspace w) {
   __shared__ Bins bins;
   const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
-  settle<T>(plan, w, &bins, grid);
+  settle<T>(plan, w, &bins, grid, true);
   if (w.solve->cut.stage == Stage::ties) count_ties<T>(plan, w);
 }
 
@@ -281,6 +287,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) write_kernel(Plan plan
   Solve* solve = w.solve;
   const Selection cut = solve->cut;
   const Logit<float> p = solve->search.logit<float>();
+  const Exponent exponent(p);
   const float of_masked = mask_of_masked(solve->search);
   const bool smaller = p.sign > 0.0f, collecting = cut.stage == Stage::candidates;
   float some = 0.0f;
@@ -293,7 +300,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) write_kernel(Plan plan
           Pack<T, kCount> soft;
 #pragma unroll
           for (int j = 0; j < kCount; ++j) {
-            const Sigmoid side(logit_at(p, x.u[j]));
+            const Sigmoid side(exponent.at(x.u[j]));
             soft.lane[j] = from_float<T>(masked(x.u[j]) ? of_masked : side.m);
             some += masked(x.u[j]) ? 0.0f : x.a[j] * (smaller ? side.m : side.complement);
           }
@@ -322,8 +329,8 @@ __global__ void __launch_bounds__(kThreads, 2) again_kernel(Plan plan, Request r
   __shared__ Bins bins;
   if (!now(&w.solve->again)) return;
   const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
-  settle<T>(plan, w, &bins, grid);
-  const Logit<float> p = w.solve->search.logit<float>();
+  settle<T>(plan, w, &bins, grid, false);
+  const Exponent exponent(w.solve->search.logit<float>());
   const float of_masked = mask_of_masked(w.solve->search);
   walk<T>(
       plan, w.counts->passes,
@@ -331,7 +338,7 @@ __global__ void __launch_bounds__(kThreads, 2) again_kernel(Plan plan, Request r
         Pack<T, Lanes<T>::kCount> soft;
 #pragma unroll
         for (int j = 0; j < Lanes<T>::kCount; ++j)
-          soft.lane[j] = from_float<T>(masked(x.u[j]) ? of_masked : Sigmoid(logit_at(p, x.u[j])).m);
+          soft.lane[j] = from_float<T>(masked(x.u[j]) ? of_masked : Sigmoid(exponent.at(x.u[j])).m);
         list.store(static_cast<T*>(list.extra[0]), x, soft);
       },
       [] {});
@@ -339,12 +346,17 @@ __global__ void __launch_bounds__(kThreads, 2) again_kernel(Plan plan, Request r
 }
 
 template <class T>
-void solve(const Plan& plan, const Request& request, bool cost_arrays, const Workspace& w, Launches run) {
+void solve(const Table& table, const Plan& plan, const Request& request, bool cost_arrays, const Workspace& w, Launches run) {
   const int value = sizeof(T), cost = cost_arrays ? value : 0, written = (request.soft ? value : 0) + (request.hard ? 1 : 0);
-  if (request.priced) run({"costs", cost, 0, 1, 1}, &costs_kernel<T>, plan, w);
-  run.alone({"start", 0, 0, 1, 1}, kSampleThreads, &start_kernel<T>, plan, request, w);
-  run.with(kSurveysResident)({"survey", value + cost, 0, 1, 1}, &survey_kernel<T>, plan, w);
-  run.together({"settle", value + cost, 0, request.soft ? 1 : 0, 0}, &settle_kernel<T>, plan, w);
+  const Delivery delivery(table, plan, w.counts, w.cleared);
+  if (request.priced) {
+    send_all(delivery, run);
+    run.with(kCostsResident)({"costs", cost, 0, 1, 1}, &costs_kernel<T>, plan, request, w);
+  } else {
+    const Sent last = send_but_last(delivery, run);
+    run.alone({"start", 0, 0, 1, 1}, &start_kernel<T>, plan, request, w, last);
+  }
+  run.with(kSearchesResident).together({"search", value + cost, 0, request.soft ? 2 : 1, 1}, &search_kernel<T>, plan, w);
   run({"write", value + cost, written, 1, 1}, &write_kernel<T>, plan, request, w);
   if (request.soft) run.together({"again", value + cost, value, 0, 0}, &again_kernel<T>, plan, request, w);
 }
@@ -357,7 +369,7 @@ void topk_global(Dtype dtype, Table table, const double* budget, const double* b
                  double* threshold, void* workspace, Stream stream) {
   const Plan sizes(table, absolute);
   const Workspace w(workspace, sizes);
-  const Plan plan = prepare(table, sizes, w, stream);
+  const Plan plan = placed(sizes, w);
   Request request{budget, beta, state, threshold, false, false, false};
   bool cost_arrays = false;
   for (int64_t p = 0; p < table.count; ++p) {  // an empty tensor has no address
@@ -366,15 +378,16 @@ void topk_global(Dtype dtype, Table table, const double* budget, const double* b
     request.priced |= table.rows[p].costs != nullptr;
     cost_arrays |= table.rows[p].cost_step != 0;
   }
-  SPARTAN_CUDA_DISPATCH(solve<T>(plan, request, cost_arrays, w, Launches(plan, kResident<T>, stream)))
+  SPARTAN_CUDA_DISPATCH(solve<T>(table, plan, request, cost_arrays, w, Launches(plan, kResident<T>, stream)))
 }
 
 std::vector<LaunchNote> topk_global_launches(Dtype dtype, bool soft, bool hard, bool cost_arrays) {
   std::vector<LaunchNote> notes;
-  const Plan plan(Table{nullptr, 0});
+  const Table table{nullptr, 0};
+  const Plan plan(table);
   const Workspace w(nullptr, plan);
   const Request request{nullptr, nullptr, nullptr, nullptr, soft, hard, cost_arrays};
-  SPARTAN_CUDA_DISPATCH(solve<T>(plan, request, cost_arrays, w, Launches(&notes)))
+  SPARTAN_CUDA_DISPATCH(solve<T>(table, plan, request, cost_arrays, w, Launches(&notes)))
   return notes;
 }
 

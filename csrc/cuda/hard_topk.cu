@@ -54,18 +54,20 @@ __device__ uint64_t lowest_kept(const R& row, const Order& order, double budget)
 }
 
 template <class T, int kGroup, int kItems>
-__global__ void __launch_bounds__(block_threads(kGroup), 512 / block_threads(kGroup))
+__global__ void __launch_bounds__(block_threads(kGroup), resident(kGroup, kItems))
     hard_topk_forward_kernel(Rows rows, Order order, const double* budget, uint8_t* mask) {
   for (int64_t r = first_row<kGroup>(); r < rows.rows; r += row_stride<kGroup>()) {
     const Row<T, kGroup, kItems> row(rows, r);
     const uint64_t kept = lowest_kept<kGroup>(row, order, budget[r]);
-    row.walk([&](int64_t i, float u) { mask[r * rows.length + i] = !masked(u) && order.rank(i, u) >= kept; });
+    auto out = row.written(mask + r * rows.length);
+    row.walk([&](int64_t i, int j, float u) { out.put(i, j, !masked(u) && order.rank(i, u) >= kept); });
+    out.close();
   }
 }
 
 template <class T>
 void forward(const Rows& rows, const double* budget, uint8_t* mask, Stream stream) {
-  for_length(rows.length, stream, [&](auto group, auto items, int shared) {
+  for_length(rows, stream, [&](auto group, auto items, int shared) {
     launch(stream, &hard_topk_forward_kernel<T, group(), items()>, grid_for(rows, group),
            Block(block_threads(group), shared), rows, Order(rows.length), budget, mask);
   });

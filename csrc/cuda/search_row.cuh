@@ -24,8 +24,9 @@ __device__ inline void search_row(const R& row, const ExtentOfRow& sums, double 
   Trials trials;
   for (bool over = false; !over;) {
     const Logit<float> p = search->logit<float>();
+    const Exponent x(p, p.sign);
     MomentSums moments;
-    row.walk_unmasked([&](int64_t i, float u) { moments.add(p, u, row.cost(i)); }, [&] { moments.flush(); });
+    row.walk_unmasked([&](int64_t i, float u) { moments.add(x, u, row.cost(i)); }, [&] { moments.flush(); });
     group_sums<kGroup>(moments.total);
     over = trials.take(moments.moments(), enough, search);  // the same bits in every thread of the group, so the same branch
   }

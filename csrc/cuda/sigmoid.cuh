@@ -10,10 +10,10 @@ using cpu::Logit;
 using cpu::Moments;
 using cpu::ThresholdSearch;
 
-// |sum a m - k| / min(k, total - k) at which a solve ends. From the second residual on another Halley step, whose error is
-// the residual cubed, is exact to rounding, and rounding may keep a solve from the first: only a few more trials are made.
+// |sum a m - k| / min(k, total - k) at which a solve ends. Rounding may keep a solve from the first: from the second on, which
+// is good enough, only a few more trials are made.
 constexpr double kTolerance = 1e-8;
-constexpr double kNearlyDone = 1e-5;
+constexpr double kNearlyDone = 5e-7;
 constexpr int kLastTrials = 2;
 constexpr int kMaxTrials = 1000;  // entries of many magnitudes take hundreds
 // A residual from which Halley's next step, whose error is the residual cubed, is below what a float32 sum can tell. The
@@ -21,32 +21,39 @@ constexpr int kMaxTrials = 1000;  // entries of many magnitudes take hundreds
 constexpr double kLastStep = 4e-3;
 constexpr double kWritten = 5e-7;
 
-// m = sigmoid(x) and 1 - m, each with full relative precision.
+// m = sigmoid(x ln 2) and 1 - m, each with full relative precision.
 struct Sigmoid {
   float m, complement;
 
   __device__ explicit Sigmoid(float x) {
-    const float e = expf(-fabsf(x)), big = 1.0f / (1.0f + e), small = e * big;
+    const float e = fast_exp2(-fabsf(x)), big = reciprocal(1.0f + e), small = e * big;
     m = x < 0.0f ? small : big;
     complement = x < 0.0f ? big : small;
-    if (x != x) m = complement = x;
   }
   __device__ float slope() const { return m * complement; }
 };
 
-__device__ inline float logit_at(const Logit<float>& p, float u) { return fmaf(p.beta, u - p.centre, p.shift); }
+// sign (beta (u - centre) + shift) / ln 2
+struct Exponent {
+  float slope, centre, shift;
+
+  __device__ explicit Exponent(const Logit<float>& p, float sign = 1.0f)
+      : slope(sign * p.beta * kLog2E), centre(p.centre), shift(sign * p.shift * kLog2E) {}
+  __device__ float at(float u) const { return fmaf(slope, u - centre, shift); }
+};
 
 // Sums over a few entries in float32, moved to float64 by flush().
 struct MomentSums {
   float mass = 0.0f, slope = 0.0f, curvature = 0.0f;
   double total[3] = {0.0, 0.0, 0.0};
 
-  __device__ void add(const Logit<float>& p, float u, float a) {
-    const Sigmoid side(p.sign * logit_at(p, u));
-    const float s = a * side.slope();
-    mass += a * side.m;
+  // x: of the smaller side
+  __device__ void add(const Exponent& x, float u, float a) {
+    const Sigmoid side(x.at(u));
+    const float am = a * side.m, s = am * side.complement;
+    mass += am;
     slope += s;
-    curvature += s * (side.complement - side.m);
+    curvature = fmaf(s, side.complement - side.m, curvature);
   }
   __device__ void flush() {
     total[0] += mass, total[1] += slope, total[2] += curvature;
@@ -79,10 +86,10 @@ struct GradientSums {
   float gs = 0.0f, as = 0.0f, gsu = 0.0f, asu = 0.0f;
   double total[4] = {0.0, 0.0, 0.0, 0.0};
 
-  __device__ void add(const Logit<float>& p, float u, float a, float g) {
-    const float s = Sigmoid(logit_at(p, u)).slope(), g_s = g * s, a_s = a * s;
-    const float from_origin = u - p.origin();
-    gs += g_s, as += a_s, gsu += g_s * from_origin, asu += a_s * from_origin;
+  // origin: where u is measured from in a sum that the choice leaves alone
+  __device__ void add(const Exponent& x, float origin, float u, float a, float g) {
+    const float s = Sigmoid(x.at(u)).slope(), g_s = g * s, a_s = a * s, away = u - origin;
+    gs += g_s, as += a_s, gsu = fmaf(g_s, away, gsu), asu = fmaf(a_s, away, asu);
   }
   __device__ void flush() {
     total[0] += gs, total[1] += as, total[2] += gsu, total[3] += asu;
@@ -96,18 +103,19 @@ struct GradientSums {
 // What the root search must know before it starts. Entries that are not finite, or costs that are not positive, make
 // `poison` NaN.
 struct ExtentSums {
-  float low = INFINITY, high = -INFINITY, cost = 0.0f, ratio = 0.0f, square = 0.0f, poison = 0.0f, count = 0.0f;
+  float low = INFINITY, high = -INFINITY, ratio = 0.0f, square = 0.0f, poison = 0.0f, count = 0.0f;
   double total[5] = {0.0, 0.0, 0.0, 0.0, 0.0};
 
   __device__ void add(float u, float a) {
     low = u < low ? u : low;
     high = u > high ? u : high;
     poison += u * 0.0f + (a > 0.0f ? a * 0.0f : NAN);
-    cost += a, ratio += u, square += u * u, count += 1.0f;
+    total[0] += static_cast<double>(a);  // of a budget near all costs it leaves little
+    ratio += u, square += u * u, count += 1.0f;
   }
   __device__ void flush() {
-    total[0] += cost, total[1] += ratio, total[2] += square, total[3] += poison, total[4] += count;
-    cost = ratio = square = poison = count = 0.0f;
+    total[1] += ratio, total[2] += square, total[3] += poison, total[4] += count;
+    ratio = square = poison = count = 0.0f;
   }
 };
 

@@ -42,29 +42,53 @@ struct Plan {
 constexpr int kSent = 40;
 struct Sent {
   Part parts[kSent];
+  Part* to;
+  uint4* cleared;  // what shall be 0 before anything is counted there, by the first of the launches
+  int count, clear;
+
+  // By a whole thread block, whose threads then all see it.
+  __device__ void arrive() const {
+    constexpr int kWords = sizeof(Part) / sizeof(uint64_t);
+    const uint64_t* from = reinterpret_cast<const uint64_t*>(parts);
+    for (int i = threadIdx.x; i < count * kWords; i += kThreads) reinterpret_cast<uint64_t*>(to)[i] = from[i];
+    for (int i = threadIdx.x; i < clear; i += kThreads) cleared[i] = uint4{0u, 0u, 0u, 0u};
+    __syncthreads();
+  }
 };
 
-static __global__ void __launch_bounds__(kThreads) send_table_kernel(Sent sent, int count, Part* to) {
-  constexpr int kWords = sizeof(Part) / sizeof(uint64_t);
-  const uint64_t* from = reinterpret_cast<const uint64_t*>(&sent);
-  for (int i = threadIdx.x; i < count * kWords; i += kThreads) reinterpret_cast<uint64_t*>(to)[i] = from[i];
-}
+static __global__ void __launch_bounds__(kThreads) send_kernel(Sent sent) { sent.arrive(); }
 
-inline void send_table(const Table& table, const Plan& plan, Stream stream) {
-  static_assert(sizeof(Sent) <= 4000);
-  int64_t index = 0, chunk = 0;
-  for (int64_t begin = 0; begin < table.count; begin += kSent) {
-    Sent sent{};
-    const int count = static_cast<int>(std::min<int64_t>(kSent, table.count - begin));
-    for (int i = 0; i < count; ++i) {
-      const TableRow& row = table.rows[begin + i];
-      sent.parts[i] = {row, index, chunk, aligned(row)};
-      index += row.length;
-      chunk += (row.length + plan.chunk_length - 1) / plan.chunk_length;
-    }
-    launch(stream, &send_table_kernel, 1, kThreads, sent, count, plan.parts + begin);
+// Cuts a table into what one launch takes; an empty table into one such part.
+class Delivery {
+ public:
+  Delivery(const Table& table, const Plan& plan, void* cleared, int64_t bytes)
+      : table_(table), plan_(plan), cleared_(static_cast<uint4*>(cleared)), clear_(static_cast<int>(bytes / 16)) {
+    static_assert(sizeof(Sent) <= 3400 && sizeof(uint4) == 16);  // 4096 bytes with what else a kernel is given
   }
-}
+  int64_t left() const { return table_.count - begin_; }
+  Sent next() {
+    Sent sent{};
+    sent.to = plan_.parts + begin_;
+    sent.count = static_cast<int>(std::min<int64_t>(kSent, left()));
+    sent.cleared = cleared_;
+    sent.clear = begin_ == 0 ? clear_ : 0;
+    for (int i = 0; i < sent.count; ++i) {
+      const TableRow& row = table_.rows[begin_ + i];
+      sent.parts[i] = {row, index_, chunk_, aligned(row)};
+      index_ += row.length;
+      chunk_ += (row.length + plan_.chunk_length - 1) / plan_.chunk_length;
+    }
+    begin_ += sent.count;
+    return sent;
+  }
+
+ private:
+  const Table& table_;
+  const Plan& plan_;
+  uint4* cleared_;
+  int clear_;
+  int64_t begin_ = 0, index_ = 0, chunk_ = 0;
+};
 
 // The tensor that holds a chunk or an entry: the last whose first is not after it. Empty tensors share their successor's.
 __device__ inline const Part* part_at(const Plan& plan, int64_t Part::*first, int64_t wanted) {
@@ -83,6 +107,7 @@ struct Lanes {
   static constexpr int kCount = 16 / sizeof(T);
   int64_t first;
   int live;
+  bool whole;  // all of them are there, and can be moved in one word
   float u[kCount], a[kCount];
 };
 
@@ -121,8 +146,13 @@ struct Entries {
     return pack;
   }
   template <class U>
+  __device__ Pack<U, kLanes> load(const U* from, const Lanes<T>& lanes) const {
+    if (lanes.whole) return load_streamed<kLanes>(from + lanes.first);
+    return load(from, lanes.first, lanes.live);
+  }
+  template <class U>
   __device__ void store(U* to, const Lanes<T>& lanes, const Pack<U, kLanes>& pack) const {
-    if (aligned && lanes.live == kLanes) return store_streamed<kLanes>(to + lanes.first, pack);
+    if (lanes.whole) return store_streamed<kLanes>(to + lanes.first, pack);
 #pragma unroll
     for (int j = 0; j < kLanes; ++j) {
       if (j < lanes.live) to[lanes.first + j] = pack.lane[j];
@@ -133,6 +163,7 @@ struct Entries {
     Lanes<T> out;
     out.first = i;
     out.live = live;
+    out.whole = aligned && live == kLanes;
     const float one = cost_step == 0 ? cost(0) : 1.0f;
     Pack<T, kLanes> a;
     if (cost_step != 0) a = load(costs, i, live);
@@ -144,34 +175,62 @@ struct Entries {
     }
     return out;
   }
+  // The same where all of them are there, and nothing has a cost.
+  __device__ Lanes<T> plain_lanes(const Pack<T, kLanes>& v, int64_t i) const {
+    Lanes<T> out;
+    out.first = i;
+    out.live = kLanes;
+    out.whole = true;
+#pragma unroll
+    for (int j = 0; j < kLanes; ++j) {
+      const float x = to_float(v.lane[j]);
+      out.u[j] = absolute ? fabsf(x) : x;
+      out.a[j] = 1.0f;
+    }
+    return out;
+  }
 };
 
-// Calls f(entries, lanes) for the entries of a chunk that fall to this thread, flush() after every kPerThread of them.
-template <class T, class F, class Flush>
-__device__ inline void walk_chunk(const Plan& plan, int64_t chunk, F f, Flush flush) {
+// Calls f(entries, lanes) for the entries from `begin` to `end` that fall to this thread, flush() after every kPerThread of
+// them. kPlain: a whole number of words, without costs.
+template <bool kPlain, class T, class F, class Flush>
+__device__ inline void walk_span(const Entries<T>& entries, int64_t begin, int64_t end, F f, Flush flush) {
   constexpr int kLanes = Lanes<T>::kCount, kLoads = kPerThread / kLanes;
-  const Part* part = part_at(plan, &Part::first_chunk, chunk);
-  const Entries<T> entries(plan, *part);
-  const int64_t begin = (chunk - part->first_chunk) * plan.chunk_length, length = part->row.length;
-  const int64_t end = begin + plan.chunk_length < length ? begin + plan.chunk_length : length;
   constexpr int64_t kStep = kThreads * kLanes;
   const int64_t first = begin + static_cast<int64_t>(threadIdx.x) * kLanes;
   const auto live = [&](int64_t i) { return static_cast<int>(end - i < kLanes ? (end > i ? end - i : 0) : kLanes); };
+  const auto load = [&](int64_t i) {
+    if constexpr (!kPlain) return entries.load(entries.values, i, live(i));
+    return i < end ? load_streamed<kLanes>(entries.values + i) : Pack<T, kLanes>{};
+  };
   // two loads are under way while an older one is worked on
-  Pack<T, kLanes> next = entries.load(entries.values, first, live(first));
-  Pack<T, kLanes> later = entries.load(entries.values, first + kStep, live(first + kStep));
+  Pack<T, kLanes> next = load(first);
+  Pack<T, kLanes> later = load(first + kStep);
   int since = 0;
 #pragma unroll 1
   for (int64_t i = first; i < end; i += kStep) {
     const Pack<T, kLanes> here = next;
     next = later;
-    later = entries.load(entries.values, i + 2 * kStep, live(i + 2 * kStep));
-    f(entries, entries.lanes(here, i, live(i)));
+    later = load(i + 2 * kStep);
+    if constexpr (kPlain) f(entries, entries.plain_lanes(here, i));
+    else f(entries, entries.lanes(here, i, live(i)));
     if (++since < kLoads) continue;
     flush();
     since = 0;
   }
   flush();
+}
+
+// The same for a chunk.
+template <class T, class F, class Flush>
+__device__ inline void walk_chunk(const Plan& plan, int64_t chunk, F f, Flush flush) {
+  const Part* part = part_at(plan, &Part::first_chunk, chunk);
+  const Entries<T> entries(plan, *part);
+  const int64_t begin = (chunk - part->first_chunk) * plan.chunk_length, length = part->row.length;
+  const int64_t end = begin + plan.chunk_length < length ? begin + plan.chunk_length : length;
+  const bool plain = entries.aligned && entries.costs == nullptr && (end - begin) % Lanes<T>::kCount == 0;
+  if (plain) walk_span<true, T>(entries, begin, end, f, flush);
+  else walk_span<false, T>(entries, begin, end, f, flush);
 }
 
 // Every second pass walks backwards: it meets what the one before left in the cache.

@@ -10,6 +10,7 @@
 //   __syncthreads, __syncwarp, a grid's sync and fences with atomics order accesses; shuffles, votes, ldmatrix and mma wait
 //   for the warp but order nothing, as CUDA has it.
 // - A launch fails where threads wait for a barrier that others never reach. Dynamic shared memory begins as NaN.
+// - 2^x and 1 / x to the errors that PTX allows their approximations.
 // - Shuffles, votes, ldmatrix, mma of 16-bit numbers and of TF32 (mma_emulated.h). What cp.async copies arrives when its thread
 //   waits for its group, not sooner; until then its place holds NaN, and touching it is a race.
 //
@@ -103,6 +104,17 @@ void note_arrival(void* to, size_t bytes);  // ... until now
 
 void count_bytes(size_t read, size_t written);
 
+// The approximate instructions, off by what PTX allows them, in a direction that follows from the bits; no result is denormal.
+inline float off_by(double exact, double relative) {
+  uint64_t bits;
+  std::memcpy(&bits, &exact, sizeof bits);
+  const double direction = static_cast<double>(bits * 0x9e3779b97f4a7c15u >> 40) / 0x1p23 - 1.0;
+  const float y = static_cast<float>(exact * (1.0 + relative * direction));
+  return std::fabs(y) < 0x1p-126f ? y * 0.0f : y;
+}
+inline float rounded_exp2(float x) { return off_by(std::exp2(static_cast<double>(x)), 0x1p-22); }
+inline float rounded_reciprocal(float x) { return off_by(1.0 / static_cast<double>(x), 0x1p-23); }
+
 }  // namespace emulator
 
 inline const char* cudaGetErrorString(cudaError_t) { return emulator::last_failure(); }
@@ -115,9 +127,6 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int)
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
   return cudaSuccess;
-}
-inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-  return std::memset(to, value, bytes), cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {

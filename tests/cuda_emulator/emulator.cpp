@@ -17,9 +17,10 @@ uint3 block_index __asm__("emulator_block_index");
 dim3 block_dim __asm__("emulator_block_dim");
 dim3 grid_dim __asm__("emulator_grid_dim");
 
-// For the tests of how much memory a kernel moves.
+// For the tests of how much memory a kernel moves, and of how many are launched.
 extern "C" {
 [[gnu::visibility("default"), gnu::used]] uint64_t emulator_bytes_read = 0, emulator_bytes_written = 0;
+[[gnu::visibility("default"), gnu::used]] uint64_t emulator_launches = 0;
 }
 
 namespace emulator {
@@ -237,6 +238,7 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std:
   static std::mutex one_launch;
   static uint64_t launches = 0;
   const std::lock_guard<std::mutex> lock(one_launch);
+  ++emulator_launches;
   failure.clear();
   if (config.dynamicSmemBytes > kSharedMemory) {
     failure = "CUDA emulator: " + std::to_string(config.dynamicSmemBytes) + " bytes of shared memory";

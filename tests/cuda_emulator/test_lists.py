@@ -23,14 +23,19 @@ N = 80_000  # more than one thread block solves alone
 BETA = torch.tensor(12.0, dtype=torch.float64)
 
 
-def moved() -> tuple[int, int]:
-    """Bytes read and written past L1 since the last call."""
+def taken(*names: str) -> tuple[int, ...]:
+    """The emulator's counters of these names since the last call."""
     library = ctypes.CDLL(os.environ["SPARTAN_EMULATED"])
-    counters = [ctypes.c_uint64.in_dll(library, f"emulator_bytes_{name}") for name in ("read", "written")]
-    found = (counters[0].value, counters[1].value)
+    counters = [ctypes.c_uint64.in_dll(library, f"emulator_{name}") for name in names]
+    found = tuple(counter.value for counter in counters)
     for counter in counters:
         counter.value = 0
     return found
+
+
+def moved() -> tuple[int, ...]:
+    """Bytes read and written past L1 since the last call."""
+    return taken("bytes_read", "bytes_written")
 
 
 def budget_of(k: float) -> torch.Tensor:
@@ -85,6 +90,29 @@ def test_the_gradient_moves_what_its_launch_plan_says(dtype: torch.dtype) -> Non
     )
     for found, each in zip(moved(), (sum(p.read for p in plan), sum(p.written for p in plan)), strict=True):
         assert 0.99 * each * N <= found <= 1.001 * each * N
+
+
+@pytest.mark.parametrize("tensors", [1, 40, 41, 90])
+@pytest.mark.parametrize("priced", [False, True], ids=["no costs", "costs"])
+def test_a_call_launches_what_its_plan_says(priced: bool, tensors: int) -> None:
+    """The plan is that of up to 40 tensors; each 40 more take a launch that brings them."""
+    values = [torch.randn(200) for _ in range(tensors)]
+    costs = [torch.rand(200) + 0.5 for _ in values] if priced else None
+    k, state, more = budget_of(20.0 * tensors), new_solver_state("cpu"), (tensors - 1) // 40
+    soft, hard = [torch.empty(200) for _ in values], [torch.empty(200, dtype=torch.bool) for _ in values]
+    kernels = [launch.kernel for launch in lists.launch_plan(torch.float32, cost_arrays=priced)]
+    assert kernels == (["send", "costs"] if priced else ["start"]) + ["search", "write", "again"]
+    for _ in ("cold", "warm"):
+        taken("launches")
+        solve_masks_(values, k, costs, BETA, soft, hard, state, backend="cuda")
+        assert taken("launches") == (len(kernels) + more,)
+        for found, wanted in zip(hard, ops.hard_topk_global(values, k, costs, backend="reference"), strict=True):
+            assert torch.equal(found, wanted)
+    _, threshold = soft_topk.soft_topk_global_forward(SoftTopkGlobal(values, k, costs or [], BETA))
+    gradient = SoftTopkGlobalBackward(soft, values, threshold, costs or [], BETA, False)
+    taken("launches")
+    soft_topk.soft_topk_global_backward(gradient)
+    assert taken("launches") == (len(lists.backward_launch_plan(torch.float32)) + more,)
 
 
 @pytest.mark.parametrize("offset", [0, 3])

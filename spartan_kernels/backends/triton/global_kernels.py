@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from spartan_kernels.backends.triton.configs import SIZES
-from spartan_kernels.backends.triton.global_passes import HARD_DONE, SOFT_DONE, TICKET, survey, write_masks
+from spartan_kernels.backends.triton.global_passes import HARD_DONE, MOMENTS, SOFT_DONE, TICKET, survey, write_masks
 from spartan_kernels.backends.triton.global_steps import advance, finish, remember
 
 
@@ -29,7 +29,7 @@ def _survey_kernel(
     table_ptr, solve_ptr, select_ptr, partial_ptr, tally_ptr, keys_ptr, prices_ptr, n_tensors, n_chunks, capacity,
     DTYPE: tl.constexpr, HAS_COSTS: tl.constexpr, ABSOLUTE: tl.constexpr, ALIGNED: tl.constexpr,
     SOFT: tl.constexpr, HARD: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
-    BINS: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, ADVANCE: tl.constexpr,
+    BINS: tl.constexpr, BLOCK: tl.constexpr, ADVANCE: tl.constexpr,
 ):  # fmt: skip
     """A survey, and with ADVANCE the step after it."""
     survey(
@@ -42,7 +42,7 @@ def _survey_kernel(
         if is_open and _is_last(select_ptr):
             advance(
                 solve_ptr, select_ptr, partial_ptr, tally_ptr, tl.num_programs(0), capacity,
-                SOFT, HARD, BINS, BLOCK, STRIDE, False,
+                SOFT, HARD, BINS, BLOCK, MOMENTS, False,
             )  # fmt: skip
 
 

@@ -12,6 +12,10 @@ from spartan_kernels.backends.triton.configs import SIZES
 from spartan_kernels.backends.triton.primitives import (
     INFINITY,
     LOG2_E,
+    QUOTA,
+    SIGN,
+    TARGET,
+    T,
     binary_logistic,
     lane_max,
     lane_min,
@@ -37,15 +41,7 @@ from spartan_kernels.backends.triton.tables import (
     store_chunk,
 )
 
-# The control block in float64: the search for the soft threshold ...
-T = tl.constexpr(0)
-LOW = tl.constexpr(1)
-HIGH = tl.constexpr(2)
-RESIDUAL = tl.constexpr(3)
-SIGN = tl.constexpr(4)
-QUOTA = tl.constexpr(5)
-TARGET = tl.constexpr(6)
-TOTAL = tl.constexpr(7)
+# The control block in float64: after the words of the search for the soft threshold ...
 SOFT_DONE = tl.constexpr(8)
 BETA = tl.constexpr(9)
 POISON = tl.constexpr(10)

@@ -18,9 +18,9 @@ from spartan_kernels.backends.triton.global_passes import (
     MOMENTS,
     REST,
     ROOM,
-    T,
 )
 from spartan_kernels.backends.triton.global_steps import FACTS, MESSAGE, moments_found, sampled
+from spartan_kernels.backends.triton.primitives import T
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -178,7 +178,6 @@ def _compile_cases() -> list[CompileCase]:
     flags: dict[str, Any] = {
         "SOFT": True, "HARD": True, "ABSOLUTE": True, "AGAIN": False, "HAS_STATE": True, "ALIGNED": True,
         "BINS": HISTOGRAM_BINS, "LANES": LANES, "SAMPLE": SAMPLE, "SHARE": 0, "ADVANCE": True, "FINISH": True,
-        "STRIDE": int(passes.MOMENTS),
     }  # fmt: skip
     warps_of = {
         passes._total_cost_kernel: (chunk_warps(), True),

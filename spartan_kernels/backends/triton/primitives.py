@@ -12,6 +12,15 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 BUDGET_ROUNDING = tl.constexpr(arguments.BUDGET_ROUNDING)
 BUDGET_SLACK = tl.constexpr(arguments.BUDGET_SLACK)
+# The first words of what a search in float64 keeps.
+T = tl.constexpr(0)
+LOW = tl.constexpr(1)
+HIGH = tl.constexpr(2)
+RESIDUAL = tl.constexpr(3)
+SIGN = tl.constexpr(4)
+QUOTA = tl.constexpr(5)
+TARGET = tl.constexpr(6)
+TOTAL = tl.constexpr(7)
 _SMALLEST_BETA = tl.constexpr(1.2e-38)  # that float32 holds in full
 _MOST_THREADS = tl.constexpr(512)  # eight warps, of 64 threads on AMD
 

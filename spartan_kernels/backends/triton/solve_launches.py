@@ -149,7 +149,7 @@ class SolveLaunches:
         """Moments and key histogram in one read; then one Halley step and a narrower range."""
         m = self.memory
         arguments = (self.table.words, m.control, m.select, m.partial, *self._candidates, *self._sizes, self.capacity)
-        options = self._walk | self._sides | self._block | _STEP | {"STRIDE": int(passes.MOMENTS), "ADVANCE": advance}
+        options = self._walk | self._sides | self._block | _STEP | {"ADVANCE": advance}
         return Launch(kernels._survey_kernel, self.shape.programs, arguments, options, self.shape.bytes, when=when)
 
     def advance(self, found: Found, when: When) -> Launch:

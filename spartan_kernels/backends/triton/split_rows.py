@@ -40,21 +40,26 @@ from spartan_kernels.backends.triton.long_rows import (
     write_gradients,
     write_soft,
 )
-from spartan_kernels.backends.triton.primitives import INFINITY, halley_step, load_beta, logit_at
+from spartan_kernels.backends.triton.primitives import (
+    HIGH,
+    INFINITY,
+    LOW,
+    QUOTA,
+    RESIDUAL,
+    SIGN,
+    TARGET,
+    TOTAL,
+    T,
+    halley_step,
+    load_beta,
+    logit_at,
+)
 from spartan_kernels.backends.triton.row_odds import TOLERANCE
 from spartan_kernels.backends.triton.soft_topk_rows import cost_strides
 from spartan_kernels.operands import SoftTopk, SoftTopkBackward
 
 TRIALS = 4  # normal values take three
-# What is known of a row, in float64.
-T = tl.constexpr(0)
-LOW = tl.constexpr(1)
-HIGH = tl.constexpr(2)
-RESIDUAL = tl.constexpr(3)
-SIGN = tl.constexpr(4)
-QUOTA = tl.constexpr(5)
-TARGET = tl.constexpr(6)
-TOTAL = tl.constexpr(7)
+# What is known of a row, in float64: after the words of its search ...
 LOWEST = tl.constexpr(8)
 HIGHEST = tl.constexpr(9)
 POISON = tl.constexpr(10)

@@ -84,7 +84,7 @@ class _Sweep:
         self.layer, self.budget = layer, budget
         self.width = layer.block_size[1] if layer.pattern is None else layer.pattern[1]
         self.step = max(1, columns // self.width) * self.width
-        inner, self.positions = layer.shape[1], math.prod(layer.shape[2:])
+        inner, self.positions = layer.shape[1] // layer.strips, math.prod(layer.shape[2:])
         self.padded = -(-inner // self.width) * self.width
         weights = layer.matrices(weight_of(layer)).double()
         self.weights = self._pad(weights, 0.0)
@@ -116,7 +116,7 @@ class _Sweep:
                 left -= used
             masks.append(self._drop(start, end, mask))
         kept = torch.cat(masks, -1)
-        inner = self.layer.shape[1]
+        inner = self.layer.shape[1] // self.layer.strips
         weights = (t.unflatten(-1, (self.positions, -1))[..., :inner].flatten(-2) for t in (self.weights, kept))
         values, stays = (self.layer.from_matrices(t) for t in weights)
         rows, columns = self.layer.block_size
@@ -128,19 +128,20 @@ class _Sweep:
         groups, height, _ = self.weights.shape
         errors = self.weights[:, :, start:].unflatten(-1, (-1, width)).movedim(2, 1)  # [groups, blocks, rows, width]
         errors = errors @ self.inverses[:, start // width :]
-        scores = errors.square().sum(-1).movedim(1, 2).reshape(groups * height, -1)
-        scores = functional.pad(scores, (0, 0, 0, -scores.shape[0] % rows)).unflatten(0, (-1, rows)).sum(1)
+        below = groups * height // self.layer.strips  # rows that lie below each other in the weight
+        scores = errors.square().sum(-1).movedim(1, 2).reshape(self.layer.strips, below, -1)
+        scores = functional.pad(scores, (0, 0, 0, -below % rows)).unflatten(1, (-1, rows)).sum(2)
         costs = self._costs(start)
-        mask = within(scores, left, costs)[:, : (end - start) // width]
-        used = kept_cost(mask, costs[:, : mask.shape[1]] if isinstance(costs, torch.Tensor) else costs)
-        tall = mask.repeat_interleave(rows, 0)[: groups * height].repeat_interleave(width, 1)
-        return tall.view(groups, height, -1), used
+        mask = within(scores, left, costs)[..., : (end - start) // width]
+        used = kept_cost(mask, costs[..., : mask.shape[-1]] if isinstance(costs, torch.Tensor) else costs)
+        tall = mask.repeat_interleave(rows, 1)[:, :below].repeat_interleave(width, 2)
+        return tall.reshape(groups, height, -1), used
 
     def _costs(self, start: int) -> float | torch.Tensor:
         costs = self.layer.costs
         if not isinstance(costs, torch.Tensor):
             return costs
-        return costs.movedim(1, -1).flatten(1)[:, start // self.width :]
+        return self.layer.in_strips(costs)[..., start // self.width :]
 
     def _drop(self, start: int, end: int, mask: torch.Tensor | None) -> torch.Tensor:
         """Drop what the mask of columns [start, end) drops, column after column; return it."""

@@ -18,7 +18,7 @@ __all__ = ["Watch", "watch_of"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _PADDINGS = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
-_CHUNK = 1 << 24  # entries of the inputs of a convolution that are laid out at a time
+_CHUNK = 1 << 20  # entries of the inputs of a convolution that are laid out at a time
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,12 @@ def _patches(
         seen = seen.unfold(dim + 2, dilation * (size - 1) + 1, step)[..., ::dilation]
     # now [images, channels, *positions, *kernel], a view
     seen = seen.unflatten(1, (module.groups, -1)).movedim(1, 0).movedim(2, -1)
-    of_an_image = math.prod(seen.shape) // max(seen.shape[1], 1)
-    for some in seen.split(max(1, _CHUNK // max(of_an_image, 1)), 1):
-        some = some.flip(tuple(range(-1 - len(kernel), -1))) if flipped else some
-        yield some.reshape(module.groups, -1, math.prod(kernel) * some.shape[-1])
+    of_a_line = math.prod(seen.shape) // max(seen.shape[1] * seen.shape[2], 1)
+    lines = max(1, _CHUNK // max(of_a_line, 1))  # along the first dimension of the positions
+    for images in seen.split(max(1, lines // max(seen.shape[2], 1)), 1):
+        for some in images.split(lines, 2):
+            some = some.flip(tuple(range(-1 - len(kernel), -1))) if flipped else some
+            yield some.reshape(module.groups, -1, math.prod(kernel) * some.shape[-1])
 
 
 def _padded(module: Any, inputs: torch.Tensor) -> torch.Tensor:

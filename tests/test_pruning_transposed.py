@@ -70,7 +70,9 @@ def test_the_matrices_times_the_inputs_are_the_outputs(make: Any) -> None:
     watch = watch_of(layer.candidate.uses[0])
     assert watch is not None
     for given, size in itertools.product((x, x[0]), sizes):
-        rows = torch.cat(list(watch.rows(watch.read((given,), size))), 1)
+        seen = watch.read((), {**size, "input": given})
+        assert torch.equal(seen, watch.read((given, *size.values()), {}))
+        rows = torch.cat(list(watch.rows(seen)), 1)
         outputs = rows @ layer.matrices(layer.values()).mT  # [groups, positions, out / groups]
         expected = module(given, **size)
         expected = (expected if given is x else expected[None]).movedim(1, -1)

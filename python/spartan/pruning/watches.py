@@ -130,7 +130,8 @@ def _spread_out(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     where z_i[d (K - 1) - p + s j] = x_i[j] and zero elsewhere: an output sees the patch of z at q, kernel reversed. So
     z has d (K - 1) - p zeros before, and e more than that behind; fewer than none cuts inputs that no output sees.
     """
-    inputs, size = _first(args, kwargs), kwargs.get("output_size", args[1] if len(args) > 1 else None)
+    inputs = args[0] if args else kwargs["input"]
+    size = args[1] if len(args) > 1 else kwargs.get("output_size")
     dims = len(module.kernel_size)
     inputs = inputs if inputs.dim() == dims + 2 else inputs[None]
     spread = [step * (side - 1) + 1 for step, side in zip(module.stride, inputs.shape[2:], strict=True)]

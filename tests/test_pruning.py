@@ -14,9 +14,10 @@ from torch import nn
 import spartan
 from spartan.nn.selection import find_weights
 from spartan.pruning.forwards import Forwards
-from spartan.pruning.layers import Layer, watch_of
+from spartan.pruning.layers import Layer
 from spartan.pruning.selection import Budget
 from spartan.pruning.statistics import Statistics
+from spartan.pruning.watches import watch_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

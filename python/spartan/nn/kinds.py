@@ -6,15 +6,22 @@ from torch import nn
 
 from spartan.distributed import own_class
 
-__all__ = ["is_convolution", "is_norm", "is_transformers_linear", "stored_by_inputs"]
+__all__ = [
+    "CONVOLUTIONS",
+    "TRANSPOSED_CONVOLUTIONS",
+    "is_convolution",
+    "is_norm",
+    "is_transformers_linear",
+    "stored_by_inputs",
+]
 
-_TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED_CONVOLUTIONS)
+TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED_CONVOLUTIONS)
 
 
 def is_convolution(module: nn.Module) -> bool:
     """Whether its weight is [out, in, *kernel]: PyTorch's, or by the name of its class."""
-    return isinstance(module, _CONVOLUTIONS) or "conv" in type(module).__name__.lower()
+    return isinstance(module, CONVOLUTIONS) or "conv" in type(module).__name__.lower()
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -32,4 +39,4 @@ def is_transformers_linear(module: nn.Module | None) -> bool:
 def stored_by_inputs(module: nn.Module) -> bool:
     """Whether its weight is stored as [in, out, ...], or as [experts, in, out] where transformers says so."""
     experts = getattr(module, "is_transposed", False) is True and hasattr(module, "num_experts")
-    return isinstance(module, _TRANSPOSED_CONVOLUTIONS) or is_transformers_linear(module) or experts
+    return isinstance(module, TRANSPOSED_CONVOLUTIONS) or is_transformers_linear(module) or experts

@@ -11,7 +11,7 @@ import torch
 
 from spartan.budgets import Distribution
 from spartan.methods.base import MaskSettings
-from spartan.pruning.layers import Layer, wide
+from spartan.pruning.layers import Layer, require_whole_columns, wide
 from spartan.pruning.selection import Budget
 from spartan.pruning.statistics import Statistics
 from spartan_kernels import block_scores
@@ -65,7 +65,8 @@ class Pruner(ABC):
 
     def require(self, layer: Layer) -> None:
         """Raise ValueError where a layer is none for this method; asked before anything is changed."""
-        return None
+        if self.needs_inputs:
+            require_whole_columns(layer)
 
     @abstractmethod
     def scores(self, layer: Layer, seen: Statistics | None, relative: torch.Tensor | None = None) -> torch.Tensor:

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from spartan.budgets import one_forward
-from spartan.pruning.layers import Layer, Watch, watch_of
+from spartan.pruning.layers import Layer
 from spartan.pruning.outputs import Outputs
+from spartan.pruning.watches import Watch, watch_of
 
 __all__ = ["Call", "Forwards", "call_with", "list_of"]
 

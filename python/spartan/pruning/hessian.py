@@ -12,6 +12,8 @@ from spartan.pruning.statistics import Statistics
 __all__ = ["Factor", "damped", "factor", "root"]
 
 _TRIES = 12  # each ten times as much damping as the one before
+_CHUNK = 1 << 17  # entries that change places at a time
+_SMALL = 128  # sides of a matrix that is inverted at once
 _LEAST = 1e-8  # of the mean of the diagonal: the first damping where none was asked for and it is needed
 
 
@@ -43,9 +45,14 @@ def root(name: str, seen: Statistics, damping: float) -> tuple[torch.Tensor, flo
         ValueError: no damping helps, which means that the inputs of the weight `name` are not finite.
     """
     for _ in range(_TRIES):
-        lower, failed = torch.linalg.cholesky_ex(damped(seen, damping).flip(-2, -1))
+        matrix = damped(seen, damping)
+        _reverse_(matrix)
+        columns = matrix.mT  # as LAPACK reads it, so that it is factored in place
+        failed = torch.empty(len(matrix), dtype=torch.int32, device=matrix.device)
+        torch.linalg.cholesky_ex(columns, out=(columns, failed))
         if not bool(failed.any()):
-            return lower.flip(-2, -1), damping
+            _reverse_(matrix)
+            return matrix.mT, damping
         damping = max(10 * damping, _LEAST)
     raise ValueError(f"the Hessian of {name!r} cannot be factored, whatever the damping: look at its inputs")
 
@@ -59,11 +66,37 @@ def factor(layer: Layer, seen: Statistics, damping: float) -> Factor:
         ValueError: no damping helps, which means that the inputs are not finite.
     """
     upper, used = root(layer.name, seen, damping)
-    identity = torch.eye(upper.shape[-1], dtype=upper.dtype, device=upper.device).expand_as(upper)
+    _invert_(upper)
     note = _why_singular(seen)
     if note:
         note = f"{note}; damped by {used:g} of its mean diagonal"
-    return Factor(torch.linalg.solve_triangular(upper, identity, upper=True), note)
+    return Factor(upper, note)
+
+
+def _reverse_(matrices: torch.Tensor) -> None:
+    """Reverse the order of rows and that of columns [groups, n, n], in place, some entries at a time."""
+    flat = matrices.view(len(matrices), -1)
+    count = flat.shape[-1]
+    for start in range(0, count // 2, _CHUNK):
+        end = min(start + _CHUNK, count // 2)
+        first, last = flat[:, start:end], flat[:, count - end : count - start]
+        kept = first.flip(-1)
+        first.copy_(last.flip(-1))
+        last.copy_(kept)
+
+
+def _invert_(upper: torch.Tensor) -> None:
+    """Invert upper triangular matrices [groups, n, n] in place: of [A B; 0 C] it is [A^-1, -A^-1 B C^-1; 0, C^-1]."""
+    n = upper.shape[-1]
+    if n <= _SMALL:
+        identity = torch.eye(n, dtype=upper.dtype, device=upper.device)
+        upper.copy_(torch.linalg.solve_triangular(upper, identity.expand_as(upper), upper=True))
+        return
+    first, last = slice(0, n // 2), slice(n // 2, n)
+    _invert_(upper[:, first, first])
+    _invert_(upper[:, last, last])
+    half = upper[:, first, last] @ upper[:, last, last]
+    upper[:, first, last] = upper[:, first, first] @ half.neg_()
 
 
 def _why_singular(seen: Statistics) -> str:

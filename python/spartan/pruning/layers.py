@@ -1,27 +1,19 @@
-"""A weight as pruning sees it: its blocks and what they cost, its matrices, and the inputs that they multiply."""
+"""A weight as pruning sees it: its blocks and what they cost, and its matrices."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import nn
-from torch.nn import functional
 
 from spartan.budgets import BlockCosts
 from spartan.distributed import is_dtensor
-from spartan.nn.kinds import is_transformers_linear
-from spartan.nn.selection import Candidate, Use
+from spartan.nn.kinds import CONVOLUTIONS
+from spartan.nn.selection import Candidate
 from spartan_kernels import block_costs, block_grid
 
-__all__ = ["Layer", "Watch", "require_plain", "watch_of", "wide"]
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_PADDINGS = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
-_CHUNK = 1 << 24  # entries of the inputs of a convolution that are laid out at a time
+__all__ = ["Layer", "require_plain", "require_whole_columns", "wide"]
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -33,8 +25,14 @@ class Layer:
     """A weight to prune, with the settings of its part of the model.
 
     Scores and masks are in the grid of its blocks [rows of blocks, columns of blocks, *kernel]; `values` has shape
-    [out, in, *kernel]. Linear algebra takes it as `matrices` [groups, out / groups, kernel * in], of which each
-    multiplies inputs of its own.
+    [out, in, *kernel]. Linear algebra takes it as `matrices` [groups, rows, columns], of which each multiplies inputs
+    of its own. Groups of a convolution share the columns and have outputs of their own: [groups, out / groups,
+    kernel * in / groups], where `values` is [out, in / groups, *kernel]. Those of a transposed one share the rows and
+    have inputs of their own, as its weight does: `values` is [out / groups, in, *kernel], in strips of columns.
+
+    Attributes:
+        grid: shape of scores and masks. groups: number of matrices.
+        strips: how many of these lie side by side in the columns of `values`; 1 where they lie below each other.
 
     Args:
         candidate: the weight.
@@ -58,7 +56,9 @@ class Layer:
         if isinstance(own, torch.Tensor):
             own = (own if costs is None else self.oriented(own)).to(candidate.weight.device)
         self.costs = own
-        self.groups = self._groups()
+        module = candidate.uses[0].module
+        self.groups = int(module.groups) if isinstance(module, CONVOLUTIONS) else 1
+        self.strips = self.groups if candidate.transposed else 1
 
     @property
     def name(self) -> str:
@@ -81,13 +81,22 @@ class Layer:
         with torch.no_grad():
             self.values().copy_(values)
 
+    def in_strips(self, values: torch.Tensor) -> torch.Tensor:
+        """Of values [out, in, *kernel], or of their blocks, the strips [strips, out, kernel * in / strips]."""
+        return values.unflatten(1, (self.strips, -1)).movedim(1, 0).movedim(2, -1).flatten(2)
+
+    def from_strips(self, strips: torch.Tensor) -> torch.Tensor:
+        """The inverse of `in_strips`."""
+        return strips.unflatten(-1, (*self.shape[2:], -1)).movedim(-1, 2).movedim(0, 1).flatten(1, 2)
+
     def matrices(self, values: torch.Tensor) -> torch.Tensor:
-        """Of values [out, in, *kernel] the matrices [groups, out / groups, kernel * in]."""
-        return values.movedim(1, -1).reshape(self.groups, self.shape[0] // self.groups, -1)
+        """Of values [out, in, *kernel] the matrices [groups, rows, columns], columns by kernel position and input."""
+        strips = self.in_strips(values)
+        return strips.reshape(self.groups, -1, strips.shape[-1])
 
     def from_matrices(self, matrices: torch.Tensor) -> torch.Tensor:
         """The inverse of `matrices`."""
-        return matrices.reshape(self.shape[0], *self.shape[2:], self.shape[1]).movedim(-1, 1)
+        return self.from_strips(matrices.reshape(self.strips, self.shape[0], -1))
 
     def expand(self, grid: torch.Tensor) -> torch.Tensor:
         """The value of each weight's block, [out, in, *kernel]."""
@@ -107,11 +116,6 @@ class Layer:
             tensor = self._stack.turned(tensor)
         return tensor.transpose(0, 1) if self.candidate.transposed else tensor
 
-    def _groups(self) -> int:
-        """How many matrices with inputs of their own it is made of: the groups of a convolution."""
-        module = self.candidate.uses[0].module
-        return module.groups if isinstance(module, _CONVOLUTIONS) else 1
-
 
 def require_plain(layers: Sequence[Layer]) -> None:
     """Raise ValueError at a weight that is sharded, or not finite."""
@@ -124,86 +128,13 @@ def require_plain(layers: Sequence[Layer]) -> None:
             raise ValueError(f"weight {layer.name!r} must be finite; {bad} of its entries are NaN or infinite")
 
 
-@dataclass(frozen=True)
-class Watch:
-    """Where the inputs of a weight are seen: before `module` is called, `read(args, kwargs)` gives the tensor.
-
-    `rows` lays them out as the weight's matrices multiply them, some of them at a time: [groups, rows, kernel * in];
-    `layout`: equal where two weights lay the same tensor out alike.
-    """
-
-    module: nn.Module
-    read: Callable[[tuple[Any, ...], dict[str, Any]], torch.Tensor]
-    rows: Callable[[torch.Tensor], Iterator[torch.Tensor]]
-    layout: tuple[Any, ...] = ()
-
-
-def watch_of(use: Use) -> Watch | None:
-    """How the inputs of a weight are seen where a module has it; None if hooks cannot see them."""
-    module, owner = use.module, use.owner
-    if isinstance(owner, nn.MultiheadAttention) and use.parameter == "weight" and module is owner.out_proj:
-        return Watch(owner, lambda args, kwargs: _attended(owner, args, kwargs), _flat)
-    if isinstance(module, nn.MultiheadAttention) and use.parameter == "in_proj_weight":
-        return Watch(module, _same_for_all, _flat)
-    if use.parameter != "weight":
-        return None
-    if isinstance(module, nn.Linear) or is_transformers_linear(module):
-        return Watch(module, _first, _flat)
-    if isinstance(module, _CONVOLUTIONS):
-        sides = (module.kernel_size, module.stride, module.padding, module.dilation, module.groups, module.padding_mode)
-        return Watch(module, _first, lambda inputs: _patches(module, inputs), sides)
-    return None
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    return args[0] if args else next(iter(kwargs.values()))
-
-
-def _flat(inputs: torch.Tensor) -> Iterator[torch.Tensor]:
-    yield inputs.reshape(1, -1, inputs.shape[-1])
-
-
-def _same_for_all(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """What an attention projects to queries, keys and values, where that is one tensor."""
-    query, key, value = [*args, *(kwargs[name] for name in ("query", "key", "value") if name in kwargs)][:3]
-    if query is not key or key is not value:
+def require_whole_columns(layer: Layer) -> None:
+    """Raise ValueError where a block of columns, or a pattern, goes over from one group of inputs to the next."""
+    width = layer.block_size[1] if layer.pattern is None else layer.pattern[1]
+    inputs = layer.shape[1] // layer.strips
+    if layer.strips > 1 and inputs % width:
+        what = f"block_size {layer.block_size}" if layer.pattern is None else f"pattern {layer.pattern}"
         raise ValueError(
-            "in_proj_weight of an attention can be calibrated where query, key and value are one tensor; here they"
-            " differ: leave it out with exclude="
+            f"{what} must have a number of columns that divides the {inputs} inputs of each group of {layer.name!r}, a"
+            " transposed convolution"
         )
-    return query
-
-
-def _attended(attention: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """What goes into the output projection: the attention's result with the identity in the projection's place."""
-    projection = attention.out_proj
-    weight = projection.weight
-    stand_in = {"out_proj.weight": torch.eye(len(weight), dtype=weight.dtype, device=weight.device)}
-    if projection.bias is not None:
-        stand_in["out_proj.bias"] = torch.zeros_like(projection.bias)
-    attended: torch.Tensor = torch.func.functional_call(attention, stand_in, args, kwargs)[0]
-    return attended
-
-
-def _patches(module: Any, inputs: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Inputs of each output position of a convolution [groups, images * positions, kernel * channels of a group]."""
-    kernel, dims = module.kernel_size, len(module.kernel_size)
-    inputs = inputs if inputs.dim() == dims + 2 else inputs[None]
-    sides = [side for pair in reversed(_padding(module)) for side in pair]
-    padded = functional.pad(inputs, sides, _PADDINGS[module.padding_mode]) if any(sides) else inputs
-    seen = padded
-    for dim, (size, step, dilation) in enumerate(zip(kernel, module.stride, module.dilation, strict=True)):
-        seen = seen.unfold(dim + 2, dilation * (size - 1) + 1, step)[..., ::dilation]
-    # now [images, channels, *positions, *kernel], a view
-    seen = seen.unflatten(1, (module.groups, -1)).movedim(1, 0).movedim(2, -1)
-    of_an_image = math.prod(seen.shape) // max(seen.shape[1], 1)
-    for some in seen.split(max(1, _CHUNK // max(of_an_image, 1)), 1):
-        yield some.reshape(module.groups, -1, math.prod(kernel) * some.shape[-1])
-
-
-def _padding(module: Any) -> list[tuple[int, int]]:
-    """Zeros before and after each dimension."""
-    if not isinstance(module.padding, str):
-        return [(side, side) for side in module.padding]
-    spans = [dilation * (size - 1) for size, dilation in zip(module.kernel_size, module.dilation, strict=True)]
-    return [(span // 2, span - span // 2) if module.padding == "same" else (0, 0) for span in spans]

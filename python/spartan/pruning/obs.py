@@ -64,7 +64,7 @@ class OBS(Score):
         assert seen is not None
         upper = factor(layer, seen, self.damping).upper
         matrices = layer.matrices(weight_of(layer)).double()
-        alone = matrices.square() / upper.square().sum(-2)[:, None]
+        alone = matrices.square() / torch.linalg.vector_norm(upper, dim=-2).square()[:, None]
         if relative is not None:
             alone = alone / relative[..., None]
         return block_sums(layer, layer.from_matrices(alone))
@@ -84,14 +84,13 @@ class _Sweep:
         self.layer, self.budget = layer, budget
         self.width = layer.block_size[1] if layer.pattern is None else layer.pattern[1]
         self.step = max(1, columns // self.width) * self.width
-        inner, self.positions = layer.shape[1], math.prod(layer.shape[2:])
+        inner, self.positions = layer.shape[1] // layer.strips, math.prod(layer.shape[2:])
         self.padded = -(-inner // self.width) * self.width
-        weights = layer.matrices(weight_of(layer)).double()
-        self.weights = self._pad(weights, 0.0)
+        self.weights = layer.matrices(weight_of(layer)).to(torch.float64, copy=True)
         self.upper = upper
         if self.padded != inner:
-            rows = self._pad(upper, 0.0).mT  # columns padded, then rows
-            self.upper = self._pad(rows, 0.0).mT.contiguous()
+            self.weights = self._pad(self.weights)
+            self.upper = self._pad(self._pad(upper).mT).mT  # columns, then rows
             blank = self.upper.diagonal(dim1=-2, dim2=-1)
             blank[blank == 0] = 1.0
         tiles = self.upper.unflatten(-1, (-1, self.width)).unflatten(1, (-1, self.width))
@@ -99,10 +98,10 @@ class _Sweep:
         identity = torch.eye(self.width, dtype=blocks.dtype, device=blocks.device)
         self.inverses = torch.linalg.solve_triangular(blocks, identity.expand_as(blocks), upper=True)
 
-    def _pad(self, tensor: torch.Tensor, value: float) -> torch.Tensor:
+    def _pad(self, tensor: torch.Tensor) -> torch.Tensor:
         """[..., kernel * in] with zeros after the inputs of each kernel position."""
         by_position = tensor.unflatten(-1, (self.positions, -1))
-        return functional.pad(by_position, (0, self.padded - by_position.shape[-1]), value=value).flatten(-2)
+        return functional.pad(by_position, (0, self.padded - by_position.shape[-1])).flatten(-2)
 
     def run(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The new weight [out, in, *kernel] and the mask of its blocks."""
@@ -116,7 +115,7 @@ class _Sweep:
                 left -= used
             masks.append(self._drop(start, end, mask))
         kept = torch.cat(masks, -1)
-        inner = self.layer.shape[1]
+        inner = self.layer.shape[1] // self.layer.strips
         weights = (t.unflatten(-1, (self.positions, -1))[..., :inner].flatten(-2) for t in (self.weights, kept))
         values, stays = (self.layer.from_matrices(t) for t in weights)
         rows, columns = self.layer.block_size
@@ -126,26 +125,35 @@ class _Sweep:
         """Which weights of columns [start, end) stay, where all columns from there share what is left; its cost."""
         rows, width = self.layer.block_size
         groups, height, _ = self.weights.shape
-        errors = self.weights[:, :, start:].unflatten(-1, (-1, width)).movedim(2, 1)  # [groups, blocks, rows, width]
-        errors = errors @ self.inverses[:, start // width :]
-        scores = errors.square().sum(-1).movedim(1, 2).reshape(groups * height, -1)
-        scores = functional.pad(scores, (0, 0, 0, -scores.shape[0] % rows)).unflatten(0, (-1, rows)).sum(1)
+        below = groups * height // self.layer.strips  # rows that lie below each other in the weight
+        scores = self._errors(start).square_().sum(-1) if width > 1 else self._errors(start)[..., 0].square_()
+        scores = scores.reshape(self.layer.strips, below, -1)
+        if rows > 1:
+            scores = functional.pad(scores, (0, 0, 0, -below % rows)).unflatten(1, (-1, rows)).sum(2)
         costs = self._costs(start)
-        mask = within(scores, left, costs)[:, : (end - start) // width]
-        used = kept_cost(mask, costs[:, : mask.shape[1]] if isinstance(costs, torch.Tensor) else costs)
-        tall = mask.repeat_interleave(rows, 0)[: groups * height].repeat_interleave(width, 1)
-        return tall.view(groups, height, -1), used
+        mask = within(scores, left, costs)[..., : (end - start) // width]
+        used = kept_cost(mask, costs[..., : mask.shape[-1]] if isinstance(costs, torch.Tensor) else costs)
+        tall = mask.repeat_interleave(rows, 1)[:, :below].repeat_interleave(width, 2)
+        return tall.reshape(groups, height, -1), used
+
+    def _errors(self, start: int) -> torch.Tensor:
+        """w_S U_SS^-1 of the blocks of columns from `start`, [groups, rows, blocks, width]."""
+        blocks = self.weights[:, :, start:].unflatten(-1, (-1, self.width))
+        inverses = self.inverses[:, start // self.width :]
+        if self.width == 1:
+            return blocks * inverses.view(len(blocks), 1, -1, 1)
+        return (blocks.movedim(2, 1) @ inverses).movedim(1, 2)
 
     def _costs(self, start: int) -> float | torch.Tensor:
         costs = self.layer.costs
         if not isinstance(costs, torch.Tensor):
             return costs
-        return costs.movedim(1, -1).flatten(1)[:, start // self.width :]
+        return self.layer.in_strips(costs)[..., start // self.width :]
 
     def _drop(self, start: int, end: int, mask: torch.Tensor | None) -> torch.Tensor:
         """Drop what the mask of columns [start, end) drops, column after column; return it."""
         groups, height, _ = self.weights.shape
-        own, upper = self.weights[:, :, start:end].clone(), self.upper[:, start:end, start:end]
+        own, upper = self.weights[:, :, start:end].clone(), self.upper[:, start:end, start:end].contiguous()
         errors = torch.zeros_like(own)
         stays = torch.empty_like(own, dtype=torch.bool) if mask is None else mask
         for j in range(end - start):
@@ -160,5 +168,5 @@ class _Sweep:
             own[:, :, j:] -= error[..., None] * upper[:, j, None, j:]
             errors[:, :, j] = error
         self.weights[:, :, start:end] = torch.where(stays, own, 0.0)
-        self.weights[:, :, end:] -= errors @ self.upper[:, start:end, end:]
+        self.weights[:, :, end:].baddbmm_(errors, self.upper[:, start:end, end:], alpha=-1)
         return stays

@@ -83,8 +83,11 @@ def _share_out(together: Sequence[tuple[list[Planned], float]], scores: Scores) 
     for planned, amount in together:
         values = [grids[one.layer.name] for one in planned]
         costs = [_costs_of(one.layer, grid) for one, grid in zip(planned, values, strict=True)]
-        for one, mask in zip(planned, joint_masks(values, amount, costs), strict=True):
-            one.amount = kept_cost(mask, one.layer.costs)
+        masks = joint_masks(values, amount, costs)
+        kept = [kept_cost(mask, one.layer.costs) for one, mask in zip(planned, masks, strict=True)]
+        kept[0] += amount - sum(kept)  # what is left of a block
+        for one, own in zip(planned, kept, strict=True):
+            one.amount = own
 
 
 def _scored(layers: list[Layer], scores: Scores) -> tuple[list[str], list[torch.Tensor]]:

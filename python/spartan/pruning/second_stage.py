@@ -106,7 +106,8 @@ class SecondStage(Pruner):
         return self.stage.masks
 
     def require(self, layer: Layer) -> None:
-        """As the first stage."""
+        """As the first stage, and as what needs inputs."""
+        super().require(layer)
         self.stage.require(layer)
 
     def scores(self, layer: Layer, seen: Statistics | None, relative: torch.Tensor | None = None) -> torch.Tensor:

@@ -39,7 +39,8 @@ class Budget:
         if self.layer.pattern is not None:
             return best_of_each(scores, self.layer.pattern)
         if by_output and not isinstance(self.layer.costs, torch.Tensor):
-            return _by_rows(scores, int(self.amount * (1 + _COST_ROUNDING) / self.layer.costs))
+            blocks = int(self.amount * (1 + _COST_ROUNDING) / self.layer.costs)
+            return self.layer.from_strips(_by_rows(self.layer.in_strips(scores), blocks))
         return within(scores, self.amount, self.layer.costs)
 
     def used(self, mask: torch.Tensor) -> float:
@@ -81,8 +82,8 @@ def kept_cost(mask: torch.Tensor, costs: float | torch.Tensor) -> float:
 
 
 def _by_rows(scores: torch.Tensor, blocks: int) -> torch.Tensor:
-    """`blocks` entries, as many in each row; what is left over goes to the rows whose next one is largest."""
-    rows = scores.flatten(1)
+    """`blocks` entries, as many in each row [..., :]; what is left over goes to the rows whose next one is largest."""
+    rows = scores.flatten(0, -2)
     each, over = divmod(min(blocks, rows.numel()), len(rows))
     mask = hard_topk(rows, each, dim=1)
     if over:

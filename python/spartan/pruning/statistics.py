@@ -10,6 +10,8 @@ from spartan.pruning.layers import wide
 
 __all__ = ["Statistics", "collected"]
 
+_ROWS = 256  # of a weight whose outputs are measured at a time
+
 
 def collected(inputs: Iterable[tuple[int, torch.Tensor]], name: str, *, products: bool) -> Statistics:
     """What `inputs` of the weight `name` are like: numbers of batches, and their rows [groups, rows, n].
@@ -94,7 +96,7 @@ class Statistics:
         An output that hardly varies counts as one with a millionth of the mean over all.
         """
         assert self._whole and self._squares is not None
-        about_zero = ((matrices @ self._squares.to(matrices.dtype)) * matrices).sum(-1, dtype=torch.float64)
+        about_zero = self._by_output(matrices)
         outputs = (matrices.double() @ self.total[..., None])[..., 0]
         spread = about_zero - outputs.square() / max(self.count, 1)
         return spread.clamp(min=1e-6 * float(spread.mean()) + torch.finfo(torch.float64).tiny)
@@ -102,6 +104,12 @@ class Statistics:
     def energy(self, matrices: torch.Tensor) -> torch.Tensor:
         """Sum of squared outputs of matrices [groups, rows, n]: trace(W G W^T), without products its diagonal part."""
         if self._whole:
-            assert self._squares is not None
-            return ((matrices @ self._squares.to(matrices.dtype)) * matrices).sum(dtype=torch.float64)
+            return self._by_output(matrices).sum()
         return (matrices.square().sum(1).double() * self.squares).sum()
+
+    def _by_output(self, matrices: torch.Tensor) -> torch.Tensor:
+        """Sum of squares of each output of matrices [groups, rows, n] in float64, some rows at a time."""
+        assert self._squares is not None
+        products = self._squares.to(matrices.dtype)
+        parts = [(part @ products).mul_(part).sum(-1, dtype=torch.float64) for part in matrices.split(_ROWS, 1)]
+        return torch.cat(parts, 1)

@@ -55,7 +55,8 @@ class Steps:
         for stop, seen in self._through(own, products=True):
             for name in stop:
                 assert seen is not None
-                found[name] = scorer.scores(own[name], seen, seen.spread(own[name].matrices(weight_of(own[name]))))
+                relative = seen.spread(own[name].matrices(weight_of(own[name])))
+                found[name] = scorer.scores(own[name], seen, relative).float()
         if self._forwards is not None:
             self._forwards.restart()
         return [found[layer.name] for layer in layers]

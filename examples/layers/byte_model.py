@@ -42,13 +42,13 @@ def byte_model(context: int, dim: int, depth: int, heads: int) -> ByteTransforme
 
 def text(quick: bool) -> TextData:
     """Python's standard library; some of its files are held out."""
-    return load_text(limit=4_000_000, held_out_limit=8_000 if quick else 100_000)
+    return load_text(limit=4_000_000, held_out_limit=8_000 if quick else 60_000)
 
 
 class QuotingTask(TextTask):
-    """Text whose second half quotes the first, in pieces of 64 bytes and in another order."""
+    """Text whose second half quotes the first, in pieces of 32 bytes and in another order."""
 
-    PIECE = 64
+    PIECE = 32
 
     def batch(self, step: int, size: int, seed: int, part: Slice) -> tuple[Tensor, Tensor]:
         """As for plain text, then quoted."""

@@ -1,1 +1,7 @@
 """Cases of the layers with sparse activations, one file each."""
+
+from __future__ import annotations
+
+from bench.layers import block_gated_attention, topk_attention
+
+__all__ = ["block_gated_attention", "topk_attention"]

@@ -207,12 +207,11 @@ def test_it_runs_under_autocast() -> None:
     gates = random_gates(40, 40, 8)
     with torch.autocast("cpu", torch.bfloat16):
         half = block_gated_attention(query, key, value, gates, 2, 8, True)
-    torch.testing.assert_close(half.float(), block_gated_attention(query, key, value, gates, 2, 8, True), **HALF)
+    torch.testing.assert_close(
+        half.float(), block_gated_attention(query, key, value, gates, 2, 8, True), atol=0.05, rtol=0.05
+    )
     half.float().sum().backward()
     assert query.grad is not None
-
-
-HALF = {"atol": 0.05, "rtol": 0.05}
 
 
 def test_copies_and_saved_layers_compute_the_same(tmp_path: Path) -> None:
@@ -251,6 +250,13 @@ def test_bad_arguments_are_refused() -> None:
 )
 def test_attention_of_another_kind_is_refused(attention: nn.Module) -> None:
     with pytest.raises(TypeError, match=f"got {type(attention).__name__}"):
+        BlockGatedAttention.from_attention(attention, 2)
+
+
+def test_attention_that_hides_its_heads_is_refused() -> None:
+    attention = nn.ModuleDict({"query_key_value": nn.Linear(4, 12), "projection": nn.Linear(4, 4)})
+    attention.query_key_value, attention.projection = attention["query_key_value"], attention["projection"]
+    with pytest.raises(TypeError, match="number of heads as num_heads or heads"):
         BlockGatedAttention.from_attention(attention, 2)
 
 

@@ -132,7 +132,9 @@ class BlockGatedAttention(Heads):
             TypeError: another kind of module.
         """
         (weight, bias), projection = projections_of(attention)
-        heads = getattr(attention, "num_heads", None) or attention.heads
+        heads = getattr(attention, "num_heads", None) or getattr(attention, "heads", None)
+        if heads is None:
+            raise TypeError(f"attention must have its number of heads as num_heads or heads; got {attention}")
         causal = bool(getattr(attention, "causal", False)) if causal is None else causal
         layer = cls(projection.out_features, heads, k, block=block, causal=causal, bias=bias is not None)
         layer.copy_projections(attention)

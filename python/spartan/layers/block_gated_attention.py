@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spartan.layers.block_gates import BlockGate, block_maxima, distillation
-from spartan.layers.flex_blocks import attend_flex
+from spartan.layers.flex_blocks import FLEX_BLOCK, attend_flex
 from spartan.layers.gathered_blocks import attend_gathered
 from spartan.layers.heads import Heads, check_heads, projections_of
 from spartan.layers.selection import kept_indices
@@ -32,8 +32,8 @@ def block_gated_attention(
     With B(i) the keys of these blocks: y_i = sum_{j in B(i)} softmax_{B(i)}(scale q_i K^T)_j v_j. Where causal, the
     diagonal block is one of the k, and a query block with fewer blocks before it keeps them all.
 
-    On a CPU the kept blocks are gathered, some at a time, and given to `scaled_dot_product_attention`; the backward
-    gathers them again. On a GPU they are the `BlockMask` of FlexAttention.
+    The kept blocks are gathered, some at a time, and given to `scaled_dot_product_attention`; the backward gathers
+    them again. On a GPU, blocks of a multiple of 128 are the `BlockMask` of FlexAttention instead.
 
     Args:
         query: `[n, heads, queries, d]`, floating point.
@@ -65,7 +65,7 @@ def block_gated_attention(
     if k >= shape[3]:
         return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale)
     gates = gates.detach()
-    if query.is_cuda:
+    if query.is_cuda and block % FLEX_BLOCK == 0:
         return attend_flex(query, key, value, gates, k, block, is_causal, scale)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     # The first k causal query blocks keep all keys; behind them every block has k to keep, so that shapes are regular.

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from spartan.layers.selection import kept_indices
 
-__all__ = ["attend_flex", "block_mask"]
+__all__ = ["FLEX_BLOCK", "attend_flex", "block_mask"]
+
+FLEX_BLOCK = 128  # the tiles that FlexAttention's kernels choose by themselves divide it, forward and backward
 
 
 def attend_flex(

@@ -1,4 +1,4 @@
-"""Attention of query blocks to gathered key blocks: the way of the CPU."""
+"""Attention of query blocks to gathered key blocks: the way of the CPU, and of small blocks everywhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 __all__ = ["attend_gathered"]
 
-_GATHERED_BYTES = 2**22  # of keys at a time: what the allocator hands out again, without new pages
+_GATHERED_BYTES = 2**22  # of keys at a time on a CPU: what the allocator hands out again, without new pages
+_ON_OTHER_DEVICES = 64  # times as many: enough problems at a time to fill a GPU
 
 
 def attend_gathered(
@@ -88,7 +89,7 @@ class _InParts(torch.autograd.Function):
 
 def _parts(kept: Tensor, key: Tensor) -> Iterator[slice]:
     each = kept.shape[1] * key[0].numel() * key.element_size()
-    step = max(1, _GATHERED_BYTES // each)
+    step = max(1, _GATHERED_BYTES * (1 if key.device.type == "cpu" else _ON_OTHER_DEVICES) // each)
     return (slice(start, start + step) for start in range(0, kept.shape[0], step))
 
 

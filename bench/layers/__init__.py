@@ -5,3 +5,6 @@ from __future__ import annotations
 from bench.layers import topk_autoencoder
 
 __all__ = ["topk_autoencoder"]
+from bench.layers import block_gated_attention, topk_attention
+
+__all__ = ["block_gated_attention", "topk_attention"]

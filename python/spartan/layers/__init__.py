@@ -5,3 +5,15 @@ from __future__ import annotations
 from spartan.layers.topk_autoencoder import AutoencoderLoss, TopKAutoencoder, downstream_gradient
 
 __all__ = ["AutoencoderLoss", "TopKAutoencoder", "downstream_gradient"]
+from spartan.layers.block_gated_attention import BlockGatedAttention, block_gated_attention, block_maxima
+from spartan.layers.block_gates import BlockGate
+from spartan.layers.topk_attention import TopKAttention, topk_attention
+
+__all__ = [
+    "BlockGate",
+    "BlockGatedAttention",
+    "TopKAttention",
+    "block_gated_attention",
+    "block_maxima",
+    "topk_attention",
+]

@@ -2,4 +2,7 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from spartan.layers.gated_attention import GatedAttention, InterventionTokens
+from spartan.layers.path_sparsity import DualAscent, causal_graph, path_sparsity
+
+__all__ = ["DualAscent", "GatedAttention", "InterventionTokens", "causal_graph", "path_sparsity"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 __all__ = ["GatedAttention", "InterventionTokens"]
 
@@ -77,7 +79,7 @@ class GatedAttention(nn.Module):
         gates = self._sampled(score).masked_fill(~present, 0)
         queries, keys, values = (_split(part, self.heads) for part in self.project(x).chunk(3, dim=-1))
         logits = queries @ keys.transpose(-1, -2) / math.sqrt(self.dim // self.heads)
-        read = _attend(logits, values, gates.unsqueeze(-3), present.unsqueeze(-3))
+        read = _GatedSoftmax.apply(logits, values, gates.unsqueeze(-3))
         y: Tensor = self.out(read.transpose(-2, -3).flatten(-2))
         return y, gates
 
@@ -119,28 +121,39 @@ def _split(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(-2, -3)
 
 
-def _attend(logits: Tensor, values: Tensor, gates: Tensor, present: Tensor) -> Tensor:
-    """Softmax over the open gates, and to `gates` the gradient of what each of them changes.
+class _GatedSoftmax(torch.autograd.Function):
+    """Softmax over the open gates times values, and to each gate the gradient of what its switch changes.
 
-    As a function of one gate alone, the result is o(closed) + A (o(open) - o(closed)): the second term below is zero,
-    and has that slope. With w the weight of an open gate, o(open) - o(closed) = w / (1 - w) (v - o), or v where it is
-    the only one; for a closed gate it is p (v - o), where p is the weight that it would have.
+    As a function of one gate A_j alone, the result o is o(closed) + A_j (o(open) - o(closed)): that difference is the
+    slope. With w the weight of an open gate it is w / (1 - w) (v_j - o), or v_j where no other gate is open; for a
+    closed gate it is p (v_j - o), where p is the weight that it would have.
     """
-    opened = gates.detach() > 0
-    count = opened.sum(-1, keepdim=True)
-    # a row without an open gate takes the softmax of zeros, whose gradient is finite, and is multiplied by zero
-    shut = logits.masked_fill(~opened, -math.inf).masked_fill(count == 0, 0)
-    weights = torch.softmax(shut.float() if shut.dtype != torch.float64 else shut, dim=-1) * (count > 0)
-    output = weights.to(values.dtype) @ values
-    with torch.no_grad():
-        normaliser = logits.masked_fill(~opened, -math.inf).logsumexp(-1, keepdim=True)
-        of_closed = torch.sigmoid(logits - normaliser)
-        of_open = torch.where(count == 1, 1.0, weights / (1 - weights).clamp_min(_LEAST_REST))
-        change = torch.where(opened, of_open, of_closed).masked_fill(~present, 0)
-        less = change.masked_fill(opened & (count == 1), 0)
-    zero = gates - gates.detach()
-    of_values = (zero * change).to(values.dtype) @ values.detach()
-    return output + of_values - (zero * less).sum(-1, keepdim=True).to(values.dtype) * output.detach()
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, values: Tensor, gates: Tensor) -> Tensor:
+        opened = gates > 0
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        masked = logits.masked_fill(~opened, -math.inf)
+        # finite where no gate is open: all weights are 0 then, and that of a gate that opens is 1
+        normaliser = masked.logsumexp(-1, keepdim=True).clamp_min(torch.finfo(masked.dtype).min)
+        weights = (masked - normaliser).exp()
+        output = weights.to(values.dtype) @ values
+        ctx.save_for_backward(logits, normaliser, weights, values, opened, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits, normaliser, weights, values, opened, output = ctx.saved_tensors
+        along = grad @ values.transpose(-1, -2)  # what a unit of weight on v_j is worth
+        gain = along - (grad * output).sum(-1, keepdim=True)
+        of_gates = None
+        if ctx.needs_input_grad[2]:
+            alone = opened & (opened.sum(-1, keepdim=True) == 1)
+            odds = weights / (1 - weights).clamp_min(_LEAST_REST)
+            change = odds.where(opened, torch.sigmoid(logits - normaliser))
+            of_gates = along.where(alone, change * gain).sum(-3, keepdim=True).to(logits.dtype)
+        return (weights * gain).to(grad.dtype), weights.to(grad.dtype).transpose(-1, -2) @ grad, of_gates
 
 
 class InterventionTokens(nn.Module):

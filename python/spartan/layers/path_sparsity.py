@@ -1,4 +1,4 @@
-"""Paths through the gates of all layers: how many there are, the graph that they make, and a weight for their number."""
+"""Paths through the gates of all layers: their number, the graph they make, and the weight of a penalty."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["GatedAttention", "InterventionTokens"]
 
-_LEAST_REST = 1e-3  # of a row's weight besides one gate: below it v_j - o is all rounding
+_LEAST_REST = 1e-3  # of the weight of a row beside one gate; below it, v_j - o is all rounding
 
 
 class GatedAttention(nn.Module):
@@ -135,8 +135,11 @@ class _GatedSoftmax(torch.autograd.Function):
         logits = logits if logits.dtype == torch.float64 else logits.float()
         masked = logits.masked_fill(~opened, -math.inf)
         # finite where no gate is open: all weights are 0 then, and that of a gate that opens is 1
-        normaliser = masked.logsumexp(-1, keepdim=True).clamp_min(torch.finfo(masked.dtype).min)
-        weights = (masked - normaliser).exp()
+        largest = masked.amax(-1, keepdim=True).clamp_min(torch.finfo(masked.dtype).min)
+        weights = (masked - largest).exp()
+        total = weights.sum(-1, keepdim=True).clamp_min(1)
+        weights = weights / total
+        normaliser = largest + total.log()
         output = weights.to(values.dtype) @ values
         ctx.save_for_backward(logits, normaliser, weights, values, opened, output)
         return output
@@ -149,10 +152,11 @@ class _GatedSoftmax(torch.autograd.Function):
         gain = along - (grad * output).sum(-1, keepdim=True)
         of_gates = None
         if ctx.needs_input_grad[2]:
+            # w / (1 - w) = 1 / (z - 1) and p = 1 / (z + 1), with z = exp(normaliser - logit)
+            rest = (normaliser - logits).exp() + torch.where(opened, -1.0, 1.0)
+            of_gates = (gain / rest.clamp_min(_LEAST_REST)).sum(-3, keepdim=True)
             alone = opened & (opened.sum(-1, keepdim=True) == 1)
-            odds = weights / (1 - weights).clamp_min(_LEAST_REST)
-            change = odds.where(opened, torch.sigmoid(logits - normaliser))
-            of_gates = along.where(alone, change * gain).sum(-3, keepdim=True).to(logits.dtype)
+            of_gates = torch.where(alone, along.sum(-3, keepdim=True), of_gates).to(logits.dtype)
         return (weights * gain).to(grad.dtype), weights.to(grad.dtype).transpose(-1, -2) @ grad, of_gates
 
 

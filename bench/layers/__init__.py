@@ -8,3 +8,6 @@ __all__ = ["topk_autoencoder"]
 from bench.layers import block_gated_attention, topk_attention
 
 __all__ = ["block_gated_attention", "topk_attention"]
+from bench.layers import gated_attention
+
+__all__ = ["gated_attention"]

@@ -17,3 +17,7 @@ __all__ = [
     "block_maxima",
     "topk_attention",
 ]
+from spartan.layers.gated_attention import GatedAttention, InterventionTokens
+from spartan.layers.path_sparsity import DualAscent, causal_graph, path_sparsity
+
+__all__ = ["DualAscent", "GatedAttention", "InterventionTokens", "causal_graph", "path_sparsity"]

@@ -87,16 +87,18 @@ class HierarchicalMemory(nn.Module):
         return f"{self.width}, parents={parents}, children={children}, kept={self.kept}, gather={self.gather}"
 
     def _gathered(self, tokens: torch.Tensor, scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        children = self.cells.shape[1]
         shares = scores.gather(-1, kept).softmax(-1)
         # An embedding, as its gradient adds rows in parallel; that of table[kept] does not on a CPU.
         keys, cells = (
-            embedding(kept, table.flatten(1)).view(len(kept), -1, self.width) for table in (self.child_keys, self.cells)
+            embedding(kept, table.flatten(1)).view(len(kept), self.kept * children, self.width)
+            for table in (self.child_keys, self.cells)
         )
-        within = torch.bmm(keys, tokens[..., None]).view(*kept.shape, -1).softmax(-1)
-        return torch.bmm((shares[..., None] * within).view(len(tokens), 1, -1), cells)
+        within = torch.bmm(keys, tokens[..., None]).view(*kept.shape, children).softmax(-1)
+        return torch.bmm((shares[..., None] * within).flatten(1)[:, None], cells)
 
     def _masked(self, tokens: torch.Tensor, scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         masked = torch.full_like(scores, -torch.inf).scatter(-1, kept, scores.gather(-1, kept))
-        within = linear(tokens, self.child_keys.flatten(0, 1)).view(*scores.shape, -1).softmax(-1)
+        within = linear(tokens, self.child_keys.flatten(0, 1)).view(*scores.shape, self.cells.shape[1]).softmax(-1)
         weights = masked.softmax(-1)[..., None] * within
         return weights.flatten(1) @ self.cells.flatten(0, 1)

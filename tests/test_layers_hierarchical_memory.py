@@ -350,6 +350,11 @@ def test_other_refusals() -> None:
         model(torch.zeros(2, 6))
 
 
+def spelled(number: int) -> str:
+    """A word for a number."""
+    return "".join(chr(97 + int(digit)) for digit in str(number))
+
+
 def write_wordnet(folder: Path) -> None:
     """A few hundred made-up synsets in WordNet's files."""
     folder.mkdir()
@@ -358,8 +363,8 @@ def write_wordnet(folder: Path) -> None:
         for i in range(60):
             above = f"001 @ {(i - 1) // 3:08d} {kind} 0000" if i and kind in "nv" else "000"
             frame = " 01 + 02 00" if kind == "v" else ""
-            words = f"02 {part}_{i} 0 word{i % 7}(p) 1"
-            gloss = f'{part} number {i} of group {i % 5}; "an example | of it"'
+            words = f"02 {part}_{spelled(i)} 0 x{spelled(i % 7)}(p) 1"
+            gloss = f'{part} called {spelled(i + 100)} of group {spelled(i % 5)}; "an example | of it"'
             lines.append(f"{i:08d} {first + i % 3:02d} {kind} {words} {above}{frame} | {gloss}  ")
         (folder / f"data.{part}").write_text("\n".join(lines) + "\n")
 
@@ -371,7 +376,7 @@ def test_wordnet_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     write_wordnet(tmp_path / "wordnet")
     found = {synset.key: synset for synset in wordnet.read(tmp_path / "wordnet")}
     assert len(found) == 240
-    synset = wordnet.Synset("v00000004", 30, ("verb 4", "word4"), "verb number 4 of group 4", ("v00000001",))
+    synset = wordnet.Synset("v00000004", 30, ("verb e", "xe"), "verb called bae of group e", ("v00000001",))
     assert found["v00000004"] == synset and found["a00000000"].above == ()
     with pytest.raises(SystemExit, match="install the Debian package wordnet-base"):
         wordnet.read(tmp_path)

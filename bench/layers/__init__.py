@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from bench.layers import hierarchical_memory
+from bench.layers import hierarchical_memory, sparse_encoder
 
-__all__ = ["hierarchical_memory"]
+__all__ = ["hierarchical_memory", "sparse_encoder"]

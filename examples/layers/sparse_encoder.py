@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from spartan.layers import SparseEncoder, flops_loss, to_csr
 
 WORDS, PIECES = 3000, 2000  # of the vocabulary; rarer words are a first and a last piece
-WIDTH, BATCH, RATE = 64, 64, 5e-3
+WIDTH, BATCH, RATE = 64, 64, 1e-3
 PENALTIES = (1e-3, 4e-3, 1.6e-2)
 TERMS = (64, 32, 16)
 START = PENALTIES[0] / 4  # penalty of the steps that all share
@@ -93,16 +93,16 @@ class Bag(nn.Module):
 
 
 class Logits(nn.Module):
-    """Products of states with the embeddings of all terms: at the start a term is most like itself."""
+    """Products of states with the embeddings of all terms; at the start a term finds itself, a rare one with more."""
 
-    def __init__(self, embedding: nn.Embedding) -> None:
+    def __init__(self, embedding: nn.Embedding, idf: Tensor) -> None:
         super().__init__()
         self.embedding = embedding
-        self.bias = nn.Parameter(torch.full((embedding.num_embeddings,), -1.0))
+        self.bias = nn.Parameter(2 * idf / idf.max() - 4)
 
     def forward(self, states: Tensor) -> Tensor:
         """`[..., width]` to `[..., vocabulary]`."""
-        return linear(4 * states, self.embedding.weight, self.bias)
+        return linear(5 * states, self.embedding.weight, self.bias)
 
 
 class Dense(nn.Module):
@@ -241,7 +241,7 @@ def main() -> None:
         dense = Dense(copy.deepcopy(bag))
         task.fit(dense, seed, arguments.steps + more, None)
         study.add(seed, method="dense vector", setting=None, **task.measure(dense))
-        start = SparseEncoder(bag, Logits(bag.embedding))
+        start = SparseEncoder(bag, Logits(bag.embedding, task.idf))
         task.fit(start, seed, arguments.steps, START)
         for method, settings in (("FLOPS", PENALTIES), ("IDF-FLOPS", PENALTIES), ("exact top-k", TERMS)):
             for setting in settings:

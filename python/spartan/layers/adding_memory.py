@@ -78,7 +78,7 @@ def add_memory(
     chosen = _repeated(model) if layers is None else _outermost(model, "layers", layers)
     parameters = dict(model.named_parameters())
     head = frozenset(_matches("train", train, parameters))
-    memories = {name: _memory_for(name, layer, width, parents, children, kept) for name, layer in chosen.items()}
+    memories = {name: _memory_for(name, layer, width, (parents, children, kept)) for name, layer in chosen.items()}
     trained = frozenset(name for name, parameter in parameters.items() if parameter.requires_grad)
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in head)
@@ -86,8 +86,7 @@ def add_memory(
         layer.add_module(_CHILD, memories[name])
     handles = tuple(layer.register_forward_hook(_read) for layer in chosen.values())
     nested = tuple(name for name, module in model.named_modules() if getattr(module, "use_nested_tensor", False))
-    for name in nested:
-        model.get_submodule(name).use_nested_tensor = False  # nested tensors and hooks exclude each other
+    _pass_nested(model, nested, False)  # hooks exclude it
     setattr(model, _RECORD, _Added(tuple(chosen), handles, trained, head, nested))
     return [*nn.ModuleList(memories.values()).parameters(), *(parameters[name] for name in parameters if name in head)]
 
@@ -141,8 +140,7 @@ def remove_memory(model: nn.Module) -> None:
         handle.remove()
     for name in added.layers:
         delattr(model.get_submodule(name), _CHILD)
-    for name in added.nested:
-        model.get_submodule(name).use_nested_tensor = True
+    _pass_nested(model, added.nested, True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in added.trained)
     delattr(model, _RECORD)
@@ -156,6 +154,12 @@ def _read(layer: nn.Module, inputs: Any, output: Any) -> Any:
         raise TypeError(f"a layer with a memory must give a tensor or a tuple that begins with one; got {kind}")
     read = layer.get_submodule(_CHILD)(hidden)
     return (read, *output[1:]) if isinstance(output, tuple) else read
+
+
+def _pass_nested(model: nn.Module, encoders: Sequence[str], wanted: bool) -> None:
+    for name in encoders:
+        encoder: Any = model.get_submodule(name)
+        encoder.use_nested_tensor = wanted
 
 
 def _added(model: nn.Module) -> _Added:
@@ -198,7 +202,7 @@ def _matches(argument: str, patterns: str | Sequence[str], names: Mapping[str, A
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in several)]
 
 
-def _memory_for(name: str, layer: nn.Module, width: int | None, *sizes: int) -> HierarchicalMemory:
+def _memory_for(name: str, layer: nn.Module, width: int | None, sizes: tuple[int, int, int]) -> HierarchicalMemory:
     if hasattr(layer, _CHILD):
         raise ValueError(f"layer {name!r} has an attribute {_CHILD!r} already")
     if width is None:

@@ -221,21 +221,27 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(sys, "argv", [str(script), *arguments])
     runpy.run_path(str(script), run_name="__main__")
     results = json.loads((tmp_path / "out" / "sparse_encoder.json").read_text())["results"]
-    assert {row["method"] for row in results} == {"BM25", "dense vector", "FLOPS", "IDF-FLOPS", "exact top-k"}
+    assert {row["method"] for row in results} == {
+        "BM25, whole words",
+        "BM25, the same terms",
+        "dense vector",
+        "FLOPS",
+        "IDF-FLOPS",
+        "exact top-k",
+    }
     kept = {row["setting"]: row["terms"] for row in results if row["method"] == "exact top-k"}
     assert all(terms <= most for most, terms in kept.items())
 
 
 def test_bm25_and_recall_of_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By hand: two documents with the word, of which the shorter comes first."""
     pytest.importorskip("scipy")
     monkeypatch.syspath_prepend(EXAMPLES)
     import numpy as np
     import sparse_encoder
 
-    task = sparse_encoder.Retrieval.__new__(sparse_encoder.Retrieval)
-    task.words = ([["a"], ["b"], ["c"]], [["a", "x"], ["b", "a", "y", "z"], ["x", "x", "x"]])
-    found = task.bm25()
-    assert found["read"] == pytest.approx((2 + 1 + 0) / 3) and found["asked"] == 1
-    assert found["recall"] == 100.0  # three documents: each is among the first ten
+    documents = [["a", *["x"] * 20], *[["a"]] * 10, ["b"]]  # short ones come first: of them the others of a tie
+    found = sparse_encoder.bm25([["a"]] * 11 + [["b"]], documents)
+    assert found["recall"] == pytest.approx(100 * 11 / 12)
+    assert found["read"] == pytest.approx((11 * 11 + 1) / 12) and found["asked"] == 1
+    assert found["terms"] == pytest.approx(13 / 12)
     assert sparse_encoder.recall(np.array([[2.0, 1], [3, 3]]), 1) == 50.0  # a tie does not count as found

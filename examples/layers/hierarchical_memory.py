@@ -31,7 +31,7 @@ TOKENS = 24
 UPPER = 2  # layers that methods train in
 BATCH = 32
 PARENTS, CHILDREN, RANK = 32, 4, 36  # LoRA of this rank has as many parameters as the memory
-RATES = {"memory": 3e-3, "LoRA": 1e-3, "fine-tuning": 1e-4}
+RATES = {"memory": 3e-3, "LoRA": 3e-3, "fine-tuning": 3e-4}
 HEAD_RATE = 1e-3
 ROUNDS = 7  # of the timings, interleaved
 
@@ -224,8 +224,8 @@ def main() -> None:
         __doc__,
         data={"type": Path, "default": wordnet.FOLDER, "help": "folder of WordNet's data.noun, ..."},
         model={"choices": ["minilm", "tiny"], "default": "minilm", "help": "tiny: a random one, for a trial"},
-        steps={"type": int, "default": 120, "help": "of training"},
-        glosses={"type": int, "default": 5500, "help": "of which the last 1500 are for the test"},
+        steps={"type": int, "default": 150, "help": "of training"},
+        glosses={"type": int, "default": 6500, "help": "of which the last 1500 are for the test"},
     )
     torch.set_num_threads(1)
     steps, count = (3, 96) if arguments.quick else (arguments.steps, arguments.glosses)
@@ -254,7 +254,7 @@ def main() -> None:
         ("fine-tuning", None),
     ]
     for seed in arguments.seeds:
-        head = probe(train, seed, 30 if arguments.quick else 300)
+        head = probe(train, seed, 30 if arguments.quick else 100)
         right = 100 * float((head(test.above).argmax(1) == test.category).float().mean())
         saved = trained_state(head)
         size = {"trained": sum(value.numel() for value in saved.values()), "kib": len(save(saved)) / 1024}

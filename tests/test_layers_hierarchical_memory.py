@@ -392,7 +392,7 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(sys, "argv", [str(script), *arguments])
     runpy.run_path(str(script), run_name="__main__")
     results = json.loads((tmp_path / "out" / "hierarchical_memory.json").read_text())["results"]
-    assert [row["method"] for row in results] == ["linear probe", *["memory"] * 3, "LoRA", "fine-tuning"]
+    assert [row["method"] for row in results] == ["linear probe", *["memory"] * 2, "LoRA", "fine-tuning"]
     assert (
-        len({row["trained"] for row in results[1:4]}) == 1 and (tmp_path / "out" / "hierarchical_memory.png").exists()
+        len({row["trained"] for row in results[1:3]}) == 1 and (tmp_path / "out" / "hierarchical_memory.png").exists()
     )

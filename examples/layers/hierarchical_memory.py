@@ -224,8 +224,8 @@ def main() -> None:
         __doc__,
         data={"type": Path, "default": wordnet.FOLDER, "help": "folder of WordNet's data.noun, ..."},
         model={"choices": ["minilm", "tiny"], "default": "minilm", "help": "tiny: a random one, for a trial"},
-        steps={"type": int, "default": 150, "help": "of training"},
-        glosses={"type": int, "default": 6500, "help": "of which the last 1500 are for the test"},
+        steps={"type": int, "default": 120, "help": "of training"},
+        glosses={"type": int, "default": 5500, "help": "of which the last 1500 are for the test"},
     )
     torch.set_num_threads(1)
     steps, count = (3, 96) if arguments.quick else (arguments.steps, arguments.glosses)
@@ -249,7 +249,7 @@ def main() -> None:
         f" head of the linear probe. Times: of the last {UPPER} layers with one batch of {BATCH}; LoRA infers merged.",
     )
     settings: list[tuple[str, int | None]] = [
-        *(("memory", kept) for kept in (2, 4, PARENTS)),
+        *(("memory", kept) for kept in (4, PARENTS)),
         ("LoRA", None),
         ("fine-tuning", None),
     ]

@@ -218,7 +218,7 @@ def main() -> None:
         data={"type": Path, "default": wordnet.FOLDER, "help": "folder of WordNet's data.noun, ..."},
         train={"type": int, "default": 20000, "help": "pairs to train on"},
         test={"type": int, "default": 2000, "help": "pairs to test with"},
-        steps={"type": int, "default": 240, "help": "that all share; each setting then takes a sixth of them more"},
+        steps={"type": int, "default": 180, "help": "that all share; each setting then takes a sixth of them more"},
     )
     torch.set_num_threads(1)
     if arguments.quick:

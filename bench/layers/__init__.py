@@ -11,3 +11,6 @@ __all__ = ["block_gated_attention", "topk_attention"]
 from bench.layers import gated_attention
 
 __all__ = ["gated_attention"]
+from bench.layers import hierarchical_memory, sparse_encoder
+
+__all__ = ["hierarchical_memory", "sparse_encoder"]

@@ -21,3 +21,17 @@ from spartan.layers.gated_attention import GatedAttention, InterventionTokens
 from spartan.layers.path_sparsity import DualAscent, causal_graph, path_sparsity
 
 __all__ = ["DualAscent", "GatedAttention", "InterventionTokens", "causal_graph", "path_sparsity"]
+from spartan.layers.adding_memory import add_memory, load_memory_state_dict, memory_state_dict, remove_memory
+from spartan.layers.hierarchical_memory import HierarchicalMemory
+from spartan.layers.sparse_encoder import SparseEncoder, flops_loss, to_csr
+
+__all__ = [
+    "HierarchicalMemory",
+    "SparseEncoder",
+    "add_memory",
+    "flops_loss",
+    "load_memory_state_dict",
+    "memory_state_dict",
+    "remove_memory",
+    "to_csr",
+]

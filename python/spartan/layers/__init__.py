@@ -2,4 +2,6 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from spartan.layers.knapsack_gate import KnapsackGate
+
+__all__ = ["KnapsackGate"]

@@ -37,6 +37,7 @@ class KnapsackGate(nn.Module):
 
     Attributes:
         costs: float32 `[n]`, saved with the parameters.
+        free: the trained scores `[n]` of the whole network, or None.
 
     Raises:
         ValueError: costs that are not n positive numbers, a budget outside [0, 1], beta below 0, an unknown kind.
@@ -46,6 +47,7 @@ class KnapsackGate(nn.Module):
     """
 
     costs: torch.Tensor
+    free: torch.Tensor
 
     def __init__(
         self,
@@ -69,7 +71,8 @@ class KnapsackGate(nn.Module):
         self.budget, self.beta, self.kind = budget, beta, kind
         self.register_buffer("costs", price)
         self.scores = scores
-        self.free = nn.Parameter(_FIRST_DEVIATION * torch.randn(len(price))) if scores is None else None
+        free = nn.Parameter(_FIRST_DEVIATION * torch.randn(len(price))) if scores is None else None
+        self.register_parameter("free", free)
 
     def forward(self, x: torch.Tensor | None = None, budget: float | torch.Tensor | None = None) -> torch.Tensor:
         """Gates of the blocks.
@@ -90,7 +93,7 @@ class KnapsackGate(nn.Module):
         values = self._scores(x)
         fraction = self.budget if budget is None else budget
         if isinstance(fraction, torch.Tensor):
-            if self.free is not None:
+            if self.scores is None:
                 values = values.expand(*fraction.shape, -1)
             fraction = fraction.to(device=values.device, dtype=torch.float64)
         elif not 0 <= fraction <= 1:

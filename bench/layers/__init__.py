@@ -14,3 +14,6 @@ __all__ = ["gated_attention"]
 from bench.layers import hierarchical_memory, sparse_encoder
 
 __all__ = ["hierarchical_memory", "sparse_encoder"]
+from bench.layers import knapsack_gate
+
+__all__ = ["knapsack_gate"]

@@ -35,3 +35,6 @@ __all__ = [
     "remove_memory",
     "to_csr",
 ]
+from spartan.layers.knapsack_gate import KnapsackGate
+
+__all__ = ["KnapsackGate"]

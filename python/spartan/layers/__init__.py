@@ -2,4 +2,15 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from spartan.layers.connectivity_attention import ConnectivityAttention
+from spartan.layers.gathered import attention_at_kept, gathered_dot, gathered_sum
+from spartan.layers.product_key_experts import ProductKeyExperts, product_key_topk
+
+__all__ = [
+    "ConnectivityAttention",
+    "ProductKeyExperts",
+    "attention_at_kept",
+    "gathered_dot",
+    "gathered_sum",
+    "product_key_topk",
+]

@@ -59,7 +59,7 @@ def build(data: ImageData, pairs: str, kept: int) -> VisionTransformer:
     if pairs != "all":
         for layer in model.layers:
             dense = layer.attention
-            layer.attention = PAIRS[pairs](DIM, HEADS, tokens, keep=kept, rank=RANK)
+            layer.attention = PAIRS[pairs](DIM, HEADS, tokens, keep=kept, rank=min(RANK, tokens))
             layer.attention.load_state_dict(dense.state_dict(), strict=False)
     return model
 
@@ -110,11 +110,16 @@ def draw(axes: Any, records: list[study.Record]) -> None:
 
 def main() -> None:
     """Train each setting for each seed."""
-    asked = study.options(__doc__, steps={"type": int, "default": 400}, images={"type": int, "default": 20_000})
+    asked = study.options(
+        __doc__,
+        steps={"type": int, "default": 400},
+        images={"type": int, "default": 20_000},
+        data={"type": Path, "help": "folder of the four files of Fashion-MNIST; else they are found or fetched"},
+    )
     steps, images, tests, kept = asked.steps, asked.images, 5000, KEPT
     if asked.quick:
         steps, images, tests, kept = 3, 200, 100, KEPT[-1:]
-    data = load_data(notice=print).first(images, tests)
+    data = load_data(asked.data, notice=print).first(images, tests)
     task, tokens = ImageTask(data, BATCH), (data.side // PATCH) ** 2
     run = study.Study(
         "connectivity_attention",
@@ -127,7 +132,7 @@ def main() -> None:
         f"{data.name}, {len(data.test_labels):,} test images; {steps} steps of {BATCH} images; vision transformer"
         f" of {DEPTH} layers of {DIM} with {HEADS} heads; predictor of rank {RANK}.",
     )
-    settings = [("all", tokens), *((pairs, k) for pairs in ("predicted", "random") for k in kept)]
+    settings = [("all", tokens), *((pairs, k) for pairs in ("predicted", "random") for k in kept if k < tokens)]
     for seed in asked.seeds:
         for pairs, k in [*settings, ("not trained", kept[-1])]:
             torch.manual_seed(seed)

@@ -110,8 +110,8 @@ def main() -> None:
             "used": ("experts used on held-out text %", "{:.1f}"),
         },
         f"The source of Python's standard library, {len(data.train) / 1e6:g} million bytes, {len(data.held_out):,} held"
-        f" out; {steps} steps of {BATCH} times {CONTEXT} bytes; {DEPTH} layers of {DIM}; {QUERIES} heads that take {KEPT}"
-        " experts each.",
+        f" out; {steps} steps of {BATCH} times {CONTEXT} bytes; {DEPTH} layers of {DIM}; {QUERIES} heads that take"
+        f" {KEPT} experts each.",
     )
     for seed in asked.seeds:
         for experts in (None, *counts):

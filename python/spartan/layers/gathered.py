@@ -94,6 +94,8 @@ def attention_at_kept(
 def _flat(table: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """One table `[b * n, d]` of all, and where in it the rows of each query are, `[b * m, k]`."""
     rows, width = table.shape[-2:]
+    if table.ndim == 2:
+        return table, indices  # no view of it: a sparse gradient has none
     flat = table.reshape(-1, width)
     starts = torch.arange(0, flat.shape[0], rows, device=indices.device).view(-1, 1, 1)
     return flat, (indices.reshape(-1, *indices.shape[-2:]) + starts).view(-1, indices.shape[-1])

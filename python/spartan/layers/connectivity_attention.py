@@ -23,9 +23,9 @@ class ConnectivityAttention(nn.Module):
     D `[rank, tokens]` mixes keys, U `[rank, tokens]` is a sparse basis of rows of C. At first D averages neighbouring
     tokens and U spreads the attention to an average over them, so that a query keeps keys of groups it attends to.
 
-    Selecting has no gradient. In training m - m.detach(), with m = soft_topk(C) by rows, is added to the scores. Outputs
-    stay those above; D, U, Q and K get the gradient that a factor m at each kept pair would have, and h that of a soft
-    mask. With one key for a query these gradients are 0.
+    Selecting has no gradient. In training m - m.detach(), with m = soft_topk(C) by rows, is added to the scores.
+    Outputs stay those above; D, U, Q and K get the gradient that a factor m at each kept pair would have, and h that
+    of a soft mask. With one key for a query these gradients are 0.
 
     Args:
         dim: width of a token.

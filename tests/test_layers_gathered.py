@@ -99,3 +99,24 @@ def test_the_form_follows_the_share_of_rows() -> None:
     x, table, _, indices = operands(n=65)
     assert "_Dot" in type(gathered_dot(x, table, indices).grad_fn.next_functions[0][0]).__name__
     assert "Gather" in type(gathered_dot(x, table[:64], indices.clamp(max=63)).grad_fn).__name__
+
+
+def test_operands_that_are_refused() -> None:
+    x, table, weights, indices = operands(2)
+    for function, first in ((gathered_dot, x), (gathered_sum, weights)):
+        name = "x" if function is gathered_dot else "weights"
+        for others in ((table[0], indices), (table, indices[:1]), (table[0, 0], indices[0, 0])):
+            with pytest.raises(ValueError, match="table and indices must have two dimensions or more"):
+                function(first, *others)
+        with pytest.raises(ValueError, match=rf"{name} must be \[2, 5, \.\.\.\]; got \[2, 4"):
+            function(first[:, :4], table, indices)
+        with pytest.raises(ValueError, match=rf"{name} must have the dtype torch.float64 .*; got torch.float32"):
+            function(first.float(), table, indices)
+        with pytest.raises(ValueError, match=r"indices int64; got torch.float64 and torch.int32"):
+            function(first, table, indices.int())
+        with pytest.raises(ValueError, match=r"sparse=True needs a table \[n, d\]; got \[2, 7, 3\]"):
+            function(first, table, indices, sparse=True)
+    with pytest.raises(ValueError, match=r"x must have the width 3 of the table; got \[2, 5, 2\]"):
+        gathered_dot(x[..., :2], table, indices)
+    with pytest.raises(ValueError, match=r"weights must be \[2, 5, 4\] as the indices are; got \[2, 5, 3\]"):
+        gathered_sum(weights[..., :3], table, indices)

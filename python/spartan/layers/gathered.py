@@ -37,7 +37,13 @@ def gathered_dot(
 
     Returns:
         y `[..., m, k]`; differentiable (once) in x and the table. Rows are not copied.
+
+    Raises:
+        ValueError: shapes or dtypes that do not match, or a sparse gradient of a table of more than two dimensions.
     """
+    _check("x", x, table, indices, sparse)
+    if x.shape[-1] != table.shape[-1]:
+        raise ValueError(f"x must have the width {table.shape[-1]} of the table; got {list(x.shape)}")
     if not sparse and (prefers_dense(indices.shape[-1], table.shape[-2]) if dense is None else dense):
         return (x @ table.mT).gather(-1, indices)
     flat, at = _flat(table, indices)
@@ -59,7 +65,13 @@ def gathered_sum(
 
     Returns:
         y `[..., m, d]`; differentiable in the weights and the table. Rows are not copied.
+
+    Raises:
+        ValueError: as `gathered_dot`.
     """
+    _check("weights", weights, table, indices, sparse)
+    if weights.shape != indices.shape:
+        raise ValueError(f"weights must be {list(indices.shape)} as the indices are; got {list(weights.shape)}")
     if not sparse and (prefers_dense(indices.shape[-1], table.shape[-2]) if dense is None else dense):
         scattered = weights.new_zeros(*weights.shape[:-1], table.shape[-2])
         return scattered.scatter_add(-1, indices, weights) @ table
@@ -89,6 +101,23 @@ def attention_at_kept(
     scores = gathered_dot(query, key, indices, dense=dense) * query.shape[-1] ** -0.5
     shares = (scores if bias is None else scores + bias).softmax(-1)
     return gathered_sum(shares.to(value.dtype), value, indices, dense=dense)
+
+
+def _check(name: str, first: Tensor, table: Tensor, indices: Tensor, sparse: bool) -> None:
+    if indices.ndim < 2 or table.ndim != indices.ndim or table.shape[:-2] != indices.shape[:-2]:
+        raise ValueError(
+            "table and indices must have two dimensions or more and the same leading ones; got "
+            f"{list(table.shape)} and {list(indices.shape)}"
+        )
+    if first.shape[:-1] != indices.shape[:-1]:
+        raise ValueError(f"{name} must be [{', '.join(map(str, indices.shape[:-1]))}, ...]; got {list(first.shape)}")
+    if first.dtype != table.dtype or indices.dtype != torch.int64:
+        raise ValueError(
+            f"{name} must have the dtype {table.dtype} of the table, and indices int64; got {first.dtype} and "
+            f"{indices.dtype}"
+        )
+    if sparse and table.ndim != 2:
+        raise ValueError(f"sparse=True needs a table [n, d]; got {list(table.shape)}")
 
 
 def _flat(table: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,3 +17,6 @@ __all__ = ["hierarchical_memory", "sparse_encoder"]
 from bench.layers import knapsack_gate
 
 __all__ = ["knapsack_gate"]
+from bench.layers import connectivity_attention, product_key_experts
+
+__all__ = ["connectivity_attention", "product_key_experts"]

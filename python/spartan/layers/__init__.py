@@ -38,3 +38,15 @@ __all__ = [
 from spartan.layers.knapsack_gate import KnapsackGate
 
 __all__ = ["KnapsackGate"]
+from spartan.layers.connectivity_attention import ConnectivityAttention
+from spartan.layers.gathered import attention_at_kept, gathered_dot, gathered_sum
+from spartan.layers.product_key_experts import ProductKeyExperts, product_key_topk
+
+__all__ = [
+    "ConnectivityAttention",
+    "ProductKeyExperts",
+    "attention_at_kept",
+    "gathered_dot",
+    "gathered_sum",
+    "product_key_topk",
+]

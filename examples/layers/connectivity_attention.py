@@ -101,9 +101,9 @@ def draw(axes: Any, records: list[study.Record]) -> None:
         x = [study.means(own, "flops", kept=k) for k in kept]
         y = [study.means(own, "accuracy", kept=k) for k in kept]
         if pairs == "all":
-            axes.axhline(y[0], color="gray", linestyle="--", label=f"all pairs ({x[0]:.2f} million)")
+            axes.axhline(y[0], color="gray", linestyle="--", label=f"pairs: all ({x[0]:.2f} million)")
         else:
-            axes.plot(x, y, "o-", label=f"{pairs} pairs")
+            axes.plot(x, y, "o-", label=f"pairs: {pairs}")
     axes.set_xlabel("million operations of attention for an image, projections aside")
     axes.set_ylabel("accuracy in percent")
     axes.legend()

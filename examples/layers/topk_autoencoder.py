@@ -23,8 +23,8 @@ from spartan.layers import AutoencoderLoss, TopKAutoencoder, downstream_gradient
 
 LAYER, TOKENS, TEMPERATURE = 3, 32, 0.05
 TRAINING_PAIRS, HELD_OUT_PAIRS, BATCH_PAIRS = 450, 60, 15
-EXPANSION, KEPT, PENALTIES = 4, (8, 16, 32), (0.012, 0.006, 0.003)
-STEPS, BATCH, RATE, DEAD_AFTER = 220, 256, 2e-3, 5000
+EXPANSION, KEPT, PENALTIES = 4, (8, 16, 32), (0.016, 0.012, 0.008)
+STEPS, BATCH, RATE, DEAD_AFTER = 150, 256, 2e-3, 5000
 METHODS: dict[str, dict[str, Any]] = {
     "k of each row": {},
     "k of a row on average (batch)": {"by": "batch"},

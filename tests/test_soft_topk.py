@@ -471,3 +471,26 @@ def test_bad_input_is_named(target: Any, arguments: dict[str, Any], error: type[
         pytest.skip("on a GPU values are inspected only under checks(True)")
     with pytest.raises(error, match=f"(?is){message}"):
         ops.soft_topk(**call)
+
+
+def test_a_budget_for_each_row_is_learned(target: Any) -> None:
+    """Row r has r + 1 large entries, whose loss is less than a unit of budget costs if they are dropped."""
+    large = torch.tensor([[j <= r for j in range(6)] for r in range(5)], device=target.device)
+    rows = 4.0 * large
+    logits = torch.zeros(5, device=target.device, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], 0.1)
+    for _ in range(120):
+        budget = 6 * logits.sigmoid()
+        mask = F.soft_topk(rows, budget, beta=3.0, backend=target.backend)
+        loss = ((1 - mask) * rows).sum() + 0.5 * budget.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert budget.round().tolist() == [1, 2, 3, 4, 5]
+    exact = budget.detach().double().requires_grad_()
+    oracle = oracle_soft_topk(rows.double(), exact, None, 3.0)
+    (expected,) = torch.autograd.grad(((1 - oracle) * rows).sum() + 0.5 * exact.sum(), exact)
+    leaf = budget.detach().requires_grad_()
+    mask = F.soft_topk(rows, leaf, beta=3.0, backend=target.backend)
+    (found,) = torch.autograd.grad(((1 - mask) * rows).sum() + 0.5 * leaf.sum(), leaf)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)

@@ -23,14 +23,13 @@ from spartan.layers import AutoencoderLoss, TopKAutoencoder, downstream_gradient
 
 LAYER, TOKENS, TEMPERATURE = 3, 32, 0.05
 TRAINING_PAIRS, HELD_OUT_PAIRS, BATCH_PAIRS = 450, 60, 15
-EXPANSION, KEPT, PENALTIES = 4, (8, 16, 32), (0.012, 0.006, 0.003)
-STEPS, BATCH, RATE, DEAD_AFTER = 220, 256, 2e-3, 5000
+EXPANSION, KEPT, PENALTIES = 4, (8, 16, 32), (0.016, 0.012, 0.008)
+STEPS, BATCH, RATE, DEAD_AFTER, REVIVED = 120, 256, 2e-3, 5000, 64
 METHODS: dict[str, dict[str, Any]] = {
     "k of each row": {},
     "k of a row on average (batch)": {"by": "batch"},
     "k of each row, by gradient": {},
     "k of each row, sampled": {"sampled": True},
-    "k of each row, none revived": {"revive": 0},
 }
 RELU = "ReLU and a penalty"
 
@@ -234,7 +233,8 @@ def main() -> None:
         for method, settings in METHODS.items():
             for k in KEPT:
                 torch.manual_seed(seed)
-                model = TopKAutoencoder(width, EXPANSION * width, k, dead_after=DEAD_AFTER, **settings)
+                settings = {**settings, "dead_after": DEAD_AFTER, "revive": min(REVIVED, width)}
+                model = TopKAutoencoder(width, EXPANSION * width, k, **settings)
                 train(model, data, steps, "gradient" in method, seed)
                 found.add(seed, method=method, setting=k, **evaluate(model, data))
         for penalty in PENALTIES:

@@ -14,7 +14,7 @@ from spartan.layers.selection import kept_indices
 
 __all__ = ["AutoencoderLoss", "TopKAutoencoder", "downstream_gradient"]
 
-THRESHOLD_DECAY = 0.99  # of the running mean of the least code kept of a batch
+THRESHOLD_DECAY = 0.95  # of the running mean of the least code kept of a batch
 
 
 class AutoencoderLoss(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,7 @@ def byte_model(context: int, dim: int, depth: int, heads: int) -> ByteTransforme
     return model
 
 
+@cache
 def text(quick: bool) -> TextData:
     """Python's standard library; some of its files are held out."""
     return load_text(limit=4_000_000, held_out_limit=8_000 if quick else 60_000)

@@ -74,8 +74,8 @@ def block_gated_attention(
     behind = attend_gathered(query[:, :, dense * block :], key, value, kept, block, is_causal, scale)
     if not is_causal:
         return behind
-    first = (x[:, :, : k * block] for x in (query, key, value))
-    return torch.cat([F.scaled_dot_product_attention(*first, is_causal=True, scale=scale), behind], -2)
+    query, key, value = (x[:, :, : k * block] for x in (query, key, value))
+    return torch.cat([F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale), behind], -2)
 
 
 def _kept(gates: Tensor, k: int, first: int | None) -> Tensor:

@@ -19,12 +19,13 @@ FLEX_BLOCK = 128  # the tiles that FlexAttention's kernels choose by themselves 
 def attend_flex(
     query: Tensor, key: Tensor, value: Tensor, gates: Tensor, k: int, block: int, is_causal: bool, scale: float | None
 ) -> Tensor:
-    """The same by FlexAttention: compiled on a GPU; elsewhere its eager form, which makes all scores."""
+    """Attention to the kept blocks by FlexAttention: compiled on a GPU; elsewhere its eager form, which makes all scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
     mask = block_mask(gates, k, block, is_causal, (query.shape[-2], key.shape[-2]))
-    flex = _compiled_flex() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention
-    return flex(query, key, value, block_mask=mask, scale=scale)
+    if query.is_cuda and not torch.compiler.is_compiling():
+        return _compiled_flex()(query, key, value, block_mask=mask, scale=scale)
+    return flex_attention(query, key, value, block_mask=mask, scale=scale)
 
 
 @cache

@@ -75,12 +75,11 @@ class _InParts(torch.autograd.Function):
         query, key, value, kept, bias = ctx.saved_tensors
         grads = [torch.zeros_like(x) for x in (query, key, value)]
         for p in _parts(kept, key):
+            parts = (query[p], _taken(key, kept[p]), _taken(value, kept[p]))
             with torch.enable_grad():
-                operands = [
-                    x.detach().requires_grad_() for x in (query[p], _taken(key, kept[p]), _taken(value, kept[p]))
-                ]
-                attended = _dense(*operands, _of(bias, p), ctx.scale)
-            of_query, *of_blocks = torch.autograd.grad(attended, operands, grad[p].to(attended.dtype))
+                q, blocks, values = (x.detach().requires_grad_() for x in parts)
+                attended = _dense(q, blocks, values, _of(bias, p), ctx.scale)
+            of_query, *of_blocks = torch.autograd.grad(attended, (q, blocks, values), grad[p].to(attended.dtype))
             grads[0][p] = of_query
             for whole, part in zip(grads[1:], of_blocks, strict=True):
                 whole.index_put_((kept[p].flatten(),), part.view(-1, *whole.shape[1:]), accumulate=True)

@@ -134,8 +134,8 @@ def _hard_weights(scores: Tensor, kept: Tensor, sizes: list[int], shares: Tensor
         return _normalised(scores), kept
     scores, order = scores.sort(-1, descending=True)
     parts = [share * _normalised(scores[..., :n]) for share, n in zip(shares, sizes, strict=True)]
-    weights = sum(F.pad(part, (0, scores.shape[-1] - part.shape[-1])) for part in parts)
-    return weights, kept.gather(-1, order)
+    padded = [F.pad(part, (0, scores.shape[-1] - part.shape[-1])) for part in parts]
+    return torch.stack(padded).sum(0), kept.gather(-1, order)
 
 
 def _product(weights: Tensor, kept: Tensor, value: Tensor) -> Tensor:

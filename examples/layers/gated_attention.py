@@ -264,7 +264,7 @@ def run(model: World, kind: str, seed: int, data: Transitions, target: float, qu
 DENSE, EDGES, PATHS = "dense", "gates, their mean", "gates, paths"
 DIM, LAYERS, RATE = 48, 2, 2e-3
 OPENNESS, TEMPERATURE = 4.0, 3.0
-FIRST, STEPS, CALM, SLACK = 1000, 1400, 0.5, 1.3
+FIRST, STEPS, CALM, SLACK = 1000, 1400, 0.5, 1.5
 ABOUT = (
     f"{BALLS} balls, a paddle and {DISTRACTORS} distractors in a ring; two layers of dim {DIM}. All three go on from"
     f" one dense model of {FIRST} steps for {STEPS} more, in batches of {BATCH}; gates keep the loss at {SLACK:g} times"

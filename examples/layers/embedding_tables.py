@@ -22,7 +22,7 @@ import spartan
 WIDTH = 64
 SPARSITIES = (0.8, 0.9)
 USERS, LEARNING_RATE = 128, 0.03
-DECAY, DECAY_OF_WIDE = 0.3, 2.0  # the best of four on another split: wide dense tables need more of it
+DECAY, DECAY_OF_WIDE = 0.3, 2.0  # chosen on another split: wide dense tables need more of it
 HELD_OUT, LIST = 0.2, 20
 FEWEST = 10  # choices of an item
 

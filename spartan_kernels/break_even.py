@@ -79,6 +79,7 @@ class Crossing:
         few: whether this was measured with few tokens (at most 16) or with many.
         density: active blocks / blocks.
         whole: time with all blocks active / time of the dense product; None where that is not known.
+        packed: whether the blocks were packed once, instead of found by their gate in each product.
     """
 
     dtype: str
@@ -87,6 +88,7 @@ class Crossing:
     few: bool
     density: float | None
     whole: float | None = None
+    packed: bool = False
 
 
 Surface = tuple[Crossing, ...]
@@ -112,7 +114,7 @@ def dense_above(
     Without a measurement, the block-sparse one is taken, but for narrow blocks on a CPU, where a model decides: one of
     masks that move, so not of `packed` blocks.
     """
-    crossing = _threshold(device, dtype, block_size, tokens <= FEW_TOKENS)
+    crossing = _threshold(device, dtype, block_size, tokens <= FEW_TOKENS, packed)
     if crossing is not None:
         return crossing
     if packed or min(block_size) >= _NARROW or device.type != "cpu":
@@ -141,7 +143,7 @@ def packed_time(
         weights: entries of the dense weight, for what a call takes besides its product.
     """
     few = tokens <= FEW_TOKENS
-    crossing = _threshold(device, dtype, block_size, few)
+    crossing = _threshold(device, dtype, block_size, few, True)
     if crossing is not None:
         cost = 1 / max(crossing, 1e-9) if crossing < _NEVER else 1.0
     elif few and device.type == "cuda" and tuple(block_size) == (1, 1):
@@ -202,24 +204,29 @@ def _forget() -> None:
 
 @cache
 def _whole_block(device: torch.device, dtype: torch.dtype, few: bool) -> tuple[int, int] | None:
-    known = [(c.whole, c.rows, c.columns) for c in _entries(device, dtype, few) if c.whole is not None]
+    known = [(c.whole, c.rows, c.columns) for c in _entries(device, dtype, few, False) if c.whole is not None]
     whole, *block = min(known, default=(_NEVER, 0, 0))
     return (block[0], block[1]) if whole < _SURELY else None
 
 
-def _entries(device: torch.device, dtype: torch.dtype, few: bool) -> list[Crossing]:
-    name = str(dtype).removeprefix("torch.")
-    return [c for c in _surface(device_kind(device)) if (c.dtype, c.few) == (name, few)]
+def _entries(device: torch.device, dtype: torch.dtype, few: bool, packed: bool) -> list[Crossing]:
+    measured = str(dtype).removeprefix("torch."), few, packed
+    return [c for c in _surface(device_kind(device)) if (c.dtype, c.few, c.packed) == measured]
 
 
 @cache
-def _threshold(device: torch.device, dtype: torch.dtype, block_size: tuple[int, int], few: bool) -> float | None:
-    """The density above which the dense product is faster, _NEVER if it is not; None: it was not measured."""
+def _threshold(
+    device: torch.device, dtype: torch.dtype, block_size: tuple[int, int], few: bool, packed: bool
+) -> float | None:
+    """The density above which the dense product is faster, _NEVER if it is not; None: it was not measured.
+
+    For packed blocks that were not measured, what was found of blocks that are not packed, which take longer.
+    """
     rows, columns = block_size
     narrow = min(block_size) < _NARROW  # these have kernels of their own
-    entries = [c for c in _entries(device, dtype, few) if (min(c.rows, c.columns) < _NARROW) == narrow]
+    entries = [c for c in _entries(device, dtype, few, packed) if (min(c.rows, c.columns) < _NARROW) == narrow]
     if not entries:
-        return None
+        return _threshold(device, dtype, block_size, few, False) if packed else None
     # the nearest block measured, by its area and then its shape
     nearest = min(entries, key=lambda c: (abs(math.log(c.rows / rows)) + abs(math.log(c.columns / columns)), c.rows))
     return _NEVER if nearest.density is None else nearest.density

@@ -177,15 +177,16 @@ def test_tune_with_a_timer() -> None:
 
     path = spartan.tune("cpu", (torch.float32, torch.float64), (64, (32, 16)), timer=timer)
     surface = load()[KIND]
-    assert path.exists() and len(calls) == 40  # float64 has no kernel
-    assert [(c.dtype, c.rows, c.columns, c.few) for c in surface] == [
-        ("float32", 64, 64, True),
-        ("float32", 64, 64, False),
-        ("float32", 32, 16, True),
-        ("float32", 32, 16, False),
+    assert path.exists() and len(calls) == 80  # float64 has no kernel
+    assert [(c.dtype, c.rows, c.columns, c.few, c.packed) for c in surface] == [
+        ("float32", *size, few, packed)
+        for packed in (False, True)
+        for size in ((64, 64), (32, 16))
+        for few in (True, False)
     ]
     assert all(c.density == pytest.approx(0.6) for c in surface)
-    torch.testing.assert_close(calls[9], calls[0], rtol=1e-4, atol=1e-3)  # density 1 is the dense product
+    for first in (0, 40):  # density 1 is the dense product
+        torch.testing.assert_close(calls[first + 9], calls[first], rtol=1e-4, atol=1e-3)
     with pytest.raises(ValueError, match=r"dtypes.*float64"):
         spartan.tune("cpu", (torch.float64,), timer=timer)
 
@@ -203,6 +204,20 @@ def test_blocks_of_a_few_weights_are_measured_apart_from_the_others() -> None:
     assert dense_wins(*single, many) and dense_wins(0.1, CPU, torch.float32, (4, 1), many)
     assert break_even.packed_time(*single, many, 1 << 20) > 1
     assert not dense_wins(0.1, CPU, torch.float32, (16, 16), many)
+
+
+def test_packed_blocks_are_decided_by_their_own_measurement() -> None:
+    """Without it, by that of blocks which are found in each product."""
+    many = (CPU, torch.float32, (16, 16), 2048)
+    store(KIND, (Crossing("float32", 16, 16, False, 0.2, 2.0),))
+    assert dense_wins(0.3, *many, packed=True) and dense_wins(0.3, *many)
+    assert break_even.packed_time(0.3, *many, 1 << 20) > 1
+    store(
+        KIND, (Crossing("float32", 16, 16, False, 0.2, 2.0), Crossing("float32", 16, 16, False, 0.5, 0.5, packed=True))
+    )
+    assert dense_wins(0.3, *many) and not dense_wins(0.3, *many, packed=True) and dense_wins(0.6, *many, packed=True)
+    assert break_even.packed_time(0.3, *many, 1 << 20) < 1 < break_even.packed_time(0.6, *many, 1 << 20)
+    assert break_even.whole_block(CPU, torch.float32, 2048) is None  # that of packed blocks does not count
 
 
 def test_packed_single_weights_on_a_gpu_are_predicted_from_bytes(monkeypatch: pytest.MonkeyPatch) -> None:

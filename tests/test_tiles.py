@@ -90,6 +90,7 @@ def test_tune_searches_tiles_with_a_timer(own_cache: Path, monkeypatch: pytest.M
     monkeypatch.setattr(tuning, "AUTO_ORDER", {"cpu": ("triton",)})
     monkeypatch.setattr(tuning, "_serves", lambda name, kind, dtype: name == "triton")
     monkeypatch.setattr(tuning, "masked_linear", lambda x, weight, *rest, **options: x @ weight.mT)
+    monkeypatch.setattr(tuning, "block_sparse_linear", lambda x, packed, **options: x @ packed.to_dense().mT)
     spartan.tune("cpu", (torch.bfloat16,), ((32, 32),), tiles=True, timer=timer)
     stored = load_tiles()[device_kind(CPU)]
     assert [(t.kind, t.span, t.other, t.few) for t in stored] == [

@@ -112,9 +112,10 @@ __device__ inline Start start_warm(const double* state) {
   return start;
 }
 
-// By a whole thread block.
+// One thread block.
 template <class T>
-__device__ void start(const Plan& plan, const Request& request, const Workspace& w) {
+__global__ void __launch_bounds__(kThreads, 1) start_kernel(Plan plan, Request request, Workspace w, Sent sent) {
+  sent.arrive();
   Solve* solve = w.solve;
   const double total = request.priced ? solve->total : static_cast<double>(plan.length);
   const double cheapest = request.priced ? solve->cheapest : 1.0, dearest = request.priced ? solve->dearest : 1.0;
@@ -140,12 +141,6 @@ __device__ void start(const Plan& plan, const Request& request, const Workspace&
   solve->soft = request.soft;
   solve->searching = searching;
   solve->pending = searching || counting;
-}
-
-template <class T>
-__global__ void __launch_bounds__(kThreads, 1) start_kernel(Plan plan, Request request, Workspace w, Sent sent) {
-  sent.arrive();
-  start<T>(plan, request, w);
 }
 
 }  // namespace spartan::cuda

@@ -1,7 +1,7 @@
 // Soft and hard top-k of a list of tensors under one budget, in a fixed number of launches that the host never waits for:
 //
 //   send     the table of the tensors, 40 of them in a launch; the last go along with the start where nothing has a cost
-//   costs    where there are any: their sum and range; its last thread block goes on to the start
+//   costs    where there are any: their sum and range
 //   start    a trial threshold and a range of keys for the hard one, from the last solves or from a sample
 //   search   one read: moments at the trial, and where in the range the budget runs out; the same again while either is
 //            still open, and who is kept of too many ties
@@ -19,10 +19,8 @@
 namespace spartan::cuda {
 namespace {
 
-constexpr int kCostsResident = 2;  // the start needs registers
-
 template <class T>
-__global__ void __launch_bounds__(kThreads, kCostsResident) costs_kernel(Plan plan, Request request, Workspace w) {
+__global__ void __launch_bounds__(kThreads, 1) costs_kernel(Plan plan, Workspace w) {
   double sum = 0.0;
   float cheapest = INFINITY, dearest = -INFINITY, poison = 0.0f;
   const auto add = [&](float a, double times) {
@@ -51,15 +49,11 @@ __global__ void __launch_bounds__(kThreads, kCostsResident) costs_kernel(Plan pl
     }
   }
   double sums[4] = {sum, static_cast<double>(poison), -static_cast<double>(cheapest), static_cast<double>(dearest)};
-  if (!grid_reduce(sums, SumsThenMaxima<2>{}, w.partials, &w.solve->ticket)) return;
-  if (threadIdx.x == 0) {
-    w.solve->total = sums[0];
-    w.solve->poison = sums[1];
-    w.solve->cheapest = -sums[2];
-    w.solve->dearest = sums[3];
-  }
-  __syncthreads();
-  start<T>(plan, request, w);
+  if (!grid_reduce(sums, SumsThenMaxima<2>{}, w.partials, &w.solve->ticket) || threadIdx.x != 0) return;
+  w.solve->total = sums[0];
+  w.solve->poison = sums[1];
+  w.solve->cheapest = -sums[2];
+  w.solve->dearest = sums[3];
 }
 
 // ---- Survey.
@@ -349,13 +343,14 @@ template <class T>
 void solve(const Table& table, const Plan& plan, const Request& request, bool cost_arrays, const Workspace& w, Launches run) {
   const int value = sizeof(T), cost = cost_arrays ? value : 0, written = (request.soft ? value : 0) + (request.hard ? 1 : 0);
   const Delivery delivery(table, plan, w.counts, w.cleared);
+  Sent last{};
   if (request.priced) {
     send_all(delivery, run);
-    run.with(kCostsResident)({"costs", cost, 0, 1, 1}, &costs_kernel<T>, plan, request, w);
+    run({"costs", cost, 0, 1, 1}, &costs_kernel<T>, plan, w);  // not with the start, which needs twice the registers
   } else {
-    const Sent last = send_but_last(delivery, run);
-    run.alone({"start", 0, 0, 1, 1}, &start_kernel<T>, plan, request, w, last);
+    last = send_but_last(delivery, run);
   }
+  run.alone({"start", 0, 0, 1, 1}, &start_kernel<T>, plan, request, w, last);
   run.with(kSearchesResident).together({"search", value + cost, 0, request.soft ? 2 : 1, 1}, &search_kernel<T>, plan, w);
   run({"write", value + cost, written, 1, 1}, &write_kernel<T>, plan, request, w);
   if (request.soft) run.together({"again", value + cost, value, 0, 0}, &again_kernel<T>, plan, request, w);

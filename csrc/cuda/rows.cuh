@@ -10,7 +10,7 @@ namespace spartan::cuda {
 // Where a row's ratios u = v / a stay while it is solved: in so many registers of each thread, or ...
 constexpr int kInShared = -1;  // ... in shared memory, each thread's own
 constexpr int kInMemory = 0;   // ... nowhere: the row is read again, from a cache as a rule, by every walk
-constexpr int kMostPriced = 8;  // registers beside which there is room for the addresses of costs
+constexpr int kMostPriced = 4;  // registers beside which there is room for the addresses of costs
 
 // What lies beside the entries of a row, in registers where they are.
 template <class U, int kItems>
@@ -188,7 +188,14 @@ class Row {
 // Threads of a thread block whose rows are shared by kGroup threads.
 constexpr int block_threads(int group) { return group < kThreads ? kThreads : group; }
 // Thread blocks that a multiprocessor shall hold, which limits their registers.
-constexpr int resident(int group, int items) { return items == 32 ? 1 : 512 / block_threads(group); }
+constexpr int resident(int group, int items) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  constexpr int kFew = 16;  // with more than one they would spill there
+#else
+  constexpr int kFew = 32;
+#endif
+  return items >= kFew ? 1 : 512 / block_threads(group);
+}
 
 template <int kGroup>
 __device__ inline int64_t first_row() {
@@ -209,11 +216,11 @@ void for_length(const Rows& rows, Stream stream, F f) {
   const bool priced = rows.costs != nullptr && rows.cost_step != 0;
   if (length <= 4) return f(integral_constant<int, 1>{}, integral_constant<int, 4>{}, 0);
   if (length <= 16) return f(integral_constant<int, 4>{}, integral_constant<int, 4>{}, 0);
-  if (length <= 64) return f(integral_constant<int, 8>{}, integral_constant<int, 8>{}, 0);
-  if (length <= 256) return f(integral_constant<int, 32>{}, integral_constant<int, 8>{}, 0);
+  if (length <= 64 && !priced) return f(integral_constant<int, 8>{}, integral_constant<int, 8>{}, 0);
+  if (length <= 256 && !priced) return f(integral_constant<int, 32>{}, integral_constant<int, 8>{}, 0);
+  if (length <= 256) return f(integral_constant<int, 32>{}, Shared{}, static_cast<int>(bytes * (kThreads / 32)));
   if (length <= 1024 && !priced) return f(integral_constant<int, 32>{}, integral_constant<int, 32>{}, 0);
   if (length <= 4096 && !priced) return f(integral_constant<int, 256>{}, integral_constant<int, 16>{}, 0);
-  if (length <= 8192 && !priced) return f(integral_constant<int, 512>{}, integral_constant<int, 16>{}, 0);
   if (length <= 8192) return f(integral_constant<int, 256>{}, Shared{}, static_cast<int>(bytes));
   if (bytes <= shared_limit(stream)) return f(integral_constant<int, 512>{}, Shared{}, static_cast<int>(bytes));
   return f(integral_constant<int, 512>{}, integral_constant<int, kInMemory>{}, 0);

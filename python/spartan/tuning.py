@@ -1,4 +1,4 @@
-"""Measure from which density on the dense product is faster than the block-sparse one, on this machine."""
+"""Measure from which density on the dense product is faster than those of blocks, on this machine."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from spartan.functional import masked_linear
-from spartan_kernels import precision
+from spartan.functional import block_sparse_linear, masked_linear
+from spartan_kernels import BlockSparseWeight, precision
 from spartan_kernels.arguments import block_grid, block_shape
 from spartan_kernels.break_even import Crossing, Surface, device_kind, store
 from spartan_kernels.dispatch import AUTO_ORDER, refusal
@@ -39,18 +39,23 @@ def tune(
     tiles: bool = False,
     timer: Timer | None = None,
 ) -> Path:
-    """Measure once where `masked_linear` should multiply densely, and store that in the user's cache.
+    """Measure once from which density on linear layers should multiply densely, and store that in the user's cache.
 
     For each dtype, block size and few or many tokens, forward passes through a 3072 x 768 weight are timed at rising
-    densities against `torch.nn.functional.linear` on the same weight; the crossing is interpolated in the density.
+    densities against `torch.nn.functional.linear` on the same weight; the crossing is interpolated in the density. Both
+    are measured: `masked_linear`, whose mask may move, and `block_sparse_linear`, which `to_block_sparse` chooses by.
     Where the product of all blocks is the faster one (PyTorch's does not know every CPU), it also serves linear
     layers that are masked weight by weight.
+
+    Not measured: convolutions, whose time depends on more than the density (a model of a CPU, and on a GPU the width of
+    the blocks decide), and products in 8 bits, which are taken where a model was packed so.
 
     Args:
         device: None for the GPU where there is one, else the CPU.
         dtypes: dtypes to measure; one that only the reference serves is left out.
         block_sizes: ints or (rows, columns); sizes between them take the nearest. None: 16, 32, 64 and 128, on a CPU
-            also (4, 1) and 1, which stand for the blocks with a side below 8.
+            also (4, 1) and 1, which stand for the blocks with a side below 8. On a GPU with Triton, packed single
+            weights are measured besides, with few tokens.
         tiles: on a GPU with Triton, first search the tile of each of these products and of their input gradients, and
             store it beside: a dozen or two kernels each are compiled and timed, at a tenth of the blocks.
         timer: seconds of a call on a device; None measures the median of several.
@@ -77,12 +82,14 @@ def tune(
             for few in (True, False)
         )
         store_tiles(device_kind(where), tuple(tile for pair in found for tile in pair))
+    subjects = [(size, few, packed) for packed in (False, True) for size in sizes for few in (True, False)]
+    if kernel == "triton" and where.type == "cuda" and block_sizes is None:
+        subjects.append(((1, 1), True, True))
     surface: Surface = tuple(
-        _crossing(where, dtype, size, few, kernel, timer or median_seconds)
+        _crossing(where, dtype, size, few, packed, kernel, timer or median_seconds)
         for dtype in dtypes
         if kernel != "reference" and _serves(kernel, where.type, dtype)
-        for size in sizes
-        for few in (True, False)
+        for size, few, packed in subjects
     )
     if not surface:
         raise ValueError(f"dtypes must hold one that a kernel serves on {where.type}; got {list(dtypes)}")
@@ -132,7 +139,7 @@ def _fastest(
 
 
 def _crossing(
-    device: torch.device, dtype: torch.dtype, size: tuple[int, int], few: bool, kernel: str, timer: Timer
+    device: torch.device, dtype: torch.dtype, size: tuple[int, int], few: bool, packed: bool, kernel: str, timer: Timer
 ) -> Crossing:
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(_SHAPE, generator=g).to(device, dtype)
@@ -143,11 +150,15 @@ def _crossing(
         dense = timer(lambda: functional.linear(x, weight), device)
         ratios = []
         for density in _DENSITIES:
-            gate = (order < round(density * order.numel())).to(device, torch.float32)
-            sparse = partial(masked_linear, x, weight, gate, size, backend=kernel)
+            active = (order < round(density * order.numel())).to(device)
+            if packed:
+                blocks = BlockSparseWeight.from_dense(weight, size, active)
+                sparse = partial(block_sparse_linear, x, blocks, backend=kernel)
+            else:
+                sparse = partial(masked_linear, x, weight, active.to(torch.float32), size, backend=kernel)
             ratios.append(timer(sparse, device) / dense)
     name = str(dtype).removeprefix("torch.")
-    return Crossing(name, *size, few, interpolated_crossing(_DENSITIES, ratios), ratios[-1])
+    return Crossing(name, *size, few, interpolated_crossing(_DENSITIES, ratios), ratios[-1], packed)
 
 
 def interpolated_crossing(densities: Sequence[float], ratios: Sequence[float]) -> float | None:

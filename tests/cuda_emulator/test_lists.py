@@ -101,7 +101,7 @@ def test_a_call_launches_what_its_plan_says(priced: bool, tensors: int) -> None:
     k, state, more = budget_of(20.0 * tensors), new_solver_state("cpu"), (tensors - 1) // 40
     soft, hard = [torch.empty(200) for _ in values], [torch.empty(200, dtype=torch.bool) for _ in values]
     kernels = [launch.kernel for launch in lists.launch_plan(torch.float32, cost_arrays=priced)]
-    assert kernels == (["send", "costs"] if priced else ["start"]) + ["search", "write", "again"]
+    assert kernels == (["send", "costs"] if priced else []) + ["start", "search", "write", "again"]
     for _ in ("cold", "warm"):
         taken("launches")
         solve_masks_(values, k, costs, BETA, soft, hard, state, backend="cuda")

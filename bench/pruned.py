@@ -173,8 +173,8 @@ def tables(data: Record) -> str:
         f"{markdown_table(header, cells)}\nCosine to the dense embeddings, and recall of the other half of a pair among"
         f" {data['held_out_pairs']} held out (dense: {data['dense']['recall']:.3f}), at the zeros of the encoder's"
         f" weights (CoSpaDi: at the numbers that its factors leave out); {data['calibration']['texts']} calibration"
-        f" texts of {recipe['tokens']} tokens at most, seeds: {len(seeds)}.{training} One thread of"
-        f" {data['processor']} ({data['instructions']}), PyTorch"
+        f" texts of {recipe['tokens']} tokens at most, seeds: {len(seeds)} (1 where no deviation is shown).{training}"
+        f" One thread of {data['processor']} ({data['instructions']}), PyTorch"
         f" {data['versions']['torch']}, {data['date'][:10]}.\n\n{timed}\nA batch through the encoder pruned by Wanda,"
         " single weights: CPU time of one thread, medians; same machine.\n"
     )
@@ -191,10 +191,20 @@ def _spread(values: Sequence[float], form: str = "{:.3f}") -> str:
     return f"{shown} ± {form.format(pstdev(values))}" if len(values) > 1 else shown
 
 
+def _wanted(run: Run, zeros: Sequence[str], methods: Sequence[str], untrained: bool) -> bool:
+    """Whether a run is among those that were asked for; an empty list asks for all."""
+    return (
+        (not zeros or run.zeros in zeros) and (not methods or run.method in methods) and not (untrained and run.steps)
+    )
+
+
 def main(
     seeds: Annotated[list[int], typer.Option("--seed", help="Seeds; may be given several times.")] = [0],  # noqa: B006
     out: Annotated[Path, typer.Option(help="Results; what they have is not measured again.")] = DEFAULT_OUT,
     steps: Annotated[int, typer.Option(help="Of training; others than the recipe's for a trial.")] = RECIPE["steps"],
+    zeros: Annotated[list[str], typer.Option(help="Only these, such as 80% or 2:4.")] = [],  # noqa: B006
+    method: Annotated[list[str], typer.Option(help="Only these, as the table names them.")] = [],  # noqa: B006
+    untrained: Annotated[bool, typer.Option(help="Only runs without training.")] = False,
 ) -> None:
     """Make the runs that the results do not have yet."""
     torch.set_num_threads(1)  # so that runs repeat bit for bit
@@ -210,7 +220,7 @@ def main(
     complete(
         out,
         content,
-        planned(seeds, steps),
+        [run for run in planned(seeds, steps) if _wanted(run, zeros, method, untrained)],
         lambda: mini_lm(recipe),
         lambda task: {"dense": task.evaluate(task.dense), "speed": speed(task)},
         make,

@@ -21,6 +21,7 @@ from bench.markdown import markdown_table, provenance
 from bench.pretrained import METHODS
 from bench.product_table import products
 from bench.pruned import tables as pruned_tables
+from bench.pruned_trained import tables as pruned_trained_tables
 from bench.run import Report, Result
 from bench.short_tables import FAMILIES, accuracy_of, accuracy_short, speed_short, training_short
 from examples.layers import study
@@ -75,6 +76,11 @@ def pretrained(results: Path) -> str:
 def pruned(results: Path) -> str:
     """Pruning of a trained encoder, by score and sparsity, and the time of packed weights."""
     return pruned_tables(json.loads((results / "pruned.json").read_text(encoding="utf-8")))
+
+
+def pruned_trained(results: Path) -> str:
+    """Pruning of a language model and a vision transformer, before and after some training."""
+    return pruned_trained_tables(json.loads((results / "pruned-trained.json").read_text(encoding="utf-8")))
 
 
 def _reports(folder: Path) -> list[Report]:
@@ -237,6 +243,7 @@ TABLES = {
     **{f"accuracy-{family}": accuracy_of(family) for family in FAMILIES},
     "pretrained": pretrained,
     "pruned": pruned,
+    "pruned-trained": pruned_trained,
     "products": products,
     "speed": speed,
     "speed-short": speed_short,

@@ -136,7 +136,8 @@ def _spread_out(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     inputs = inputs if inputs.dim() == dims + 2 else inputs[None]
     spread = [step * (side - 1) + 1 for step, side in zip(module.stride, inputs.shape[2:], strict=True)]
     between = inputs.new_zeros(*inputs.shape[:2], *spread)
-    between[(..., *(slice(None, None, step) for step in module.stride))] = inputs
+    places = (..., *(slice(None, None, step) for step in module.stride))
+    between[places] = inputs
     sides: list[int] = []
     for dim in reversed(range(dims)):
         before = module.dilation[dim] * (module.kernel_size[dim] - 1) - module.padding[dim]

@@ -57,7 +57,7 @@ def reference(module: ConnectivityAttention, x: Tensor, padded: Tensor | None) -
     """The equations of the class over all pairs."""
     n, tokens, dim = x.shape
     width = dim // module.heads
-    query, key, value = module.query_key_value(x).split(dim, -1)
+    query, key, value = module.query(x), module.key(x), module.value(x)
     heads = [part.view(n, tokens, module.heads, width).transpose(1, 2) for part in (query, key, value)]
     gone = torch.zeros(n, tokens, dtype=torch.bool) if padded is None else padded
     gone = gone[:, None, None, :]
@@ -111,8 +111,8 @@ def test_one_key_is_its_value_and_leaves_the_predictor_no_gradient() -> None:
 def test_all_pairs_are_dense_attention() -> None:
     module = layer(keep=1.0)
     x = torch.randn(3, 9, 6, dtype=torch.float64)
-    parts = module.query_key_value(x).view(3, 9, 3, 2, 3).permute(2, 0, 3, 1, 4)
-    dense = F.scaled_dot_product_attention(*parts.unbind(0)).transpose(1, 2).reshape(3, 9, 6)
+    heads = (part(x).view(3, 9, 2, 3).transpose(1, 2) for part in (module.query, module.key, module.value))
+    dense = F.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(3, 9, 6)
     torch.testing.assert_close(module(x), module.projection(dense))
 
 
@@ -154,7 +154,7 @@ def test_operations_are_those_that_pytorch_counts() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"heads": 5}, "dim must be a multiple of heads; got dim 6, heads 5"),
+        ({"heads": 5}, "dim must be a positive multiple of heads; got dim 6, heads 5"),
         ({"keep": 0}, r"keep must be an int from 1 to 9, or a float in \(0, 1\]; got 0"),
         ({"keep": 10}, "got 10"),
         ({"keep": 1.5}, "got 1.5"),

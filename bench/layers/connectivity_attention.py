@@ -16,36 +16,26 @@ _QUICK_IMAGES, _QUICK_TOKENS = 2, 196
 _ERROR = 1e-5  # of the largest entry
 
 
-def _parts(module: ConnectivityAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    n, tokens, dim = x.shape
-    parts = module.query_key_value(x).view(n, tokens, 3, _HEADS, dim // _HEADS).permute(2, 0, 3, 1, 4)
-    return parts[0], parts[1], parts[2]
-
-
-def _project(module: ConnectivityAttention, attended: Tensor) -> Tensor:
-    return module.projection(attended.transpose(1, 2).flatten(2))
-
-
 def _dense(module: ConnectivityAttention, x: Tensor) -> Tensor:
-    return _project(module, F.scaled_dot_product_attention(*_parts(module, x)))
+    return module.join(F.scaled_dot_product_attention(*module.split(x)))
 
 
 def _gathered(module: ConnectivityAttention, x: Tensor) -> Tensor:
     """Copies of the kept keys and values, whose predictor gets no gradient."""
-    query, key, value = _parts(module, x)
+    query, key, value = module.split(x)
     indices = module.connectivity(query, key).topk(module.k).indices
     at = indices[..., None].expand(*indices.shape, query.shape[-1])
     keys, values = (t[:, :, None].expand(*at.shape[:3], *t.shape[2:]).gather(3, at) for t in (key, value))
     shares = (torch.einsum("nhqd,nhqkd->nhqk", query, keys) * query.shape[-1] ** -0.5).softmax(-1)
-    return _project(module, torch.einsum("nhqk,nhqkd->nhqd", shares, values))
+    return module.join(torch.einsum("nhqk,nhqkd->nhqd", shares, values))
 
 
 def _masked(module: ConnectivityAttention, x: Tensor) -> Tensor:
     """Products of all pairs and a mask of the kept ones, whose predictor gets no gradient."""
-    query, key, value = _parts(module, x)
+    query, key, value = module.split(x)
     connectivity = module.connectivity(query, key).detach()
     mask = torch.zeros_like(connectivity, dtype=torch.bool).scatter_(-1, connectivity.topk(module.k).indices, True)
-    return _project(module, F.scaled_dot_product_attention(query, key, value, attn_mask=mask))
+    return module.join(F.scaled_dot_product_attention(query, key, value, attn_mask=mask))
 
 
 def _trained(forward: Peer, module: ConnectivityAttention) -> Peer:
@@ -66,7 +56,7 @@ def _work(s: Settings, training: bool) -> Work:
 
     def check(y: Tensor, x: Tensor) -> None:
         with torch.no_grad():
-            query, key, value = _parts(module, x)
+            query, key, value = module.split(x)
             kept = module.connectivity(query, key).topk(module.k).indices
             scores = (query.double() @ key.double().mT) * query.shape[-1] ** -0.5
             mask = torch.full_like(scores, -torch.inf).scatter_(-1, kept, 0)

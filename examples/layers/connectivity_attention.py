@@ -59,9 +59,9 @@ def keep_pairs(model: VisionTransformer, pairs: str, kept: int) -> VisionTransfo
     model = copy.deepcopy(model)
     tokens = model.positions.shape[0]
     for layer in model.layers if pairs != "all" else ():
-        state = layer.attention.state_dict()
-        layer.attention = PAIRS[pairs](DIM, HEADS, tokens, keep=kept, rank=min(RANK, tokens))
-        layer.attention.load_state_dict(state, strict=False)  # the predictor is new
+        sparse = PAIRS[pairs](DIM, HEADS, tokens, keep=kept, rank=min(RANK, tokens))
+        sparse.copy_projections(layer.attention)  # the predictor is new
+        layer.attention = sparse
     return model
 
 
@@ -80,10 +80,9 @@ def share_of_softmax(model: VisionTransformer, images: Tensor) -> float:
     shares = []
 
     def measure(module: ConnectivityAttention, inputs: tuple[Tensor, ...]) -> None:
-        n, tokens, dim = inputs[0].shape
-        parts = module.query_key_value(inputs[0]).view(n, tokens, 3, HEADS, dim // HEADS).permute(2, 0, 3, 1, 4)
-        full = (parts[0] @ parts[1].mT * (dim // HEADS) ** -0.5).softmax(-1)
-        indices = kept_indices(module.connectivity(parts[0], parts[1]), module.k)
+        query, key, _ = module.split(inputs[0])
+        full = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
+        indices = kept_indices(module.connectivity(query, key), module.k)
         shares.append(float(full.gather(-1, indices).sum(-1).mean()))
 
     hooks = [layer.attention.register_forward_pre_hook(measure) for layer in model.layers]

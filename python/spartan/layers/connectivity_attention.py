@@ -7,12 +7,13 @@ from torch import Tensor, nn
 
 from spartan.functional import soft_topk
 from spartan.layers.gathered import attention_at_kept
+from spartan.layers.heads import Heads
 from spartan.layers.selection import kept_indices
 
 __all__ = ["ConnectivityAttention"]
 
 
-class ConnectivityAttention(nn.Module):
+class ConnectivityAttention(Heads):
     """Self-attention that scores only the k keys of each query that a predictor of low rank finds connected.
 
         L = softmax(Q (D K)^T / sqrt(d))        [tokens, rank], by head
@@ -54,18 +55,14 @@ class ConnectivityAttention(nn.Module):
         beta: float = 20.0,
         bias: bool = True,
     ) -> None:
-        super().__init__()
-        if dim % heads:
-            raise ValueError(f"dim must be a multiple of heads; got dim {dim}, heads {heads}")
+        super().__init__(dim, heads, bias)
         for name, number, most in (("rank", rank, tokens), ("basis", basis, rank)):
             if not 1 <= number <= most:
                 raise ValueError(f"{name} must be from 1 to {most}; got {number}")
         if not beta > 0:
             raise ValueError(f"beta must be above 0; got {beta}")
-        self.dim, self.heads, self.tokens, self.rank, self.basis, self.beta = dim, heads, tokens, rank, basis, beta
+        self.dim, self.tokens, self.rank, self.basis, self.beta = dim, tokens, rank, basis, beta
         self.k = _count(keep, tokens)
-        self.query_key_value = nn.Linear(dim, 3 * dim, bias=bias)
-        self.projection = nn.Linear(dim, dim, bias=bias)
         group = torch.arange(tokens) * rank // tokens
         member = nn.functional.one_hot(group, rank).T.to(torch.get_default_dtype())
         self.down = nn.Parameter(member / member.sum(-1, keepdim=True))
@@ -82,9 +79,7 @@ class ConnectivityAttention(nn.Module):
             `[n, tokens, dim]`.
         """
         self._check(x, key_padding)
-        n, tokens, dim = x.shape
-        parts = self.query_key_value(x).view(n, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
-        query, key, value = parts.unbind(0)
+        query, key, value = self.split(x)
         padded = None if key_padding is None else key_padding[:, None, None, :]
         connectivity = self.connectivity(query, key if padded is None else key.masked_fill(padded.mT, 0))
         connectivity = connectivity.to(torch.promote_types(connectivity.dtype, torch.float32))
@@ -95,8 +90,7 @@ class ConnectivityAttention(nn.Module):
         if padded is not None:
             left_out = padded.expand(connectivity.shape).gather(-1, indices)
             bias = torch.where(left_out, -torch.inf, 0.0 if bias is None else bias)
-        attended = attention_at_kept(query, key, value, indices, bias)
-        return self.projection(attended.transpose(1, 2).reshape(n, tokens, dim))
+        return self.join(attention_at_kept(query, key, value, indices, bias))
 
     def connectivity(self, query: Tensor, key: Tensor) -> Tensor:
         """C `[n, heads, tokens, tokens]` from queries and keys `[n, heads, tokens, d]`."""

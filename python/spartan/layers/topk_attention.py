@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spartan.functional import soft_topk
+from spartan.layers.gathered import gathered_sum
 from spartan.layers.heads import Heads, check_heads
 from spartan.layers.selection import kept_indices
 
@@ -36,8 +37,7 @@ def topk_attention(
     largest s, 0 for others. Soft: m = soft_topk(s, k, beta), so that all keys have a gradient; it goes to the hard m
     for a large beta, and to dense attention for k of all keys. Several k: y = sum_i softmax(mixture)_i y(k_i).
 
-    The hard way reads 12 k d bytes of gathered values for a query, or else scatters the weights and multiplies by all
-    t values: 16 t bytes and 2 t d operations, at eight to the time of a byte. It takes the lesser of the two.
+    The hard way adds up the k kept values, or, where t is at most 16 k, multiplies by all values (`gathered_sum`).
 
     Args:
         query: `[n, heads, queries, d]`, floating point.
@@ -79,7 +79,7 @@ def topk_attention(
         return F.dropout(weights, dropout_p).to(value.dtype) @ value
     kept = kept_indices(scores.detach(), min(max(sizes), scores.shape[-1]))
     weights, kept = _hard_weights(scores.gather(-1, kept), kept, sizes, shares)
-    return _product(F.dropout(weights, dropout_p).to(value.dtype), kept, value)
+    return gathered_sum(F.dropout(weights, dropout_p).to(value.dtype), value, kept)
 
 
 def _sizes(k: int | Sequence[int]) -> list[int]:
@@ -136,16 +136,6 @@ def _hard_weights(scores: Tensor, kept: Tensor, sizes: list[int], shares: Tensor
     parts = [share * _normalised(scores[..., :n]) for share, n in zip(shares, sizes, strict=True)]
     padded = [F.pad(part, (0, scores.shape[-1] - part.shape[-1])) for part in parts]
     return torch.stack(padded).sum(0), kept.gather(-1, order)
-
-
-def _product(weights: Tensor, kept: Tensor, value: Tensor) -> Tensor:
-    """Weighted sums of the kept values, gathered where that is less work than the product with all of them."""
-    (n, heads, t, d), k = value.shape, kept.shape[-1]
-    if 12 * k * d < 16 * t + 2 * t * d / 8:
-        first = torch.arange(0, n * heads * t, t, device=kept.device).view(n, heads, 1, 1)
-        gathered = F.embedding(kept + first, value.reshape(n * heads * t, d))
-        return (weights.unsqueeze(-2) @ gathered).squeeze(-2)
-    return weights.new_zeros(*weights.shape[:-1], t).scatter(-1, kept, weights) @ value
 
 
 class TopKAttention(Heads):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from spartan.layers.gated_attention import GatedAttention, InterventionTokens
+from spartan.layers.gated_attention import GatedAttention
+from spartan.layers.intervention_tokens import InterventionTokens
 from spartan.layers.path_sparsity import DualAscent, causal_graph, path_sparsity
 
 __all__ = ["DualAscent", "GatedAttention", "InterventionTokens", "causal_graph", "path_sparsity"]

@@ -6,12 +6,11 @@ from spartan.layers.adding_memory import add_memory, load_memory_state_dict, mem
 from spartan.layers.block_gated_attention import BlockGatedAttention, block_gated_attention, block_maxima
 from spartan.layers.block_gates import BlockGate
 from spartan.layers.connectivity_attention import ConnectivityAttention
-from spartan.layers.gated_attention import GatedAttention, InterventionTokens
+from spartan.layers.gated_attention import GatedAttention
 from spartan.layers.gathered import attention_at_kept, gathered_dot, gathered_sum
 from spartan.layers.hierarchical_memory import HierarchicalMemory
-from spartan.layers.knapsack_gate import KnapsackGate
-from spartan.layers.gated_attention import GatedAttention
 from spartan.layers.intervention_tokens import InterventionTokens
+from spartan.layers.knapsack_gate import KnapsackGate
 from spartan.layers.path_sparsity import DualAscent, causal_graph, path_sparsity
 from spartan.layers.product_key_experts import ProductKeyExperts, product_key_topk
 from spartan.layers.selection import kept_indices

@@ -34,21 +34,21 @@ SPARSITIES = (0.5, 0.8)
 DENSE, INCLUDE, WARMUP = "Dense", "layers.*.weight", 0.1
 _AGAIN = 1000  # added to the seed of batches that pruned models are trained with
 
-# `after`: steps of training after the pruning. `calibration`: examples, in batches as in training.
+# `after`: steps of training after the pruning, with the second learning rate. `calibration`: examples, in batches.
 SUBJECTS: dict[str, dict[str, Any]] = {
     "Byte-level language model": {
         "model": {"name": "gpt", "context": 64, "dim": 128, "depth": 2, "heads": 4, "expansion": 4},
         "bytes": [16_000_000, 32_768],
         "block": 1,
         "merit": "bits_per_byte",
-        **{"steps": 500, "after": 60, "batch_size": 16, "calibration": 128, "learning_rate": 2e-3},
+        **{"steps": 500, "after": 60, "batch_size": 16, "calibration": 128, "learning_rate": [2e-3, 3e-4]},
     },
     "ViT": {
         "model": {"name": "vit", "dim": 128, "depth": 2, "heads": 4, "expansion": 2},
         "images": [60_000, 5_000],
         "block": 16,
         "merit": "accuracy",
-        **{"steps": 500, "after": 60, "batch_size": 64, "calibration": 512, "learning_rate": 2e-3},
+        **{"steps": 500, "after": 60, "batch_size": 64, "calibration": 512, "learning_rate": [2e-3, 3e-4]},
     },
 }
 
@@ -97,13 +97,15 @@ class Trained:
             settings = SUBJECTS[subject]
             torch.manual_seed(seed)
             model = self.task(subject).model(settings["model"])
-            train(self.task(subject), model, settings, settings["steps"], seed)
+            train(self.task(subject), model, settings, settings["steps"], settings["learning_rate"][0], seed)
             self._dense[subject, seed] = model
         return copy.deepcopy(self._dense[subject, seed])
 
 
-def train(task: Task, model: nn.Module, settings: dict[str, Any], steps: int, seed: int, sparsity: float = 0.0) -> None:
-    """AdamW on the task's own loss; with a sparsity, what is zero stays zero."""
+def train(
+    task: Task, model: nn.Module, settings: dict[str, Any], steps: int, rate: float, seed: int, sparsity: float = 0.0
+) -> None:
+    """AdamW on the task's own loss, up to a learning rate; with a sparsity, what is zero stays zero."""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     sparsifier = None
     if sparsity:
@@ -112,7 +114,7 @@ def train(task: Task, model: nn.Module, settings: dict[str, Any], steps: int, se
         sparsifier.attach(optimizer)
     model.train()
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = warmup_cosine(step, steps, settings["learning_rate"], WARMUP)
+        optimizer.param_groups[0]["lr"] = warmup_cosine(step, steps, rate, WARMUP)
         task.loss(model, *task.batch(step, settings["batch_size"], seed, Slice())).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -130,7 +132,7 @@ def make(run: Run, trained: Trained) -> Record:
         batches = [task.batch(i, size, run.seed, Slice())[0] for i in range(settings["calibration"] // size)]
         error = mean(row.error or 0.0 for row in spartan.prune(model, method, batches, include=INCLUDE).rows)
     if run.steps:
-        train(task, model, settings, run.steps, run.seed + _AGAIN, run.sparsity)
+        train(task, model, settings, run.steps, settings["learning_rate"][1], run.seed + _AGAIN, run.sparsity)
     masked = [p for name, p in model.named_parameters() if name.startswith("layers.") and p.dim() == 2]
     zeros = sum(int((p == 0).sum()) for p in masked) / sum(p.numel() for p in masked)
     loss, right, count = task.score(model, torch.device("cpu"), Slice()).tolist()
@@ -154,8 +156,9 @@ def tables(data: Record) -> str:
         shape = "single weights" if block == 1 else f"{block}x{block} blocks"
         parts.append(
             f"{markdown_table(header, rows)}\n{subject}, {shape}: {what}; dense: {dense[0]}, after {after} more steps"
-            f" {dense[1]}. {settings['steps']} steps of {settings['batch_size']} to train it,"
-            f" {settings['calibration']} calibration examples.\n\n"
+            f" {dense[1]}. {settings['steps']} steps of {settings['batch_size']} to train it, AdamW at"
+            f" {settings['learning_rate'][0]:g}, then {settings['learning_rate'][1]:g}; {settings['calibration']}"
+            " calibration examples.\n\n"
         )
     seeds = len({record["seed"] for record in data["results"]})
     return (

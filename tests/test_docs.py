@@ -95,7 +95,7 @@ def test_sentences_are_short(page: Path) -> None:
 def test_public_names_are_in_the_reference() -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "api").glob("*.md"))
     documented = {name.rpartition(".")[2] for name in re.findall(r"^\.\. auto\w+:: (\S+)$", text, re.M)}
-    assert {*spartan.__all__, *spartan_kernels.__all__} - {"__version__"} <= documented
+    assert {*spartan.__all__, *spartan.layers.__all__, *spartan_kernels.__all__} - {"__version__"} <= documented
 
 
 def test_methods_are_in_the_table_of_methods() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from spartan import layers as layers
 from spartan.budgets import CostModel, FLOPs, LatencyTable
 from spartan.functional import (
     block_sparse_conv2d,

@@ -67,6 +67,6 @@ class TensorList:
         size = extension.native.cpu.workspace_bytes(
             len(self.values), sum(self.lengths), element, self.ranks is not None
         )
-        workspace = extension.workspace(size)
+        self.workspace = extension.workspace(size)  # alive as long as the table
         ranks = None if self.ranks is None else self.ranks.native
-        return workspace.data_ptr(), workspace.numel(), torch.get_num_threads(), ranks
+        return self.workspace.data_ptr(), self.workspace.numel(), torch.get_num_threads(), ranks

@@ -19,7 +19,7 @@ FLEX_BLOCK = 128  # the tiles that FlexAttention's kernels choose by themselves 
 def attend_flex(
     query: Tensor, key: Tensor, value: Tensor, gates: Tensor, k: int, block: int, is_causal: bool, scale: float | None
 ) -> Tensor:
-    """Attention to the kept blocks by FlexAttention: compiled on a GPU; elsewhere eager, which makes all scores."""
+    """Attention to the kept blocks by FlexAttention: compiled on a GPU, elsewhere its eager form with all scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
     mask = block_mask(gates, k, block, is_causal, (query.shape[-2], key.shape[-2]))

@@ -219,4 +219,4 @@ def test_the_example_runs(tmp_path: Path) -> None:
     command = [sys.executable, "examples/layers/topk_autoencoder.py", "--quick", "--data", "random"]
     done = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert {path.name for path in tmp_path.iterdir()} == {"topk-autoencoder.json", "topk-autoencoder.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"topk_autoencoder.json", "topk_autoencoder.png"}

@@ -218,7 +218,7 @@ def main() -> None:
     data = Activations(data.train / scale, data.gradient, data.held_out / scale, lambda found: inner(found * scale))
     width, steps = data.train.shape[1], 3 if options.quick else STEPS
     found = study.Study(
-        name="topk-autoencoder",
+        name="topk_autoencoder",
         by={"method": "features kept", "setting": "k, or the penalty"},
         measures={
             "l0": ("kept of a token", "{:.1f}"),

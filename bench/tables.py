@@ -230,8 +230,9 @@ def layer(path: Path) -> str:
     data = json.loads(path.read_text(encoding="utf-8"))
     seeds = len({record["seed"] for record in data["results"]})
     spread = f" Mean and standard deviation of {seeds} seeds." if seeds > 1 else ""
+    threads = f"{data['threads']} thread{'s' if data['threads'] > 1 else ''}"
     return (
-        f"{markdown_table(*study.table(data))}\n{data['about']}{spread} {data['processor']}, {data['threads']} threads,"
+        f"{markdown_table(*study.table(data))}\n{data['about']}{spread} {data['processor']}, {threads},"
         f" PyTorch {data['versions']['torch']}, {data['date'][:10]}.\n"
     )
 

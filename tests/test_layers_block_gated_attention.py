@@ -143,8 +143,14 @@ def test_the_loss_is_a_divergence_over_blocks_that_may_be_kept() -> None:
         for i in range(4):
             target = maxima[0, head, i, : i + 1] / maxima[0, head, i, : i + 1].sum()
             wanted = wanted + (target * (target.log() - gates[0, head, i, : i + 1].log_softmax(0))).sum() / 8
-    assert_same(distillation(gates, maxima), wanted, [gates])
-    assert distillation((maxima + 1e-300).log(), maxima).abs() < 1e-12
+    assert_same(distillation(gates, maxima, is_causal=True), wanted, [gates])
+    assert distillation((maxima + 1e-300).log(), maxima, is_causal=True).abs() < 1e-12
+
+
+def test_a_block_whose_weights_vanish_is_pushed_down() -> None:
+    gates = torch.zeros(1, 1, 2, 3, requires_grad=True)
+    distillation(gates, torch.tensor([[[[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]]])).backward()
+    assert gates.grad is not None and (gates.grad[0, 0, :, 2] > 0).all()
 
 
 def test_distillation_teaches_the_gate_alone_and_finds_the_blocks() -> None:
@@ -192,6 +198,25 @@ def test_it_compiles_as_one_graph() -> None:
     x = torch.randn(2, 19, 8, requires_grad=True)
     found = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
     assert_same(found, layer(x), [x])
+
+
+def test_no_examples_at_all() -> None:
+    layer = BlockGatedAttention(8, 2, 1, block=4, causal=True)
+    assert layer(torch.zeros(0, 16, 8)).shape == (0, 16, 8)
+
+
+def test_the_models_loss_asks_no_gradient_of_the_gates() -> None:
+    layer = BlockGatedAttention(8, 2, 1, block=4, causal=True)
+    layer.gate.requires_grad_(False)
+    layer(torch.randn(1, 16, 8)).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(("heads", "bias"), [(4, True), (2, False)], ids=["heads", "biases"])
+def test_projections_that_do_not_fit_are_refused(heads: int, bias: bool) -> None:
+    layer = BlockGatedAttention(8, 2, 1)
+    with pytest.raises(ValueError, match="attention must have"):
+        layer.copy_projections(nn.MultiheadAttention(8, heads, bias=bias, batch_first=True))
 
 
 def test_it_runs_under_autocast() -> None:

@@ -181,7 +181,7 @@ def test_inputs_that_are_refused() -> None:
         with pytest.raises(ValueError, match=r"x must be \[n, 9, 6\]; got"):
             module(wrong)
     for padded in (torch.zeros(2, 8, dtype=torch.bool), torch.zeros(2, 9)):
-        with pytest.raises(ValueError, match=r"key_padding must be bool \[2, 9\]; got"):
+        with pytest.raises(ValueError, match=r"key_padding_mask must be bool \[2, 9\]; got"):
             module(x, padded)
 
 

@@ -88,9 +88,12 @@ def test_gradients_with_fixed_gates_are_those_of_the_loop() -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("sharpness", [1.0, 30.0], ids=["even weights", "weights near 1"])
 @pytest.mark.parametrize("openness", [-1.5, 0.0, 1.5])
-def test_the_gradient_of_a_gate_is_what_its_switch_changes(openness: float) -> None:
+def test_the_gradient_of_a_gate_is_what_its_switch_changes(openness: float, sharpness: float) -> None:
     layer, x = make(openness=openness, places=5, temperature=0.7).eval(), torch.randn(5, 6, dtype=torch.float64)
+    with torch.no_grad():
+        layer.project.weight[:6] *= sharpness
     y, gates = layer(x)
     along = torch.randn_like(y)
     (gradient,) = torch.autograd.grad((y * along).sum(), layer.places)
@@ -101,6 +104,33 @@ def test_the_gradient_of_a_gate_is_what_its_switch_changes(openness: float) -> N
         change = ((looped(layer, x, opened) - looped(layer, x, closed)) * along).sum()
         expected = change * relaxed[i, j] * (1 - relaxed[i, j]) / 0.7
         torch.testing.assert_close(gradient[i, j], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_masks_that_are_not_floating_are_refused() -> None:
+    layer, x = GatedAttention(8), torch.randn(2, 3, 8)
+    for mask in (torch.zeros(2, 3, dtype=torch.bool), torch.ones(2, 3, dtype=torch.int64)):
+        with pytest.raises(
+            ValueError, match=f"mask must be floating, 0 or -inf where a token is absent; got {mask.dtype}"
+        ):
+            layer(x, mask)
+        with pytest.raises(ValueError, match="mask must be floating"):
+            InterventionTokens(2, 8)(x, torch.zeros(2, dtype=torch.int64), mask)
+
+
+def test_the_least_number_masks_as_infinity_does() -> None:
+    layer, x, mask = make(openness=2.0).eval(), torch.randn(2, 4, 6, dtype=torch.float64), torch.zeros(2, 4)
+    mask[:, 1] = -torch.inf
+    expected = layer(x, mask)
+    for found, wanted in zip(layer(x, mask.clamp_min(torch.finfo(mask.dtype).min)), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_weight_and_the_mean() -> None:
+    ascent = DualAscent(1.0)
+    ascent(torch.tensor(2.0), torch.tensor(1.0))
+    average = ascent.average.clone()
+    ascent(torch.tensor(float("nan")), torch.tensor(1.0))
+    assert torch.equal(ascent.average, average) and ascent.weight.isfinite()
 
 
 @pytest.mark.parametrize("training", [False, True])

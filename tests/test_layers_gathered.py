@@ -101,6 +101,16 @@ def test_the_form_follows_the_share_of_rows() -> None:
     assert "Gather" in type(gathered_dot(x, table[:64], indices.clamp(max=63)).grad_fn).__name__
 
 
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("index", [-1, 4])
+def test_rows_outside_of_the_table_are_refused(index: int, dense: bool) -> None:
+    table, indices = torch.randn(2, 4, 3), torch.tensor([[[0, 1]], [[1, index]]])
+    with pytest.raises(IndexError, match="indices must be from 0 to 3"):
+        gathered_dot(torch.randn(2, 1, 3), table, indices, dense=dense)
+    with pytest.raises(IndexError, match="indices must be from 0 to 3"):
+        gathered_sum(torch.randn(2, 1, 2), table, indices, dense=dense)
+
+
 def test_operands_that_are_refused() -> None:
     x, table, weights, indices = operands(2)
     for function, first in ((gathered_dot, x), (gathered_sum, weights)):

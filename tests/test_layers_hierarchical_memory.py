@@ -287,6 +287,23 @@ def test_an_encoder_of_transformers() -> None:
     assert not torch.allclose(model(tokens).last_hidden_state, y)
 
 
+def test_memories_beside_half_precision_are_trained_in_float32() -> None:
+    model = nn.Sequential(*(nn.LayerNorm(8) for _ in range(2))).to(torch.bfloat16)
+    trained = add_memory(model, parents=2, children=1, kept=1)
+    assert {p.dtype for p in trained} == {torch.float32}
+    y = model(torch.randn(3, 8, dtype=torch.bfloat16))
+    y.float().square().sum().backward()
+    assert y.dtype == torch.bfloat16 and all(p.grad is not None for p in trained)
+
+
+def test_a_tied_parameter_is_found_by_either_name() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 8), "body": nn.Sequential(*(nn.LayerNorm(8) for _ in range(2)))})
+    model["head"] = nn.Linear(8, 5)
+    model["head"].weight = model["embed"].weight
+    trained = add_memory(model, train="head.*", parents=2, children=1, kept=1)
+    assert any(p is model["embed"].weight for p in trained) and any(p is model["head"].bias for p in trained)
+
+
 def test_layers_are_named_by_patterns() -> None:
     model = Model()
     parameters = add_memory(model, layers=["blocks.0", "blocks.[2-9]*"], width=6, parents=3, children=1, kept=1)

@@ -110,6 +110,11 @@ def test_sparse_gradients_train() -> None:
     assert 0 < len(changed) < 400
 
 
+def test_no_tokens_at_all() -> None:
+    module = ProductKeyExperts(8, 16, heads=2, k=3, key_dim=4).eval()
+    assert module(torch.zeros(0, 5, 8)).shape == (0, 5, 8)
+
+
 def test_chosen_experts_are_those_used() -> None:
     module = layer().eval()
     x = torch.randn(2, 5, 6, dtype=torch.float64)

@@ -197,6 +197,14 @@ def test_bad_arguments_are_refused() -> None:
         topk_attention(query, key, value.double(), 2)
 
 
+def test_masks_of_integers_and_causal_queries_of_another_number_are_refused() -> None:
+    query, key = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4)
+    with pytest.raises(ValueError, match=r"attn_mask must be bool or floating; got torch\.int64"):
+        topk_attention(query, key, key, 2, torch.ones(3, 5, dtype=torch.int64))
+    with pytest.raises(ValueError, match="is_causal needs as many queries as keys; got 3 queries, 5 keys"):
+        topk_attention(query, key, key, 2, is_causal=True)
+
+
 def test_a_bad_layer_is_refused() -> None:
     with pytest.raises(ValueError, match="dim 10, heads 3"):
         TopKAttention(10, 3, 2)

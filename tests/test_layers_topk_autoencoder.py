@@ -109,6 +109,11 @@ def test_the_loss_has_the_parts_of_its_equation() -> None:
         assert layer.loss(x).auxiliary == layer.loss(x).divergence == 0
 
 
+def test_a_loss_of_one_row_is_refused() -> None:
+    with pytest.raises(ValueError, match="the loss needs two rows at least"):
+        TopKAutoencoder(4, 8, k=2).loss(torch.randn(1, 4))
+
+
 def test_the_auxiliary_loss_revives_dead_features() -> None:
     dead = []
     for auxiliary in (0.0, 1.0):

@@ -58,7 +58,8 @@ def add_memory(
         layers: patterns for the names of modules, "encoder.layer.*"; of modules in one another the outermost counts.
             None: the children of the `nn.ModuleList` or `nn.Sequential` with the most parameters of those whose (two
             or more) children are all of one class.
-        train: patterns for the names of parameters that are trained and saved too, "classifier.*".
+        train: patterns for the names of parameters that are trained and saved too, "classifier.*". Buffers, such as
+            the statistics of a BatchNorm in training, are saved only of modules that have such a parameter.
         parents: as `HierarchicalMemory` takes it.
         children: likewise.
         kept: likewise.
@@ -77,7 +78,9 @@ def add_memory(
         raise ValueError("model has memories already: call remove_memory(model) first")
     chosen = _repeated(model) if layers is None else _outermost(model, "layers", layers)
     parameters = dict(model.named_parameters())
-    head = frozenset(_matches("train", train, parameters))
+    first = {parameter: name for name, parameter in parameters.items()}  # a tied one goes by its first name
+    every = dict(model.named_parameters(remove_duplicate=False))
+    head = frozenset(first[every[name]] for name in _matches("train", train, every))
     memories = {name: _memory_for(name, layer, width, (parents, children, kept)) for name, layer in chosen.items()}
     trained = frozenset(name for name, parameter in parameters.items() if parameter.requires_grad)
     for name, parameter in parameters.items():
@@ -212,4 +215,7 @@ def _memory_for(name: str, layer: nn.Module, width: int | None, sizes: tuple[int
         width = max(widths)
     memory = HierarchicalMemory(width, *sizes)
     like = next((parameter for parameter in layer.parameters() if parameter.is_floating_point()), None)
-    return memory if like is None else memory.to(like.device, like.dtype)
+    if like is None:
+        return memory
+    # float32 beside a half-precision layer: what is trained keeps its small steps
+    return memory.to(like.device, torch.promote_types(like.dtype, torch.float32))

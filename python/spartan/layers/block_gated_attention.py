@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from spartan.layers.block_gates import BlockGate, block_maxima, distillation
 from spartan.layers.flex_blocks import FLEX_BLOCK, attend_flex
 from spartan.layers.gathered_blocks import attend_gathered
-from spartan.layers.heads import Heads, check_heads, projections_of
+from spartan.layers.heads import Heads, check_heads, heads_of, projections_of
 from spartan.layers.selection import kept_indices
 
 __all__ = ["BlockGatedAttention", "block_gated_attention", "block_maxima"]
@@ -62,7 +62,7 @@ def block_gated_attention(
     shape = (*query.shape[:2], -(-queries // block), -(-keys // block))
     if gates.shape != shape:
         raise ValueError(f"gates must be {list(shape)}; got shape {list(gates.shape)}")
-    if k >= shape[3]:
+    if k >= shape[3] or not query.numel():
         return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale)
     gates = gates.detach()
     if query.is_cuda and block % FLEX_BLOCK == 0:
@@ -94,6 +94,7 @@ class BlockGatedAttention(Heads):
     """Multi-head self-attention over `[n, tokens, dim]` to the k key blocks of the largest gates.
 
     The gates (`BlockGate`) learn from `distillation_loss` what dense attention does; everything else stays as it is.
+    The loss of the model gives them no gradient: where DistributedDataParallel trains that, freeze `gate`.
 
     Args:
         dim: of input and output, a multiple of `heads`.
@@ -132,7 +133,7 @@ class BlockGatedAttention(Heads):
             TypeError: another kind of module.
         """
         (weight, bias), projection = projections_of(attention)
-        heads = getattr(attention, "num_heads", None) or getattr(attention, "heads", None)
+        heads = heads_of(attention)
         if heads is None:
             raise TypeError(f"attention must have its number of heads as num_heads or heads; got {attention}")
         causal = bool(getattr(attention, "causal", False)) if causal is None else causal
@@ -145,7 +146,8 @@ class BlockGatedAttention(Heads):
         query, key, value = self.split(x)
         if self.k is None:
             return self.join(F.scaled_dot_product_attention(query, key, value, is_causal=self.causal))
-        gates = self.gate(query.detach(), key.detach())
+        with torch.no_grad():  # the loss of the model gives the gates no gradient
+            gates = self.gate(query, key)
         return self.join(block_gated_attention(query, key, value, gates, self.k, self.block, self.causal))
 
     def distillation_loss(self, x: Tensor) -> Tensor:
@@ -155,7 +157,7 @@ class BlockGatedAttention(Heads):
         """
         with torch.no_grad():
             query, key, _ = self.split(x)
-        return distillation(self.gate(query, key), block_maxima(query, key, self.block, self.causal))
+        return distillation(self.gate(query, key), block_maxima(query, key, self.block, self.causal), self.causal)
 
     def extra_repr(self) -> str:
         """Settings that `print` shows."""

@@ -86,14 +86,15 @@ def block_maxima(
     return torch.stack(rows, -2)
 
 
-def distillation(gates: Tensor, maxima: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of softmax(gates) from normalised `maxima`, mean over rows; 0 of those are masked.
+def distillation(gates: Tensor, maxima: Tensor, is_causal: bool = False) -> Tensor:
+    """Kullback-Leibler divergence of softmax(gates) from normalised `maxima`, mean over rows.
 
     Args:
         gates: `[n, heads, query blocks, key blocks]`.
         maxima: of the same shape, from `block_maxima`.
+        is_causal: leave out the gates above the diagonal.
     """
     target = maxima / maxima.sum(-1, keepdim=True)
-    masked = maxima == 0
+    masked = torch.full(maxima.shape[-2:], is_causal, device=maxima.device).triu(1)
     found = gates.to(target.dtype).masked_fill(masked, -torch.inf).log_softmax(-1).masked_fill(masked, 0)
     return F.kl_div(found, target, reduction="none").sum(-1).mean()

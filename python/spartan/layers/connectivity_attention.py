@@ -68,19 +68,19 @@ class ConnectivityAttention(Heads):
         self.down = nn.Parameter(member / member.sum(-1, keepdim=True))
         self.up = nn.Parameter(member + 0.02 * torch.randn(rank, tokens))
 
-    def forward(self, x: Tensor, key_padding: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         """Attend, then project.
 
         Args:
             x: `[n, tokens, dim]`.
-            key_padding: `[n, tokens]` bool, True for tokens that no query keeps; each row leaves one at least.
+            key_padding_mask: `[n, tokens]` bool, True for tokens that no query keeps; each row leaves one at least.
 
         Returns:
             `[n, tokens, dim]`.
         """
-        self._check(x, key_padding)
+        self._check(x, key_padding_mask)
         query, key, value = self.split(x)
-        padded = None if key_padding is None else key_padding[:, None, None, :]
+        padded = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
         connectivity = self.connectivity(query, key if padded is None else key.masked_fill(padded.mT, 0))
         connectivity = connectivity.to(torch.promote_types(connectivity.dtype, torch.float32))
         if padded is not None:
@@ -127,12 +127,15 @@ class ConnectivityAttention(Heads):
         soft = soft_topk(connectivity, budget, beta=self.beta).gather(-1, indices)
         return soft - soft.detach()
 
-    def _check(self, x: Tensor, key_padding: Tensor | None) -> None:
+    def _check(self, x: Tensor, key_padding_mask: Tensor | None) -> None:
         if x.ndim != 3 or x.shape[1:] != (self.tokens, self.dim):
             raise ValueError(f"x must be [n, {self.tokens}, {self.dim}]; got {list(x.shape)}")
-        if key_padding is not None and (key_padding.shape != x.shape[:2] or key_padding.dtype != torch.bool):
+        if key_padding_mask is not None and (
+            key_padding_mask.shape != x.shape[:2] or key_padding_mask.dtype != torch.bool
+        ):
             raise ValueError(
-                f"key_padding must be bool {list(x.shape[:2])}; got {key_padding.dtype} {list(key_padding.shape)}"
+                f"key_padding_mask must be bool {list(x.shape[:2])}; got {key_padding_mask.dtype} "
+                f"{list(key_padding_mask.shape)}"
             )
 
 

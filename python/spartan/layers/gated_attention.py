@@ -11,8 +11,6 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["GatedAttention"]
 
-_LEAST_REST = 1e-3  # of the weight of a row beside one gate; below it, v_j - o is all rounding
-
 
 class GatedAttention(nn.Module):
     """Attention in which a binary gate for each pair of tokens decides whether one reads the other.
@@ -22,7 +20,8 @@ class GatedAttention(nn.Module):
         c_ij = (G x_i) . (H x_j) / sqrt(dim) + b
         A_ij = [c_ij + logistic noise > 0]               in training, a sample of Bernoulli(sigmoid(c_ij))
         A_ij = [c_ij > 0]                                in evaluation
-        y_i  = W sum_j A_ij exp(q_i . k_j) v_j / sum_j A_ij exp(q_i . k_j)
+        s_ij = q_i . k_j / sqrt(dim / heads)
+        y_i  = W sum_j A_ij exp(s_ij) v_j / sum_j A_ij exp(s_ij)
 
     A token with no open gate receives zero. All heads share the gates, so that A is one graph of the tokens. The
     gradient of A_ij is what y changes by when that gate alone is switched; it reaches c through the slope of
@@ -64,15 +63,15 @@ class GatedAttention(nn.Module):
 
         Args:
             x: `[..., tokens, dim]`.
-            mask: `[..., tokens]`, 0 for a token that is there and -inf for one that is absent: its gates are closed
-                in both directions. None: all are there.
+            mask: floating, `[..., tokens]`, 0 for a token that is there and -inf for one that is absent: its gates
+                are closed in both directions. None: all are there.
 
         Returns:
             y `[..., tokens, dim]`, and the gates A `[..., tokens, tokens]` of zeros and ones in float32 (float64 for
             float64 scores), with gradient: A[..., i, j] = 1 where token i reads token j.
 
         Raises:
-            ValueError: shapes that do not fit.
+            ValueError: shapes that do not fit, or a mask that is not floating.
         """
         present = self._present(x, mask)
         score = self.gate_scores(x)
@@ -107,9 +106,8 @@ class GatedAttention(nn.Module):
             raise ValueError(f"x must have the {self.places.shape[0]} tokens of places; got {tokens}")
         if mask is None:
             return torch.ones(tokens, tokens, dtype=torch.bool, device=x.device)
-        if mask.shape != x.shape[:-1]:
-            raise ValueError(f"mask must be {list(x.shape[:-1])}, one entry per token of x; got {list(mask.shape)}")
-        there = mask > -math.inf
+        check_mask(mask, x)
+        there = mask > torch.finfo(mask.dtype).min
         return there.unsqueeze(-1) & there.unsqueeze(-2)
 
     def extra_repr(self) -> str:
@@ -117,29 +115,40 @@ class GatedAttention(nn.Module):
         return f"dim={self.dim}, heads={self.heads}, temperature={self.temperature:g}"
 
 
+def check_mask(mask: Tensor, x: Tensor) -> None:
+    """Refuse a mask that is not floating, or not `[..., tokens]` for x `[..., tokens, dim]`."""
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(f"mask must be {list(x.shape[:-1])}, one entry per token of x; got {list(mask.shape)}")
+    if not mask.is_floating_point():
+        raise ValueError(f"mask must be floating, 0 or -inf where a token is absent; got {mask.dtype}")
+
+
 def _split(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(-2, -3)
+
+
+def _weights(masked: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax of each row and the logarithm of its sum; a row that is all -inf has weights 0 and the least number."""
+    largest = masked.amax(-1, keepdim=True).clamp_min(torch.finfo(masked.dtype).min)
+    weights = (masked - largest).exp()
+    total = weights.sum(-1, keepdim=True).clamp_min(1)
+    return weights / total, largest + total.log()
 
 
 class _GatedSoftmax(torch.autograd.Function):
     """Softmax over the open gates times values, and to each gate the gradient of what its switch changes.
 
     As a function of one gate A_j alone, the result o is o(closed) + A_j (o(open) - o(closed)): that difference is the
-    slope. With w the weight of an open gate it is w / (1 - w) (v_j - o), or v_j where no other gate is open; for a
-    closed gate it is p (v_j - o), where p is the weight that it would have.
+    slope. With w the weight of an open gate it is w / (1 - w) (v_j - o); for a closed gate it is p (v_j - o), where p
+    is the weight that it would have. Where w is near 1, v_j - o is all rounding. So for the gate of the largest weight
+    o(closed) is computed.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, values: Tensor, gates: Tensor) -> Tensor:
         opened = gates > 0
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        masked = logits.masked_fill(~opened, -math.inf)
-        # finite where no gate is open: all weights are 0 then, and that of a gate that opens is 1
-        largest = masked.amax(-1, keepdim=True).clamp_min(torch.finfo(masked.dtype).min)
-        weights = (masked - largest).exp()
-        total = weights.sum(-1, keepdim=True).clamp_min(1)
-        weights = weights / total
-        normaliser = largest + total.log()
+        weights, normaliser = _weights(logits.masked_fill(~opened, -math.inf))
         output = weights.to(values.dtype) @ values
         ctx.save_for_backward(logits, normaliser, weights, values, opened, output)
         return output
@@ -154,7 +163,10 @@ class _GatedSoftmax(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             # w / (1 - w) = 1 / (z - 1) and p = 1 / (z + 1), with z = exp(normaliser - logit)
             rest = (normaliser - logits).exp() + torch.where(opened, -1.0, 1.0)
-            of_gates = (gain / rest.clamp_min(_LEAST_REST)).sum(-3, keepdim=True)
-            alone = opened & (opened.sum(-1, keepdim=True) == 1)
-            of_gates = torch.where(alone, along.sum(-3, keepdim=True), of_gates).to(logits.dtype)
+            masked = logits.masked_fill(~opened, -math.inf)
+            top = torch.zeros_like(masked, dtype=torch.bool).scatter(-1, masked.argmax(-1, keepdim=True), True) & opened
+            closed = _weights(masked.masked_fill(top, -math.inf))[0].to(values.dtype) @ values
+            of_top = (grad * (output - closed)).sum(-1, keepdim=True)
+            of_gates = torch.where(top, of_top, gain / torch.where(top, 1.0, rest))
+            of_gates = of_gates.sum(-3, keepdim=True).to(logits.dtype)
         return (weights * gain).to(grad.dtype), weights.to(grad.dtype).transpose(-1, -2) @ grad, of_gates

@@ -118,6 +118,10 @@ def _check(name: str, first: Tensor, table: Tensor, indices: Tensor, sparse: boo
         )
     if sparse and table.ndim != 2:
         raise ValueError(f"sparse=True needs a table [n, d]; got {list(table.shape)}")
+    if indices.device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():  # a GPU is not asked
+        least, most = indices.aminmax()
+        if least < 0 or most >= table.shape[-2]:
+            raise IndexError(f"indices must be from 0 to {table.shape[-2] - 1}; got {int(least)} to {int(most)}")
 
 
 def _flat(table: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,8 +48,13 @@ class Heads(nn.Module):
 
         Raises:
             TypeError: `attention` is not of the kinds that `projections_of` knows.
+            ValueError: it has another number of heads, or biases where this layer has none, or none where it has.
         """
         joint, projection = projections_of(attention)
+        if heads_of(attention) not in (None, self.heads):
+            raise ValueError(f"attention must have {self.heads} heads; got {heads_of(attention)}")
+        if (joint[1] is None) != (self.query.bias is None):
+            raise ValueError(f"attention must have {'no ' if self.query.bias is None else ''}biases, as this layer")
         for layer, weight in zip((self.query, self.key, self.value), joint[0].chunk(3), strict=True):
             layer.weight.copy_(weight)
         self.projection.weight.copy_(projection.weight)
@@ -57,6 +62,11 @@ class Heads(nn.Module):
             for layer, bias in zip((self.query, self.key, self.value), joint[1].chunk(3), strict=True):
                 layer.bias.copy_(bias)
             self.projection.bias.copy_(projection.bias)
+
+
+def heads_of(attention: nn.Module) -> int | None:
+    """The number of heads that an attention says it has, as `num_heads` or `heads`; None if it says none."""
+    return getattr(attention, "num_heads", None) or getattr(attention, "heads", None)
 
 
 def projections_of(attention: Any) -> tuple[tuple[Tensor, Tensor | None], nn.Linear]:

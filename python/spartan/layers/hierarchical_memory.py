@@ -21,7 +21,8 @@ class HierarchicalMemory(nn.Module):
 
         h + sum over i in S and j of a_i b_ij c_ij
 
-    Cells start at zero: the output is then h. The gradient of the choice is that of a, over the parents kept.
+    Cells start at zero: the output is then h. The gradient of the choice is that of a, over the parents kept; with one
+    kept, a is 1 and the parents' keys learn nothing.
 
     Args:
         width: d, entries of a hidden state.
@@ -69,7 +70,7 @@ class HierarchicalMemory(nn.Module):
         """
         if hidden.shape[-1:] != (self.width,):
             raise ValueError(f"hidden must be [..., {self.width}]; got {tuple(hidden.shape)}")
-        tokens = hidden.reshape(-1, self.width)
+        tokens = hidden.reshape(-1, self.width).to(self.cells.dtype)
         scores = linear(tokens, self.parent_keys)
         kept = kept_indices(scores, self.kept)
         read = self._gathered(tokens, scores, kept) if self.gather else self._masked(tokens, scores, kept)

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from spartan.layers.gated_attention import check_mask
+
 __all__ = ["InterventionTokens"]
 
 
@@ -38,13 +40,13 @@ class InterventionTokens(nn.Module):
         Args:
             x: `[..., tokens, dim]`.
             which: number of the intervention, int64 `[...]`; -1 for none, which leaves the token absent.
-            mask: `[..., tokens]`, 0 or -inf for absent tokens, or None.
+            mask: floating, `[..., tokens]`, 0 or -inf for absent tokens, or None.
 
         Returns:
             x `[..., tokens + 1, dim]` and the mask `[..., tokens + 1]` that `GatedAttention` takes.
 
         Raises:
-            ValueError: shapes that do not fit.
+            ValueError: shapes that do not fit, or a mask that is not floating.
         """
         if x.dim() < 2 or x.shape[-1] != self.tokens.shape[1]:
             raise ValueError(f"x must be [..., tokens, {self.tokens.shape[1]}]; got {list(x.shape)}")
@@ -52,8 +54,8 @@ class InterventionTokens(nn.Module):
             raise ValueError(f"which must be {list(x.shape[:-2])}, one number per set of x; got {list(which.shape)}")
         if mask is None:
             mask = x.new_zeros(x.shape[:-1])
-        elif mask.shape != x.shape[:-1]:
-            raise ValueError(f"mask must be {list(x.shape[:-1])}, one entry per token of x; got {list(mask.shape)}")
+        else:
+            check_mask(mask, x)
         token = self.tokens[which.clamp_min(0)].to(x.dtype).unsqueeze(-2)
         absent = mask.new_zeros(which.shape).masked_fill(which < 0, -math.inf).unsqueeze(-1)
         return torch.cat([x, token], dim=-2), torch.cat([mask, absent], dim=-1)

@@ -136,8 +136,8 @@ class DualAscent(nn.Module):
         if self.training:
             with torch.no_grad():
                 now = loss.detach().to(self.average.dtype)
-                first = self.average.isinf()
-                self.average.copy_(torch.where(first, now, self.decay * self.average + (1 - self.decay) * now))
+                mean = torch.where(self.average.isinf(), now, self.decay * self.average + (1 - self.decay) * now)
+                self.average.copy_(torch.where(now.isfinite(), mean, self.average))  # a step that overflowed is none
                 step = self.rate * (self.average / self.target - 1).clamp_max(1)
                 self.log_weight.sub_(step).clamp_(math.log(self.limits[0]), math.log(self.limits[1]))
         return loss + self.weight * penalty

@@ -70,7 +70,7 @@ class ProductKeyExperts(nn.Module):
         heads: queries of a token, each with experts of its own.
         k: experts of a head, from 1 to N.
         key_dim: width of a query, even; a sub-key has half of it.
-        router: g, "softmax" or "sigmoid".
+        router: g, "softmax" or "sigmoid". With k = 1, a softmax is 1 and the router learns nothing.
         activation: act, "gelu", "relu" or "silu".
         query_norm: batch normalisation of the queries, over all tokens of the batch.
         sparse: u and v get sparse gradients of the rows used, for `torch.optim.SparseAdam` and the like, and not
@@ -149,7 +149,7 @@ class ProductKeyExperts(nn.Module):
     def _choose(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         query = self.query(tokens)
         query = query if self.norm is None else self.norm(query)
-        halves = query.view(len(tokens), self.heads, 2, -1).unbind(2)
+        halves = query.view(len(tokens), self.heads, 2, self.keys.shape[-1]).unbind(2)
         first, second = (half @ keys.T for half, keys in zip(halves, self.keys, strict=True))
         scores, indices = product_key_topk(first, second, self.k)
         return _ROUTERS[self.router](scores).flatten(1), indices.flatten(1)

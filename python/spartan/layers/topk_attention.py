@@ -44,10 +44,11 @@ def topk_attention(
         key: `[n, heads, t, d]`.
         value: `[n, heads, t, d_v]`.
         k: how many keys a query attends to, or several such numbers. A query with fewer keys attends to all of them.
+            With one key, hard, the weight is 1: query and key get no gradient.
         attn_mask: bool, True where a query may attend, or float, added to the scores; broadcasts to
             `[n, heads, queries, t]`. A query without any key gets 0.
         dropout_p: probability of dropping a weight; applied always, as in `scaled_dot_product_attention`.
-        is_causal: query i attends to keys 0 to i; together with `attn_mask`, both hold.
+        is_causal: query i attends to keys 0 to i; together with `attn_mask`, both hold. Needs as many queries as keys.
         scale: None: 1 / sqrt(d).
         beta: sharpness of the soft mask, at least 0; None: hard.
         straight_through: with beta, the hard mask forward, the gradient of the soft one.
@@ -57,12 +58,16 @@ def topk_attention(
         y `[n, heads, queries, d_v]`, dtype of `value`.
 
     Raises:
-        ValueError: a k below 1, shapes that do not match, `straight_through` without beta.
+        ValueError: a k below 1, shapes that do not match, an `attn_mask` of integers, `straight_through` without beta.
 
     Source: Zhao et al., "Explicit Sparse Transformer", arXiv:1912.11637; the mixture: Chen et al., "Learning A Sparse
     Transformer Network for Effective Image Deraining" (DRSformer), CVPR 2023, arXiv:2303.11950.
     """
     check_heads(query, key, value)
+    if is_causal and query.shape[-2] != key.shape[-2]:
+        raise ValueError(
+            f"is_causal needs as many queries as keys; got {query.shape[-2]} queries, {key.shape[-2]} keys"
+        )
     sizes = _sizes(k)
     if straight_through and beta is None:
         raise ValueError("straight_through=True needs beta, the sharpness of the gradient; got beta=None")
@@ -104,6 +109,8 @@ def _bias(attn_mask: Tensor | None, is_causal: bool, scores: Tensor) -> Tensor |
     if attn_mask is not None:
         if torch.broadcast_shapes(attn_mask.shape, scores.shape) != scores.shape:
             raise ValueError(f"attn_mask must broadcast to {list(scores.shape)}; got shape {list(attn_mask.shape)}")
+        if not (attn_mask.dtype == torch.bool or attn_mask.is_floating_point()):
+            raise ValueError(f"attn_mask must be bool or floating; got {attn_mask.dtype}")
         if attn_mask.dtype == torch.bool:
             bias = torch.zeros_like(attn_mask, dtype=scores.dtype).masked_fill(~attn_mask, -torch.inf)
     if is_causal:

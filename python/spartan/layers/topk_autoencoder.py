@@ -136,13 +136,15 @@ class TopKAutoencoder(nn.Module):
         auxiliary: float = 1 / 32,
         divergence: float = 1e-4,
     ) -> AutoencoderLoss:
-        """The loss to train with; arguments and errors as `forward`.
+        """The loss to train with; arguments and errors as `forward`, and a ValueError below two rows.
 
         Reconstruction is the squared error of x over the variance of x in the batch. Auxiliary is the same for the
         error, reconstructed from the `revive` dead features of largest z; their gradient revives them. Divergence is
         KL(N(mean, deviation^2) | N(0, 1)) for each row.
         """
         rows, slopes = self._rows(x, gradient)
+        if len(rows) < 2:
+            raise ValueError(f"the loss needs two rows at least, for their variance; got x {tuple(x.shape)}")
         mean, z = self._codes(rows)
         found = self._decoded(self._kept(z, slopes))
         error = rows - found

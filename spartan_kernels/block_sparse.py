@@ -209,7 +209,9 @@ class BlockSparseWeight:
         if self.scales is not None:
             return self._unrounded().to_bsr()
         offsets, columns = self.layout.row_offsets, self.layout.column_indices
-        return torch.sparse_bsr_tensor(offsets, columns, self.values, size=self.shape, check_invariants=True)
+        return torch.sparse_bsr_tensor(
+            offsets, columns, self.values, size=self.shape, device=self.values.device, check_invariants=True
+        )
 
     @staticmethod
     def from_bsr(matrix: torch.Tensor) -> BlockSparseWeight:

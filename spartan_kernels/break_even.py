@@ -225,6 +225,8 @@ def _threshold(
     rows, columns = block_size
     narrow = min(block_size) < _NARROW  # these have kernels of their own
     entries = [c for c in _entries(device, dtype, few, packed) if (min(c.rows, c.columns) < _NARROW) == narrow]
+    if packed and narrow and device.type == "cuda":  # there, each kind has a kernel of its own
+        entries = [c for c in entries if (c.rows, c.columns) == (rows, columns)]
     if not entries:
         return _threshold(device, dtype, block_size, few, False) if packed else None
     # the nearest block measured, by its area and then its shape

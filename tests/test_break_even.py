@@ -235,6 +235,29 @@ def test_packed_single_weights_on_a_gpu_are_predicted_from_bytes(monkeypatch: py
     assert time(0.2, 1) == pytest.approx(2, rel=0.1)
 
 
+@pytest.mark.parametrize("block_size", [(4, 1), (1, 4), (4, 4)])
+def test_packed_single_weights_on_a_gpu_say_nothing_of_other_narrow_blocks(
+    monkeypatch: pytest.MonkeyPatch, block_size: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(break_even, "device_kind", lambda device: "a GPU")
+
+    def wins(size: tuple[int, int]) -> bool:
+        return dense_wins(0.3, torch.device("cuda"), torch.bfloat16, size, 1, packed=True)
+
+    def time() -> float:
+        return break_even.packed_time(0.3, torch.device("cuda"), torch.bfloat16, block_size, 1, 1 << 24)
+
+    store("a GPU", ())
+    modelled = time()
+    store("a GPU", (Crossing("bfloat16", 1, 1, True, 0.1, packed=True),))
+    assert wins((1, 1)) and not wins(block_size) and time() == modelled
+    store(
+        "a GPU",
+        (Crossing("bfloat16", 1, 1, True, 0.9, packed=True), Crossing("bfloat16", *block_size, True, 0.2, packed=True)),
+    )
+    assert not wins((1, 1)) and wins(block_size) and time() > 1  # it was measured itself
+
+
 @pytest.mark.parametrize("density", [0.05, 0.1, 0.2, 0.5])
 @pytest.mark.parametrize("width", [2, 4])
 def test_lines_that_weights_of_a_row_read(density: float, width: int) -> None:

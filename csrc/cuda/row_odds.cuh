@@ -101,7 +101,8 @@ __device__ inline float moment_start(const Side& side, float count, float sum, f
 // Of four ratios that cost the same: between the last entry taken and the next, or about the one that is taken in part.
 // The smaller side takes no more than two.
 __device__ inline float order_start(const Side& side, const float (&u)[4]) {
-  const float v0 = side.sign * u[0], v1 = side.sign * u[1], v2 = side.sign * u[2], v3 = side.sign * u[3];
+  const auto signed_ratio = [&](float x) { return masked(x) ? -INFINITY : side.sign * x; };  // masked ones come last
+  const float v0 = signed_ratio(u[0]), v1 = signed_ratio(u[1]), v2 = signed_ratio(u[2]), v3 = signed_ratio(u[3]);
   const float high0 = fmaxf(v0, v1), high1 = fmaxf(v2, v3), low0 = fminf(v0, v1), low1 = fminf(v2, v3);
   const float first = fmaxf(high0, high1), other = fminf(high0, high1), inner = fmaxf(low0, low1);
   const float second = fmaxf(other, inner), third = fminf(other, inner);
@@ -140,7 +141,7 @@ struct OddsSearch {
     for (int trial = 1; trial < kOddsTrials && left; ++trial) {
       odds_moments<kGroup>(row, w, cost, sums);
       const float step = halley(sums, side, &miss);
-      left = fabsf(miss) > side.quota * kOddsTolerance;
+      left = !(fabsf(miss) <= side.quota * kOddsTolerance);
       if (left) w = within(w * fast_exp2(step), 1.0f / kFrame, kFrame);  // of NaN, too, comes a number
     }
     if (!left) return;
@@ -148,7 +149,7 @@ struct OddsSearch {
     row.each([&](int64_t i, int, float e) { some += cost(i) * fast_reciprocal(fmaf(e, w, 1.0f)); },
              [&] { mass[0] += some, some = 0.0f; });
     group_sums<kGroup>(mass);
-    left = fabsf(mass[0] - side.quota) > side.quota * kOddsTolerance;
+    left = !(fabsf(mass[0] - side.quota) <= side.quota * kOddsTolerance);
   }
 
   // Rounds about where the one before ended, in the bracket that the trials have found.
@@ -167,7 +168,7 @@ struct OddsSearch {
         float sums[3], miss;
         odds_moments<kGroup>(row, w, cost, sums);
         const float step = halley(sums, side, &miss);
-        left = fabsf(miss) > side.quota * kOddsTolerance;
+        left = !(fabsf(miss) <= side.quota * kOddsTolerance);
         if (!left) return;
         (miss > 0.0f ? above : below) = w;
         const float ahead = w * fast_exp2(step);

@@ -216,10 +216,11 @@ def _draw_support(count: int, total: int, generator: torch.Generator) -> torch.T
     """`count` different numbers below `total`, each set of them as likely, ascending; no memory of order `total`."""
     if 2 * count > total:
         rest = _draw_support(total - count, total, generator)
-        return _smallest(torch.ones(total, dtype=torch.bool).index_fill_(0, rest.long(), False).nonzero()[:, 0], total)
-    drawn = torch.empty(0, dtype=torch.int64)
+        among = rest.new_ones(total, dtype=torch.bool).index_fill_(0, rest.long(), False)
+        return _smallest(among.nonzero()[:, 0], total)
+    drawn = torch.empty(0, dtype=torch.int64, device=generator.device)
     while len(drawn) < count:  # the first `count` different ones of one long series of draws
-        more = torch.randint(total, (count - len(drawn),), generator=generator)
+        more = torch.randint(total, (count - len(drawn),), generator=generator, device=generator.device)
         drawn = torch.cat([drawn, more]).unique()
     return _smallest(drawn, total)
 

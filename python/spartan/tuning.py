@@ -111,9 +111,11 @@ def _fastest(
     """The fastest tiles of a forward pass, and of the gradient of its input."""
     dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
     g = torch.Generator().manual_seed(0)
-    weight = torch.randn(_SHAPE, generator=g).to(device, dtype)
-    x, grad = (torch.randn(_TOKENS[few], side, generator=g).to(device, dtype) for side in reversed(_SHAPE))
-    gate = (torch.rand(block_grid(_SHAPE, size), generator=g) < _SEARCHED).to(device, torch.float32)
+    weight = torch.randn(_SHAPE, generator=g, device=g.device).to(device, dtype)
+    x, grad = (
+        torch.randn(_TOKENS[few], side, generator=g, device=g.device).to(device, dtype) for side in reversed(_SHAPE)
+    )
+    gate = (torch.rand(block_grid(_SHAPE, size), generator=g, device=g.device) < _SEARCHED).to(device, torch.float32)
     layout = BlockLayout.from_gate(gate, _SHAPE, size)
     leaf = x.clone().requires_grad_()
     y = masked_linear(leaf, weight, gate, size, layout=layout, backend="triton")
@@ -142,10 +144,10 @@ def _crossing(
     device: torch.device, dtype: torch.dtype, size: tuple[int, int], few: bool, packed: bool, kernel: str, timer: Timer
 ) -> Crossing:
     g = torch.Generator().manual_seed(0)
-    weight = torch.randn(_SHAPE, generator=g).to(device, dtype)
-    x = torch.randn(_TOKENS[few], _SHAPE[1], generator=g).to(device, dtype)
+    weight = torch.randn(_SHAPE, generator=g, device=g.device).to(device, dtype)
+    x = torch.randn(_TOKENS[few], _SHAPE[1], generator=g, device=g.device).to(device, dtype)
     grid = block_grid(_SHAPE, size)
-    order = torch.rand(grid, generator=g).flatten().argsort().argsort().view(grid)
+    order = torch.rand(grid, generator=g, device=g.device).flatten().argsort().argsort().view(grid)
     with torch.no_grad():
         dense = timer(lambda: functional.linear(x, weight), device)
         ratios = []

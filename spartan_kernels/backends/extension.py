@@ -6,7 +6,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ except ImportError as error:
 # A variable of the process. Where it is not set, `os.environ` takes as long to say so as a small product.
 environment: Callable[[str], str | None] = getattr(native, "environment", os.environ.get)
 
+_HOST = torch.device("cpu")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # ops.h, Dtype
 TF32 = 4
 ACTIVATIONS = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}  # ops.h, Activation
@@ -83,7 +84,7 @@ def build_info() -> dict[str, Any]:
 def multiply_adds(rounds: int) -> int:
     """Multiply and add in registers alone, on every thread: the CPU's peak. Returns the floating-point operations."""
     threads = torch.get_num_threads()
-    sinks = torch.empty(threads)
+    sinks = empty(threads, torch.float32)
     operations: int = native.cpu.multiply_adds(rounds, sinks.data_ptr(), threads)
     return operations
 
@@ -102,6 +103,11 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
 def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """Without its graph, each element beside the next."""
     return None if tensor is None else tensor.detach().contiguous()
+
+
+def empty(shape: int | Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Memory of the host, whatever PyTorch's default device and dtype are: a kernel writes to its address."""
+    return torch.empty(shape, dtype=dtype, device=_HOST)
 
 
 def pointer(tensor: torch.Tensor | None) -> int:
@@ -182,10 +188,10 @@ _KEPT_BYTES = 16 << 20
 def workspace(size: int, use: str = "kernel") -> torch.Tensor:
     """Scratch of this thread, kept up to 16 MiB for each use: fresh pages cost as much as a pass over the data."""
     if size > _KEPT_BYTES:
-        return torch.empty(size, dtype=torch.uint8)
+        return empty(size, torch.uint8)
     tensor = _scratch.tensors.get(use)
     if tensor is None or tensor.numel() < size:
-        tensor = _scratch.tensors[use] = torch.empty(size, dtype=torch.uint8)
+        tensor = _scratch.tensors[use] = empty(size, torch.uint8)
     return tensor
 
 

@@ -47,15 +47,20 @@ add_block_signs_ = define("add_block_signs_", AddBlockSigns, "()", _fake_nothing
 _scores = define("block_scores", BlockScores, "Tensor", _fake_scores)
 
 
-def block_costs(shape: tuple[int, ...] | torch.Size, block_size: int | tuple[int, int]) -> float | torch.Tensor:
-    """Number of weights in each block: a float where the blocks divide the shape, else a tensor of the grid's shape."""
+def block_costs(
+    shape: tuple[int, ...] | torch.Size, block_size: int | tuple[int, int], device: torch.device | str | None = None
+) -> float | torch.Tensor:
+    """Number of weights in each block: a float where the blocks divide the shape, else a tensor of the grid's shape.
+
+    The tensor is on `device`; None: on PyTorch's default one.
+    """
     rows, columns = block_shape(block_size)
     grid = block_grid(shape, block_size)
     if (rows, columns) == (1, 1) or (shape[0] % rows == 0 and shape[1] % columns == 0):
         return float(rows * columns)
-    height = torch.full((grid[0],), float(rows))
+    height = torch.full((grid[0],), float(rows), device=device)
     height[-1] = shape[0] - rows * (grid[0] - 1)
-    width = torch.full((grid[1],), float(columns))
+    width = torch.full((grid[1],), float(columns), device=device)
     width[-1] = shape[1] - columns * (grid[1] - 1)
     area = height[:, None] * width
     return area.reshape(*area.shape, *(1 for _ in grid[2:])).expand(grid).contiguous()

@@ -58,7 +58,7 @@ class PricedWeight:
     def spread(self, total: float) -> float | torch.Tensor:
         """Cost of each block where that of the whole weight is shared out evenly over its entries."""
         shape = self.weight.shape if self.stack is None else self.stack.turned_shape
-        each = block_costs(shape, self.block_size) * (total / self.weight.numel())
+        each = block_costs(shape, self.block_size, "cpu") * (total / self.weight.numel())
         return each if self.stack is None or isinstance(each, float) else self.stack.back(each)
 
 
@@ -248,7 +248,9 @@ def price(
     unit = sum(_total(w, cost) for w, cost in zip(weights, own, strict=True)) / sum(w.weight.numel() for w in weights)
     priced = []
     for weight, cost in zip(weights, own, strict=True):
-        held = torch.as_tensor(cost / unit, dtype=torch.float64).to(weight.weight.dtype)  # as the solver reads them
+        held = torch.as_tensor(cost / unit, dtype=torch.float64, device="cpu").to(
+            weight.weight.dtype
+        )  # as the solver reads them
         blocks = held if held.dim() else float(held)
         priced.append(BlockCosts(blocks, _total(weight, blocks), float(held.max())))
     return priced, unit
@@ -261,7 +263,7 @@ def _checked(weight: PricedWeight, cost: Any) -> float | torch.Tensor:
     number = isinstance(cost, (int, float)) and not isinstance(cost, bool)
     if not number and not isinstance(cost, torch.Tensor):
         raise TypeError(f"costs must give numbers or tensors; for weight {weight.name!r} it gave {cost!r}")
-    values = torch.as_tensor(cost).detach().to("cpu", torch.float64)
+    values = torch.as_tensor(cost, dtype=torch.float64, device="cpu").detach()
     if values.dim() and tuple(values.shape) != weight.grid:
         raise ValueError(
             f"costs must give weight {weight.name!r} one number or a tensor of shape {weight.grid}, one for each block;"

@@ -272,7 +272,7 @@ def _seconds_per_block(product: _Product, size: tuple[int, int], timer: Timer) -
     weight = product.weight
     grid = block_grid(weight.shape, size)
     generator = torch.Generator().manual_seed(0)
-    order = torch.rand(grid, generator=generator).flatten().argsort().argsort().view(grid)
+    order = torch.rand(grid, generator=generator, device=generator.device).flatten().argsort().argsort().view(grid)
     blocks, seconds = [], []
     with torch.no_grad():
         for density in _DENSITIES:

@@ -156,7 +156,9 @@ class _Dot(torch.autograd.Function):
             of_x = F.embedding_bag(indices, table, mode="sum", per_sample_weights=grad)
         if ctx.needs_input_grad[1] and ctx.sparse:
             rows = (grad.unsqueeze(-1) * x.unsqueeze(1)).flatten(0, 1)
-            of_table = torch.sparse_coo_tensor(indices.view(1, -1), rows, table.shape, check_invariants=False)
+            of_table = torch.sparse_coo_tensor(
+                indices.view(1, -1), rows, table.shape, device=rows.device, check_invariants=False
+            )
         elif ctx.needs_input_grad[1]:
             unused = indices.new_zeros(len(x))
             of_table = torch.ops.aten._embedding_bag_dense_backward(

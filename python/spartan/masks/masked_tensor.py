@@ -437,7 +437,7 @@ def _states(optimizer: Any, weight: nn.Parameter) -> Iterator[tuple[dict[str, An
 
 def _history(name: str, state: dict[str, Any], settings: dict[str, Any]) -> torch.Tensor | float:
     """What an optimizer's record of a constant squared gradient has come to by now, as a multiple of it."""
-    step: torch.Tensor = state.get("step", torch.ones(()))
+    step: torch.Tensor = state.get("step", torch.ones((), device="cpu"))
     if name == "exp_avg_sq" and "betas" in settings:
         return 1 - settings["betas"][1] ** step
     return step if name == "sum" else 1.0

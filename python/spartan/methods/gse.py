@@ -146,10 +146,14 @@ class GSE(Rewiring):
         grid = block_grid(tensor.shape, tensor.carrier.mask_block_size)
         count = math.ceil(self.candidates * tensor.kept_blocks())
         sums = tensor.observer.by_block()
-        rows, columns = (torch.ones(side) for side in grid[:2]) if sums is None else (side.cpu() for side in sums)
+        rows, columns = (
+            (torch.ones(side, device=generator.device) for side in grid[:2])
+            if sums is None
+            else (side.cpu() for side in sums)
+        )
         positions = math.prod(grid[2:])
         index = _pick(rows, count, generator) * grid[1] + _pick(columns, count, generator)
-        index = index * positions + torch.randint(positions, (count,), generator=generator)
+        index = index * positions + torch.randint(positions, (count,), generator=generator, device=generator.device)
         chosen = torch.zeros(math.prod(grid), dtype=torch.bool, device=tensor.seen.device)
         chosen[index.to(chosen.device)] = True
         return tensor.seen.slice_of(chosen.reshape(grid))
@@ -158,5 +162,5 @@ class GSE(Rewiring):
 def _pick(weights: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
     """Indices drawn independently, in proportion to the weights; never one of weight zero."""
     ends = weights.double().cumsum(0)
-    draw = torch.rand(count, dtype=torch.float64, generator=generator) * ends[-1]
+    draw = torch.rand(count, dtype=torch.float64, generator=generator, device=generator.device) * ends[-1]
     return torch.searchsorted(ends, draw, right=True).clamp(max=int(weights.nonzero().max()))

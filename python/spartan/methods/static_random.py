@@ -55,7 +55,8 @@ def draw_scores(masks: MaskSet, seed: int, step: int = 0) -> dict[str, torch.Ten
     for tensor in masks.tensors:
         costs = tensor.costs
         grid = block_grid(tensor.shape, tensor.carrier.mask_block_size)
-        draw = tensor.own_of(torch.rand(grid, generator=generator).to(costs.device))  # the same over any ranks
+        whole = torch.rand(grid, generator=generator, device=generator.device)  # the same over any ranks
+        draw = tensor.own_of(whole.to(costs.device))
         # Blocks at a ragged edge cost less: selection is by score / cost, so the draw is per unit of cost.
         scores[tensor.name] = draw * costs.float()
     return scores

@@ -171,7 +171,7 @@ def _active(hard: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, l
 @lru_cache(maxsize=64)
 def _whole(shape: torch.Size, block: tuple[int, int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """A gate of ones, and the index of all blocks."""
-    gate = torch.ones(block_grid(shape, block))
+    gate = torch.ones(block_grid(shape, block), device="cpu")
     return gate, BlockLayout.from_gate(gate, (shape[0], shape[1]), block).tensors()
 
 

@@ -77,10 +77,10 @@ class MaskCarrier(nn.Module):
         That blocks gradients unless `straight_through`.
         """
         grid = block_grid(weight.shape, block_size)
-        costs = block_costs(weight.shape, block_size)
+        costs = block_costs(weight.shape, block_size, weight.device)
         # Never in half precision, which has no 17 x 17.
         wide = torch.promote_types(weight.dtype, torch.float32) if isinstance(costs, torch.Tensor) else torch.float64
-        costs = torch.as_tensor(costs, dtype=wide).to(weight.device)
+        costs = torch.as_tensor(costs, dtype=wide, device=weight.device)
         buffers: dict[str, torch.Tensor | None] = {
             "mask_soft_values": weight.new_ones(grid) if soft else None,
             "mask_hard": torch.ones(grid, dtype=torch.bool, device=weight.device),

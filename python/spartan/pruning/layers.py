@@ -52,9 +52,10 @@ class Layer:
         self._stack = candidate.stack(block_size)
         self.shape = self.values().shape
         self.grid = block_grid(self.shape, block_size)
-        own = block_costs(self.shape, block_size) if costs is None else costs.blocks
-        if isinstance(own, torch.Tensor):
-            own = (own if costs is None else self.oriented(own)).to(candidate.weight.device)
+        device = candidate.weight.device
+        own = block_costs(self.shape, block_size, device) if costs is None else costs.blocks
+        if isinstance(own, torch.Tensor) and costs is not None:
+            own = self.oriented(own).to(device)
         self.costs = own
         module = candidate.uses[0].module
         self.groups = int(module.groups) if isinstance(module, CONVOLUTIONS) else 1

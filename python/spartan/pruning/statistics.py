@@ -64,8 +64,8 @@ class Statistics:
         idle = ~self.squares.any(-1)
         if not bool(idle.any()):
             return False
-        one = torch.eye(self._total.shape[-1]) if self._whole else torch.ones(self._total.shape[-1])
-        self._squares[idle] = one.to(self._squares)
+        ones = self._squares.new_ones(self._total.shape[-1])
+        self._squares[idle] = ones.diag() if self._whole else ones
         return True
 
     @property

@@ -103,7 +103,7 @@ def unpack(packed: Packed, shape: torch.Size, dtype: torch.dtype) -> torch.Tenso
         return values
     if packed.encoding == "blocks":
         return _unpack_blocks(packed, shape)
-    flat = torch.zeros(math.prod(shape), dtype=dtype)
+    flat = values.new_zeros(math.prod(shape))
     if packed.encoding == "bitmap":
         kept = _from_bitmap(packed.parts["bitmap"], flat.numel())
         _require_count(values, int(kept.sum()))
@@ -174,7 +174,7 @@ def _unpack_blocks(packed: Packed, shape: torch.Size) -> torch.Tensor:
     rows, columns = block
     active = _active_blocks(packed, shape)
     grid = active.shape
-    tiles = torch.zeros(*grid, rows, columns, dtype=values.dtype)
+    tiles = values.new_zeros(*grid, rows, columns)
     tiles[active] = values
     # [grid rows, grid columns, *rest, rows, columns] -> [out, in, *rest]
     back = tiles.movedim(-2, 1).movedim(-1, 3)

@@ -253,4 +253,4 @@ def _all_finite(optimizer: torch.optim.Optimizer) -> torch.Tensor:
     """Whether all its gradients are finite, on the device: no step waits for it."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     sums = [local(gradient).sum(dtype=torch.float64) for gradient in gradients]
-    return torch.stack([s.isfinite() for s in sums]).all() if sums else torch.tensor(True)
+    return torch.stack([s.isfinite() for s in sums]).all() if sums else torch.tensor(True, device="cpu")

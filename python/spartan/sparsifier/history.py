@@ -73,7 +73,7 @@ class History:
             return
         masks = {name: mask.hard for name, mask in sparsifier.masks().items()}
         costs = sparsifier.costs().values()
-        own = {name: float(torch.as_tensor(value).detach()) for name, value in scalars.items()}
+        own = {name: float(torch.as_tensor(value, device="cpu").detach()) for name, value in scalars.items()}
         row: dict[str, Any] = {"step": sparsifier.step_count, **own, "sparsity": sparsifier.sparsity}
         if sparsifier.beta is not None:
             row["beta"] = sparsifier.beta

@@ -63,8 +63,8 @@ def _tensor_state(tensor: MaskedTensor, entries: set[str]) -> dict[str, torch.Te
     scale = carrier.mask_beta.new_ones(carrier.mask_scale_shape)
     absent = {"soft": tensor.mask.soft, "scale": scale, "backward": carrier.mask_hard}
     state = {"hard": carrier.mask_hard, "beta": carrier.mask_beta}
-    state["straight_through"] = torch.tensor(carrier.mask_straight_through)
-    state["restricted"] = torch.tensor(carrier.mask_backward is not None)
+    state["straight_through"] = torch.tensor(carrier.mask_straight_through, device="cpu")
+    state["restricted"] = torch.tensor(carrier.mask_backward is not None, device="cpu")
     for key in _OPTIONAL:
         present = getattr(carrier, f"mask_{key}")
         if key == "soft" and present is not None:

@@ -88,7 +88,7 @@ class ImageData:
     def order(self, seed: int, epoch: int) -> Tensor:
         """The order of the training images in an epoch; it depends on seed and epoch alone."""
         generator = torch.Generator().manual_seed(seed * 10_007 + epoch)
-        return torch.randperm(len(self.train_labels), generator=generator)
+        return torch.randperm(len(self.train_labels), generator=generator, device=generator.device)
 
     def first(self, count: int | None = None, test_count: int | None = None) -> ImageData:
         """Keep only the first `count` training and `test_count` test images; None keeps all."""

@@ -88,7 +88,7 @@ class Task(ABC):
     @torch.no_grad()
     def score(self, model: nn.Module, device: torch.device, part: Slice) -> Tensor:
         """Sum of losses, number of right predictions and number of all over this process's held-out batches."""
-        total = torch.zeros(3, dtype=torch.float64)
+        total = torch.zeros(3, dtype=torch.float64, device="cpu")
         model.eval()
         for index, (inputs, targets) in enumerate(self.held_out()):
             if index % part.of != part.index:
@@ -97,7 +97,7 @@ class Task(ABC):
             wanted = targets.to(device).flatten()
             loss = F.cross_entropy(logits, wanted, reduction="sum")
             right = (logits.argmax(-1) == wanted).sum()
-            total += torch.tensor([float(loss), float(right), float(len(wanted))], dtype=torch.float64)
+            total += total.new_tensor([float(loss), float(right), float(len(wanted))])
         return total
 
 
@@ -170,8 +170,9 @@ class TextTask(Task):
     def batch(self, step: int, size: int, seed: int, part: Slice) -> tuple[Tensor, Tensor]:
         """Stretches of text from places drawn for this step."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        begins = torch.randint(len(self.data.train) - self.context, (size,), generator=generator)[part.index :: part.of]
-        stretches = self.data.train[begins[:, None] + torch.arange(self.context + 1)].long()
+        last, on_cpu = len(self.data.train) - self.context, generator.device
+        begins = torch.randint(last, (size,), generator=generator, device=on_cpu)[part.index :: part.of]
+        stretches = self.data.train[begins[:, None] + torch.arange(self.context + 1, device=on_cpu)].long()
         return stretches[:, :-1], stretches[:, 1:]
 
     def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:

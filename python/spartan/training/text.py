@@ -69,4 +69,4 @@ def _read(files: list[Path], limit: int | None) -> Tensor:
         if limit is not None and len(content) >= limit:
             del content[limit:]
             break
-    return torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8, device="cpu")

@@ -96,7 +96,8 @@ class Trainer:
                 continue
             progress.update(self.step, partial(self._note, loss))
             now = time.monotonic()
-            stopping, seconds = self.workers.total(torch.tensor([float(stop.asked), now - looked])).tolist()
+            looks = torch.tensor([float(stop.asked), now - looked], device="cpu")
+            stopping, seconds = self.workers.total(looks).tolist()
             if stopping:
                 self.save()
                 return self.done

@@ -48,7 +48,7 @@ class Workers:
 
     def any(self, asked: bool) -> bool:
         """Whether any process says so."""
-        return asked if self.size == 1 else bool(self.total(torch.tensor(int(asked))))
+        return asked if self.size == 1 else bool(self.total(torch.tensor(int(asked), device="cpu")))
 
     def wrapped(self, model: nn.Module) -> nn.Module:
         """`model` with gradients averaged over the processes.

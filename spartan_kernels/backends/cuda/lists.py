@@ -22,13 +22,13 @@ class TensorList:
 
     def arguments(self, *extra: list[torch.Tensor] | None) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
         """The table in host memory, the workspace, and what every kernel of a list takes first."""
-        words = torch.zeros((len(self.values), 7), dtype=torch.int64)
+        words = torch.zeros((len(self.values), 7), dtype=torch.int64, device="cpu")
         columns = [[v.data_ptr() for v in self.values], [c.data_ptr() for c in self.costs]]
         columns += [[int(c.dim() > 0) for c in self.costs], [v.numel() for v in self.values]]
         columns += [[t.data_ptr() for t in tensors or []] for tensors in extra]
         for index, column in enumerate(columns):
             if column:
-                words[:, index] = torch.tensor(column, dtype=torch.int64)
+                words[:, index] = words.new_tensor(column)
         size = extension.native.cuda.global_workspace_bytes(words.data_ptr(), len(words))
         workspace = torch.empty(size, dtype=torch.uint8, device=self.values[0].device)
         return words, workspace, (self.dtype, words.data_ptr(), len(words))

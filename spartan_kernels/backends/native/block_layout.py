@@ -14,7 +14,7 @@ def block_layout(o: BlockLayoutOf) -> tuple[torch.Tensor, ...]:
     gates = _Gates(o.gate, o.mask)
     # tensors of their own, not parts of one: what an operator returns may share no memory
     sizes = (rows + 1, rows * columns, columns + 1, rows * columns, rows + columns)
-    parts = tuple([torch.empty(size, dtype=torch.int32) for size in sizes])
+    parts = tuple([extension.empty(size, torch.int32) for size in sizes])
     row_offsets, *rest = [part.data_ptr() for part in parts]
     gates.count(row_offsets)
     gates.index(row_offsets, *rest, capacity=rows * columns)

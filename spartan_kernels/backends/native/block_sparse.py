@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from spartan_kernels.backends import extension
 from spartan_kernels.backends.native.block_matrix import BlockMatrix
 from spartan_kernels.backends.shared import packed_gradients
 from spartan_kernels.operands import PackedLinear, PackedLinearBackward
@@ -23,7 +24,7 @@ def block_sparse_linear_backward(o: PackedLinearBackward) -> list[torch.Tensor |
     matrix = BlockMatrix(o.values, shape, block, o.layout, positions=o.positions)
 
     def of_values(dz: torch.Tensor) -> torch.Tensor:
-        raw = torch.empty(o.values.shape, dtype=torch.float32)
+        raw = extension.empty(o.values.shape, torch.float32)
         matrix.sampled(dz, o.x, raw, None)
         return raw.to(o.values.dtype)
 

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional
 
 from spartan_kernels.arguments import memory_format
+from spartan_kernels.backends import extension
 from spartan_kernels.backends.native.conv_products import (
     Lines,
     convolved,
@@ -30,18 +31,18 @@ def _by_rows(o: PackedConv | PackedConvBackward, g: Geometry) -> Lines:
     across, columns = _across(o), o.layout[1].long()
     wide = spaced(g.phases * across, o.values.shape[2])
     places = [shift * wide + phase * across for shift, phase in zip(g.shift, g.phase, strict=True)]
-    return Lines(o.layout[0], torch.tensor(places)[columns // across] + columns % across)
+    return Lines(o.layout[0], columns.new_tensor(places)[columns // across] + columns % across)
 
 
 def _by_columns(o: PackedConvBackward, g: Geometry, wide: int) -> tuple[Lines, torch.Tensor]:
     """Columns of blocks, phase by phase, over windows of the gradient; and where each block is stored."""
     across, offsets = _across(o), o.layout[2].long()
-    columns = torch.repeat_interleave(torch.arange(len(offsets) - 1), offsets.diff())
+    columns = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff())
     position = columns // across
-    line = torch.tensor(g.phase)[position] * across + columns % across
+    line = position.new_tensor(g.phase)[position] * across + columns % across
     order = torch.argsort(line, stable=True)
     counts = torch.bincount(line, minlength=g.phases * across)
-    at = (g.reach - torch.tensor(g.shift)[position]) * wide + o.layout[3]
+    at = (g.reach - position.new_tensor(g.shift)[position]) * wide + o.layout[3]
     return Lines(functional.pad(counts.cumsum(0), (1, 0)), at[order]), o.positions.long()[order]
 
 
@@ -68,7 +69,7 @@ def block_sparse_conv2d_backward(o: PackedConvBackward) -> list[torch.Tensor | N
     dx: torch.Tensor | None = None
     dvalues: torch.Tensor | None = None
     if needs.values:
-        raw = torch.empty(o.values.shape, dtype=torch.float32)
+        raw = extension.empty(o.values.shape, torch.float32)
         sampled(pixels, image_windows(o.x, g, _across(o), columns), _by_rows(o, g), raw, out, g)
         dvalues = raw.to(o.values.dtype)
     if needs.x:

@@ -33,7 +33,7 @@ class Lines:
     def matrix(self, blocks: torch.Tensor, shape: tuple[int, int]) -> BlockMatrix:
         """The matrix of this shape that has these blocks; its index by columns is empty: only dx would read it."""
         size = (blocks.shape[1], blocks.shape[2])
-        no_columns = torch.zeros(shape[1] // size[1] + 1, dtype=torch.int32)
+        no_columns = self.at.new_zeros(shape[1] // size[1] + 1)
         none = torch.zeros_like(self.at)
         return BlockMatrix(blocks, shape, size, [self.offsets, self.at, no_columns, none, none], positions=none)
 

@@ -129,7 +129,7 @@ def _kept(use: str, rows: int, columns: int) -> torch.Tensor:
 def result_memory(like: torch.Tensor, g: Geometry, rows: int, columns: int) -> torch.Tensor:
     """Memory for the tokens that become an image like x: its own where they can be one as they are, else scratch."""
     if g.whole and like.dtype == torch.float32:
-        return torch.empty(rows, columns)
+        return extension.empty((rows, columns), torch.float32)
     return _kept("result of a convolution", rows, columns)
 
 

@@ -15,7 +15,7 @@ from spartan_kernels.operands import HardTopk, HardTopkGlobal, HardTopkIndices, 
 def hard_topk_forward(o: HardTopk) -> torch.Tensor:
     """h for each row of values [rows, n]."""
     rows, budgets = Rows(o.values, o.costs), Budgets(o.budget)
-    mask = torch.empty(o.values.shape, dtype=torch.bool)
+    mask = extension.empty(o.values.shape, torch.bool)
     try:
         extension.native.cpu.hard_topk_rows(*rows.arguments, *budgets.arguments, mask.data_ptr(), *rows.rest)
     except extension.native.NotFinite:
@@ -31,8 +31,8 @@ def hard_topk_forward(o: HardTopk) -> torch.Tensor:
 def hard_topk_indices_forward(o: HardTopkIndices) -> tuple[torch.Tensor, torch.Tensor]:
     """h for each row of values [rows, n], and the indices of k entries of each."""
     rows = Rows(o.values, None)
-    mask = torch.empty(o.values.shape, dtype=torch.bool)
-    indices = torch.empty((o.values.shape[0], o.k), dtype=torch.int64)
+    mask = extension.empty(o.values.shape, torch.bool)
+    indices = extension.empty((o.values.shape[0], o.k), torch.int64)
     try:
         extension.native.cpu.hard_topk_indices_rows(
             *rows.arguments, o.k, mask.data_ptr(), indices.data_ptr(), *rows.rest
@@ -55,7 +55,7 @@ def hard_topk_global_forward(o: HardTopkGlobal) -> list[torch.Tensor]:
 
 def _hard_of_list(o: HardTopkGlobal) -> list[torch.Tensor]:
     problem = TensorList(o.values, o.costs, o.group)
-    hard = [torch.empty(v.shape, dtype=torch.bool) for v in problem.values]
+    hard = [extension.empty(v.shape, torch.bool) for v in problem.values]
     _table, first = problem.first(hard)
     extension.native.cpu.hard_topk_global(*first, float(o.budget), o.absolute, *problem.rest())
     return hard

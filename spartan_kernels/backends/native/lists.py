@@ -22,7 +22,7 @@ class _Ranks:
     """The exchange of a solve over the ranks of a process group; keeps what the extension reads last."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.last = name, torch.empty(0)
+        self.name, self.last = name, extension.empty(0, torch.uint8)
         group = process_group(name)
         self.native = extension.native.Ranks(group.rank(), group.size(), self._gather)
 

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from spartan_kernels.arguments import memory_format
+from spartan_kernels.backends import extension
 from spartan_kernels.backends.native.conv_products import (
     Lines,
     convolved,
@@ -44,23 +45,23 @@ class _Places(NamedTuple):
         """Lines are rows of blocks, over windows of x, whose pixels have `wide` columns of blocks."""
         across = active.shape[1]
         places = [shift * wide + phase * across for shift, phase in zip(g.shift, g.phase, strict=True)]
-        order = torch.tensor(sorted(range(len(places)), key=places.__getitem__))
+        order = torch.tensor(sorted(range(len(places)), key=places.__getitem__), device=active.device)
         ordered = active.flatten(2)[:, :, order].mT  # [rows, positions, columns]
         row, k, column = ordered.nonzero(as_tuple=True)
-        at = torch.tensor(places)[order][k] + column
+        at = order.new_tensor(places)[order][k] + column
         return _Places(row, column, order[k], Lines(_offsets(ordered), at))
 
     @staticmethod
     def for_input(active: torch.Tensor, g: Geometry, wide: int) -> _Places:
         """Lines are columns of blocks, phase by phase, over windows of the gradient: the transposed matrix."""
         places = [(g.reach - shift) * wide for shift in g.shift]
-        order = torch.tensor(sorted(range(len(places)), key=places.__getitem__))
+        order = torch.tensor(sorted(range(len(places)), key=places.__getitem__), device=active.device)
         ordered = active.flatten(2)[:, :, order].permute(1, 2, 0)  # [columns, positions, rows]
         if g.phases > 1:
-            belongs = torch.tensor(g.phase)[order] == torch.arange(g.phases)[:, None]
+            belongs = order.new_tensor(g.phase)[order] == order.new_tensor(range(g.phases))[:, None]
             ordered = (ordered & belongs[:, None, :, None]).flatten(0, 1)
         line, k, row = ordered.nonzero(as_tuple=True)
-        at = torch.tensor(places)[order][k] + row
+        at = order.new_tensor(places)[order][k] + row
         return _Places(row, line % active.shape[1], order[k], Lines(_offsets(ordered), at))
 
     def blocks(self, weight: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
@@ -139,7 +140,7 @@ def _sampled_gradients(
     """Gradients of weight and gate from products of the upstream gradient and x on the blocks of `mask` alone."""
     x, weight, gate, block, needs = o.x, o.weight, o.gate, (o.rows, o.columns), LayerNeeds(*o.needs)
     rows_of_x, places = _over_windows(x, mask, g, block[1])
-    raw = torch.empty(len(places.row), *block)
+    raw = extension.empty((len(places.row), *block), torch.float32)
     sampled(flat, rows_of_x, places.lines, raw, weight.shape[0], g)
     dweight = dgate = weight.new_empty(0)
     if needs.gate:

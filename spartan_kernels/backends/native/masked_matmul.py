@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from spartan_kernels.backends import extension
 from spartan_kernels.backends.native.block_layout import passing_layout
 from spartan_kernels.backends.native.block_matrix import BlockMatrix
 from spartan_kernels.backends.native.masked_weight import add_block_signs_, gate_gradient_
@@ -31,8 +32,8 @@ def masked_linear_backward(o: MaskedLinearBackward) -> list[torch.Tensor | None]
         if _of_every_weight(o):
             raw = torch.mm(flat(dz).t(), flat(o.x))
             return raw, gate_gradient_(raw, o)
-        raw = dz.new_empty(*shape) if dz.dtype is torch.float32 else torch.empty(shape, dtype=torch.float32)
-        grad_gate = torch.empty(o.gate.shape, dtype=torch.float32) if needs.gate or follows else None
+        raw = dz.new_empty(*shape) if dz.dtype is torch.float32 else extension.empty(shape, torch.float32)
+        grad_gate = extension.empty(o.gate.shape, torch.float32) if needs.gate or follows else None
         if matrix is not None and o.layout and o.backward_layout is o.layout:
             sampled = matrix
         else:
@@ -64,7 +65,7 @@ def _matrix(o: MaskedLinear | MaskedLinearBackward, by_row: bool) -> BlockMatrix
 def sampled_matmul_forward(o: SampledMatmul) -> torch.Tensor:
     """a b on the layout's blocks, zero elsewhere."""
     shape = (o.a.shape[0], o.b.shape[1])
-    raw = torch.empty(shape, dtype=torch.float32)
+    raw = extension.empty(shape, torch.float32)
     BlockMatrix(_in(o.a.dtype, raw), shape, (o.rows, o.columns), o.layout).sampled(o.a.mT, o.b, raw, None)
     return _in(o.a.dtype, raw)
 

@@ -113,7 +113,7 @@ def _write_back(computed: torch.Tensor, grad: torch.Tensor) -> None:
 def masked_weight_coupling(o: MaskedWeightCoupling) -> torch.Tensor:
     """[sum_b (1 - m_b) g_b m_b, sum_b a_b s_b] of this weight."""
     w, m, g = _Weight(o.weight, o.rows, o.columns), _Soft(o, priced=True), extension.compute(o.grad)
-    sums, workspace = torch.empty(2, dtype=torch.float64), w.workspace()
+    sums, workspace = extension.empty(2, torch.float64), w.workspace()
     extension.native.cpu.masked_weight_coupling(
         w.element,
         w.blocks,
@@ -131,7 +131,7 @@ def masked_weight_coupling(o: MaskedWeightCoupling) -> torch.Tensor:
 def kept_soft_mass(o: KeptSoftMass) -> torch.Tensor:
     """[sum h m, sum h] where each weight is a block."""
     w, m, h = _Weight(o.weight, 1, 1), _Soft(o), o.hard.contiguous()
-    sums, workspace = torch.empty(2, dtype=torch.float64), w.workspace()
+    sums, workspace = extension.empty(2, torch.float64), w.workspace()
     extension.native.cpu.masked_weight_kept(
         w.element,
         w.blocks,
@@ -188,7 +188,7 @@ def add_block_signs_(o: AddBlockSigns) -> None:
 def block_scores(o: BlockScores) -> torch.Tensor:
     """Sum of |theta| over each block."""
     w = _Weight(o.weight, o.rows, o.columns)
-    scores = torch.empty(block_grid(o.weight.shape, (o.rows, o.columns)), dtype=w.weight.dtype)
+    scores = extension.empty(block_grid(o.weight.shape, (o.rows, o.columns)), w.weight.dtype)
     extension.native.cpu.block_scores(
         w.element, w.blocks, w.weight.data_ptr(), scores.data_ptr(), torch.get_num_threads()
     )

@@ -30,7 +30,7 @@ def soft_topk_forward(o: SoftTopk) -> tuple[torch.Tensor, torch.Tensor]:
     require_beta(beta)
     rows, budgets = Rows(o.values, o.costs), Budgets(o.budget)
     mask = rows.empty()
-    threshold = torch.empty((o.values.shape[0], 2), dtype=torch.float64)
+    threshold = extension.empty((o.values.shape[0], 2), torch.float64)
     try:
         extension.native.cpu.soft_topk_rows(
             *rows.arguments,
@@ -97,7 +97,7 @@ def soft_topk_global_forward(o: SoftTopkGlobal) -> tuple[list[torch.Tensor], tor
 def _soft_of_list(o: SoftTopkGlobal) -> tuple[list[torch.Tensor], torch.Tensor]:
     problem = TensorList(o.values, o.costs, o.group)
     masks = problem.empty()
-    threshold = torch.empty(2, dtype=torch.float64)
+    threshold = extension.empty(2, torch.float64)
     _table, first = problem.first(masks)
     extension.native.cpu.soft_topk_global(
         *first, float(o.budget), float(o.beta), False, 0, threshold.data_ptr(), *problem.rest()
@@ -125,7 +125,7 @@ def _gradient_of_list(
     problem = TensorList(o.values, o.costs, o.group)
     g = [grad.detach().to(problem.dtype).contiguous() for grad in o.grads]
     grad_values, grad_costs = problem.empty(), problem.empty() if o.cost_grad else []
-    saved, scalars = o.threshold.contiguous(), torch.empty(2, dtype=torch.float64)
+    saved, scalars = o.threshold.contiguous(), extension.empty(2, torch.float64)
     _table, first = problem.first(g, grad_values, grad_costs)
     extension.native.cpu.soft_topk_global_backward(
         *first, saved.data_ptr(), float(o.beta), scalars.data_ptr(), *problem.rest()
@@ -150,7 +150,7 @@ def solve_masks_(o: SolveMasks) -> None:
 
 def _masks_of_list(o: SolveMasks) -> None:
     problem = TensorList(o.values, o.costs, o.group)
-    threshold = torch.empty(2, dtype=torch.float64)
+    threshold = extension.empty(2, torch.float64)
     _table, first = problem.first(o.soft, o.hard)
     extension.native.cpu.soft_topk_global(
         *first, float(o.budget), float(o.beta), o.absolute, o.state.data_ptr(), threshold.data_ptr(), *problem.rest()

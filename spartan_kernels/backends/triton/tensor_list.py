@@ -38,7 +38,7 @@ class _Staging:
         """Called outside of captures."""
         if cls.free is None or cls.free.numel() < _STAGED_WORDS // 2:
             with cls.lock:
-                cls.free = torch.empty(_STAGED_WORDS, dtype=torch.int64).pin_memory()
+                cls.free = torch.empty(_STAGED_WORDS, dtype=torch.int64, device="cpu").pin_memory()
 
     @classmethod
     def take(cls, words: torch.Tensor) -> torch.Tensor:
@@ -143,7 +143,7 @@ class ListShape:
             chunk += triton.cdiv(length, CHUNK)
             entry += length
         rows.append((0, 0, 0, chunk, 0, entry, 0, 0, 0))
-        return torch.tensor(rows, dtype=torch.int64)
+        return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
     def filled(self, columns: dict[int, tuple[int, ...]]) -> torch.Tensor:
         """The table on the host with pointers, by column."""

@@ -65,7 +65,7 @@ def test_the_operators_pass_their_own_tests(emulated: Path, files: tuple[str, ..
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize(("name", "seed"), [("lists", 2), ("matmul", 3), ("rows", 4)])
+@pytest.mark.parametrize(("name", "seed"), [("lists", 2), ("matmul", 3), ("row_search", 4)])
 def test_every_way_through_the_kernels(emulated: Path, name: str, seed: int) -> None:
     environment = environment_of(emulated, seed)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.cuda_emulator.plugin", "-p", "no:cacheprovider"]

@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training import take_steps
 
 from spartan.training.models import ByteTransformer
 from spartan.training.tasks import Slice, TextTask
@@ -79,14 +80,7 @@ def train(
     def rate_at(step: int) -> float:
         return min(1.0, 10 * (step + 1) / steps, 5 * (1 - step / steps))
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_at)
-    model.train()
-    for step in range(steps):
-        loss = task.loss(model, *task.batch(step, batch, seed, Slice()))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    take_steps(model.train(), task, optimizer, rate_at, steps, batch, seed)
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -13,9 +15,24 @@ WARM_UP = 0.1  # of the steps
 def train(model: nn.Module, task: Task, steps: int, batch: int, learning_rate: float, seed: int) -> None:
     """AdamW, whose rate rises and falls linearly; batches depend on the seed alone."""
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / (WARM_UP * steps), (1 - step / steps) / (1 - WARM_UP), 1)
-    )
+
+    def rate_at(step: int) -> float:
+        return min((step + 1) / (WARM_UP * steps), (1 - step / steps) / (1 - WARM_UP), 1)
+
+    take_steps(model, task, optimizer, rate_at, steps, batch, seed)
+
+
+def take_steps(
+    model: nn.Module,
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    rate_at: Callable[[int], float],
+    steps: int,
+    batch: int,
+    seed: int,
+) -> None:
+    """Steps of an optimizer, whose learning rate is multiplied by `rate_at` of the step."""
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_at)
     for step in range(steps):
         loss = task.loss(model, *task.batch(step, batch, seed, Slice()))
         optimizer.zero_grad()

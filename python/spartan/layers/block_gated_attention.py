@@ -53,12 +53,10 @@ def block_gated_attention(
 
     Source: Gao et al., "SeerAttention", arXiv:2410.13276.
     """
-    check_heads(query, key, value)
+    check_heads(query, key, value, is_causal)
     queries, keys = query.shape[-2], key.shape[-2]
     if k < 1 or block < 1:
         raise ValueError(f"k and block must be at least 1; got k {k}, block {block}")
-    if is_causal and queries != keys:
-        raise ValueError(f"is_causal needs as many queries as keys; got {queries} queries, {keys} keys")
     shape = (*query.shape[:2], -(-queries // block), -(-keys // block))
     if gates.shape != shape:
         raise ValueError(f"gates must be {list(shape)}; got shape {list(gates.shape)}")

@@ -88,8 +88,10 @@ def projections_of(attention: Any) -> tuple[tuple[Tensor, Tensor | None], nn.Lin
     )
 
 
-def check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
+def check_heads(query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False) -> None:
     """Refuse operands that are not `[n, heads, tokens, dim]` of one n, heads, dtype, and dim of query and key.
+
+    Causal ones need as many queries as keys too.
 
     Raises:
         ValueError: otherwise.
@@ -103,3 +105,5 @@ def check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"key must have the dim of query and the tokens of value; got {shapes}")
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(f"query, key and value must have one dtype; got {query.dtype}, {key.dtype}, {value.dtype}")
+    if is_causal and query.shape[2] != key.shape[2]:
+        raise ValueError(f"is_causal needs as many queries as keys; got {query.shape[2]} queries, {key.shape[2]} keys")

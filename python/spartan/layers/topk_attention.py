@@ -63,14 +63,8 @@ def topk_attention(
     Source: Zhao et al., "Explicit Sparse Transformer", arXiv:1912.11637; the mixture: Chen et al., "Learning A Sparse
     Transformer Network for Effective Image Deraining" (DRSformer), CVPR 2023, arXiv:2303.11950.
     """
-    check_heads(query, key, value)
-    if is_causal and query.shape[-2] != key.shape[-2]:
-        raise ValueError(
-            f"is_causal needs as many queries as keys; got {query.shape[-2]} queries, {key.shape[-2]} keys"
-        )
-    sizes = _sizes(k)
-    if straight_through and beta is None:
-        raise ValueError("straight_through=True needs beta, the sharpness of the gradient; got beta=None")
+    check_heads(query, key, value, is_causal)
+    sizes = _sizes(k, beta, straight_through)
     scores = query @ key.transpose(-1, -2) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # weights in float32, as in softmax
     shares = _shares(mixture, sizes, scores)
@@ -87,10 +81,13 @@ def topk_attention(
     return gathered_sum(F.dropout(weights, dropout_p).to(value.dtype), value, kept)
 
 
-def _sizes(k: int | Sequence[int]) -> list[int]:
+def _sizes(k: int | Sequence[int], beta: float | Tensor | None, straight_through: bool) -> list[int]:
+    """The several k; refuses those, and a `straight_through`, that cannot be."""
     sizes = [k] if isinstance(k, int) else [*k]
     if not sizes or min(sizes) < 1:
         raise ValueError(f"k must be at least 1, or several such numbers; got {k}")
+    if straight_through and beta is None:
+        raise ValueError("straight_through=True needs beta, the sharpness of the gradient; got beta=None")
     return sizes
 
 
@@ -176,9 +173,7 @@ class TopKAttention(Heads):
     ) -> None:
         super().__init__(dim, heads, bias)
         self.k = k if isinstance(k, int) else tuple(k)
-        _sizes(self.k)
-        if straight_through and beta is None:
-            raise ValueError("straight_through=True needs beta, the sharpness of the gradient; got beta=None")
+        _sizes(self.k, beta, straight_through)
         self.causal, self.beta, self.straight_through, self.dropout = causal, beta, straight_through, dropout
         self.mixture = None if isinstance(self.k, int) else nn.Parameter(torch.zeros(len(self.k)))
 
